@@ -1,0 +1,32 @@
+"""The one error a user's mistake raises, and the one place where commands turn it into a message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave. The message says what was given, what is allowed and what to do."""
+
+
+def suggest(given: str, known: Iterable[str]) -> str:
+    """`given` and its nearest known name, as the end of an error message: "; did you mean 'x'? Known: ..."."""
+    known = sorted(str(name) for name in known)
+    near = get_close_matches(str(given), known, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else "."
+    return f"{hint} Known: {', '.join(known) if known else '(none)'}."
+
+
+def run_command(command: Callable[[], object]) -> int:
+    """Run a command line's body. A UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to continue.", file=sys.stderr)
+        return 130
+    return 0
