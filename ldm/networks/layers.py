@@ -1,0 +1,231 @@
+"""Layers of the denoising networks, with the parameter names of CompVis latent-diffusion and guided-diffusion.
+
+Shapes: feature maps (B,C,H,W), token sequences (B,N,C), time embeddings (B,E).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """Sinusoidal embedding (B,dim) of timesteps (B,), integer or fractional; cosines first (DDPM, arXiv:2006.11239)."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device).float() / half)
+    angles = timesteps[:, None].float() * frequencies[None]                     # (B,dim/2)
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=-1)
+    return F.pad(embedding, (0, dim % 2))
+
+
+def zero_module(module: nn.Module) -> nn.Module:
+    """The module with all its parameters set to zero: a residual branch that starts as the identity."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation whose statistics are float32 whatever the input's precision; the output keeps it."""
+
+    def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5):
+        super().__init__(groups, channels, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype != torch.float64:  # the CPU kernel keeps float32 statistics by itself
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour upsampling by 2, then an optional 3x3 convolution."""
+
+    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        return x if self.conv is None else self.conv(x)
+
+
+class Downsample(nn.Module):
+    """Downsampling by 2: a strided 3x3 convolution, or average pooling."""
+
+    def __init__(self, channels: int, use_conv: bool, out_channels: int | None = None):
+        super().__init__()
+        if use_conv:
+            self.op: nn.Module = nn.Conv2d(channels, out_channels or channels, 3, stride=2, padding=1)
+        else:
+            self.op = nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """Residual block conditioned on the time embedding, optionally resampling by 2 (ADM, arXiv:2105.05233, section 3).
+
+    With `use_scale_shift_norm` the embedding modulates as norm(h)*(1+scale)+shift, else it is added to h.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        dropout: float = 0.0,
+        use_scale_shift_norm: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ):
+        super().__init__()
+        self.use_scale_shift_norm = use_scale_shift_norm
+        self.in_layers = nn.Sequential(
+            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+        )
+        self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else None
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (1 + use_scale_shift_norm)))
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        self.skip_connection = (
+            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)                                                             # (B,out,H,W)
+        emb = self.emb_layers(emb)[:, :, None, None].to(h.dtype)                # (B,out or 2*out,1,1)
+        if self.use_scale_shift_norm:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[0](h) * (1 + scale) + shift
+            h = self.out_layers[1:](h)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Multi-head scaled dot-product attention: q (B,N,C), k and v (B,M,C) -> (B,N,C)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B,heads,N or M,C/heads)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map, guided-diffusion's form.
+
+    `new_attention_order` tells how the 3C outputs of `qkv` are laid out: (q,k,v) x heads, or heads x (q,k,v) (legacy).
+    """
+
+    def __init__(self, channels: int, num_heads: int = 1, new_attention_order: bool = False):
+        super().__init__()
+        self.num_heads = num_heads
+        self.new_attention_order = new_attention_order
+        self.norm = GroupNorm32(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)                        # (B,N,C)
+        qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)         # (B,N,3C)
+        if self.new_attention_order:
+            q, k, v = qkv.chunk(3, dim=-1)
+        else:
+            q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).unbind(-2)
+            q, k, v = q.flatten(2), k.flatten(2), v.flatten(2)
+        h = attend(q, k, v, self.num_heads)
+        h = F.linear(h, self.proj_out.weight[:, :, 0], self.proj_out.bias)
+        return x + h.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+class CrossAttention(nn.Module):
+    """Attention of x (B,N,C) to a context (B,M,D), or to itself."""
+
+    def __init__(self, query_dim: int, context_dim: int | None, heads: int, dim_head: int, dropout: float = 0.0):
+        super().__init__()
+        inner = heads * dim_head
+        self.heads = heads
+        self.to_q = nn.Linear(query_dim, inner, bias=False)
+        self.to_k = nn.Linear(context_dim or query_dim, inner, bias=False)
+        self.to_v = nn.Linear(context_dim or query_dim, inner, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        if context.shape[1] == 1 and not self.training:  # one key has weight 1 whatever the query
+            return self.to_out(self.to_v(context))                              # (B,1,C), broadcast over N
+        return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
+
+
+class GEGLU(nn.Module):
+    """Gated linear unit with GELU (arXiv:2002.05202)."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.proj = nn.Linear(dim_in, 2 * dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """Transformer feed-forward layer: GEGLU of 4 times the width."""
+
+    def __init__(self, dim: int, dropout: float = 0.0):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention, feed-forward, each pre-normalised and residual."""
+
+    def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int | None, dropout: float = 0.0):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, None, heads, dim_head, dropout)
+        self.ff = FeedForward(dim, dropout)
+        self.attn2 = CrossAttention(dim, context_dim, heads, dim_head, dropout)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Transformer blocks over the positions of a feature map, with cross-attention to a context (arXiv:2112.10752)."""
+
+    def __init__(
+        self, channels: int, heads: int, dim_head: int, depth: int, context_dim: int | None, dropout: float = 0.0
+    ):
+        super().__init__()
+        inner = heads * dim_head
+        self.norm = GroupNorm32(channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, inner, 1)
+        self.transformer_blocks = nn.ModuleList(
+            BasicTransformerBlock(inner, heads, dim_head, context_dim, dropout) for _ in range(depth)
+        )
+        self.proj_out = zero_module(nn.Conv2d(inner, channels, 1))
+
+    def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        height, width = x.shape[-2:]
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)               # (B,N,C)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        h = h.transpose(1, 2).unflatten(-1, (height, width))                    # (B,C,H,W)
+        return x + self.proj_out(h)

@@ -1,0 +1,37 @@
+"""Randomness belongs to the sample: every draw is a pure function of integers that name it.
+
+Batch size, rank count, device and tiling order therefore never change an image, and a resumed run repeats the
+draws of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def fold(*words: int) -> int:
+    """One 63-bit seed from any number of integers; different tuples give independent seeds (numpy SeedSequence)."""
+    entropy = [int(word) & 0xFFFFFFFFFFFFFFFF for word in words]
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(*words: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """A torch generator seeded by `fold(*words)`."""
+    return torch.Generator(device=device).manual_seed(fold(*words))
+
+
+def sample_noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) -> Tensor:
+    """Standard normal noise (len(seeds), *shape), float32 on the CPU; image i depends on seeds[i] and stream alone.
+
+    `stream` tells the draws of one image apart: 0 is its starting noise, k the noise added at step k.
+    """
+    return torch.stack([torch.randn(*shape, generator=generator(seed, stream)) for seed in seeds])
+
+
+def training_generator(seed: int, rank: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:
+    """The generator of everything random in one training step (noise levels, noise, condition dropout)."""
+    return generator(seed, 0x7261696E, rank, step, device=device)
