@@ -1,0 +1,78 @@
+"""Perceptual distance between images. No weight is ever downloaded."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import lpips
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+# torchvision's ImageNet backbones, under the names that torch.hub stores them by
+BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
+
+
+class LPIPS(nn.Module):
+    """Learned perceptual distance (Zhang et al. 2018): two images (B,3,H,W) in [-1,1] -> (B,1,1,1).
+
+    `weights` is torchvision's ImageNet backbone; by default it is looked for where torch.hub keeps it. The linear heads
+    come with the `lpips` package. A missing backbone raises `UserError`.
+    """
+
+    def __init__(self, net: str = "vgg", weights: str | None = None):
+        super().__init__()
+        if net not in BACKBONES:
+            raise UserError(f"LPIPS has no backbone '{net}'; give one of {', '.join(BACKBONES)}.")
+        path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
+        if not path.is_file():
+            raise UserError(
+                f"LPIPS needs the ImageNet backbone {BACKBONES[net]}, which is not at {path}. Get it from "
+                f"https://download.pytorch.org/models/{BACKBONES[net]} (torchvision, BSD-3-Clause; trained on ImageNet "
+                "images, whose terms allow non-commercial research) and put it there, or name your copy with loss.params."
+                "lpips_weights. To train without LPIPS set loss.params.perceptual_weight=0."
+            )
+        with warnings.catch_warnings():  # lpips calls torchvision by its old argument names
+            warnings.simplefilter("ignore")
+            self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        _load_trunk(self.model.net, path)
+        self.model.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> LPIPS:
+        return super().train(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.model(x, y)
+
+
+def _load_trunk(trunk: nn.Module, path: Path) -> None:
+    """Copy torchvision's `features.<i>.…` into lpips' `slice<k>.<i>.…`."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    names = {key: "features." + key.split(".", 1)[1] for key in trunk.state_dict()}
+    missing = [source for source in names.values() if source not in state]
+    if missing:
+        raise UserError(f"{path} is not the torchvision backbone that LPIPS needs: it lacks {missing[0]}.")
+    trunk.load_state_dict({key: state[source] for key, source in names.items()})
+
+
+class FeatureDistance(nn.Module):
+    """LPIPS' form over any frozen encoder: mean squared difference of unit-length feature vectors, summed over maps.
+
+    `encoder` maps images (B,3,H,W) in [-1,1] to a list of feature maps (B,C_i,H_i,W_i). Result (B,1,1,1).
+    """
+
+    def __init__(self, encoder: nn.Module):
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> FeatureDistance:
+        return super().train(False)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        total = x.new_zeros(x.shape[0], 1, 1, 1)
+        for fx, fy in zip(self.encoder(x), self.encoder(y), strict=True):
+            fx, fy = (f.float() / (f.float().norm(dim=1, keepdim=True) + 1e-6) for f in (fx, fy))
+            total = total + (fx - fy).square().sum(dim=1, keepdim=True).mean(dim=(2, 3), keepdim=True)
+        return total

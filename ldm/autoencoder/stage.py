@@ -1,0 +1,148 @@
+"""Training of a first stage with Lightning: two optimisers, autoencoder and discriminator, optimised by hand."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
+
+from ldm.autoencoder.autoencoder import Reconstruction
+from ldm.autoencoder.weights import load_weights
+from ldm.config import instantiate_from_config
+from ldm.errors import UserError
+from ldm.rng import generator, training_generator
+
+
+class AutoencoderStage(pl.LightningModule):
+    """Trains `.autoencoder` (AutoencoderKL or VQModel) with `.loss` (`ldm.autoencoder.losses`).
+
+    Both optimisers are Adam with betas (0.5, 0.9) and the rate `learning_rate`, which main.py sets from
+    `model.base_learning_rate`. `trainer.global_step` counts the autoencoder's updates; the discriminator's are as many
+    from `disc_start` on. Batches are dicts with `image_key` (B,3,H,W) in [-1,1].
+
+    Args:
+        first_stage: node {target, params} of the autoencoder.
+        loss: node {target, params} of its loss.
+        image_key: entry of the batch that holds the images.
+        ckpt_path: weights to start from (`ldm.autoencoder.weights`): a model folder or a published checkpoint.
+        accumulate_grad_batches, gradient_clip_val: as the Trainer's, which manual optimisation does not take.
+        seed: names, with rank and step, the draws of the latents' noise.
+    """
+
+    def __init__(
+        self,
+        first_stage: dict,
+        loss: dict,
+        image_key: str = "image",
+        ckpt_path: str | None = None,
+        accumulate_grad_batches: int = 1,
+        gradient_clip_val: float | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        self.autoencoder = instantiate_from_config(first_stage)
+        self.loss = instantiate_from_config(loss)
+        self.image_key = image_key
+        self.accumulate = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.seed = seed
+        self.learning_rate: float | None = None
+        if ckpt_path is not None:
+            rank_zero_info(load_weights(self.autoencoder, ckpt_path))
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
+        return self.autoencoder(x, generator)
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        if self.learning_rate is None:
+            raise UserError("the autoencoder stage has no learning rate; set model.base_learning_rate in the config.")
+        weights = [*self.autoencoder.parameters(), self.loss.logvar]
+        trained = ([p for p in weights if p.requires_grad], list(self.loss.discriminator.parameters()))
+        return [torch.optim.Adam(group, lr=self.learning_rate, betas=(0.5, 0.9)) for group in trained]
+
+    def training_step(self, batch: dict, batch_idx: int) -> None:
+        opt_ae, opt_disc = self.optimizers()
+        step = self.global_step
+        micro = batch_idx % self.accumulate
+        update = micro == self.accumulate - 1 or self.trainer.is_last_batch
+        x = self._images(batch)
+        draws = training_generator(self.seed, self.global_rank, step * self.accumulate + micro)
+
+        self.toggle_optimizer(opt_ae)  # the discriminator passes gradients on but collects none
+        recon = self(x, draws)
+        loss, logs = self.loss(x, recon, step, self.autoencoder.get_last_layer())
+        self.manual_backward(loss / self.accumulate)
+        if update:
+            self._update(opt_ae)
+        self.untoggle_optimizer(opt_ae)
+
+        if self.loss.adversarial(step):
+            self.toggle_optimizer(opt_disc)
+            loss, disc_logs = self.loss.discriminator_loss(x, recon.image)
+            self.manual_backward(loss / self.accumulate)
+            if update:
+                with _uncounted(opt_disc):
+                    self._update(opt_disc)
+            self.untoggle_optimizer(opt_disc)
+            logs |= disc_logs
+
+        progress = logs.pop("rec_loss")
+        self.log("train/rec_loss", progress, prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in logs.items()})
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        x = self._images(batch)
+        recon = self(x)  # mode of the posterior: the same images give the same numbers
+        _, _, logs = self.loss.reconstruction(x, recon)
+        logs["psnr"] = psnr(x, recon.image).mean()
+        self.log_dict(
+            {f"val/{name}": value for name, value in logs.items()}, batch_size=len(x), sync_dist=True, on_epoch=True
+        )
+
+    @torch.no_grad()
+    def log_images(self, batch: dict, n: int = 8) -> dict[str, Tensor]:
+        """First `n` images of a batch, their reconstructions (mode), and decodes of sampled latents; in [-1,1]."""
+        x = self._images(batch)[:n].to(self.device)
+        posterior_draws = generator(self.seed, self.global_step)
+        return {
+            "inputs": x,
+            "reconstructions": self(x).image.clamp(-1, 1),
+            "samples": self(x, posterior_draws).image.clamp(-1, 1),
+        }
+
+    def _images(self, batch: dict) -> Tensor:
+        if self.image_key not in batch:
+            raise UserError(f"the data has no '{self.image_key}'; a batch holds {', '.join(map(str, batch))}.")
+        return batch[self.image_key].contiguous(memory_format=torch.channels_last)
+
+    def _update(self, optimizer) -> None:
+        if self.gradient_clip_val is not None:
+            if self.trainer.precision == "16-mixed":
+                self.trainer.precision_plugin.scaler.unscale_(optimizer.optimizer)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class _uncounted:
+    """Steps of this Lightning optimiser do not move `trainer.global_step` while the context is open."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def __enter__(self) -> None:
+        self.hooks = self.optimizer._on_before_step, self.optimizer._on_after_step
+        self.optimizer._on_before_step = self.optimizer._on_after_step = lambda: None
+
+    def __exit__(self, *_) -> None:
+        self.optimizer._on_before_step, self.optimizer._on_after_step = self.hooks
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images (B,3,H,W) in [-1,1], per image: (B,)."""
+    mse = (x.float() - y.float().clamp(-1, 1)).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4.0 / mse.clamp_min(1e-10))
