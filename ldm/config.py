@@ -1,0 +1,220 @@
+"""YAML configs: load, merge, check before any work starts, and build what they name.
+
+A *node* is a mapping `{target: "package.module.Class", params: {...}}`. A config is a tree of plain dicts, lists and
+scalars; OmegaConf does the merging and interpolation and is never seen outside this file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ldm.errors import UserError, suggest
+
+ALLOWED = ("ldm.", "torch.optim.", "torch.nn.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.")
+TOP_LEVEL = {"model", "data", "lightning", "name", "seed"}
+LIGHTNING = {"trainer", "callbacks", "modelcheckpoint", "logger"}
+MODEL_NODE = {"target", "params", "base_learning_rate"}
+
+
+def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Merge YAML files left to right, then `key.path=value` overrides; resolve interpolations.
+
+    Lists are replaced, mappings merged. A value of an override is read as YAML (`lr=1e-4` is a float, `x=null` None).
+    Returns plain containers. UserError: a missing or unreadable file, bad YAML, a bad interpolation, a bad override.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    parts = [_load_yaml(Path(path)) for path in paths]
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key or key.startswith("-") or "" in key.split("."):
+            raise UserError(f"'{override}' is not an override; write key.path=value, as lightning.trainer.max_steps=9")
+        try:
+            parts.append(OmegaConf.from_dotlist([override]))
+        except Exception as error:  # the value is parsed as YAML, by whatever grammar it appears to have
+            raise UserError(f"cannot read the override '{override}': {_one_line(error)}") from error
+    try:
+        return OmegaConf.to_container(OmegaConf.merge({}, *parts), resolve=True, throw_on_missing=True)
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        files = ", ".join(str(path) for path in paths)
+        raise UserError(f"cannot merge the configs {files}: {_one_line(error)}") from error
+
+
+def _load_yaml(path: Path) -> Any:
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+
+    try:
+        part = OmegaConf.load(path)
+    except FileNotFoundError:
+        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        raise UserError(f"config '{path}' does not exist{suggest(path.name, near)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config '{path}': {_one_line(error)}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(part, DictConfig):
+        raise UserError(f"config '{path}' must hold `key: value` pairs at its top level, not a list or a bare value")
+    return part
+
+
+def save_config(cfg: Mapping[str, Any], path: str | Path) -> None:
+    """Write a config as YAML. The file appears whole or not at all."""
+    from omegaconf import OmegaConf
+
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    part.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(cfg))), encoding="utf-8")
+    os.replace(part, path)
+
+
+def instantiate_from_config(node: Mapping[str, Any], allow: Iterable[str] = (), **extra: Any) -> Any:
+    """Build `node["target"](**node["params"], **extra)`.
+
+    Nodes nested in `params` are handed over as they are; the class builds them. `allow` adds prefixes to ALLOWED.
+    UserError: not a node, a target that does not exist or is not allowed, unknown or missing params.
+    """
+    where = "config" if not isinstance(node, Mapping) else str(node.get("target"))
+    target, params = _parse_node(node, where, allow)
+    if clash := sorted(set(params) & set(extra)):
+        raise UserError(f"{where}: '{clash[0]}' is set by the program, remove it from params")
+    check_params(target, {**params, **extra}, where)
+    return target(**params, **extra)
+
+
+def validate(cfg: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
+    """Check a training config before any work starts: its keys, and every node in it however deep.
+
+    A nested node may get some params from the class that builds it, so missing params are found when that happens.
+    """
+    _check_keys(cfg, TOP_LEVEL, "")
+    for key in ("model", "data"):
+        if key not in cfg:
+            raise UserError(f"the config has no `{key}: {{target, params}}`; give a --base file that has one")
+    lightning = cfg.get("lightning") or {}
+    _check_mapping(lightning, "lightning")
+    _check_keys(lightning, LIGHTNING, "lightning.")
+    for key in sorted(LIGHTNING):
+        _check_mapping(lightning.get(key) or {}, f"lightning.{key}")
+    _check_mapping(cfg["model"], "model")
+    _check_keys(cfg["model"], MODEL_NODE, "model.")
+    model = {key: value for key, value in cfg["model"].items() if key != "base_learning_rate"}
+    for where, node in (("model", model), ("data", cfg["data"])):
+        _parse_node(node, where, allow)
+        _walk(node, where, allow)
+    for name, node in (lightning.get("callbacks") or {}).items():
+        _check_mapping(node, f"lightning.callbacks.{name}")
+        _walk(node, f"lightning.callbacks.{name}", allow)
+    _walk(lightning.get("logger") or {}, "lightning.logger", allow)
+
+
+def _walk(value: Any, where: str, allow: Iterable[str]) -> None:
+    if isinstance(value, Mapping):
+        if isinstance(value.get("target"), str):
+            target, params = _parse_node(value, where, allow)
+            check_params(target, params, f"{where}.params", missing=False)
+        elif "params" in value:
+            raise UserError(f"{where}: it has `params` but no `target` to give them to{suggest('target', value)}")
+        for key, child in value.items():
+            _walk(child, f"{where}.{key}", allow)
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            _walk(child, f"{where}.{index}", allow)
+
+
+def _parse_node(node: Any, where: str, allow: Iterable[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    _check_mapping(node, where)
+    _check_keys(node, {"target", "params"}, f"{where}.")
+    if not isinstance(node.get("target"), str):
+        raise UserError(f"{where}: expected {{target: module.Class, params: {{...}}}}, got {_short(dict(node))}")
+    params = node.get("params") or {}
+    _check_mapping(params, f"{where}.params")
+    try:
+        return get_obj_from_str(node["target"], allow), dict(params)
+    except UserError as error:
+        raise error if where == node["target"] else UserError(f"{where}.target: {error}") from error.__cause__
+
+
+def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Callable[..., Any]:
+    """The class or function that a dotted name means. Nothing outside the allowed prefixes is imported."""
+    allowed = (*ALLOWED, *allow)
+    if not target.startswith(allowed):
+        raise UserError(f"'{target}' is not allowed; a target must start with one of: {', '.join(allowed)}")
+    parts = target.split(".")
+    if not all(part.isidentifier() for part in parts):
+        raise UserError(f"'{target}' is not a dotted name such as ldm.module.Class")
+    found: Any = _import(parts[0])
+    if found is None:
+        raise UserError(f"'{target}' does not exist: there is no package '{parts[0]}'")
+    for index, part in enumerate(parts[1:], start=1):
+        name = ".".join(parts[:index])
+        child = getattr(found, part, None)
+        if child is None and isinstance(found, ModuleType) and hasattr(found, "__path__"):
+            child = _import(f"{name}.{part}")
+        if child is None:
+            kind = "package" if hasattr(found, "__path__") else "module" if isinstance(found, ModuleType) else "class"
+            raise UserError(f"'{target}' does not exist: {kind} '{name}' has no '{part}'{suggest(part, _names(found))}")
+        found = child
+    home = f"{getattr(found, '__module__', None)}."
+    if not callable(found) or not home.startswith(allowed):  # a module's own imports (`ldm.config.os.system`) stay out
+        raise UserError(f"'{target}' is not a class or function of {', '.join(allowed)}")
+    return found
+
+
+def _import(name: str) -> ModuleType | None:
+    """Import a module; None where there is no such module. A package that the module itself lacks is another matter."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name == name:
+            return None
+        raise UserError(f"'{name}' needs the package '{error.name}', which is not installed") from error
+
+
+def _names(found: Any) -> list[str]:
+    """What a package, module or class offers under a name."""
+    if hasattr(found, "__path__"):
+        names = {module.name for module in pkgutil.iter_modules(found.__path__)}
+        names |= {name for name in getattr(found, "__all__", ()) if callable(getattr(found, name, None))}
+        return sorted(name for name in names if not name.startswith("_"))
+    own = found.__name__ if isinstance(found, ModuleType) else found.__module__
+    return [n for n, o in vars(found).items() if not n.startswith("_") and getattr(o, "__module__", None) == own]
+
+
+def check_params(target: Callable[..., Any], params: Mapping[str, Any], where: str, missing: bool = True) -> None:
+    """UserError if `target(**params)` would meet a name that it does not know or, with `missing`, lack one it needs."""
+    known = inspect.signature(target).parameters.values()
+    named = {p.name: p for p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if not any(p.kind is p.VAR_KEYWORD for p in known):
+        _check_keys(params, named, f"{where}.", of=f" of {target.__qualname__}")
+    needed = [name for name, p in named.items() if p.default is p.empty and name not in params]
+    if missing and needed:
+        raise UserError(f"{where}: {target.__qualname__} needs {', '.join(repr(name) for name in needed)}")
+
+
+def _check_keys(given: Mapping[str, Any], known: Iterable[str], where: str, of: str = "") -> None:
+    for key in given:
+        if key not in known:
+            raise UserError(f"unknown key '{where}{key}'{of}{suggest(key, known)}")
+
+
+def _check_mapping(value: Any, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected `key: value` pairs, got {_short(value)}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
