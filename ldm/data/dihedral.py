@@ -1,0 +1,37 @@
+"""The eight symmetries of a square tile (the dihedral group D4), exact on pixels: no interpolation."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+COUNT = 8
+
+
+def apply(x: Array, k: int) -> Array:
+    """Variant `k` (0..7) of x (..., H, W): a left-right flip if k >= 4, then `k % 4` quarter turns counter-clockwise.
+
+    k = 0 is x itself. numpy arrays and torch tensors alike; for odd `k % 4` H and W change places.
+    """
+    if not 0 <= k < COUNT:
+        raise ValueError(f"a dihedral variant is 0..7, got {k}")
+    if isinstance(x, torch.Tensor):
+        x = x.flip(-1) if k >= 4 else x
+        return torch.rot90(x, k % 4, (-2, -1))
+    x = np.flip(x, -1) if k >= 4 else x
+    return np.rot90(x, k % 4, (-2, -1))
+
+
+def inverse(k: int) -> int:
+    """The variant that undoes k: `apply(apply(x, k), inverse(k)) == x`. Every flipped variant is its own inverse."""
+    return k if k >= 4 else -k % 4
+
+
+def variants(x: Array) -> Array:
+    """All eight variants of square x (B, C, H, H) along a new axis: (B, 8, C, H, H)."""
+    each = [apply(x, k) for k in range(COUNT)]
+    return torch.stack(each, 1) if isinstance(x, torch.Tensor) else np.stack(each, 1)

@@ -1,0 +1,181 @@
+"""Zarr arrays in whole shards: reading them fast, and writing them so that an interruption costs at most one shard.
+
+Two processes that write one shard lose rows without an error, so a writer takes a lock, gathers a whole shard in memory
+and writes it at once, by renaming a finished file. How many rows are durable is recorded by its owner after they are.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import importlib.util
+import json
+import multiprocessing
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import zarr
+
+from ldm.errors import UserError
+
+SHARD_ROWS = 1024
+SHARD_BYTES = 256 << 20
+CHUNK_BYTES = 32 << 10
+_IMPORTED_BY = os.getpid()
+# zarr's own pipeline renames a finished shard into place; empty chunks are written so that a missing shard is an error
+_WRITING = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline", "array.write_empty_chunks": True}
+
+
+def codec_settings() -> dict[str, Any]:
+    """zarr settings for reading: the `zarrs` codec pipeline where installed (benchmarks/tile_store.py measures it).
+
+    Its thread pool does not survive a fork: a read of several chunks in a forked worker would wait for ever. Child
+    processes therefore decode in their own thread.
+    """
+    if importlib.util.find_spec("zarrs") is None:
+        return {}
+    settings: dict[str, Any] = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
+    if os.getpid() != _IMPORTED_BY or multiprocessing.parent_process() is not None:
+        settings |= {"codec_pipeline.chunk_concurrent_maximum": 1, "threading.max_workers": 1}
+    return settings
+
+
+def read_array(path: Path | str) -> zarr.Array:
+    """Open one zarr array for reading, through the fastest pipeline there is."""
+    with zarr.config.set(codec_settings()):
+        return zarr.open_array(str(path), mode="r")
+
+
+def _power_of_two(limit: float) -> int:
+    return 1 << max(int(limit), 1).bit_length() - 1
+
+
+def create_array(group: Path, name: str, shape: tuple[int, ...], dtype: str, whole_chunk: bool = False) -> zarr.Array:
+    """An array whose chunks hold one row (small rows: as many as make 32 KiB), in shards of 1024 rows or 256 MiB."""
+    row_bytes = max(int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize, 1)
+    shard = min(SHARD_ROWS, _power_of_two(SHARD_BYTES / row_bytes))
+    chunk = shard if whole_chunk else min(shard, _power_of_two(CHUNK_BYTES / row_bytes))
+    is_image = np.dtype(dtype) == np.uint8 and len(shape) == 4
+    with zarr.config.set(_WRITING):
+        return zarr.create_array(
+            str(group / name),
+            shape=shape,
+            dtype=dtype,
+            chunks=(chunk, *shape[1:]),
+            shards=None if whole_chunk else (shard, *shape[1:]),
+            compressors=zarr.codecs.ZstdCodec(level=1) if is_image else None,  # floats hardly shrink
+            overwrite=True,
+        )
+
+
+def open_writable(path: Path) -> zarr.Array:
+    with zarr.config.set(_WRITING):
+        return zarr.open_array(str(path), mode="r+")
+
+
+class WriterLock:
+    """An exclusive lock file that names its holder's process and host. UserError when another live writer holds it.
+
+    The kernel drops the lock with its process, so the lock of a killed local writer is simply taken over. A lock file
+    left by another host is respected, because from here nobody can see whether that process lives.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._file: int | None = None
+
+    def acquire(self) -> Self:
+        while self._file is None:
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                holder = self._holder(handle)
+                os.close(handle)
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise UserError(f"{self.path.parent} is on a file system without locks ({error})") from None
+                raise UserError(
+                    f"{self.path.parent} is being written by process {holder.get('pid', '?')} on "
+                    f"{holder.get('host', '?')}; wait for it or stop it"
+                ) from None
+            if not self.path.exists() or os.fstat(handle).st_ino != self.path.stat().st_ino:
+                os.close(handle)  # released and removed by its holder while we waited for it
+                continue
+            holder = self._holder(handle)
+            if holder.get("host", socket.gethostname()) != socket.gethostname():
+                os.close(handle)
+                raise UserError(
+                    f"{self.path.parent} is being written by process {holder.get('pid')} on {holder['host']}; "
+                    f"if that process is dead, delete {self.path}"
+                )
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            self._file = handle
+        return self
+
+    @staticmethod
+    def _holder(handle: int) -> dict[str, Any]:
+        try:
+            return json.loads(os.pread(handle, 4096, 0) or b"{}")
+        except ValueError:
+            return {}
+
+    def release(self) -> None:
+        if self._file is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
+
+    __enter__ = acquire
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class ShardBuffer:
+    """Rows of several arrays that grow together; whole shards go to disk, the rest waits in memory."""
+
+    def __init__(self, arrays: Mapping[str, zarr.Array], shard: int, rows: int) -> None:
+        self.arrays, self.shard, self.durable = arrays, shard, rows
+        start = rows - rows % shard  # the rows of an unfinished shard are taken up again and written anew with the rest
+        self.waiting = {name: [np.asarray(a[start:rows])] if rows > start else [] for name, a in arrays.items()}
+        self.start, self.rows = start, rows
+
+    def append(self, rows: Mapping[str, np.ndarray]) -> bool:
+        """Add rows; True when at least one shard became durable."""
+        counts = {name: len(values) for name, values in rows.items()}
+        if set(counts) != set(self.arrays) or len(set(counts.values())) != 1:
+            raise ValueError(f"expected as many rows for each of {sorted(self.arrays)}, got {counts}")
+        for name, values in rows.items():
+            tail = self.arrays[name].shape[1:]
+            if values.shape[1:] != tail:
+                raise ValueError(f"{name} rows have shape {tail}, got {values.shape[1:]}")
+        total = self.arrays[next(iter(rows))].shape[0]
+        added = next(iter(counts.values()))
+        if self.rows + added > total:
+            raise ValueError(f"{self.rows + added} rows appended to an array of {total}")
+        for name, values in rows.items():
+            # a copy, so that the caller may reuse its buffer
+            self.waiting[name].append(np.array(values, dtype=self.arrays[name].dtype))
+        self.rows += added
+        if self.rows - self.start < self.shard:
+            return False
+        self.flush(self.rows - self.rows % self.shard)
+        return True
+
+    def flush(self, end: int) -> None:
+        """Write rows up to `end`; they are durable after this."""
+        if end == self.durable or end == self.start:
+            return
+        held = {name: np.concatenate(parts) for name, parts in self.waiting.items()}
+        whole = end - end % self.shard
+        for name, array in self.arrays.items():
+            for start in range(self.start, end, self.shard):
+                stop = min(start + self.shard, end)
+                array[start:stop] = held[name][start - self.start : stop - self.start]
+        self.waiting = {name: [values[whole - self.start :]] for name, values in held.items()}
+        self.start, self.durable = whole, end
