@@ -35,3 +35,18 @@ def sample_noise(seeds: Sequence[int], shape: Sequence[int], stream: int = 0) ->
 def training_generator(seed: int, rank: int, step: int, device: str | torch.device = "cpu") -> torch.Generator:
     """The generator of everything random in one training step (noise levels, noise, condition dropout)."""
     return generator(seed, 0x7261696E, rank, step, device=device)
+
+
+def canvas_noise(seed: int, channels: int, height: int, width: int, stream: int = 0, block: int = 64) -> Tensor:
+    """Standard normal noise (1,channels,height,width) of a canvas, float32 on the CPU.
+
+    The canvas is filled block by block, each from its own generator, so the value at a position depends on seed,
+    stream and position alone: a larger canvas repeats a smaller one in its upper left corner.
+    """
+    noise = torch.empty(1, channels, height, width)
+    for row in range(0, height, block):
+        for col in range(0, width, block):
+            values = torch.randn(channels, block, block, generator=generator(seed, stream, row, col))
+            part = noise[0, :, row : row + block, col : col + block]
+            part.copy_(values[:, : part.shape[1], : part.shape[2]])
+    return noise

@@ -1,0 +1,82 @@
+"""A field of embeddings over a canvas: which embedding conditions a window at which place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.errors import UserError
+
+INTERPOLATIONS = ("linear", "slerp", "nearest")
+
+
+class FeatureField:
+    """A grid of embeddings spread over a canvas: features[row, col] is the tile at that row and column.
+
+    The grid's first tile lies in the canvas' upper left corner, its last in the lower right one, the others evenly
+    between, whatever the grid's shape: windows at those places get those features, windows between them an
+    interpolation of the four nearest.
+
+    Args:
+        features: (rows, cols, D). Rows of NaN are holes (background that was not encoded).
+        size: canvas height and width, window: side of a tile, all in the same pixels.
+        interpolation: linear, slerp (along the sphere, magnitudes linear) or nearest.
+        background: (D,) embedding that fills holes; without it they take the nearest known embedding.
+    """
+
+    def __init__(
+        self, features: Tensor, size: tuple[int, int], window: int, interpolation: str = "linear",
+        background: Tensor | None = None,
+    ):  # fmt: skip
+        if features.ndim != 3:
+            raise UserError(f"a grid of features has shape (rows, cols, D); got {tuple(features.shape)}.")
+        if interpolation not in INTERPOLATIONS:
+            raise UserError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got '{interpolation}'.")
+        self.features = fill_holes(features.float(), background)
+        self.size, self.window, self.interpolation = size, window, interpolation
+
+    def at(self, corners: Sequence[tuple[int, int]]) -> Tensor:
+        """Embeddings (K,D) of windows whose upper left corners (row, col) are given in canvas pixels."""
+        rows, cols = (self._positions([corner[axis] for corner in corners], axis) for axis in (0, 1))
+        r0, c0 = rows.floor().long(), cols.floor().long()
+        r1, c1 = (r0 + 1).clamp(max=self.features.shape[0] - 1), (c0 + 1).clamp(max=self.features.shape[1] - 1)
+        fr, fc = (rows - r0)[:, None].float(), (cols - c0)[:, None].float()
+        if self.interpolation == "nearest":
+            return self.features[torch.where(fr[:, 0] < 0.5, r0, r1), torch.where(fc[:, 0] < 0.5, c0, c1)]
+        mix = slerp if self.interpolation == "slerp" else torch.lerp
+        top = mix(self.features[r0, c0], self.features[r0, c1], fc)
+        bottom = mix(self.features[r1, c0], self.features[r1, c1], fc)
+        return mix(top, bottom, fr)
+
+    def _positions(self, starts: Sequence[int], axis: int) -> Tensor:
+        """Fractional grid positions of window starts along one axis."""
+        span, cells = self.size[axis] - self.window, self.features.shape[axis] - 1
+        position = torch.tensor(starts, dtype=torch.float64) * (cells / span if span else 0.0)
+        return position.clamp(0, cells)
+
+
+def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
+    """Spherical interpolation of vectors (K,D) at t (K,1); nearly parallel ones are interpolated linearly."""
+    cosine = (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1, keepdim=True).clamp(-1, 1)
+    theta = cosine.acos()
+    curved = ((1 - t) * theta).sin() / theta.sin() * a + (t * theta).sin() / theta.sin() * b
+    return torch.where(cosine.abs() > 0.9995, torch.lerp(a, b, t), curved)
+
+
+def fill_holes(features: Tensor, background: Tensor | None) -> Tensor:
+    """The grid (rows, cols, D) with NaN rows replaced by `background`, or by their nearest known embedding."""
+    holes = features.isnan().any(-1)
+    if not holes.any():
+        return features
+    if background is not None:
+        return torch.where(holes[..., None], background.to(features), features)
+    if holes.all():
+        raise UserError("the grid of features is empty: every entry is a hole.")
+    known, missing = (~holes).nonzero(), holes.nonzero()
+    nearest = known[torch.cdist(missing.float(), known.float()).argmin(1)]
+    filled = features.clone()
+    filled[missing[:, 0], missing[:, 1]] = features[nearest[:, 0], nearest[:, 1]]
+    return filled

@@ -1,0 +1,59 @@
+"""Conditioning on self-supervised (SSL) features of a tile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import UserError
+
+
+class PatchEmbedder(nn.Module):
+    """One SSL feature vector per tile, projected to one cross-attention token (arXiv:2312.07330, section 3.1).
+
+    Reads batch[key] (B,embed_dim) and gives {"crossattn": (B,1,context_dim)}. The unconditional value is the zero
+    vector through the projection, as in the published models; dropout sets a sample to it.
+
+    Args:
+        embed_dim: dimension of the encoder's features.
+        context_dim: dimension of the token, the UNet's context_dim.
+        normalize: L2-normalise features first.
+        dropout: probability of dropping the condition of a training sample.
+        key: batch key that holds the features.
+    """
+
+    def __init__(
+        self, embed_dim: int, context_dim: int = 512, normalize: bool = True, dropout: float = 0.1, key: str = "ssl"
+    ):
+        super().__init__()
+        if not 0 <= dropout <= 1:
+            raise UserError(f"the condition's dropout is a probability in [0, 1]; got {dropout}.")
+        self.embed_dim, self.context_dim = embed_dim, context_dim
+        self.normalize, self.dropout, self.key = normalize, dropout, key
+        self.patch_fc = nn.Linear(embed_dim, context_dim)
+
+    def forward(self, batch: Mapping[str, Tensor], drop: Tensor | None = None) -> dict[str, Tensor]:
+        """The condition of a batch; samples where drop (B,) is true get the unconditional value."""
+        if self.key not in batch:
+            raise UserError(
+                f"the model is conditioned on '{self.key}', which the data do not give (they give "
+                f"{', '.join(batch)}); name a feature of the tile store in the dataset's `feature`."
+            )
+        features = batch[self.key].to(self.patch_fc.weight)                     # (B,embed_dim)
+        if features.ndim != 2 or features.shape[1] != self.embed_dim:
+            raise UserError(
+                f"the model takes SSL features of dimension {self.embed_dim}; got an array of shape "
+                f"{tuple(features.shape)}. Use features of the encoder that the model was trained with."
+            )
+        if self.normalize:
+            features = F.normalize(features, dim=1)
+        if drop is not None:
+            features = torch.where(drop[:, None], torch.zeros_like(features), features)
+        return {"crossattn": self.patch_fc(features)[:, None]}                  # (B,1,context_dim)
+
+    def null(self) -> dict[str, Tensor]:
+        """The unconditional condition of one sample."""
+        return {"crossattn": self.patch_fc.bias[None, None]}                    # (1,1,context_dim)

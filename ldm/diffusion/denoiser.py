@@ -1,0 +1,107 @@
+"""Denoisers: the one callable that samplers, guidance and tiling know.
+
+    denoiser(x, sigma, cond) -> x0        x (B,C,H,W) = x0 + sigma*n, sigma (B,), cond a dict, x0 (B,C,H,W)
+
+A denoiser wraps a network with the scaling it was trained with. Coordinates are variance-exploding whatever the
+parameterisation; the variance-preserving x_t of DDPM is x / sqrt(1 + sigma^2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Cond = Mapping[str, Tensor]
+Denoiser = Callable[[Tensor, Tensor, Cond], Tensor]
+Network = Callable[..., Tensor]
+
+DISCRETE = ("eps", "v", "x0")
+PARAMETERIZATIONS = (*DISCRETE, "edm", "flow")
+
+
+def call_network(network: Network, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
+    """Call a network with a condition where each part acts: context, class label, added vector, extra channels."""
+    if "concat" in cond:
+        x = torch.cat([x, cond["concat"]], dim=1)
+    inputs = {"context": cond.get("crossattn"), "y": cond.get("label"), "vector": cond.get("vector")}
+    return network(x, time, **{name: value for name, value in inputs.items() if value is not None})
+
+
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """values (B,) shaped to broadcast over `like` (B,...)."""
+    return values.view(-1, *[1] * (like.ndim - 1))
+
+
+class TableDenoiser:
+    """A network trained on a discrete noise table, predicting noise (eps), velocity (v) or the image (x0).
+
+    Args:
+        network: called as network(x_t, timestep, ...) with the timestep in table units, fractional between entries.
+        table: ascending sigmas (T,) of the training schedule.
+        parameterization: eps: x0 = x - sigma*eps; v (arXiv:2202.00512): x0 = x/(1+sigma^2) - sigma/sqrt(1+sigma^2)*v.
+
+    Networks with 2C output channels (learned variance) are read by their first C.
+    """
+
+    def __init__(self, network: Network, table: Tensor, parameterization: str = "eps"):
+        if parameterization not in DISCRETE:
+            raise ValueError(f"parameterization must be one of {', '.join(DISCRETE)}; got {parameterization!r}")
+        self.network, self.table, self.parameterization = network, table, parameterization
+
+    @property
+    def sigma_min(self) -> float:
+        return float(self.table[0])
+
+    @property
+    def sigma_max(self) -> float:
+        return float(self.table[-1])
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        """Table position (B,) of sigma (B,): linear in log sigma between entries, exact at them, clamped outside."""
+        log_table, log_sigma = self.table.log(), sigma.to(self.table).clamp(min=self.table[0]).log()
+        low = torch.searchsorted(log_table, log_sigma, right=True).clamp(1, len(log_table) - 1) - 1
+        weight = (log_sigma - log_table[low]) / (log_table[low + 1] - log_table[low])
+        return low + weight.clamp(0, 1)
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        s = per_sample(sigma, x)
+        out = call_network(self.network, x / (1 + s**2).sqrt(), self.timestep(sigma), cond)
+        out = out[:, : x.shape[1]].to(x.dtype)
+        if self.parameterization == "eps":
+            return x - s * out
+        if self.parameterization == "v":
+            return x / (1 + s**2) - s / (1 + s**2).sqrt() * out
+        return out
+
+
+class EDMDenoiser:
+    """EDM preconditioning (arXiv:2206.00364, table 1) of a network over continuous noise levels."""
+
+    def __init__(
+        self, network: Network, sigma_data: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0
+    ):
+        self.network, self.sigma_data = network, sigma_data
+        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        s, total = per_sample(sigma, x), per_sample(sigma, x) ** 2 + self.sigma_data**2
+        out = call_network(self.network, x / total.sqrt(), sigma.log() / 4, cond)[:, : x.shape[1]].to(x.dtype)
+        return self.sigma_data**2 / total * x + s * self.sigma_data / total.sqrt() * out
+
+
+class FlowDenoiser:
+    """Rectified flow (arXiv:2209.03003): x_t = (1-t)*x0 + t*n, the network predicts n - x0 at 1000*t.
+
+    In variance-exploding coordinates sigma = t/(1-t) and x_t = x/(1+sigma).
+    """
+
+    def __init__(self, network: Network, sigma_min: float = 0.002, sigma_max: float = 160.0):
+        self.network, self.sigma_min, self.sigma_max = network, sigma_min, sigma_max
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        s = per_sample(sigma, x)
+        x_t = x / (1 + s)
+        out = call_network(self.network, x_t, 1000 * sigma / (1 + sigma), cond)[:, : x.shape[1]].to(x.dtype)
+        return x_t - s / (1 + s) * out

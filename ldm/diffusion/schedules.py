@@ -1,0 +1,88 @@
+"""Noise tables of trained models, and the descending sigmas that samplers visit.
+
+sigma = sqrt((1 - alphas_cumprod) / alphas_cumprod): the noise level in variance-exploding coordinates x = x0 + sigma*n.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
+
+
+def make_betas(
+    schedule: str = "linear",
+    timesteps: int = 1000,
+    linear_start: float = 1e-4,
+    linear_end: float = 2e-2,
+    cosine_s: float = 8e-3,
+) -> Tensor:
+    """Betas (timesteps,) in float64, named as CompVis names them.
+
+    `linear` is linear in sqrt(beta) (diffusers: scaled_linear); `sqrt_linear` is linear in beta (guided-diffusion:
+    linear); `sqrt` is the square root of the latter; `cosine` is arXiv:2102.09672, equation 17, clipped at 0.999.
+    """
+    if schedule == "linear":
+        return torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
+    if schedule == "sqrt_linear":
+        return torch.linspace(linear_start, linear_end, timesteps, dtype=torch.float64)
+    if schedule == "sqrt":
+        return torch.linspace(linear_start, linear_end, timesteps, dtype=torch.float64) ** 0.5
+    if schedule == "cosine":
+        time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps + cosine_s
+        alphas = torch.cos(time / (1 + cosine_s) * math.pi / 2) ** 2
+        return (1 - alphas[1:] / alphas[:-1]).clamp(0, 0.999)
+    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+
+
+def sigmas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:
+    """The sigma table (T,), ascending, of alphas_cumprod (T,)."""
+    return ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
+
+
+def table_timesteps(length: int, steps: int, spacing: str = "trailing") -> list[int]:
+    """Ascending indices into a table of `length` entries.
+
+    `trailing` divides (0, length] evenly and ends at the noisiest entry; `uniform` divides [0, length-1] evenly and
+    holds both ends; `legacy` is CompVis' `range(0, length, length // steps) + 1`, kept for parity: it can give one
+    step more than asked for, and is refused where it would leave the table.
+    """
+    if not 1 <= steps <= length:
+        raise ValueError(f"steps must be in 1..{length}, the length of the model's noise table; got {steps}")
+    if spacing == "trailing":
+        indices = [round(length - i * length / steps) - 1 for i in range(steps)][::-1]
+    elif spacing == "uniform":
+        indices = [round(i * (length - 1) / max(steps - 1, 1)) for i in range(steps)] if steps > 1 else [length - 1]
+    elif spacing == "legacy":
+        indices = [i + 1 for i in range(0, length, length // steps)]
+        if indices[-1] >= length:
+            raise ValueError(f"the legacy spacing leaves a table of {length} at {steps} steps; use 'trailing'")
+    else:
+        raise ValueError(f"spacing must be trailing, uniform or legacy; got {spacing!r}")
+    return indices
+
+
+def table_sigmas(table: Tensor, steps: int, spacing: str = "trailing") -> Tensor:
+    """Descending sigmas (steps+1,) taken from a model's own table (T,), ending at 0.
+
+    The `legacy` spacing ends at table[0] > 0 instead of 0, as the published DDIM sampler does.
+    """
+    visited = table[table_timesteps(len(table), steps, spacing)].flip(0)
+    last = table[:1] if spacing == "legacy" else torch.zeros_like(table[:1])
+    return torch.cat([visited, last])
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Descending sigmas (steps+1,), ending at 0 (EDM, arXiv:2206.00364, equation 5)."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)]).float()
+
+
+def exponential_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Descending sigmas (steps+1,) evenly spaced in log sigma, ending at 0."""
+    ramp = torch.linspace(math.log(sigma_max), math.log(sigma_min), steps, dtype=torch.float64).exp()
+    return torch.cat([ramp, torch.zeros(1, dtype=torch.float64)]).float()
