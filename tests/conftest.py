@@ -28,3 +28,11 @@ def oracle(shared: Path) -> Path:
 @pytest.fixture(scope="session")
 def demo_slide() -> Path:
     return ROOT / "data" / "demo" / "CMU-1-Small-Region.svs"
+
+
+@pytest.fixture(scope="session")
+def tiny_store(demo_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo slide as a tile store of 256 px tiles side by side, background tiles included. Do not write to it."""
+    from data_prep.tile_slides import tile_slide
+
+    return tile_slide(demo_slide, tmp_path_factory.mktemp("cohort"), keep_background=1.0)

@@ -1,0 +1,70 @@
+"""Finds out before any work starts whether a TIFF file (SVS, OME-TIFF, ...) was cut short."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+_TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+_OFFSETS, _COUNTS = (273, 324), (279, 325)  # strips, tiles
+_NDPI_TAG = 65420  # NDPI keeps the high half of its offsets elsewhere: OpenSlide's business
+_MAX_DIRECTORIES = 4096
+
+
+def missing_bytes(path: Path | str) -> str:
+    """What the TIFF at `path` points to beyond its end, in words; "" when nothing is missing or it is no TIFF.
+
+    Walks the chain of directories and checks each one's tag values, strips and tiles against the size of the file.
+    """
+    path = Path(path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(16)
+        if head[:2] not in (b"II", b"MM") or len(head) < 8:
+            return ""
+        order = "<" if head[:2] == b"II" else ">"
+        magic = struct.unpack(order + "H", head[2:4])[0]
+        if magic not in (42, 43) or (magic == 43 and len(head) < 16):
+            return ""
+        big = magic == 43
+        word, entry_bytes, count_format = ("Q", 20, "Q") if big else ("I", 12, "H")
+        word_bytes, count_bytes = struct.calcsize(word), struct.calcsize(count_format)
+        offset = struct.unpack(order + word, head[8:16] if big else head[4:8])[0]
+        for directory in range(_MAX_DIRECTORIES):
+            if offset == 0:
+                return ""
+            file.seek(offset)
+            raw = file.read(count_bytes)
+            if len(raw) < count_bytes:
+                return f"directory {directory} should be at byte {offset}"
+            entries = struct.unpack(order + count_format, raw)[0]
+            body = file.read(entries * entry_bytes + word_bytes)
+            if len(body) < entries * entry_bytes + word_bytes:
+                return f"directory {directory} at byte {offset} is cut off"
+            data: dict[int, tuple[int, ...]] = {}
+            for i in range(entries):
+                entry = body[i * entry_bytes : (i + 1) * entry_bytes]
+                tag, kind, count = struct.unpack(order + "HH" + word, entry[: 4 + word_bytes])
+                value_bytes = _TYPE_BYTES.get(kind, 1) * count
+                if tag == _NDPI_TAG:
+                    return ""
+                value = entry[4 + word_bytes :]
+                if value_bytes > word_bytes:
+                    start = struct.unpack(order + word, value)[0]
+                    if start + value_bytes > size:
+                        return f"tag {tag} of directory {directory} should be at byte {start}"
+                    if tag in (*_OFFSETS, *_COUNTS):
+                        here = file.tell()
+                        file.seek(start)
+                        value = file.read(value_bytes)
+                        file.seek(here)
+                if tag in (*_OFFSETS, *_COUNTS):
+                    letter = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}[kind]
+                    data[tag] = struct.unpack(f"{order}{count}{letter}", value[:value_bytes])
+            for offsets, counts in zip(_OFFSETS, _COUNTS):
+                ends = (o + c for o, c in zip(data.get(offsets, ()), data.get(counts, ())) if c)
+                end = max(ends, default=0)
+                if end > size:
+                    return f"pixels of directory {directory} should reach byte {end}"
+            offset = struct.unpack(order + word, body[-word_bytes:])[0]
+    return ""
