@@ -1,0 +1,32 @@
+"""HistoLDM: latent diffusion for histopathology and medical imaging.
+
+    import ldm
+    model = ldm.load_model("model_folder")
+    tiles = ldm.sample(model, ldm.condition(model, features=features), seed=0)      # (N,3,H,W) in [-1,1]
+    image = ldm.large_image(model, grid, size=(1024, 1024), seed=0)                 # grid (rows, cols, D)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "load_model": "ldm.model_folder",
+    "export": "ldm.model_folder",
+    "condition": "ldm.inference",
+    "sample": "ldm.inference",
+    "large_image": "ldm.inference",
+    "to_uint8": "ldm.inference",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:  # torch is imported when it is first needed, so that `--help` answers at once
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'ldm' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,172 @@
+"""The console command `histoldm`: thin commands over the Python face."""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm.errors import UserError, run_command
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+                  help="Latent diffusion for histopathology: tiles and slide-sized images from a trained model.")  # fmt: skip
+
+Solver = Enum("Solver", {name: name for name in ("dpmpp_2m", "ddim", "euler", "heun")}, type=str)
+Schedule = Enum("Schedule", {name: name for name in ("trailing", "uniform", "karras", "exponential")}, type=str)
+Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
+Mode = Enum("Mode", {name: name for name in ("shifted", "overlap")}, type=str)
+Interpolation = Enum("Interpolation", {name: name for name in ("linear", "slerp", "nearest")}, type=str)
+
+ModelOption = Annotated[Path, typer.Option("--model", help="Model folder (or a training run's folder).")]
+FeaturesOption = Annotated[
+    Path, typer.Option("--features", help="Features: .npy, .h5 (CLAM, TRIDENT), .pt, or a tile store (.zarr).")
+]
+FeatureOption = Annotated[
+    str | None, typer.Option("--feature", help="Name of the feature in a tile store; needed where it has several.")
+]
+StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
+SolverOption = Annotated[Solver, typer.Option("--solver", help="dpmpp_2m is the fastest to a good image.")]
+ScheduleOption = Annotated[Schedule, typer.Option("--schedule", help="Where the steps lie on the noise schedule.")]
+EtaOption = Annotated[float, typer.Option("--eta", min=0, max=1, help="Stochasticity of --solver ddim.")]
+GuidanceOption = Annotated[float, typer.Option("--guidance-scale", help="1 follows the condition without guidance.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="The same seed gives the same image at any batch size.")]
+BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Tiles or windows per network call.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps.")]
+PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Of the network's arithmetic.")]
+
+
+def pick_device(name: str) -> str:
+    """The device a command runs on; UserError if it is not there."""
+    import torch
+
+    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    if name == "auto":
+        return available[-1] if available[-1] == "mps" else available[min(1, len(available) - 1)]
+    if name not in available and not (name == "cuda" and len(available) > 1):
+        raise UserError(f"device '{name}' is not on this machine; it has {', '.join(available)}.")
+    return name
+
+
+@app.command()
+def sample(
+    model: ModelOption,
+    features: FeaturesOption,
+    out: Annotated[Path, typer.Option("--out", help="Folder for the tiles, their list and a contact sheet.")],
+    feature: FeatureOption = None,
+    where: Annotated[
+        list[str] | None, typer.Option("--where", help="Selection in a tile store, label=value, as split=val.")
+    ] = None,
+    count: Annotated[int | None, typer.Option("--count", min=1, help="At most this many, evenly chosen.")] = None,
+    steps: StepsOption = 20,
+    solver: SolverOption = Solver.dpmpp_2m,
+    schedule: ScheduleOption = Schedule.trailing,
+    eta: EtaOption = 1.0,
+    guidance_scale: GuidanceOption = 2.0,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = Precision.fp32,
+) -> None:
+    """Generate one tile for each feature vector.
+
+    Example: histoldm sample --model data/models/demo-ssl --features store.zarr --where split=val --out tiles
+    """
+    from ldm.commands import sample_tiles
+
+    sample_tiles(
+        model, features, out, feature, where or [], count, pick_device(device), steps=steps, solver=solver.value,
+        schedule=schedule.value, eta=eta, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size,
+        precision=precision.value,
+    )  # fmt: skip
+
+
+@app.command("large-image")
+def large_image(
+    model: ModelOption,
+    features: FeaturesOption,
+    out: Annotated[
+        list[Path], typer.Option("--out", help="Output file: .png, .tif (pyramid), .ome.zarr. May be repeated.")
+    ],
+    feature: FeatureOption = None,
+    region: Annotated[
+        str | None, typer.Option("--region", help="x,y,width,height of the slide, level-0 px, for a tile store or .h5.")
+    ] = None,
+    size: Annotated[str | None, typer.Option("--size", help="height,width in px; by default what the grid spans.")] = None,
+    mode: Annotated[Mode, typer.Option("--mode", help="shifted windows, or overlap as published (slow).")] = Mode.shifted,
+    stride: Annotated[int | None, typer.Option("--stride", help="Of --mode overlap, in px.")] = None,
+    interpolation: Annotated[Interpolation, typer.Option("--interpolation", help="Between the grid's features.")] = (
+        Interpolation.linear
+    ),
+    mpp: Annotated[float | None, typer.Option("--mpp", help="Micrometres per pixel to write; default the model's.")] = None,
+    steps: StepsOption = 20,
+    solver: SolverOption = Solver.dpmpp_2m,
+    schedule: ScheduleOption = Schedule.trailing,
+    eta: EtaOption = 1.0,
+    guidance_scale: GuidanceOption = 2.0,
+    seed: SeedOption = 0,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = Precision.fp32,
+) -> None:
+    """Generate one image of any size from a grid of features; features[row, col] conditions the image there.
+
+    Example: histoldm large-image --model M --features store.zarr --region 896,1472,1024,1024 --out image.tif
+    """
+    from ldm.commands import generate_large_image
+
+    generate_large_image(
+        model, features, out, feature, _integers(region, 4, "--region", "x,y,width,height"),
+        _integers(size, 2, "--size", "height,width"), mpp, pick_device(device), mode=mode.value, stride=stride,
+        interpolation=interpolation.value, steps=steps, solver=solver.value, schedule=schedule.value, eta=eta,
+        guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, precision=precision.value,
+    )  # fmt: skip
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or one of its checkpoints.")],
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
+) -> None:
+    """Make a model folder of a training run: what every command takes and what you share.
+
+    Example: histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl
+    """
+    import torch
+
+    from ldm.model_folder import export as export_run
+
+    folder = export_run(run, out, torch.float16 if half else None)
+    print(f"wrote {folder}")
+
+
+def _integers(text: str | None, count: int, option: str, form: str) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) != count or not all(part.strip().isdigit() for part in parts):
+        raise UserError(f"{option} takes {form} as {count} whole numbers; got '{text}'.")
+    return tuple(int(part) for part in parts)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
+    import click
+
+    def run() -> None:
+        try:
+            app(standalone_mode=False)
+        except click.exceptions.Exit as stop:
+            sys.exit(stop.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.Abort:
+            raise KeyboardInterrupt from None
+
+    sys.exit(run_command(run))

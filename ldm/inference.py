@@ -1,0 +1,204 @@
+"""What notebooks, other people's scripts and the commands use: images from a trained model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.conditioners.field import FeatureField
+from ldm.diffusion import samplers, schedules
+from ldm.diffusion.denoiser import Cond, Denoiser
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.tiled import shifted, tiled
+from ldm.errors import UserError
+from ldm.rng import canvas_noise, fold, sample_noise
+
+if TYPE_CHECKING:
+    from ldm.latent_diffusion import LatentDiffusion
+
+SOLVERS = ("dpmpp_2m", "ddim", "euler", "heun")
+SCHEDULES = ("trailing", "uniform", "karras", "exponential")
+MODES = ("shifted", "overlap")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def sampling_sigmas(model: LatentDiffusion, steps: int, schedule: str = "trailing") -> Tensor:
+    """Descending sigmas (steps+1,) for a model: from its own table (trailing, uniform), karras or exponential."""
+    denoiser = model.denoiser()
+    discrete = hasattr(denoiser, "table")
+    if not 1 <= steps <= (len(model.sigmas) if discrete else 10_000):
+        raise UserError(f"steps must be in 1..{len(model.sigmas) if discrete else 10_000}; got {steps}.")
+    if schedule not in SCHEDULES:
+        raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}; got '{schedule}'.")
+    if schedule in ("trailing", "uniform") and discrete:
+        return schedules.table_sigmas(model.sigmas, steps, schedule)
+    make = schedules.exponential_sigmas if schedule == "exponential" else schedules.karras_sigmas
+    return make(steps, denoiser.sigma_min, denoiser.sigma_max).to(model.sigmas)
+
+
+def run_solver(
+    solver: str, denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: samplers.Noise, eta: float,
+    progress: samplers.Callback,
+) -> Tensor:  # fmt: skip
+    """One of SOLVERS by name."""
+    if solver == "ddim":
+        return samplers.sample_ddim(denoiser, x, sigmas, cond, noise, eta, progress)
+    if solver not in SOLVERS:
+        raise UserError(f"solver must be one of {', '.join(SOLVERS)}; got '{solver}'.")
+    return getattr(samplers, f"sample_{solver}")(denoiser, x, sigmas, cond, progress)
+
+
+def guided_denoiser(model: LatentDiffusion, guidance_scale: float, precision: str) -> Denoiser:
+    """The model's denoiser under classifier-free guidance."""
+    if precision not in PRECISIONS:
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; got '{precision}'.")
+    denoiser = model.denoiser(PRECISIONS[precision])
+    if guidance_scale != 1.0 and model.cond_stage_model is None:
+        raise UserError(f"an unconditional model has no guidance; set the guidance scale to 1 (got {guidance_scale}).")
+    return cfg(denoiser, model.null_condition(), guidance_scale)
+
+
+@torch.no_grad()
+def condition(model: LatentDiffusion, features: Any = None) -> Cond:
+    """The condition of SSL features (N,D), array or tensor, for `sample`."""
+    if features is None:
+        if model.cond_stage_model is not None:
+            raise UserError("the model is conditioned on SSL features; pass features=(N, D).")
+        return {}
+    features = torch.as_tensor(np.asarray(features), dtype=torch.float32)
+    if features.ndim != 2:
+        raise UserError(f"features have shape (N, D); got {tuple(features.shape)}.")
+    if model.cond_stage_model is None:
+        raise UserError("the model is unconditional; it takes no features.")
+    return model.condition({model.cond_stage_model.key: features.to(model.device)})
+
+
+@torch.no_grad()
+def sample(
+    model: LatentDiffusion,
+    cond: Cond | None = None,
+    count: int | None = None,
+    steps: int = 20,
+    solver: str = "dpmpp_2m",
+    guidance_scale: float = 2.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    schedule: str = "trailing",
+    eta: float = 1.0,
+    precision: str = "fp32",
+    progress: bool = True,
+) -> Tensor:
+    """Sample tiles: (N,3,H,W) in [-1,1] on the CPU.
+
+    cond: a condition of N samples, or of one that `count` samples share (None for unconditional models). Image i
+    depends on `seed`, i and its condition, not on batch_size (to rounding). eta: stochasticity of solver ddim.
+    """
+    given = next((len(value) for value in (cond or {}).values()), None)
+    count = count or given or 1
+    if given not in (None, 1, count):
+        raise UserError(f"the condition is of {given} samples, count asks for {count}; give one condition, or equal.")
+    cond = {part: value.expand(count, *value.shape[1:]) for part, value in (cond or {}).items()}
+    if batch_size < 1:
+        raise UserError(f"batch size must be at least 1; got {batch_size}.")
+    denoiser = guided_denoiser(model, guidance_scale if cond else 1.0, precision)
+    sigmas = sampling_sigmas(model, steps, schedule)
+    shape = (model.channels, model.image_size, model.image_size)
+    images = []
+    with tqdm(total=count * steps, desc="sample", unit="step", disable=not progress) as bar:
+        for start in range(0, count, batch_size):
+            rows = range(start, min(start + batch_size, count))
+            seeds = [fold(seed, row) for row in rows]
+            part = {name: value[rows.start : rows.stop] for name, value in cond.items()}
+            x = sample_noise(seeds, shape).to(model.device) * sigmas[0]
+            x = run_solver(
+                solver, denoiser, x, sigmas, part, _tile_noise(seeds, shape), eta,
+                lambda i, x, x0: bar.update(len(x)),
+            )  # fmt: skip
+            images.append(model.decode(x).clamp(-1, 1).cpu())
+    return torch.cat(images)
+
+
+def _tile_noise(seeds: Sequence[int], shape: Sequence[int]) -> samplers.Noise:
+    return lambda step: sample_noise(seeds, shape, stream=step + 1)
+
+
+@torch.no_grad()
+def large_image(
+    model: LatentDiffusion,
+    features: Any,
+    size: tuple[int, int] | None = None,
+    mode: str = "shifted",
+    steps: int = 20,
+    solver: str = "dpmpp_2m",
+    guidance_scale: float = 2.0,
+    seed: int = 0,
+    batch_size: int = 16,
+    schedule: str = "trailing",
+    eta: float = 1.0,
+    precision: str = "fp32",
+    interpolation: str = "linear",
+    stride: int | None = None,
+    background: Any = None,
+    progress: bool = True,
+) -> Tensor:
+    """An image of any size from a grid of SSL features: (1,3,height,width) in [-1,1] on the CPU.
+
+    features (rows, cols, D): the entry at [row, col] conditions the image there. The first tile of the grid lies in
+    the upper left corner, the last in the lower right. Rows of NaN are holes; they take `background` (D,), or the
+    nearest known feature.
+
+    Args:
+        size: (height, width) in pixels, multiples of the first stage's downsampling; by default adjoining tiles.
+        mode: `shifted`: adjoining windows at an offset drawn anew at every step; `overlap`: windows every `stride`
+            pixels, averaged (the published procedure; 16 times the work at the default stride of a quarter tile).
+        interpolation: between the features of the grid: linear, slerp, nearest.
+    """
+    factor, window = model.first_stage_model.downsampling, model.image_size
+    tile = window * factor
+    features = torch.as_tensor(np.asarray(features), dtype=torch.float32)
+    if features.ndim != 3:
+        raise UserError(f"a large image takes a grid of features (rows, cols, D); got shape {tuple(features.shape)}.")
+    if model.cond_stage_model is None:
+        raise UserError("the model is unconditional; a large image needs one conditioned on features.")
+    height, width = size or (features.shape[0] * tile, features.shape[1] * tile)
+    if height % factor or width % factor or min(height, width) < tile:
+        raise UserError(
+            f"the size must be at least one tile of {tile} px and a multiple of {factor} px; got {height}x{width}."
+        )
+    if mode not in MODES:
+        raise UserError(f"mode must be one of {', '.join(MODES)}; got '{mode}'.")
+    if stride is not None and (mode != "overlap" or stride % factor or not factor <= stride <= tile):
+        raise UserError(f"stride goes with mode 'overlap' and is a multiple of {factor} px up to {tile}; got {stride}.")
+    canvas = (height // factor, width // factor)
+    if background is not None:
+        background = torch.as_tensor(np.asarray(background), dtype=torch.float32)
+    field = FeatureField(features, canvas, window, interpolation, background)
+
+    def window_condition(corners: Sequence[tuple[int, int]]) -> Mapping[str, Tensor]:
+        return model.condition({model.cond_stage_model.key: field.at(corners).to(model.device)})
+
+    windows = guided_denoiser(model, guidance_scale, precision)
+    if mode == "shifted":
+        denoiser = shifted(windows, window, window_condition, batch_size, seed, model.device)
+    else:
+        step = (stride or tile // 4) // factor
+        denoiser = tiled(windows, window, step, window_condition, batch_size, model.device)
+    sigmas = sampling_sigmas(model, steps, schedule)
+
+    def noise(step: int) -> Tensor:
+        return canvas_noise(seed, model.channels, *canvas, stream=step + 1)
+
+    x = canvas_noise(seed, model.channels, *canvas).to(model.device) * sigmas[0]
+    with tqdm(total=steps, desc="large image", unit="step", disable=not progress) as bar:
+        x = run_solver(solver, denoiser, x, sigmas, {}, noise, eta, lambda i, x, x0: bar.update())
+    return model.decode(x).clamp(-1, 1).cpu()
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images (N,3,H,W) in [-1,1] as uint8 (N,H,W,3)."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -1,0 +1,275 @@
+"""The one place where first stage, network, noise schedule and conditioner meet: the LightningModule that trains."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from ldm.config import instantiate_from_config
+from ldm.diffusion import schedules
+from ldm.diffusion.denoiser import PARAMETERIZATIONS, Cond, Denoiser, EDMDenoiser, FlowDenoiser, TableDenoiser
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.losses import denoising_loss, error_scale, min_snr_scale
+from ldm.diffusion.samplers import sample_dpmpp_2m
+from ldm.errors import UserError
+from ldm.model_folder import load_weights
+from ldm.networks.ema import EMA
+from ldm.rng import generator, sample_noise, training_generator
+
+VALIDATION_STREAM = 0x76616C
+
+
+class DiffusionWrapper(nn.Module):
+    """Holds the network as `diffusion_model`, the name under which published checkpoints know it."""
+
+    def __init__(self, diffusion_model: nn.Module):
+        super().__init__()
+        self.diffusion_model = diffusion_model
+
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return self.diffusion_model(*args, **kwargs)
+
+
+class LatentDiffusion(pl.LightningModule):
+    """Latent diffusion (arXiv:2112.10752) with any network, first stage and conditioner, built from config nodes.
+
+    Attributes `model.diffusion_model`, `first_stage_model`, `cond_stage_model`, `scale_factor`, `model_ema` keep the
+    names of published checkpoints.
+
+    Args:
+        unet_config: node of the network, called as network(x, timesteps, context=..., y=..., vector=...).
+        first_stage_config: node of the first stage; it stays frozen.
+        cond_stage_config: node of the conditioner, trained along; none for an unconditional model.
+        parameterization: what the network predicts: eps, v, x0 (on the table below), edm or flow (continuous).
+        beta_schedule, timesteps, linear_start, linear_end, cosine_s: the noise table (`ldm.diffusion.schedules`).
+        loss_type: l2 or l1 on the network's error. min_snr_gamma: min-SNR weighting (arXiv:2303.09556).
+        sigma_data, p_mean, p_std: EDM's data scale and its log-normal training noise (arXiv:2206.00364, table 1).
+        scale_factor: multiplies first-stage latents. scale_by_std: set it to 1/std of the first training batch.
+        use_ema, ema_decay: average the network's weights; samples and validation use the average.
+        weight_decay, warmup_steps, decay_steps: AdamW; linear warm-up, then constant, or cosine decay to zero at
+            decay_steps.
+        ckpt_path: weights to start from: a model folder or a checkpoint; parts that it lacks start fresh.
+        monitor: what the best checkpoint is chosen by. seed: of noise levels, noise and condition dropout.
+    """
+
+    def __init__(
+        self,
+        unet_config: Mapping[str, Any],
+        first_stage_config: Mapping[str, Any],
+        cond_stage_config: Mapping[str, Any] | None = None,
+        parameterization: str = "eps",
+        beta_schedule: str = "linear",
+        timesteps: int = 1000,
+        linear_start: float = 1e-4,
+        linear_end: float = 2e-2,
+        cosine_s: float = 8e-3,
+        loss_type: str = "l2",
+        min_snr_gamma: float | None = None,
+        sigma_data: float = 1.0,
+        p_mean: float = -1.2,
+        p_std: float = 1.2,
+        scale_factor: float = 1.0,
+        scale_by_std: bool = False,
+        use_ema: bool = True,
+        ema_decay: float = 0.9999,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        decay_steps: int | None = None,
+        ckpt_path: str | None = None,
+        monitor: str = "val/loss",
+        seed: int | None = None,
+    ):
+        super().__init__()
+        if parameterization not in PARAMETERIZATIONS:
+            raise UserError(
+                f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}; got '{parameterization}'."
+            )
+        if beta_schedule not in schedules.SCHEDULES:
+            raise UserError(f"beta_schedule must be one of {', '.join(schedules.SCHEDULES)}; got '{beta_schedule}'.")
+        if loss_type not in ("l1", "l2"):
+            raise UserError(f"loss_type must be l1 or l2; got '{loss_type}'.")
+        self.parameterization, self.loss_type, self.min_snr_gamma = parameterization, loss_type, min_snr_gamma
+        self.sigma_data, self.p_mean, self.p_std = sigma_data, p_mean, p_std
+        self.weight_decay, self.warmup_steps, self.decay_steps = weight_decay, warmup_steps, decay_steps
+        self.monitor, self.learning_rate = monitor, 1e-4
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.metadata: dict[str, Any] = {}
+
+        self.model = DiffusionWrapper(instantiate_from_config(unet_config))
+        self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
+        self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
+        self.image_size = self.model.diffusion_model.image_size
+        self.channels = self.first_stage_model.channels
+
+        self._table = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
+        self.register_buffer("sigmas", None, persistent=False)
+        self.build_noise_table()
+        self.scale_by_std = scale_by_std
+        if scale_by_std:
+            self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+        else:
+            self.scale_factor = float(scale_factor)
+        self.model_ema = EMA(self.model, ema_decay) if use_ema else None
+        if ckpt_path is not None:
+            load_weights(self, ckpt_path)
+            if self.model_ema is not None:  # the average restarts at the weights that training starts from
+                self.model_ema = EMA(self.model, ema_decay)
+
+    def build_noise_table(self) -> None:
+        """Compute `sigmas` (timesteps,), the ascending noise levels of the training schedule; checkpoints lack them."""
+        alphas_cumprod = (1 - schedules.make_betas(*self._table)).cumprod(0)
+        self.sigmas = schedules.sigmas_from_alphas_cumprod(alphas_cumprod).float()
+
+    # --- the callables of the design: denoiser, condition, encode, decode -----------------------------------------
+
+    def make_denoiser(self, network: Callable[..., Tensor]) -> Denoiser:
+        """`network` as denoiser(x, sigma, cond) -> x0, with this model's parameterisation and noise table."""
+        if self.parameterization == "edm":
+            return EDMDenoiser(network, self.sigma_data)
+        if self.parameterization == "flow":
+            return FlowDenoiser(network)
+        return TableDenoiser(network, self.sigmas, self.parameterization)
+
+    def denoiser(self, precision: torch.dtype = torch.float32) -> Denoiser:
+        """The model as denoiser(x, sigma, cond) -> x0; below float32 the network runs under autocast."""
+        if precision == torch.float32:
+            return self.make_denoiser(self.model)
+
+        def network(*args: Tensor, **kwargs: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, dtype=precision):
+                return self.model(*args, **kwargs).float()
+
+        return self.make_denoiser(network)
+
+    def condition(self, batch: Mapping[str, Tensor], drop: Tensor | None = None) -> Cond:
+        """The condition of a batch; samples where drop (B,) is true get the unconditional value."""
+        return {} if self.cond_stage_model is None else self.cond_stage_model(batch, drop)
+
+    def null_condition(self) -> Cond:
+        """The unconditional condition of one sample."""
+        return {} if self.cond_stage_model is None else self.cond_stage_model.null()
+
+    def encode(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
+        """Scaled latents (B,C,h,w) of images (B,3,H,W) in [-1,1]: the posterior's mode, or a sample if rng is given."""
+        with torch.no_grad():
+            return self.scale_factor * self.first_stage_model.latent(images, rng)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B,3,H,W) of scaled latents (B,C,h,w)."""
+        return self.first_stage_model.decode(latents / self.scale_factor)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def latents_of(self, batch: Mapping[str, Tensor], rng: torch.Generator | None = None) -> Tensor:
+        """Scaled latents of a batch, from its cached `latent` where there is one, else from its `image`."""
+        if "latent" in batch:
+            return self.scale_factor * batch["latent"]
+        if "image" not in batch:
+            raise UserError(f"training needs 'latent' or 'image' in the data; they give {', '.join(batch)}.")
+        return self.encode(batch["image"], rng)
+
+    def training_sigmas(self, count: int, rng: torch.Generator) -> Tensor:
+        """Noise levels (count,) as this parameterisation is trained: uniform on the table, log-normal, or uniform t."""
+        if self.parameterization == "edm":
+            return (self.p_mean + self.p_std * torch.randn(count, generator=rng, device=self.device)).exp()
+        if self.parameterization == "flow":  # logit-normal t = sigmoid(n) is sigma = exp(n) (arXiv:2403.03206)
+            return torch.randn(count, generator=rng, device=self.device).exp()
+        return self.sigmas[torch.randint(len(self.sigmas), (count,), generator=rng, device=self.device)]
+
+    def loss(self, batch: Mapping[str, Tensor], rng: torch.Generator, dropout: bool = True) -> Tensor:
+        """Denoising loss (B,) of a batch at noise levels, noise and condition dropout drawn from rng."""
+        x0 = self.latents_of(batch, rng)
+        drop = None
+        if dropout and self.cond_stage_model is not None:
+            drop = torch.rand(len(x0), generator=rng, device=self.device) < self.cond_stage_model.dropout
+        sigma = self.training_sigmas(len(x0), rng)
+        noise = torch.randn(x0.shape, generator=rng, device=self.device)
+        scale = error_scale(self.parameterization, sigma, self.sigma_data)
+        losses = denoising_loss(
+            self.make_denoiser(self.model), x0, sigma, noise, self.condition(batch, drop), scale, self.loss_type
+        )
+        if self.min_snr_gamma is not None:
+            losses = losses * min_snr_scale(sigma, self.min_snr_gamma, self.parameterization)
+        return losses
+
+    def on_fit_start(self) -> None:
+        self.metadata |= getattr(self.trainer.datamodule, "metadata", {})
+
+    def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        if self.scale_by_std and self.trainer.fit_loop.total_batch_idx == 0:
+            std = (self.latents_of(batch) / self.scale_factor).std()
+            self.scale_factor.copy_(1 / self.trainer.strategy.reduce(std, reduce_op="mean"))
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        step = self.trainer.fit_loop.total_batch_idx
+        rng = training_generator(self.seed, self.global_rank, step, self.device)
+        loss = self.loss(batch, rng).mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.model_ema is not None:
+            self.model_ema.update(self.model)
+
+    @torch.no_grad()
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """The loss of the averaged weights at the same noise levels and noise in every validation."""
+        rng = generator(VALIDATION_STREAM, self.global_rank, batch_idx, device=self.device)
+        with self.averaged_weights():
+            losses = self.loss(batch, rng, dropout=False)
+        self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
+
+    def averaged_weights(self) -> Any:
+        """A context in which the network has its averaged weights, if an average is kept."""
+        return nullcontext() if self.model_ema is None else self.model_ema.averaged(self.model)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        parameters = list(self.model.parameters())
+        if self.cond_stage_model is not None:
+            parameters += [p for p in self.cond_stage_model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _learning_rate_factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.decay_steps is None:
+            return 1.0
+        done = (step - self.warmup_steps) / max(self.decay_steps - self.warmup_steps, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["histoldm_metadata"] = self.metadata
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.metadata = checkpoint.get("histoldm_metadata", {})
+
+    @torch.no_grad()
+    def log_images(self, batch: Mapping[str, Tensor], n: int = 8) -> dict[str, Tensor]:
+        """Inputs, reconstructions, and samples under the batch's conditions without and with guidance, (n,3,H,W)."""
+        batch = {key: value[:n] for key, value in batch.items()}
+        latents = self.latents_of(batch)
+        images = {"reconstructions": self.decode(latents)}
+        if "image" in batch:
+            images = {"inputs": batch["image"], **images}
+        plain = self.denoiser()
+        sigmas = schedules.table_sigmas(self.sigmas, 20)
+        if self.parameterization in ("edm", "flow"):
+            sigmas = schedules.karras_sigmas(20, plain.sigma_min, plain.sigma_max).to(latents)
+        start = sample_noise(range(len(latents)), latents.shape[1:]).to(latents) * sigmas[0]
+        cond = self.condition(batch)
+        with self.averaged_weights():
+            images["samples"] = self.decode(sample_dpmpp_2m(plain, start, sigmas, cond))
+            if cond:
+                guided = cfg(plain, self.null_condition(), 2.0)
+                images["samples_guided"] = self.decode(sample_dpmpp_2m(guided, start, sigmas, cond))
+        return images

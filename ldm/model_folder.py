@@ -1,0 +1,179 @@
+"""Model folders: what a user keeps and shares. `model.safetensors`, and `config.yaml` with everything else it needs.
+
+    model: {target, params}     builds the module; nothing in it points outside the folder
+    metadata: {...}             encoder and licence, mpp, tile size, training provenance
+
+Checkpoints (`.ckpt`) are for resuming; `export` makes a model folder of one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ldm.autoencoder.weights import read_state_dict
+from ldm.config import instantiate_from_config, load_config, save_config
+from ldm.errors import UserError
+
+FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
+PREFIX = {"model": "model.", "first stage": "first_stage_model.", "conditioner": "cond_stage_model."}
+
+
+def write_model_folder(
+    folder: str | Path, node: Mapping[str, Any], state: Mapping[str, Tensor], metadata: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+) -> Path:  # fmt: skip
+    """Write a model folder whole or not at all; an existing model folder there is replaced.
+
+    dtype: store floating tensors in this precision (float16 halves the file); they are read back as float32.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / "config.yaml").exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} exists and is not a model folder; give another --out.")
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}. Give a folder that can be written.") from error
+    tensors = {
+        name: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
+        for name, value in state.items()
+    }
+    save_file(tensors, part / "model.safetensors")
+    save_config({"model": node, "metadata": metadata}, part / "config.yaml")
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(part, folder)
+    return folder
+
+
+def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model node and the metadata of a model folder."""
+    folder = Path(folder)
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder} is not a model folder: it has no config.yaml. A model folder holds config.yaml and "
+            "model.safetensors; `histoldm export RUN_FOLDER --out FOLDER` makes one of a training run."
+        )
+    config = load_config([folder / "config.yaml"])
+    if "model" not in config:
+        raise UserError(f"{folder / 'config.yaml'} has no `model: {{target, params}}`.")
+    return config["model"], config.get("metadata", {})
+
+
+def load_first_stage(folder: str) -> nn.Module:
+    """The frozen first stage of a model folder, as a plain module in eval mode with float32 weights."""
+    node, _ = read_model_folder(folder)
+    module = instantiate_from_config(node)
+    state = read_state_dict(folder)
+    _check_names(state, module.state_dict(), folder)
+    module.load_state_dict({name: value.float() for name, value in state.items()})
+    return module.eval().requires_grad_(False)
+
+
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """A LatentDiffusion in eval mode from a model folder, a run folder or one of its checkpoints.
+
+    The averaged weights are used where there are any. Errors: not a model folder, missing weight file, weights that
+    do not fit the config.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"model {path} does not exist.")
+    checkpoint = path if path.is_file() else path / "checkpoints" / "last.ckpt"
+    if checkpoint.is_file():
+        node, metadata, state = _of_checkpoint(checkpoint)
+    else:
+        node, metadata = read_model_folder(path)
+        if not (path / "model.safetensors").is_file():
+            raise UserError(f"{path} has no model.safetensors; copy the whole model folder, its weights too.")
+        state = read_state_dict(path)
+    with torch.device("meta"):
+        model = instantiate_from_config(node)
+    _check_names(state, model.state_dict(), path)
+    model.to_empty(device="cpu")
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
+    model.build_noise_table()
+    model.metadata = metadata
+    return model.to(device).eval().requires_grad_(False)
+
+
+def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
+    """Make a model folder of a run folder or checkpoint: averaged weights, first stage and conditioner included."""
+    path = Path(path)
+    checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
+    if not checkpoint.is_file():
+        raise UserError(f"{checkpoint} does not exist; give a run folder or a .ckpt of this toolkit.")
+    node, metadata, state = _of_checkpoint(checkpoint)
+    return write_model_folder(out, node, state, metadata, dtype)
+
+
+def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """Model node, metadata and inference weights of a training checkpoint of this toolkit."""
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    if "histoldm_config" not in content:
+        raise UserError(f"{checkpoint} is not a checkpoint of this toolkit; convert it to a model folder first.")
+    node, state = content["histoldm_config"]["model"], dict(content["state_dict"])
+    params = dict(node["params"])
+    for name in [name for name in state if name.startswith("model.")]:
+        average = "model_ema." + name.removeprefix("model.").replace(".", "")
+        state[name] = state.get(average, state[name])
+    state = {name: value for name, value in state.items() if not name.startswith("model_ema.")}
+    first_stage = params["first_stage_config"]
+    if first_stage["target"] == FIRST_STAGE_FOLDER:
+        params["first_stage_config"] = read_model_folder(first_stage["params"]["folder"])[0]
+    params.pop("ckpt_path", None)
+    params["use_ema"] = False
+    return {"target": node["target"], "params": params}, content.get("histoldm_metadata", {}), state
+
+
+def load_weights(model: nn.Module, path: str | Path) -> str:
+    """Start a LatentDiffusion from the weights of `path`, by name; say in one line what was and was not there.
+
+    Averaged weights are preferred. Parts (network, first stage, conditioner) may be missing as a whole and then keep
+    their fresh weights; a part that is there must fit.
+    """
+    state = read_state_dict(path)
+    own = model.state_dict()
+    for name in [name for name in own if name.startswith("model.")]:
+        average = "model_ema." + name.removeprefix("model.").replace(".", "")
+        if average in state:
+            state[name] = state[average]
+    report = []
+    for part, prefix in PREFIX.items():
+        wanted = {name: value for name, value in own.items() if name.startswith(prefix)}
+        given = {name: value for name, value in state.items() if name.startswith(prefix)}
+        if given and wanted:
+            _check_names(given, wanted, path)
+            report.append(f"{part} ({len(given)} tensors)")
+            model.load_state_dict({name: value.float() for name, value in given.items()}, strict=False)
+    if not report:
+        raise UserError(f"{path} holds no weights of this model (names starting with {', '.join(PREFIX.values())}).")
+    if getattr(model, "scale_by_std", False) and "scale_factor" in state:
+        model.scale_factor.copy_(state["scale_factor"])
+    return f"loaded from {path}: {', '.join(report)}"
+
+
+def _check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:
+    """UserError unless names and shapes agree, saying which do not."""
+    missing = [name for name in wanted if name not in state]
+    surplus = [name for name in state if name not in wanted]
+    shapes = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    if missing or surplus or shapes:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} weights are missing (first: {missing[0]})")
+        if surplus:
+            parts.append(f"{len(surplus)} are not of this model (first: {surplus[0]})")
+        if shapes:
+            name = shapes[0]
+            parts.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}")
+        raise UserError(f"the weights in {source} do not fit their config: {'; '.join(parts)}.")

@@ -1,0 +1,225 @@
+"""LatentDiffusion: training, its weights on disk, and the images that come out."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch.utils.data import DataLoader
+
+import ldm
+from ldm.config import instantiate_from_config
+from ldm.errors import UserError
+from ldm.latent_diffusion import LatentDiffusion
+from ldm.model_folder import load_weights, write_model_folder
+
+DDCONFIG = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1],
+                num_res_blocks=1, attn_resolutions=[], dropout=0.0)  # fmt: skip
+UNET = dict(in_channels=4, out_channels=4, model_channels=32, num_res_blocks=1, attention_resolutions=[2],
+            channel_mult=[1, 2], num_heads=2, use_spatial_transformer=True, context_dim=32, image_size=16)  # fmt: skip
+
+
+def node(**params) -> dict:
+    return {
+        "target": "ldm.latent_diffusion.LatentDiffusion",
+        "params": {
+            "unet_config": {"target": "ldm.networks.unet.UNetModel", "params": UNET},
+            "first_stage_config": {
+                "target": "ldm.autoencoder.autoencoder.AutoencoderKL",
+                "params": {"ddconfig": DDCONFIG, "embed_dim": 4},
+            },
+            "cond_stage_config": {
+                "target": "ldm.conditioners.ssl.PatchEmbedder",
+                "params": {"embed_dim": 24, "context_dim": 32},
+            },
+            **params,
+        },
+    }
+
+
+def build(seed: int = 0, **params) -> LatentDiffusion:
+    torch.manual_seed(seed)
+    model = instantiate_from_config(node(**params))
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+def batches(count: int = 8, size: int = 4) -> DataLoader:
+    generator = torch.Generator().manual_seed(3)
+    items = [
+        {"latent": torch.randn(4, 16, 16, generator=generator), "ssl": torch.randn(24, generator=generator)}
+        for _ in range(count * size)
+    ]
+    return DataLoader(items, batch_size=size)
+
+
+def fit(model: LatentDiffusion, steps: int, tmp_path, **kwargs) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, **kwargs,
+    )  # fmt: skip
+    trainer.fit(model, batches(), batches(2))
+    return trainer
+
+
+@pytest.mark.parametrize("parameterization", ["eps", "v", "x0", "edm", "flow"])
+def test_the_loss_reaches_every_trained_parameter_and_leaves_the_first_stage(parameterization):
+    model = build(parameterization=parameterization, min_snr_gamma=5.0)
+    batch = next(iter(batches()))
+    loss = model.loss(batch, torch.Generator().manual_seed(0), dropout=False)
+    assert loss.shape == (4,)
+    loss.mean().backward()
+    for name, parameter in model.named_parameters():
+        if name.startswith("first_stage_model"):
+            assert not parameter.requires_grad
+        elif "attn2.to_q" in name or "attn2.to_k" in name or ".norm2." in name:
+            continue  # one context token has weight 1 whatever the query
+        else:
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
+
+
+def test_training_lowers_the_loss_and_moves_the_average(tmp_path):
+    model = build()
+    model.learning_rate = 2e-3
+    before = model.model_ema.get_buffer("diffusion_modelout2weight").clone()
+    batch = next(iter(batches()))
+
+    def loss() -> float:
+        return float(model.loss(batch, torch.Generator().manual_seed(1), dropout=False).mean())
+
+    first = loss()
+    trainer = fit(model, 40, tmp_path)
+    assert loss() < first * 0.8
+    assert trainer.callback_metrics["val/loss"] > 0
+    assert not torch.equal(before, model.model_ema.get_buffer("diffusion_modelout2weight"))
+    assert int(model.model_ema.num_updates) == 40
+
+
+def test_accumulation_updates_the_average_once_per_optimiser_step(tmp_path):
+    model = build()
+    fit(model, 3, tmp_path, accumulate_grad_batches=2)
+    assert int(model.model_ema.num_updates) == 3
+
+
+def test_scale_by_std_makes_the_latents_unit_variance(tmp_path):
+    model = build(scale_by_std=True)
+    loader = DataLoader([{"latent": 5 * torch.randn(4, 16, 16), "ssl": torch.randn(24)} for _ in range(4)], 4)
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+    trainer.fit(model, loader)
+    assert float(model.latents_of(next(iter(loader))).std()) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_condition_dropout_gives_the_null():
+    model = build()
+    batch = {"ssl": torch.randn(3, 24)}
+    cond = model.condition(batch, torch.tensor([True, False, True]))["crossattn"]
+    null = model.null_condition()["crossattn"]
+    assert torch.equal(cond[0], null[0])
+    assert torch.equal(cond[2], null[0])
+    assert not torch.equal(cond[1], null[0])
+
+
+def test_the_patch_embedder_matches_the_published_one(oracle):
+    from ldm.conditioners.ssl import PatchEmbedder
+
+    folder = oracle / "ldm_ckpt_lid_vq"
+    state = torch.load(folder / "model.ckpt", weights_only=True)["state_dict"]
+    io = torch.load(folder / "io.pt", weights_only=True)
+    embedder = PatchEmbedder(24, 32)
+    prefix = "cond_stage_model."
+    embedder.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    torch.testing.assert_close(embedder({"ssl": io["batch"]["feat_patch"]})["crossattn"], io["raw"]["c"])
+    torch.testing.assert_close(embedder.null()["crossattn"].expand(2, 1, 32), io["raw"]["uc"])
+
+
+def model_folder(tmp_path, name="model", **kwargs):
+    model = build(use_ema=False)
+    return model.eval(), write_model_folder(tmp_path / name, node(use_ema=False), model.state_dict(), {"mpp": 0.5}, **kwargs)
+
+
+def test_a_model_folder_gives_the_same_images_elsewhere(tmp_path):
+    model, folder = model_folder(tmp_path)
+    moved = folder.rename(tmp_path / "moved")
+    loaded = ldm.load_model(moved)
+    assert loaded.metadata == {"mpp": 0.5}
+    features = torch.randn(3, 24)
+    images = [ldm.sample(m, ldm.condition(m, features), steps=3, progress=False) for m in (model, loaded)]
+    assert images[0].shape == (3, 3, 32, 32)
+    assert torch.equal(*images)
+
+
+def test_samples_do_not_depend_on_the_batch_size(tmp_path):
+    model, _ = model_folder(tmp_path)
+    cond = ldm.condition(model, torch.randn(5, 24))
+    for solver in ("dpmpp_2m", "ddim", "euler", "heun"):
+        one, all_ = (
+            ldm.sample(model, cond, steps=3, solver=solver, batch_size=b, progress=False) for b in (1, 5)
+        )
+        torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-4)
+
+
+def test_a_large_image_does_not_depend_on_the_batch_size_and_follows_its_grid(tmp_path):
+    model, _ = model_folder(tmp_path)
+    grid = torch.randn(2, 3, 24)
+    for mode in ("shifted", "overlap"):
+        one, many = (
+            ldm.large_image(model, grid, mode=mode, steps=2, batch_size=b, progress=False) for b in (1, 64)
+        )
+        assert one.shape == (1, 3, 64, 96)
+        torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-4)
+    single = ldm.large_image(model, grid[:1, :1], steps=2, progress=False)
+    assert single.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: ldm.sample(m, ldm.condition(m, torch.randn(2, 24)), steps=0), "steps must be in 1..1000"),
+        (lambda m: ldm.sample(m, ldm.condition(m, torch.randn(2, 24)), solver="plms"), "solver must be one of"),
+        (lambda m: ldm.condition(m, torch.randn(2, 25)), "dimension 24"),
+        (lambda m: ldm.sample(m, ldm.condition(m, torch.randn(2, 24)), count=3), "of 2 samples"),
+        (lambda m: ldm.large_image(m, torch.randn(2, 24)), r"\(rows, cols, D\)"),
+        (lambda m: ldm.large_image(m, torch.randn(2, 2, 24), size=(50, 51)), "multiple of 2"),
+        (lambda m: ldm.large_image(m, torch.randn(2, 2, 24), size=(16, 64)), "at least one tile of 32"),
+        (lambda m: ldm.large_image(m, torch.full((2, 2, 24), float("nan"))), "every entry is a hole"),
+        (lambda m: ldm.large_image(m, torch.randn(2, 2, 24), stride=8), "goes with mode 'overlap'"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, call, message):
+    model, _ = model_folder(tmp_path)
+    with pytest.raises(UserError, match=message):
+        call(model)
+
+
+def test_a_half_model_folder_says_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        ldm.load_model(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no config\.yaml"):
+        ldm.load_model(tmp_path / "empty")
+    _, folder = model_folder(tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no model\.safetensors"):
+        ldm.load_model(folder)
+
+
+def test_half_precision_folders_load_as_float32(tmp_path):
+    _, folder = model_folder(tmp_path, dtype=torch.float16)
+    assert {p.dtype for p in ldm.load_model(folder).parameters()} == {torch.float32}
+
+
+def test_training_can_start_from_a_part_of_a_model(tmp_path):
+    source, folder = model_folder(tmp_path)
+    target = build(seed=1)
+    report = load_weights(target, folder)
+    assert "model" in report
+    assert torch.equal(target.model.diffusion_model.out[2].weight, source.model.diffusion_model.out[2].weight)
+    params = node()["params"]
+    params["unet_config"] = {"target": "ldm.networks.unet.UNetModel", "params": {**UNET, "channel_mult": [1, 1]}}
+    smaller = LatentDiffusion(**params)
+    with pytest.raises(UserError, match="do not fit"):
+        load_weights(smaller, folder)
