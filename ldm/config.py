@@ -23,8 +23,10 @@ LIGHTNING = {"trainer", "callbacks", "modelcheckpoint", "logger"}
 MODEL_NODE = {"target", "params", "base_learning_rate"}
 
 
-def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Merge YAML files left to right, then `key.path=value` overrides; resolve interpolations.
+def load_config(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Merge `defaults`, YAML files left to right, then `key.path=value` overrides; resolve interpolations.
 
     Lists are replaced, mappings merged. A value of an override is read as YAML (`lr=1e-4` is a float, `x=null` None).
     Returns plain containers. UserError: a missing or unreadable file, bad YAML, a bad interpolation, a bad override.
@@ -42,7 +44,7 @@ def load_config(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> d
         except Exception as error:  # the value is parsed as YAML, by whatever grammar it appears to have
             raise UserError(f"cannot read the override '{override}': {_one_line(error)}") from error
     try:
-        return OmegaConf.to_container(OmegaConf.merge({}, *parts), resolve=True, throw_on_missing=True)
+        return OmegaConf.to_container(OmegaConf.merge(defaults or {}, *parts), resolve=True, throw_on_missing=True)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         files = ", ".join(str(path) for path in paths)
         raise UserError(f"cannot merge the configs {files}: {_one_line(error)}") from error
@@ -111,8 +113,9 @@ def validate(cfg: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
         _parse_node(node, where, allow)
         _walk(node, where, allow)
     for name, node in (lightning.get("callbacks") or {}).items():
-        _check_mapping(node, f"lightning.callbacks.{name}")
-        _walk(node, f"lightning.callbacks.{name}", allow)
+        if node is not None:  # `lightning.callbacks.image_logger=null` removes a default one
+            _check_mapping(node, f"lightning.callbacks.{name}")
+            _walk(node, f"lightning.callbacks.{name}", allow)
     _walk(lightning.get("logger") or {}, "lightning.logger", allow)
 
 

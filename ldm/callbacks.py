@@ -1,0 +1,319 @@
+"""What happens around training: the run folder, exact resuming, images, losses and the bar.
+
+Every callback finds the run folder as `trainer.default_root_dir`; only the global rank 0 writes into it.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
+from torch import Tensor
+
+from ldm.config import save_config
+from ldm.errors import UserError, suggest
+from ldm.rng import fold
+
+
+class Stopped(Exception):
+    """Training was stopped by a signal; `last.ckpt` holds everything up to batch `args[0]`."""
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Training batches whose step has begun since the run began, over all epochs and resumes."""
+    return trainer.fit_loop.total_batch_idx + 1
+
+
+class SetupRun(Callback):
+    """Writes the merged config into the run folder and into every checkpoint (`histoldm_config`, plain containers)."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir) / "configs"
+            now = datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+            project = {key: value for key, value in self.config.items() if key != "lightning"}
+            save_config(project, folder / f"{now}-project.yaml")
+            save_config({"lightning": self.config.get("lightning") or {}}, folder / f"{now}-lightning.yaml")
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        monitor, logged = getattr(pl_module, "monitor", None), trainer.callback_metrics
+        if monitor and monitor not in logged:
+            raise UserError(f"validation does not log the monitored '{monitor}'{suggest(monitor, logged)}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["histoldm_config"] = self.config
+
+
+class StepSeed(Callback):
+    """Seeds torch before every training batch from (seed, rank, batch number).
+
+    What draws from torch's global generators (dropout) is then the same after a resume, and nothing that samples in
+    between (validation, image grids) can disturb training.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        torch.manual_seed(fold(self.seed, trainer.global_rank, batches_done(trainer)))
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `checkpoints/last.ckpt`, and makes every checkpoint resume exactly.
+
+    Progress (Lightning's loop counters, the loader's position) is noted at the end of each batch that stepped an
+    optimizer, and that note goes into every checkpoint, whoever saves it and when: weights change nowhere else.
+    A resume therefore always continues with the batch after an optimizer step, redoing a part of an accumulation
+    window rather than losing it, and a validation that was under way is not repeated.
+
+    `last.ckpt` is saved every `every_n_train_steps` optimizer steps, when training ends, and when SIGINT (Ctrl-C) or
+    SIGTERM asks to stop: the step under way is finished, then `Stopped` is raised. A second signal stops at once.
+    """
+
+    def __init__(self, every_n_train_steps: int = 500) -> None:
+        if every_n_train_steps < 1:
+            raise UserError(f"every_n_train_steps must be at least 1, got {every_n_train_steps}")
+        self.every_n_train_steps = every_n_train_steps
+        self._progress: dict[str, Any] = {}
+        self._step = self._saved_step = 0
+        self._at_step = True  # no batch has been accumulated since the last optimizer step
+        self._stop = False
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = self._saved_step = trainer.global_step
+        self._progress, self._at_step, self._stop = {}, True, False
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._signal) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _signal(self, number: int, frame: Any) -> None:
+        self._restore_handlers()
+        self._stop = True
+        print("\nstopping after this step; once more to stop at once", flush=True)
+
+    def _restore_handlers(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._at_step = trainer.global_step != self._step
+        if self._at_step:
+            self._step = trainer.global_step
+            self._progress = {"loops": {"fit_loop": trainer.fit_loop.state_dict()}}
+            if trainer.datamodule is not None and (state := trainer.datamodule.state_dict()):
+                self._progress[type(trainer.datamodule).__qualname__] = state
+
+    # Saving waits for the next hook, so that what the model does in its own on_train_batch_end is in the checkpoint.
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._at_step and self._asked_to_stop(trainer):
+            self._save(trainer)
+            raise Stopped(trainer.global_step)
+        if self._at_step and self._step - self._saved_step >= self.every_n_train_steps:
+            self._save(trainer)
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if not trainer.sanity_checking and self._at_step and self._asked_to_stop(trainer):
+            self._save(trainer)
+            raise Stopped(trainer.global_step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._save(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore_handlers()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        for key, value in self._progress.items():
+            checkpoint[key] = {**checkpoint[key], **value}
+
+    def _asked_to_stop(self, trainer: Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self._stop
+        return trainer.strategy.reduce_boolean_decision(self._stop, all=False)  # every rank stops at the same batch
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._step > self._saved_step and not trainer.fast_dev_run:
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+            self._saved_step = self._step
+
+
+class ImageLogger(Callback):
+    """Writes grids of what `pl_module.log_images(batch, n)` returns: {name: (B,3,H,W) in [-1,1]}.
+
+    Every `batch_frequency` training batches, and for the first batch of every validation, to
+    `images/{train,val}/<name>_gs-<step>_e-<epoch>_b-<batch>.png` and TensorBoard. Without a `log_images`, nothing.
+    """
+
+    def __init__(self, batch_frequency: int = 500, max_images: int = 4) -> None:
+        if batch_frequency < 1 or max_images < 1:
+            raise UserError(f"batch_frequency and max_images must be at least 1, got {batch_frequency}, {max_images}")
+        self.batch_frequency, self.max_images = batch_frequency, max_images
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batches_done(trainer) % self.batch_frequency == 0:
+            self._log(trainer, pl_module, batch, batch_idx, "train")
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0 and dataloader_idx == 0 and not trainer.sanity_checking:
+            self._log(trainer, pl_module, batch, batch_idx, "val")
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, split: str) -> None:
+        if not trainer.is_global_zero or not hasattr(pl_module, "log_images"):
+            return
+        modes = {module: module.training for module in pl_module.modules()}
+        pl_module.eval()
+        try:
+            with torch.no_grad(), trainer.precision_plugin.forward_context():
+                images = pl_module.log_images(batch, self.max_images)
+        finally:
+            for module, training in modes.items():  # frozen parts stay in eval mode
+                module.training = training
+        step, epoch = trainer.global_step, trainer.current_epoch
+        folder = Path(trainer.default_root_dir) / "images" / split
+        for name, stack in images.items():
+            grid = image_grid(stack[: self.max_images])
+            save_png(grid, folder / f"{name}_gs-{step:06}_e-{epoch:06}_b-{batch_idx:06}.png")
+            add_image = getattr(getattr(trainer.logger, "experiment", None), "add_image", None)
+            if add_image:
+                add_image(f"{split}/{name}", grid, step, dataformats="HWC")
+
+
+def image_grid(images: Tensor, columns: int = 4, gap: int = 2) -> np.ndarray:
+    """(B,3,H,W) in [-1,1] -> one (h,w,3) uint8 image, `columns` to a row, white gaps between."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()  # (B,3,H,W)
+    count, _, height, width = pixels.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
+    for index, image in enumerate(pixels):
+        top, left = index // columns * (height + gap), index % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+    return grid
+
+
+def save_png(image: np.ndarray, path: Path) -> None:
+    """(H,W,3) uint8 -> PNG, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    Image.fromarray(image).save(part, format="PNG")
+    os.replace(part, path)
+
+
+class LossRecorder(Callback):
+    """Appends what the module logs to `losses.csv`: columns `batch` (training batches done), `name`, `value`.
+
+    Training values every `every_n_batches` batches, validation values after every validation. After a resume, rows
+    later than the checkpoint are dropped, so that the file reads like that of an uninterrupted run.
+    """
+
+    HEADER = ("batch", "name", "value")
+
+    def __init__(self, every_n_batches: int = 10) -> None:
+        if every_n_batches < 1:
+            raise UserError(f"every_n_batches must be at least 1, got {every_n_batches}")
+        self.every_n_batches = every_n_batches
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.path = Path(trainer.default_root_dir) / "losses.csv"
+            rows = read_losses(self.path) if self.path.exists() else []
+            part = self.path.with_name(self.path.name + ".part")
+            with part.open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(self.HEADER)
+                writer.writerows(row for row in rows if row[0] <= batches_done(trainer))
+            os.replace(part, self.path)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if batches_done(trainer) % self.every_n_batches == 0:
+            self._append(trainer, {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("val")})
+
+    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._append(trainer, {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val")})
+
+    def _append(self, trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
+        # Lightning offers `x`, `x_step` and `x_epoch` for one logged x: x alone is enough
+        rows = [
+            (batches_done(trainer), name, f"{float(value):.7g}")
+            for name, value in sorted(metrics.items())
+            if name.removesuffix("_step").removesuffix("_epoch") == name or name.rsplit("_", 1)[0] not in metrics
+        ]
+        if rows and trainer.is_global_zero:
+            with self.path.open("a", newline="") as file:
+                csv.writer(file).writerows(rows)
+
+
+def read_losses(path: str | Path) -> list[tuple[int, str, float]]:
+    """The rows (batch, name, value) of a `losses.csv`; a last line that was cut off is left out."""
+    with Path(path).open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [(int(row[0]), row[1], float(row[2])) for row in rows if len(row) == 3 and row[2]]
+
+
+class ProgressBar(TQDMProgressBar):
+    """One bar over the whole training: steps done, time left, images/s, and the losses that the module logs."""
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        super().on_train_start(trainer)
+        bar = self.train_progress_bar
+        self._by_step = trainer.max_steps > 0
+        self._last_time = self._images_per_s = 0.0
+        limit = trainer.max_steps if self._by_step else (trainer.max_epochs or -1) * trainer.num_training_batches
+        bar.total = int(limit) if 0 < limit < float("inf") else None
+        bar.unit = "step" if self._by_step else "batch"
+        bar.initial = bar.n = trainer.global_step if self._by_step else batches_done(trainer)
+        bar.set_description("training")
+
+    def on_train_epoch_start(self, *_: Any) -> None:
+        pass  # the bar goes on over the epochs
+
+    def on_train_epoch_end(self, *_: Any) -> None:
+        pass
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        self._last_time = self._last_time or time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.monotonic()
+        sizes = [len(value) for value in batch.values() if isinstance(value, Tensor)] if isinstance(batch, dict) else []
+        rate = trainer.world_size * (sizes[0] if sizes else 0) / max(now - self._last_time, 1e-9)
+        self._images_per_s = 0.9 * self._images_per_s + 0.1 * rate if self._images_per_s else rate
+        self._last_time = now
+        bar = self.train_progress_bar
+        if not bar.disable and batches_done(trainer) % self.refresh_rate == 0:
+            bar.n = trainer.global_step if self._by_step else batches_done(trainer)
+            metrics = {key: value for key, value in self.get_metrics(trainer, pl_module).items() if key != "v_num"}
+            bar.set_postfix({"images/s": f"{self._images_per_s:.3g}", "epoch": trainer.current_epoch, **metrics})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._last_time = 0.0  # the time of a validation is not training time

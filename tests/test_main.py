@@ -1,0 +1,197 @@
+"""main.py: runs, resumes and refusals. Everything in one process; `tiny_training` is the model and the data."""
+
+from __future__ import annotations
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main
+from ldm import config
+
+TINY = str(Path(__file__).parent / "configs" / "tiny.yaml")
+
+
+@pytest.fixture(autouse=True)
+def _tiny_is_allowed(monkeypatch, tmp_path):
+    monkeypatch.setattr(config, "ALLOWED", (*config.ALLOWED, "tiny_training."))
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+
+
+def train(*argv: str) -> int:
+    return main.main(["-t", "--enable_progress_bar", "false", *argv])
+
+
+def only_run(logdir: str) -> Path:
+    (run,) = Path(logdir).iterdir()
+    return run
+
+
+def checkpoint(run: Path, name: str = "last.ckpt") -> dict:
+    return torch.load(run / "checkpoints" / name, weights_only=True)
+
+
+def assert_same_training(a: dict, b: dict) -> None:
+    """Bitwise equal weights, buffers, optimiser, schedule and position in the data."""
+    assert a["global_step"] == b["global_step"]
+    assert a["state_dict"].keys() == b["state_dict"].keys()
+    for name, value in a["state_dict"].items():
+        assert torch.equal(value, b["state_dict"][name]), name
+    first, second = a["optimizer_states"][0], b["optimizer_states"][0]
+    assert first["param_groups"] == second["param_groups"]
+    for index, state in first["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, second["state"][index][name]), (index, name)
+    assert a["lr_schedulers"] == b["lr_schedulers"]
+    assert a["TinyData"] == b["TinyData"]
+    batches = [c["loops"]["fit_loop"]["epoch_loop.batch_progress"] for c in (a, b)]
+    assert batches[0] == batches[1]
+    assert a["epoch"] == b["epoch"]
+
+
+# 22 items in batches of 4 are 5 batches an epoch; validation every 3 batches, wherever in the epoch that is
+RESUMES = {
+    "mid-epoch": ([], 7),
+    "epoch end": ([], 5),
+    "validation": ([], 6),
+    "workers": (["data.params.num_workers=2"], 7),
+    "persistent workers": (["data.params.num_workers=2", "data.params.persistent=true"], 5),
+    "accumulation": (["--accumulate_grad_batches", "2"], 4),
+    "accumulation, workers": (["--accumulate_grad_batches", "2", "data.params.num_workers=2"], 6),
+    "validation every epoch": (["--val_check_interval", "1.0", "--check_val_every_n_epoch", "1"], 8),
+}
+
+
+@pytest.mark.parametrize("case", RESUMES)
+def test_a_resumed_run_is_the_straight_run(case):
+    options, half = RESUMES[case]
+    assert train("-b", TINY, "-l", "straight", *options) == 0
+    assert train("-b", TINY, "-l", "halves", *options, "--max_steps", str(half)) == 0
+    run = only_run("halves")
+    assert checkpoint(run)["global_step"] == half
+    assert train("-r", str(run), "lightning.trainer.max_steps=12") == 0
+    straight = checkpoint(only_run("straight"))
+    assert straight["global_step"] == 12
+    assert_same_training(straight, checkpoint(run))
+    rows = [(only_run(logs) / "losses.csv").read_text() for logs in ("straight", "halves")]
+    assert rows[0] == rows[1]
+    assert len(rows[0].splitlines()) > 12
+
+
+@pytest.mark.parametrize(
+    ("where", "stop_at", "options"),
+    [("train", 4, []), ("train", 5, ["--accumulate_grad_batches", "2"]), ("val", 6, [])],
+    ids=["after a step", "inside an accumulation window", "in validation"],
+)
+def test_ctrl_c_saves_and_the_resumed_run_is_the_straight_run(where, stop_at, options, capsys):
+    assert train("-b", TINY, "-l", "straight", *options) == 0
+    stop = [f"model.params.stop_at={stop_at}", f"model.params.where={where}"]
+    assert train("-b", TINY, "-l", "stopped", *options, *stop) == 130
+    run = only_run("stopped")
+    assert f"python main.py -t --resume {run}" in capsys.readouterr().out
+    assert checkpoint(run)["global_step"] < 12
+    assert train("-r", str(run), "model.params.stop_at=-1") == 0
+    assert_same_training(checkpoint(only_run("straight")), checkpoint(run))
+
+
+def test_any_checkpoint_of_a_run_resumes_exactly_and_repeatedly():
+    assert train("-b", TINY, "-l", "straight", "lightning.modelcheckpoint.params.save_top_k=-1") == 0
+    run = only_run("straight")
+    straight = checkpoint(run)
+    best = sorted((run / "checkpoints").glob("best-*.ckpt"))
+    assert [torch.load(path, weights_only=True)["global_step"] for path in best] == [3, 6, 9, 12]
+    for steps, start in ((5, best[0]), (11, run), (12, run)):
+        assert train("-r", str(start), "--max_steps", str(steps)) == 0
+        assert checkpoint(run)["global_step"] == steps
+    assert_same_training(straight, checkpoint(run))
+
+
+def test_a_run_folder_holds_what_users_of_latent_diffusion_know():
+    name = ["-n", "mine", "-f", "_v2", "-s", "7", "data.params.length=30"]
+    assert main.main(["-t", "-b", TINY, *name, "--limit_val_batches=1", "lightning.trainer.max_steps=4"]) == 0
+    run = only_run("logs")
+    assert run.name.endswith("_mine_v2")
+    assert {path.name for path in run.iterdir()} == {"checkpoints", "configs", "images", "losses.csv", "tensorboard"}
+    (project,) = (run / "configs").glob("*-project.yaml")
+    (lightning,) = (run / "configs").glob("*-lightning.yaml")
+    merged = config.load_config([project, lightning])
+    assert merged["data"]["params"] == {"batch_size": 4, "length": 30}
+    assert (merged["seed"], merged["lightning"]["trainer"]["limit_val_batches"]) == (7, 1)
+    assert checkpoint(run)["histoldm_config"] == merged
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "best-epoch=000000-step=000000003.ckpt",
+        "last.ckpt",
+    ]
+    grid = Image.open(run / "images" / "val" / "inputs_gs-000003_e-000000_b-000000.png")
+    assert (grid.mode, grid.size) == ("RGB", (2 * 4 + 2, 4))  # a validation batch has 2
+    assert (run / "images" / "train" / "samples_gs-000004_e-000000_b-000003.png").exists()
+    rows = list(csv.DictReader((run / "losses.csv").open()))
+    assert [int(row["batch"]) for row in rows if row["name"] == "val/loss"] == [3]
+
+
+def test_learning_rate_is_scaled_as_in_latent_diffusion(capsys):
+    accumulate = ["--accumulate_grad_batches", "2", "--max_steps", "1", "--limit_val_batches", "0"]
+    assert train("-b", TINY, *accumulate) == 0
+    assert "8.00e-03 = 2 (accumulate_grad_batches) * 1 (devices) * 4 (batch size) * 1.00e-03" in capsys.readouterr().out
+    assert train("-b", TINY, "-l", "plain", "--scale_lr", "false", *accumulate) == 0
+    schedule = checkpoint(only_run("plain"))["lr_schedulers"][0]
+    assert schedule["base_lrs"] == [1e-3]
+
+
+REFUSALS = {
+    "no config": ([], "--base"),
+    "absent config": (["-b", "tiny.yml"], "config 'tiny.yml' does not exist"),
+    "key of the model": (["-b", TINY, "model.params.widht=3"], "'model.params.widht' of TinyModel; did you mean"),
+    "key of the trainer": (["-b", TINY, "lightning.trainer.max_step=3"], "'lightning.trainer.max_step'; did you mean"),
+    "option": (["-b", TINY, "--max_stpes", "3"], "unknown option '--max_stpes'; did you mean '--max_steps'"),
+    "own option": (["-b", TINY, "--logdri", "x"], "unknown option '--logdri'; did you mean '--logdir'"),
+    "value of the trainer": (["-b", TINY, "--precision", "17"], "Lightning does not accept lightning.trainer"),
+    "callback": (["-b", TINY, "lightning.callbacks.image_logger.params.frequency=3"], "'batch_frequency'"),
+    "target": (["-b", TINY, "model.target=tiny_training.TinyModle"], "'tiny_training' has no 'TinyModle'; did"),
+    "module": (["-b", TINY, "data.target=ldm.data.modul.Tiles"], "package 'ldm.data' has no 'modul'"),
+    "foreign target": (["-b", TINY, "model.target=os.system"], "'os.system' is not allowed"),
+    "GPU": (["-b", TINY, "--gpus", "99,"], "GPU 99 is not there"),
+    "GPU list": (["-b", TINY, "--gpus", "all"], "--gpus takes numbers"),
+    "monitor": (["-b", TINY, "model.params.monitor=val/los"], "'val/los'; did you mean 'val/loss'"),
+    "data": (["-b", TINY, "data.params.length=0"], "there are no tiles"),
+    "run to resume": (["-r", "logs/none"], "cannot resume 'logs/none': it does not exist"),
+    "name and resume": (["-r", "logs/none", "-n", "x"], "--name names a new run"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_mistake_costs_one_line_and_leaves_nothing(case, capsys):
+    argv, message = REFUSALS[case]
+    assert train(*argv) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not any(path.is_dir() for path in Path("logs").glob("*"))
+
+
+def test_unwritable_logdir(capsys):
+    Path("file").write_text("")
+    assert train("-b", TINY, "-l", "file/logs") == 2
+    assert "cannot make the run folder 'file/logs/" in capsys.readouterr().err
+
+
+def test_damaged_runs_are_not_resumed(capsys):
+    for folder in ("run/checkpoints", "run/configs"):
+        os.makedirs(folder)
+    assert train("-r", "run") == 2
+    Path("run/checkpoints/last.ckpt").write_bytes(b"PK\x03\x04 half")
+    assert train("-r", "run") == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert "it has no checkpoints/last.ckpt" in errors[0]
+    assert "is not a whole checkpoint" in errors[1]
+
+
+def test_without_train_the_config_is_checked_and_nothing_is_written(capsys):
+    assert main.main(["-b", TINY]) == 0
+    assert "the config is sound" in capsys.readouterr().out
+    assert not Path("logs").exists()

@@ -1,0 +1,102 @@
+"""The smallest model and data that have everything which a resume can get wrong, for the tests of main.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from ldm.data.sampler import ResumableBatchSampler, ResumableDataLoader, evaluation_batches
+from ldm.errors import UserError
+from ldm.rng import generator, training_generator
+
+
+class Items(Dataset):
+    """Item i: its own image (3,4,4), turned and shifted as its draw says."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        index, draw = key
+        image = torch.randn(3, 4, 4, generator=generator(index))
+        return {"image": image.rot90(draw % 4, (1, 2)) + draw % 7 / 7, "row": torch.tensor(index)}
+
+
+class TinyData(pl.LightningDataModule):
+    def __init__(self, batch_size: int, length: int = 22, num_workers: int = 0, persistent: bool = False, seed=0):
+        super().__init__()
+        self.batch_size, self.length, self.num_workers, self.seed = batch_size, length, num_workers, seed
+        self.persistent, self.loader, self.resume = persistent, None, None
+
+    def setup(self, stage: str) -> None:
+        if self.length < 1:
+            raise UserError("there are no tiles")
+
+    def train_dataloader(self) -> DataLoader:
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        sampler = ResumableBatchSampler(self.length, self.batch_size, self.seed, rank, world)
+        self.loader = ResumableDataLoader(
+            Items(self.length), sampler, num_workers=self.num_workers, persistent_workers=self.persistent
+        )
+        if self.resume:
+            self.loader.load_state_dict(self.resume)
+        return self.loader
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Items(5), batch_sampler=evaluation_batches(5, 2, self.seed))
+
+    def state_dict(self) -> dict:
+        return {"train_loader": self.loader.state_dict()} if self.loader else {}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.resume = state["train_loader"]
+
+
+class TinyModel(pl.LightningModule):
+    """Dropout, noise of its own, BatchNorm buffers, AdamW, a schedule, an average kept in on_train_batch_end."""
+
+    def __init__(self, width: int = 8, monitor: str = "val/loss", stop_at: int = -1, where: str = "train", seed=0):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Flatten(), nn.Linear(48, width), nn.BatchNorm1d(width), nn.SiLU(), nn.Dropout(0.3), nn.Linear(width, 48)
+        )
+        self.register_buffer("average", torch.zeros(48))
+        self.monitor, self.stop_at, self.where, self.seed = monitor, stop_at, where, seed
+        self.learning_rate = 0.0
+        self.rows: list[list[int]] = []
+
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
+        done = self.trainer.fit_loop.total_batch_idx
+        self.rows.append(batch["row"].tolist())
+        x = batch["image"]
+        noise = torch.randn(x.shape, generator=training_generator(self.seed, self.global_rank, done))
+        loss = (self.net(x + noise) - noise.flatten(1)).square().mean()
+        self.log("train/loss", loss, prog_bar=True)
+        if self.where == "train" and done + 1 == self.stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return loss
+
+    def on_train_batch_end(self, *_) -> None:
+        self.average = 0.9 * self.average + 0.1 * self.net[-1].bias.detach()
+
+    def validation_step(self, batch: dict, batch_idx: int) -> None:
+        x = batch["image"]
+        self.log("val/loss", (self.net(x) - torch.randn(x.shape).flatten(1)).square().mean())
+        if self.where == "val" and self.trainer.fit_loop.total_batch_idx + 1 == self.stop_at and batch_idx == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def log_images(self, batch: dict, n: int) -> dict[str, Tensor]:
+        return {"inputs": batch["image"][:n], "samples": torch.randn(n, 3, 4, 4)}
+
+    def configure_optimizers(self) -> dict:
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
