@@ -1,0 +1,42 @@
+# make demo   the main job on a real slide, into demo_output/
+# make test   the whole test suite
+# Both make the virtual environment .venv first, where it is not there yet. Nothing else needs to be installed.
+
+SHELL := /bin/bash
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint install clean clean-demo
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	@$(PYTHON) -m demo
+
+test: $(READY)
+	$(PYTHON) -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/lint-imports
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@for candidate in $(FROM) python3.12 python3.11 python3.13 python3 python; do \
+	  if $$candidate -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    found=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$found" ]; then \
+	  echo 'error: no Python 3.11 or newer with venv was found. Install one (Debian, Ubuntu: apt install python3-venv),' >&2; \
+	  echo 'or name it: make $(MAKECMDGOALS) FROM=/path/to/python3' >&2; exit 1; fi; \
+	echo "setting up $(VENV) with $$($$found --version): a few minutes, once"; \
+	[ -x $(PYTHON) ] && $(PYTHON) -c '' 2>/dev/null || $$found -m venv --clear $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
+	@touch $@
+
+clean-demo:
+	rm -rf demo_output
+
+clean: clean-demo
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .import_linter_cache
