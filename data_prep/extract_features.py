@@ -1,0 +1,151 @@
+"""Features of every tile of a tile store, by a published encoder or an encoder folder.
+
+    python -m data_prep.extract_features --store SLIDES --encoder hipt-vits16 --weights vit256_small_dino.pth
+    python -m data_prep.extract_features --store SLIDES --encoder data/models/demo-encoder --dihedral
+
+Writes `features/<encoder>` (N,D) float16 into each store, or (N,8,D) with the features of the tile's eight rotations
+and flips. Attributes tell encoder, licence, weights (SHA-256) and preprocessing. A stopped run continues; a finished
+array is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.data import dihedral
+from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.errors import UserError, run_command
+from ldm.metrics.encoder_registry import REGISTRY, EncoderSpec
+from ldm.metrics.encoders import Encoder, find_encoder, load_encoder
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FAR = 0.15  # relative difference of resolution that an encoder is trusted with
+
+
+def check_resolution(store: TileStore, spec: EncoderSpec) -> None:
+    """UserError if the store's tiles, resized to the encoder's input, are more than 15% off its µm per pixel."""
+    if spec.mpp is None:
+        return
+    given, meant = store.mpp * store.tile_size, spec.mpp * spec.tile_size  # µm, for the same input size
+    if abs(given / meant - 1) > FAR:
+        raise UserError(
+            f"{store.path}: tiles of {store.tile_size} px at {store.mpp:.3g} µm per px cover {given:.0f} µm, but "
+            f"encoder '{spec.name}' was made for {spec.tile_size} px at {spec.mpp:.3g} µm per px, {meant:.0f} µm. Tile "
+            "the slide at that resolution (data_prep.tile_slides --mpp), or give --any-mpp if this is what you want."
+        )
+
+
+def feature_attrs(spec: EncoderSpec, weights: Path) -> dict[str, Any]:
+    """What a feature array says of itself."""
+    with weights.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    names = ("dim", "licence", "non_commercial", "source", "mpp", "tile_size")
+    return {"encoder": spec.name, **{name: getattr(spec, name) for name in names}, "weights_sha256": digest} | {
+        "preprocessing": spec.preprocessing()
+    }
+
+
+def read_batches(store: TileStore, start: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Tiles from row `start` on, (B,T,T,3) uint8, the next batch being read while one is used."""
+    ranges = [(first, min(first + batch_size, len(store))) for first in range(start, len(store), batch_size)]
+    with ThreadPoolExecutor(1) as reader:
+        pending = None
+        for first, last in ranges:
+            following = reader.submit(lambda first=first, last=last: np.asarray(store.tiles[first:last]))
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+@torch.inference_mode()
+def encode_tiles(encoder: Encoder, tiles: np.ndarray, device: str, precision: torch.dtype, variants: int) -> Tensor:
+    """tiles (B,T,T,3) uint8 -> features (B,D) float32, or of the first `variants` dihedral variants, (B,variants,D)."""
+    images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)  # (B,3,T,T)
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(torch.device(device).type, precision, enabled=precision is not torch.float32):
+        parts = [encoder(dihedral.apply(images, k)) for k in range(variants)]
+    return torch.stack(parts, 1).float().cpu() if variants > 1 else parts[0].float().cpu()
+
+
+def extract(
+    stores: list[TileStore],
+    encoder_name: str | Path,
+    weights: Path | None = None,
+    batch_size: int = 64,
+    device: str | None = None,
+    precision: str = "fp32",
+    with_dihedral: bool = False,
+    any_mpp: bool = False,
+) -> str:
+    """Write `features/<encoder>` into the stores; everything is checked first. Returns the encoder's name.
+
+    Raises UserError: unknown encoder, missing weights, a store of another resolution, features made otherwise before.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no GPU is visible here; use --device cpu")
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: must be at least 1")
+    spec, _ = find_encoder(encoder_name, weights)
+    for store in stores:
+        if not any_mpp:
+            check_resolution(store, spec)
+    encoder = load_encoder(encoder_name, weights, device)
+    encoder = encoder.to(memory_format=torch.channels_last)
+    if spec.non_commercial:
+        print(f"note: encoder '{spec.name}' is licensed for non-commercial use ({spec.licence}); so are its features "
+              "and the models conditioned on them. The licence is recorded in the store.", file=sys.stderr)  # fmt: skip
+    attrs = feature_attrs(spec, encoder.weights_path) | {"dihedral": with_dihedral}
+    variants = dihedral.COUNT if with_dihedral else 1
+    shape = (variants, spec.dim) if with_dihedral else (spec.dim,)
+    with tqdm(total=sum(map(len, stores)), desc=f"features {spec.name}", unit="tile") as bar:
+        for store in stores:
+            with ArrayWriter(store.path, f"features/{spec.name}", shape, "f2", attrs) as writer:
+                bar.update(writer.rows)
+                for tiles in read_batches(store, writer.rows, batch_size):
+                    features = encode_tiles(encoder, tiles, device, PRECISIONS[precision], variants)
+                    rows = features.numpy().astype(np.float16)
+                    if not np.isfinite(rows).all():
+                        raise UserError(f"encoder '{spec.name}' gives values that float16 cannot hold in {store.path}; "
+                                        "try --precision fp32")  # fmt: skip
+                    writer.append(rows)
+                    bar.update(len(rows))
+    return spec.name
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.extract_features",
+        description=__doc__.split("\n")[0],
+        epilog=f"Published encoders: {', '.join(sorted(REGISTRY))}.",
+    )
+    parser.add_argument("--store", type=Path, nargs="+", required=True, help="tile stores, or folders of them")
+    parser.add_argument("--encoder", required=True, help="name of a published encoder, or an encoder folder")
+    parser.add_argument("--weights", type=Path, help="weight file (default: $HISTOLDM_WEIGHTS/<encoder>/)")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
+    parser.add_argument("--dihedral", action="store_true", help="features of all eight rotations and flips, (N,8,D)")
+    parser.add_argument("--any-mpp", action="store_true", help="accept tiles of another resolution than the encoder's")
+    options = parser.parse_args(arguments)
+    stores = open_cohort(options.store)
+    name = extract(stores, options.encoder, options.weights, options.batch_size, options.device, options.precision,
+                   options.dihedral, options.any_mpp)  # fmt: skip
+    print(f"features/{name} of {sum(map(len, stores))} tiles in {len(stores)} store{'s' * (len(stores) > 1)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
