@@ -1,0 +1,343 @@
+"""Map-style datasets: tiles of stores with their features and latents, and crops of images.
+
+Items are dicts: `image` (3,H,W) float32 in [-1, 1], `ssl` (D,) float32, `latent` (C,h,w) float32 in first-stage units,
+`row` int, `slide` str, `coord` (2,) level-0 x, y; only what was asked for is there. An item is asked for by its index,
+or by (index, draw) where the integer `draw` decides everything random in it (`ldm.data.sampler` gives them), so an item
+never depends on workers or on the order of reading.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ldm.data import dihedral as d4
+from ldm.data.slides import TissueMask, open_slide
+from ldm.data.tile_store import TileStore, open_cohort
+from ldm.errors import UserError, suggest
+from ldm.rng import fold
+
+Key = int | tuple[int, int]
+Box = Sequence[float]  # x, y, width, height in level-0 pixels
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+_TRIES = 1000
+
+
+def to_tensor(image: np.ndarray, variant: int = 0) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float32 in [-1, 1], in the orientation `variant` of `ldm.data.dihedral`."""
+    turned = d4.apply(np.moveaxis(image, -1, 0), variant)
+    scaled = np.multiply(turned, 1 / 127.5, dtype=np.float32, order="C")  # numpy: torch would wake its threads for this
+    scaled -= 1
+    return torch.from_numpy(scaled)
+
+
+def _split_key(key: Key) -> tuple[int, int | None]:
+    index, draw = key if isinstance(key, tuple) else (key, None)
+    return int(index), draw
+
+
+def _overlaps(coords: np.ndarray, side: float, box: Box) -> np.ndarray:
+    """(n,) bool: squares at `coords` (n, 2) that share area with the box."""
+    x, y, w, h = box
+    return (coords[:, 0] < x + w) & (coords[:, 0] + side > x) & (coords[:, 1] < y + h) & (coords[:, 1] + side > y)
+
+
+def _within(coords: np.ndarray, side: float, box: Box) -> np.ndarray:
+    """(n,) bool: squares at `coords` (n, 2) that lie wholly in the box."""
+    x, y, w, h = box
+    return (coords[:, 0] >= x) & (coords[:, 0] + side <= x + w) & (coords[:, 1] >= y) & (coords[:, 1] + side <= y + h)
+
+
+class TileDataset(Dataset):
+    """Tiles of finished stores.
+
+    Args:
+        stores: a `.zarr` store, a cohort folder, or several of these.
+        keys: which of image, ssl, latent an item has; `row`, `slide` and `coord` always are.
+        feature: name of the features for ssl; latents: name of the latents for latent.
+        dihedral: show each tile in a random one of its eight orientations. Latents, which cannot be turned, must have
+            been cached in all eight; features that were not are used as they are.
+        where: keeps tiles by label or by column of the cohort's index.parquet: `{split: train}`,
+            `{split: [train, test]}`, `{tissue: {min: 0.5}}`.
+        include: keeps tiles that lie wholly in one of these boxes; exclude: drops tiles that touch one of these boxes
+            (x, y, width, height in level-0 pixels).
+        in_memory: hold features and latents in memory.
+    Raises:
+        UserError: anything named that is not there, rows that do not match, dimensions that differ between stores,
+            latents that are not cached in eight orientations, no tile left.
+    """
+
+    def __init__(
+        self,
+        stores: str | Sequence[str],
+        keys: Sequence[str] = ("image",),
+        feature: str | None = None,
+        latents: str | None = None,
+        dihedral: bool = False,
+        where: Mapping[str, Any] | None = None,
+        include: Sequence[Box] | None = None,
+        exclude: Sequence[Box] = (),
+        in_memory: bool = False,
+    ) -> None:
+        for key in keys:
+            if key not in ("image", "ssl", "latent"):
+                raise UserError(f"a tile has no '{key}'{suggest(key, ('image', 'ssl', 'latent'))}")
+        self.stores = open_cohort(stores)
+        self.keys, self.dihedral = tuple(keys), dihedral
+        self.names = {}  # key -> name of its array in the store
+        if "ssl" in keys:
+            self.names["ssl"] = f"features/{feature}"
+            _require(feature, "feature", self.stores[0].feature_names)
+        if "latent" in keys:
+            self.names["latent"] = f"latents/{latents}"
+            _require(latents, "latents", self.stores[0].latent_names)
+        self._check_arrays(feature, latents)
+        self._coords = [store.coords for store in self.stores]
+        kept = [
+            np.flatnonzero(_select(store, coords, where or {}, include, exclude))
+            for store, coords in zip(self.stores, self._coords)
+        ]
+        self._store_of = np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
+        self._row_of = np.concatenate(kept)
+        if not len(self._row_of):
+            given = {"where": where, "include": include, "exclude": exclude}
+            chosen = ", ".join(f"{name}={value}" for name, value in given.items() if value)
+            raise UserError(f"none of the {sum(map(len, self.stores))} tiles of {stores} is selected by {chosen}")
+        self._memory = {
+            (i, key): np.asarray(store.array(name)[:])
+            for i, store in enumerate(self.stores)
+            for key, name in self.names.items()
+            if in_memory
+        }
+
+    def _check_arrays(self, feature: str | None, latents: str | None) -> None:
+        tails: dict[str, dict[tuple[int, ...], Path]] = {}
+        for store in self.stores:
+            if "ssl" in self.names:
+                array = store.features(feature)
+                tails.setdefault("ssl", {})[array.shape[-1:]] = store.path
+            if "latent" in self.names:
+                array = store.latents(latents)
+                tails.setdefault("latent", {})[array.shape[-3:]] = store.path
+                if self.dihedral and not array.attrs.get("dihedral"):
+                    raise UserError(
+                        f"{store.path} has latents '{latents}' in one orientation, and a flipped latent is not the "
+                        "latent of the flipped tile: cache all eight with `python -m data_prep.encode_latents "
+                        "--dihedral`, or set dihedral: false"
+                    )
+        for key, shapes in tails.items():
+            if len(shapes) > 1:
+                raise UserError(
+                    f"'{self.names[key]}' differs in shape between stores: "
+                    + ", ".join(f"{shape} in {path}" for shape, path in shapes.items())
+                )
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    def _vector(self, store: int, key: str, row: int, variant: int) -> np.ndarray:
+        """One row of a cached array in the orientation `variant`, or as it is where only one was cached."""
+        held = self._memory.get((store, key))
+        array = self.stores[store].array(self.names[key])
+        values = held[row] if held is not None else np.asarray(array[row])
+        if array.attrs.get("dihedral"):
+            values = values[variant]
+        values = values.astype(np.float32)
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{self.stores[store].path}/{self.names[key]} row {row} holds NaN or infinity; make it again"
+            )
+        return values
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        index, draw = _split_key(key)
+        store, row = int(self._store_of[index]), int(self._row_of[index])
+        variant = draw % d4.COUNT if self.dihedral and draw is not None else 0
+        item: dict[str, Any] = {
+            "row": row,
+            "slide": self.stores[store].slide,
+            "coord": torch.from_numpy(self._coords[store][row].astype(np.int64)),
+        }
+        if "image" in self.keys:
+            item["image"] = to_tensor(self.stores[store].tile(row), variant)
+        for name in self.names:
+            item[name] = torch.from_numpy(self._vector(store, name, row, variant))
+        return item
+
+
+def _require(name: str | None, what: str, known: Sequence[str]) -> None:
+    if name is None:
+        raise UserError(f"name the {what} to read{suggest('', known)}")
+
+
+def _select(
+    store: TileStore,
+    coords: np.ndarray,
+    where: Mapping[str, Any],
+    include: Sequence[Box] | None,
+    exclude: Sequence[Box],
+) -> np.ndarray:
+    """(N,) bool: which tiles of a store are chosen."""
+    side = store.tile_size * store.downsample
+    keep = np.ones(len(store), bool)
+    if include is not None:
+        keep &= np.any([_within(coords, side, box) for box in include], axis=0)
+    for box in exclude:
+        keep &= ~_overlaps(coords, side, box)
+    index = _index_rows(store) if set(where) - set(store.label_names) else pd.DataFrame()
+    for column, wanted in where.items():
+        if column in store.label_names:
+            values = store.labels(column)
+        elif column in index.columns:
+            values = index[column].to_numpy()
+        else:
+            raise UserError(
+                f"tiles of {store.path} have no '{column}'{suggest(column, {*store.label_names, *index.columns})}"
+            )
+        if isinstance(wanted, Mapping):
+            if unknown := set(wanted) - {"min", "max"}:
+                raise UserError(f"where.{column} takes a value, a list, or min and max; got {sorted(unknown)}")
+            keep &= (values >= wanted.get("min", -np.inf)) & (values <= wanted.get("max", np.inf))
+        else:
+            keep &= np.isin(values, wanted if isinstance(wanted, (list, tuple)) else [wanted])
+    return keep
+
+
+def _index_rows(store: TileStore) -> pd.DataFrame:
+    """The rows of the cohort's index.parquet that are this store's, in its order; empty where there is no index."""
+    path = store.path.parent.parent / "index.parquet"
+    if not path.is_file():
+        return pd.DataFrame()
+    index = pd.read_parquet(path, filters=[("slide", "==", store.slide)]).sort_values("row")
+    if not np.array_equal(index["row"], np.arange(len(store))):
+        raise UserError(
+            f"{path} has {len(index)} rows for {store.slide} but its store has {len(store)} tiles; delete it "
+            "and run `python -m data_prep.tile_slides` again"
+        )
+    return index
+
+
+class RegionDataset(Dataset):
+    """Random crops of slides or images held in memory, for training a first stage on little data.
+
+    Args:
+        images: mappings with `path`, and optionally `mpp` (of its level 0), `weight` (default: by area) and `exclude`
+            (boxes x, y, width, height in level-0 pixels that no crop may touch).
+        size: side of a crop in pixels; mpp: micrometres per pixel of a crop, None is each image's own.
+        length: items per epoch.
+        background: fraction of the crops that may lie anywhere; the others hold at least a quarter of tissue.
+        dihedral: turn and flip crops at random.
+    """
+
+    def __init__(
+        self,
+        images: Sequence[Mapping[str, Any]],
+        size: int,
+        length: int,
+        mpp: float | None = None,
+        background: float = 0.05,
+        dihedral: bool = True,
+    ) -> None:
+        self.size, self.length, self.background, self.dihedral = size, length, background, dihedral
+        self._pixels, self._masks, self._scales, self._exclude, weights = [], [], [], [], []
+        for image in images:
+            if unknown := set(image) - {"path", "mpp", "weight", "exclude"}:
+                name = sorted(unknown)[0]
+                raise UserError(
+                    f"an image of RegionDataset has no '{name}'{suggest(name, ('path', 'mpp', 'weight', 'exclude'))}"
+                )
+            slide = open_slide(image["path"], image.get("mpp"))
+            pixels = slide.thumbnail(mpp or slide.mpp)
+            if min(pixels.shape[:2]) < size:
+                raise UserError(
+                    f"{slide.path} is {pixels.shape[1]} x {pixels.shape[0]} px, smaller than crops of {size} px"
+                )
+            self._pixels.append(pixels)
+            self._masks.append(TissueMask(slide))
+            self._scales.append(slide.dimensions[0] / pixels.shape[1])
+            self._exclude.append([tuple(box) for box in image.get("exclude", ())])
+            weights.append(image.get("weight", pixels.shape[0] * pixels.shape[1]))
+        if not self._pixels:
+            raise UserError("RegionDataset needs at least one image")
+        self._weights = np.asarray(weights, float) / np.sum(weights)
+        self._names = [Path(image["path"]).name for image in images]
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        index, draw = _split_key(key)
+        rng = np.random.default_rng(fold(index) if draw is None else draw)
+        i = int(rng.choice(len(self._pixels), p=self._weights))
+        pixels, scale, size = self._pixels[i], self._scales[i], self.size
+        side, anywhere = size * scale, rng.random() < self.background
+        for _ in range(_TRIES):
+            y, x = rng.integers(0, pixels.shape[0] - size + 1), rng.integers(0, pixels.shape[1] - size + 1)
+            corner = np.array([[x, y]]) * scale  # level-0 pixels
+            if any(_overlaps(corner, side, box)[0] for box in self._exclude[i]):
+                continue
+            if anywhere or self._masks[i].fraction(corner, side)[0] >= 0.25:
+                break
+        else:
+            raise UserError(f"{self._names[i]} has no place for a crop of {size} px outside the excluded boxes")
+        crop = to_tensor(pixels[y : y + size, x : x + size], int(rng.integers(d4.COUNT)) if self.dihedral else 0)
+        return {"image": crop, "slide": self._names[i], "coord": torch.from_numpy(corner[0].astype(np.int64))}
+
+
+class ImageFolderDataset(Dataset):
+    """Images in folders (PNG, JPEG, TIFF), cropped to squares.
+
+    Args:
+        folders: one or several, searched with their subfolders.
+        size: side of a crop in pixels. Smaller images are enlarged to it.
+        resize: shorter side that every image is scaled to first; None keeps its own size.
+        crop: random or center. dihedral: turn and flip crops at random.
+    """
+
+    def __init__(
+        self,
+        folders: str | Sequence[str],
+        size: int,
+        resize: int | None = None,
+        crop: str = "random",
+        dihedral: bool = False,
+    ) -> None:
+        if crop not in ("random", "center"):
+            raise UserError(f"crop is random or center, got '{crop}'")
+        if resize is not None and resize < size:
+            raise UserError(f"resize ({resize}) is the shorter side before the crop, so at least size ({size})")
+        folders = [folders] if isinstance(folders, str) else list(folders)
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise UserError(f"there is no folder of images at {folder}")
+        self.paths = sorted(p for f in folders for p in Path(f).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not self.paths:
+            raise UserError(f"no image in {', '.join(folders)}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
+        self.size, self.resize, self.crop, self.dihedral = size, resize, crop, dihedral
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, key: Key) -> dict[str, Any]:
+        index, draw = _split_key(key)
+        rng = np.random.default_rng(fold(index) if draw is None else draw)
+        image = open_slide(self.paths[index], mpp=1.0)  # micrometres play no part here
+        width, height = image.dimensions
+        scale = (self.resize or max(self.size, min(width, height))) / min(width, height)
+        side = self.size / scale  # of the crop, in the image's pixels
+        free = np.array([width - side, height - side])
+        x, y = np.floor(rng.random(2) * (free + 1)).clip(0, free) if self.crop == "random" else free / 2
+        if scale == 1:
+            x, y = int(x), int(y)  # whole pixels need no resampling
+        crop = image.read(x, y, side, side, (self.size, self.size))
+        return {
+            "image": to_tensor(crop, int(rng.integers(d4.COUNT)) if self.dihedral else 0),
+            "path": str(self.paths[index]),
+        }
