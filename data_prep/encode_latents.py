@@ -1,0 +1,164 @@
+"""Latents of every tile of a tile store, by a trained first stage.
+
+    python -m data_prep.encode_latents --store cohort --first-stage MODEL_FOLDER --dihedral
+
+Writes `latents/<name>` (N,C,h,w) float16 into each store, in the first stage's own units (the posterior's mode), or
+(N,8,C,h,w) with the latents of the tile's eight rotations and flips: a flipped latent is not the latent of the flipped
+tile. Attributes tell first stage (SHA-256 of its weights), shape, and the scale_factor 1/std that brings the store's
+latents to unit variance. A stopped run continues; a finished array is left as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+from torch import nn
+from tqdm import tqdm
+
+from data_prep.extract_features import PRECISIONS, read_batches
+from ldm.data import dihedral
+from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.errors import UserError, run_command
+
+
+def moments(array: zarr.Array) -> tuple[int, float, float]:
+    """Count, mean and mean square of all values of an array, read shard by shard."""
+    step = (array.shards or array.chunks)[0]
+    count, total, squares = 0, 0.0, 0.0
+    for start in range(0, array.shape[0], step):
+        values = np.asarray(array[start : start + step], dtype=np.float32)
+        count += values.size
+        total += float(values.sum(dtype=np.float64))
+        squares += float(np.square(values).sum(dtype=np.float64))
+    return count, total / count, squares / count
+
+
+def spread(parts: Sequence[tuple[int, float, float]]) -> float:
+    """Standard deviation of the union of arrays whose `moments` are given."""
+    counts, means, squares = map(np.asarray, zip(*parts))
+    mean = np.average(means, weights=counts)
+    return float(np.sqrt(max(np.average(squares, weights=counts) - mean**2, 0)))
+
+
+@torch.inference_mode()
+def encode_tiles(first_stage: nn.Module, tiles: np.ndarray, device: str, precision: str, variants: int) -> np.ndarray:
+    """tiles (B,T,T,3) uint8 -> latents (B,C,h,w), or with 8 variants (B,8,C,h,w), float16."""
+    images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)  # (B,3,T,T)
+    parts = []
+    for k in range(variants):
+        x = dihedral.apply(images, k).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32"):
+            parts.append(first_stage.latent(x).float().cpu())  # (B,C,h,w)
+    return (torch.stack(parts, 1) if variants > 1 else parts[0]).numpy().astype(np.float16)
+
+
+def encode_latents(
+    stores: Sequence[TileStore],
+    first_stage_folder: Path | str,
+    name: str | None = None,
+    with_dihedral: bool = False,
+    batch_size: int = 16,
+    device: str | None = None,
+    precision: str = "fp32",
+) -> tuple[str, float]:
+    """Write `latents/<name>` into the stores. Returns the name and scale_factor = 1/std over all of them.
+
+    Args:
+        stores: finished tile stores.
+        first_stage_folder: model folder of the first stage.
+        name: of the latents; None is the folder's name.
+        with_dihedral: all eight orientations, for training with turned and flipped tiles.
+        precision: fp32, bf16 or fp16, of the first stage's own arithmetic.
+    Raises:
+        UserError: no model folder, tiles that the first stage cannot halve often enough, latents made otherwise before,
+            values beyond float16.
+    """
+    from ldm.model_folder import load_first_stage
+
+    folder = Path(first_stage_folder)
+    name = name or folder.resolve().name
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: no GPU is visible here; use --device cpu")
+    if batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: must be at least 1")
+    first_stage = load_first_stage(str(folder)).to(device, memory_format=torch.channels_last)
+    factor = first_stage.downsampling
+    for store in stores:
+        if store.tile_size % factor:
+            raise UserError(f"{store.path} has tiles of {store.tile_size} px, which {folder} cannot divide by {factor}")
+    attrs = latent_attrs(folder, first_stage, with_dihedral, precision)
+    variants = dihedral.COUNT if with_dihedral else 1
+    measured = []
+    with tqdm(total=sum(map(len, stores)), desc=f"latents {name}", unit="tile") as bar:
+        for store in stores:
+            side = store.tile_size // factor
+            shape = (*((variants,) if with_dihedral else ()), first_stage.channels, side, side)
+            with ArrayWriter(store.path, f"latents/{name}", shape, "f2", attrs) as writer:
+                bar.update(writer.rows)
+                for tiles in read_batches(store, writer.rows, batch_size):
+                    rows = encode_tiles(first_stage, tiles, device, precision, variants)
+                    if not np.isfinite(rows).all():
+                        raise UserError(f"{folder} gives latents that float16 cannot hold in {store.path}")
+                    writer.append(rows)
+                    bar.update(len(rows))
+                if not writer.finished:
+                    part = moments(writer.flush())
+                    writer.add_attrs(std=spread([part]), scale_factor=1 / max(spread([part]), 1e-8))
+                else:
+                    part = moments(store.latents(name))
+            measured.append(part)
+    return name, 1 / max(spread(measured), 1e-8)
+
+
+def latent_attrs(folder: Path, first_stage: nn.Module, with_dihedral: bool, precision: str) -> dict[str, Any]:
+    """What a latent array says of itself."""
+    weights = folder / "model.safetensors"
+    with weights.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {
+        "first_stage": folder.resolve().name,
+        "weights_sha256": digest,
+        "channels": first_stage.channels,
+        "downsampling": first_stage.downsampling,
+        "dihedral": with_dihedral,
+        "precision": precision,
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m data_prep.encode_latents", description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--store", type=Path, nargs="+", required=True, help="tile stores, or folders of them")
+    add("--first-stage", type=Path, required=True, metavar="FOLDER", help="model folder of a first stage")
+    add("--name", help="of the latents in the store (default: the folder's name)")
+    add("--dihedral", action="store_true", help="latents of all eight rotations and flips, (N,8,C,h,w)")
+    add("--batch-size", type=int, default=16)
+    add("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
+    add("--precision", choices=PRECISIONS, default="fp32")
+    options = parser.parse_args(arguments)
+    stores = open_cohort(options.store)
+    name, scale = encode_latents(
+        stores,
+        options.first_stage,
+        options.name,
+        options.dihedral,
+        options.batch_size,
+        options.device,
+        options.precision,
+    )
+    print(
+        f"latents/{name} of {sum(map(len, stores))} tiles in {len(stores)} store{'s' * (len(stores) > 1)}; "
+        f"scale_factor 1/std = {scale:.5f}"
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
