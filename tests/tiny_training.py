@@ -16,25 +16,25 @@ from ldm.rng import generator, training_generator
 
 
 class Items(Dataset):
-    """Item i: its own image (3,4,4), turned and shifted as its draw says."""
+    """Item i: its own image (3,size,size), turned and shifted as its draw says, and a feature (8,)."""
 
-    def __init__(self, length: int):
-        self.length = length
+    def __init__(self, length: int, size: int = 4):
+        self.length, self.size = length, size
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         index, draw = key
-        image = torch.randn(3, 4, 4, generator=generator(index))
-        return {"image": image.rot90(draw % 4, (1, 2)) + draw % 7 / 7, "row": torch.tensor(index)}
+        image = torch.randn(3, self.size, self.size, generator=generator(index)).rot90(draw % 4, (1, 2)) / 3
+        return {"image": image + draw % 7 / 7, "ssl": image.flatten()[:8], "row": torch.tensor(index)}
 
 
 class TinyData(pl.LightningDataModule):
-    def __init__(self, batch_size: int, length: int = 22, num_workers: int = 0, persistent: bool = False, seed=0):
+    def __init__(self, batch_size: int, length: int = 22, num_workers=0, persistent=False, size: int = 4, seed=0):
         super().__init__()
         self.batch_size, self.length, self.num_workers, self.seed = batch_size, length, num_workers, seed
-        self.persistent, self.loader, self.resume = persistent, None, None
+        self.persistent, self.size, self.loader, self.resume = persistent, size, None, None
 
     def setup(self, stage: str) -> None:
         if self.length < 1:
@@ -43,15 +43,16 @@ class TinyData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         rank, world = self.trainer.global_rank, self.trainer.world_size
         sampler = ResumableBatchSampler(self.length, self.batch_size, self.seed, rank, world)
+        items = Items(self.length, self.size)
         self.loader = ResumableDataLoader(
-            Items(self.length), sampler, num_workers=self.num_workers, persistent_workers=self.persistent
+            items, sampler, num_workers=self.num_workers, persistent_workers=self.persistent
         )
         if self.resume:
             self.loader.load_state_dict(self.resume)
         return self.loader
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(Items(5), batch_sampler=evaluation_batches(5, 2, self.seed))
+        return DataLoader(Items(5, self.size), batch_sampler=evaluation_batches(5, 2, self.seed))
 
     def state_dict(self) -> dict:
         return {"train_loader": self.loader.state_dict()} if self.loader else {}
@@ -71,11 +72,9 @@ class TinyModel(pl.LightningModule):
         self.register_buffer("average", torch.zeros(48))
         self.monitor, self.stop_at, self.where, self.seed = monitor, stop_at, where, seed
         self.learning_rate = 0.0
-        self.rows: list[list[int]] = []
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         done = self.trainer.fit_loop.total_batch_idx
-        self.rows.append(batch["row"].tolist())
         x = batch["image"]
         noise = torch.randn(x.shape, generator=training_generator(self.seed, self.global_rank, done))
         loss = (self.net(x + noise) - noise.flatten(1)).square().mean()
