@@ -11,8 +11,12 @@ import typer
 
 from ldm.errors import UserError, run_command
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="Latent diffusion for histopathology: tiles and slide-sized images from a trained model.")  # fmt: skip
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Latent diffusion for histopathology: tiles and slide-sized images from a trained model.",
+)
 
 Solver = Enum("Solver", {name: name for name in ("dpmpp_2m", "ddim", "euler", "heun")}, type=str)
 Schedule = Enum("Schedule", {name: name for name in ("trailing", "uniform", "karras", "exponential")}, type=str)
@@ -94,15 +98,15 @@ def large_image(
     ],
     feature: FeatureOption = None,
     region: Annotated[
-        str | None, typer.Option("--region", help="x,y,width,height of the slide, level-0 px, for a tile store or .h5.")
+        str | None, typer.Option("--region", help="x,y,width,height of the slide, level-0 px, for a tile store.")
     ] = None,
-    size: Annotated[str | None, typer.Option("--size", help="height,width in px; by default what the grid spans.")] = None,
-    mode: Annotated[Mode, typer.Option("--mode", help="shifted windows, or overlap as published (slow).")] = Mode.shifted,
+    size: Annotated[str | None, typer.Option("--size", help="height,width in px; default: what the grid spans.")] = None,
+    mode: Annotated[Mode, typer.Option("--mode", help="shifted windows, or overlap as published.")] = Mode.shifted,
     stride: Annotated[int | None, typer.Option("--stride", help="Of --mode overlap, in px.")] = None,
     interpolation: Annotated[Interpolation, typer.Option("--interpolation", help="Between the grid's features.")] = (
         Interpolation.linear
     ),
-    mpp: Annotated[float | None, typer.Option("--mpp", help="Micrometres per pixel to write; default the model's.")] = None,
+    mpp: Annotated[float | None, typer.Option("--mpp", help="Micrometres per pixel; default: the model's.")] = None,
     steps: StepsOption = 20,
     solver: SolverOption = Solver.dpmpp_2m,
     schedule: ScheduleOption = Schedule.trailing,

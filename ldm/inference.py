@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.autoencoder.tiled_decode import decode_tiled
 from ldm.conditioners.field import FeatureField
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import Cond, Denoiser
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 SOLVERS = ("dpmpp_2m", "ddim", "euler", "heun")
 SCHEDULES = ("trailing", "uniform", "karras", "exponential")
 MODES = ("shifted", "overlap")
+AT_ONCE = 1280 * 1280  # pixels that are decoded in one piece
+DECODE_TILE = 512  # pixels
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -196,7 +199,19 @@ def large_image(
     x = canvas_noise(seed, model.channels, *canvas).to(model.device) * sigmas[0]
     with tqdm(total=steps, desc="large image", unit="step", disable=not progress) as bar:
         x = run_solver(solver, denoiser, x, sigmas, {}, noise, eta, lambda i, x, x0: bar.update())
-    return model.decode(x).clamp(-1, 1).cpu()
+    return decode_canvas(model, x, progress).clamp(-1, 1).cpu()
+
+
+def decode_canvas(model: LatentDiffusion, latents: Tensor, progress: bool = True) -> Tensor:
+    """The image (1,3,H,W) of a canvas of scaled latents (1,C,h,w): at once if it is small, else in tiles of 512 px."""
+    factor = model.first_stage_model.downsampling
+    height, width = (side * factor for side in latents.shape[-2:])
+    if height * width <= AT_ONCE:
+        return model.decode(latents)
+    tile = max(DECODE_TILE // factor, 1)
+    total = -(-height // (tile * factor)) * -(-width // (tile * factor))
+    with tqdm(total=total, desc="decode", unit="tile", disable=not progress) as bar:
+        return decode_tiled(model.first_stage_model, latents / model.scale_factor, tile, progress=bar.update)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

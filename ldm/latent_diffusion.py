@@ -10,6 +10,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ldm.config import instantiate_from_config
@@ -118,7 +119,7 @@ class LatentDiffusion(pl.LightningModule):
             self.scale_factor = float(scale_factor)
         self.model_ema = EMA(self.model, ema_decay) if use_ema else None
         if ckpt_path is not None:
-            load_weights(self, ckpt_path)
+            rank_zero_info(load_weights(self, ckpt_path))
             if self.model_ema is not None:  # the average restarts at the weights that training starts from
                 self.model_ema = EMA(self.model, ema_decay)
 

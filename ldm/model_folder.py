@@ -23,7 +23,7 @@ from ldm.config import instantiate_from_config, load_config, save_config
 from ldm.errors import UserError
 
 FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
-PREFIX = {"model": "model.", "first stage": "first_stage_model.", "conditioner": "cond_stage_model."}
+PREFIX = {"network": "model.", "first stage": "first_stage_model.", "conditioner": "cond_stage_model."}
 
 
 def write_model_folder(
@@ -136,10 +136,10 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], di
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:
-    """Start a LatentDiffusion from the weights of `path`, by name; say in one line what was and was not there.
+    """Start a LatentDiffusion from the weights of `path`, by name; say in one line what was and was not taken.
 
-    Averaged weights are preferred. Parts (network, first stage, conditioner) may be missing as a whole and then keep
-    their fresh weights; a part that is there must fit.
+    Averaged weights are preferred. The network must be there and fit. First stage and conditioner are taken if they
+    fit, and else keep what they have: a model is often fine-tuned to another condition.
     """
     state = read_state_dict(path)
     own = model.state_dict()
@@ -151,15 +151,15 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     for part, prefix in PREFIX.items():
         wanted = {name: value for name, value in own.items() if name.startswith(prefix)}
         given = {name: value for name, value in state.items() if name.startswith(prefix)}
-        if given and wanted:
+        fits = {n: v.shape for n, v in given.items()} == {n: v.shape for n, v in wanted.items()}
+        if part == "network":
             _check_names(given, wanted, path)
-            report.append(f"{part} ({len(given)} tensors)")
+        if fits and wanted:
             model.load_state_dict({name: value.float() for name, value in given.items()}, strict=False)
-    if not report:
-        raise UserError(f"{path} holds no weights of this model (names starting with {', '.join(PREFIX.values())}).")
+        report.append(f"{part} {'loaded' if fits and wanted else 'kept'}")
     if getattr(model, "scale_by_std", False) and "scale_factor" in state:
         model.scale_factor.copy_(state["scale_factor"])
-    return f"loaded from {path}: {', '.join(report)}"
+    return f"weights of {path}: {', '.join(report)}"
 
 
 def _check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:
