@@ -1,0 +1,237 @@
+"""Does the condition matter, and do the seams show? Two figures of a trained SSL-conditioned model.
+
+    python benchmarks/conditioning.py --model demo_output/model --store demo_output/cohort --feature demo-encoder \
+        --encoder data/models/demo-encoder --image demo_output/synthetic_1024.png
+
+Conditioning: one tile is sampled for each of `--count` held-out tiles (label split=val) from its features, and the
+features of what was sampled are extracted again. The margin of a tile is the cosine similarity between those and its
+conditioning features, less the mean of the same to the other tiles' conditioning features. Held-out tiles overlap, so
+they are no independent draws: the 95% interval of the mean margin is a bootstrap over blocks of slide columns as wide
+as a tile, not over tiles.
+
+Seams: mean absolute difference of neighbouring pixels across the borders of the tile lattice, over that inside tiles.
+The same over all other places where the lattice could lie says how much the ratio varies where there is no seam.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ldm.data.slides import open_slide
+from ldm.data.tile_store import TileStore, open_cohort
+from ldm.errors import UserError, run_command
+
+RESAMPLES = 10_000
+SHOWN = 8  # pairs in the picture
+
+
+def held_out(stores: Sequence[TileStore], split: str, count: int) -> list[tuple[TileStore, int]]:
+    """`count` tiles of a split, evenly spaced over all of them in the order of the stores."""
+    rows = []
+    for store in stores:
+        if "split" not in store.label_names:
+            raise UserError(f"{store.path} has no labels/split; tile it with `data_prep.tile_slides --holdout x,y,w,h`")
+        rows += [(store, int(row)) for row in np.flatnonzero(store.labels("split").astype(str) == split)]
+    if len(rows) < count:
+        raise UserError(f"{len(rows)} tiles are of split '{split}', {count} are asked for; give a smaller --count")
+    return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+def feature_of(store: TileStore, name: str, row: int) -> np.ndarray:
+    """The feature (D,) of a tile as it lies on the slide."""
+    values = np.asarray(store.features(name)[row], np.float32)
+    return values[0] if values.ndim == 2 else values
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine similarities (N,M) of features (N,D) and (M,D)."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    return a @ b.T
+
+
+def margins(similarity: np.ndarray) -> np.ndarray:
+    """(N,): the diagonal of (N,N) similarities [generated, condition] less the mean of the rest of its row."""
+    own, count = np.diag(similarity), len(similarity)
+    return own - (similarity.sum(1) - own) / (count - 1)
+
+
+def block_bootstrap(values: np.ndarray, blocks: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95% percentile interval of the mean of `values` (N,) when whole blocks (N,) are drawn with replacement."""
+    names, index = np.unique(blocks, return_inverse=True)
+    sums, sizes = np.bincount(index, values), np.bincount(index)
+    draws = np.random.default_rng(seed).integers(len(names), size=(RESAMPLES, len(names)))
+    means = sums[draws].sum(1) / sizes[draws].sum(1)  # (RESAMPLES,)
+    low, high = np.percentile(means, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def seam_ratios(image: np.ndarray, tile: int) -> np.ndarray:
+    """(tile,): gradient across the borders of a tile lattice over that inside tiles, for each offset of the lattice.
+
+    image (H,W,3) uint8. Entry 0 is the lattice that starts in the corner of the image.
+    """
+    grey = image.astype(np.float64).mean(2)  # (H,W)
+    across = [np.abs(np.diff(grey, axis=axis)).mean(1 - axis) for axis in (0, 1)]  # (H-1,), (W-1,): after each line
+    ratios = []
+    for offset in range(tile):
+        on = [(np.arange(len(lines)) + 1 - offset) % tile == 0 for lines in across]
+        border = np.concatenate([lines[mask] for lines, mask in zip(across, on)])
+        inside = np.concatenate([lines[~mask] for lines, mask in zip(across, on)])
+        ratios.append(border.mean() / inside.mean())
+    return np.array(ratios)
+
+
+def read_image(path: Path) -> np.ndarray:
+    """(H,W,3) uint8."""
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from error
+
+
+def read_region(path: Path, region: str) -> np.ndarray:
+    """(h,w,3) uint8 of "x,y,w,h" in level-0 px."""
+    parts = region.split(",")
+    if len(parts) != 4 or not all(part.strip().isdigit() for part in parts):
+        raise UserError(f"--region takes x,y,width,height as four whole numbers; got '{region}'")
+    x, y, width, height = map(int, parts)
+    return open_slide(path).read(x, y, width, height, (width, height))
+
+
+def measure_seams(image: np.ndarray, tile: int, source: Path) -> dict[str, float]:
+    if min(image.shape[:2]) < 2 * tile:
+        height, width = image.shape[:2]
+        raise UserError(f"{source} gives {width} x {height} px; seams need two tiles of {tile} px along each side")
+    ratios = seam_ratios(image, tile)
+    low, high = np.percentile(ratios[1:], (2.5, 97.5))
+    return {"ratio": float(ratios[0]), "elsewhere_low": float(low), "elsewhere_high": float(high), "tile": tile}
+
+
+def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
+    """The figures, and a picture: held-out tiles above what was sampled from their features."""
+    import torch
+
+    import ldm
+    from ldm.cli import pick_device
+    from ldm.metrics.encoders import load_encoder
+
+    device = pick_device(args.device)
+    stores = open_cohort(args.store)
+    chosen = held_out(stores, args.split, args.count)
+    conditions = np.stack([feature_of(store, args.feature, row) for store, row in chosen])  # (N,D)
+    encoder = load_encoder(args.encoder or args.feature, device=device)
+    if encoder.dim != conditions.shape[1]:
+        has = conditions.shape[1]
+        raise UserError(f"encoder {encoder.name} gives {encoder.dim} values, features '{args.feature}' have {has}")
+    model = ldm.load_model(args.model, device)
+    sampled = ldm.sample(
+        model, ldm.condition(model, features=conditions), steps=args.steps, guidance_scale=args.guidance_scale,
+        seed=args.seed, batch_size=args.batch_size, precision=args.precision,
+    )  # fmt: skip
+    real = np.stack([store.tile(row) for store, row in chosen])  # (N,T,T,3)
+    images = torch.from_numpy(real).permute(0, 3, 1, 2).float() / 127.5 - 1
+    parts = [slice(i, i + args.batch_size) for i in range(0, len(images), args.batch_size)]
+    with torch.no_grad():
+        rebuilt = torch.cat([model.decode(model.encode(images[part].to(device))).clamp(-1, 1).cpu() for part in parts])
+        again, ceiling = (
+            torch.cat([encoder(batch[part].to(device)).cpu() for part in parts]).numpy() for batch in (sampled, rebuilt)
+        )
+    similarity = cosines(again, conditions)
+    gains = margins(similarity)
+    tile = stores[0].tile_size * stores[0].downsample
+    blocks = [f"{store.slide}:{int(store.coords[row][0] // tile)}" for store, row in chosen]
+    low, high = block_bootstrap(gains, np.array(blocks))
+    own = float(np.diag(similarity).mean())
+    figures = {
+        "tiles": len(chosen), "blocks": len(set(blocks)), "own": own, "shuffled": own - float(gains.mean()),
+        "margin": float(gains.mean()), "low": low, "high": high,
+        "reconstruction": float(np.diag(cosines(ceiling, conditions)).mean()),
+        "feature": args.feature, "split": args.split, "steps": args.steps, "guidance_scale": args.guidance_scale,
+        "seed": args.seed, "precision": args.precision,
+    }  # fmt: skip
+    shown = np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).round().astype(int)
+    return figures, np.concatenate([np.hstack(rows[shown]) for rows in (real, ldm.to_uint8(sampled))])
+
+
+def table(figures: dict[str, Any]) -> str:
+    lines = []
+    if c := figures.get("conditioning"):
+        lines += [
+            f"conditioning: {c['tiles']} held-out tiles, {c['steps']} steps, guidance {c['guidance_scale']:g},"
+            f" seed {c['seed']}",
+            f"  cosine similarity to its own condition      {c['own']:.3f}",
+            f"  cosine similarity to shuffled conditions    {c['shuffled']:.3f}",
+            f"  margin                                      {c['margin']:.3f}"
+            f"   95% interval {c['low']:.3f} to {c['high']:.3f} (bootstrap over {c['blocks']} blocks of columns)",
+            f"  own condition, first stage's reconstruction {c['reconstruction']:.3f}   (what sampling could reach)",
+        ]
+    for key, title in (("seams", "seams of the generated image"), ("seams_real", "same measure on the real region")):
+        if s := figures.get(key):
+            lines += [
+                f"{title}, {s['tile']} px lattice",
+                f"  gradient across borders / inside tiles      {s['ratio']:.3f}"
+                f"   95% of other lattices {s['elsewhere_low']:.3f} to {s['elsewhere_high']:.3f}",
+            ]
+    return "\n".join(lines)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.count < 2:
+        raise UserError(f"--count is at least 2, got {args.count}")
+    figures: dict[str, Any] = {}
+    if args.image:
+        figures["seams"] = measure_seams(read_image(args.image), args.tile, args.image)
+    if args.slide and args.region:
+        figures["seams_real"] = measure_seams(read_region(args.slide, args.region), args.tile, args.slide)
+    figures["conditioning"], picture = measure_conditioning(args)
+    print(table(figures))
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for name, write in (
+            ("tiles.png", lambda path: Image.fromarray(picture).save(path, format="PNG")),
+            ("figures.json", lambda path: path.write_text(json.dumps(figures, indent=1))),
+        ):
+            part = args.out / f"{name}.part"
+            write(part)
+            os.replace(part, args.out / name)
+    if args.check and figures["conditioning"]["low"] <= 0:
+        raise UserError("the interval of the margin includes 0: the model does not follow its condition")
+    if args.check and "seams" in figures and figures["seams"]["ratio"] > 1.05:
+        raise UserError(f"the seam ratio {figures['seams']['ratio']:.3f} is above 1.05: tile borders show")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, type=Path, help="model folder or run folder")
+    add("--store", required=True, type=Path, help="tile store or cohort folder, with labels/split")
+    add("--feature", required=True, help="name of the conditioning features in the store")
+    add("--encoder", help="encoder name or folder that made them (default: the name of the features)")
+    add("--image", type=Path, help="generated large image, to measure its seams")
+    add("--slide", type=Path, help="with --region: the same measure on the real slide, where there is no seam")
+    add("--region", metavar="X,Y,W,H", help="level-0 px of --slide")
+    add("--tile", type=int, default=256, help="lattice of the seams in px (default %(default)s)")
+    add("--split", default="val", help="tiles to sample for (default %(default)s)")
+    add("--count", type=int, default=64, help="how many of them (default %(default)s)")
+    add("--steps", type=int, default=20, help="sampling steps (default %(default)s)")
+    add("--guidance-scale", type=float, default=2.0, help="(default %(default)s)")
+    add("--seed", type=int, default=0, help="(default %(default)s)")
+    add("--batch-size", type=int, default=16, help="(default %(default)s)")
+    add("--device", default="auto", help="(default %(default)s)")
+    add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="(default %(default)s)")
+    add("--out", type=Path, help="folder for figures.json and tiles.png")
+    add("--check", action="store_true", help="fail unless the interval excludes 0 and the seam ratio is at most 1.05")
+    return run_command(lambda: run(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

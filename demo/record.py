@@ -1,0 +1,74 @@
+"""What is done, what it took, and how an interrupted step goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from demo.steps import Step
+from ldm.errors import UserError
+
+
+class Record:
+    """`times.json`: per step its command, seconds, peak MiB, when it began and whether it is done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.steps: dict[str, dict[str, Any]] = json.loads(path.read_text())["steps"] if path.exists() else {}
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged; delete it, and the demo starts again") from None
+
+    def save(self) -> None:
+        part = self.path.with_name(self.path.name + ".part")
+        part.write_text(json.dumps({"steps": self.steps}, indent=1))
+        os.replace(part, self.path)
+
+    def done(self, step: Step) -> bool:
+        entry = self.steps.get(step.name, {})
+        return entry.get("done", False) and self._same(step) and all(path.exists() for path in step.outputs)
+
+    def begun(self, step: Step) -> bool:
+        """Whether an interrupted run of this very command can go on."""
+        return step.name in self.steps and not self.steps[step.name]["done"] and self._same(step)
+
+    def _same(self, step: Step) -> bool:
+        return self.steps[step.name]["command"] == list(step.command)
+
+    def begin(self, step: Step, later: list[Step]) -> None:
+        """Forget the step and all that builds on it."""
+        for path in step.outputs:
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for each in (step, *later):
+            self.steps.pop(each.name, None)
+        now = f"{datetime.now():%Y-%m-%dT%H-%M-%S}"
+        self.steps[step.name] = {
+            "title": step.title, "command": list(step.command), "begun": now, "seconds": 0.0, "peak_mib": 0.0,
+            "done": False,
+        }  # fmt: skip
+        self.save()
+
+
+def find_run(logs: Path, step: Step, begun: str) -> Path | None:
+    """The resumable run folder that a training step has made since it began."""
+    runs = [run for run in sorted(logs.glob(f"*_{step.run_name}")) if run.name >= begun]
+    runs = [run for run in runs if (run / "checkpoints" / "last.ckpt").is_file()]
+    return runs[-1] if runs else None
+
+
+def runs_of(steps: list[Step], record: Record, logs: Path) -> dict[str, Path | None]:
+    """Run folder of each training step that has begun, None while there is nothing to resume."""
+    trainings = [step for step in steps if step.run_name and step.name in record.steps]
+    return {step.name: find_run(logs, step, record.steps[step.name]["begun"]) for step in trainings}
+
+
+def command_of(step: Step, steps: list[Step], record: Record, logs: Path) -> tuple[str, ...]:
+    """The command to type now: with run folders filled in, and resuming a training that was interrupted."""
+    runs = runs_of(steps, record, logs)
+    if runs.get(step.name):
+        return ("python", "main.py", "-t", "--resume", str(runs[step.name]), "--no-test")
+    return tuple(part.format(**runs) for part in step.command)

@@ -1,0 +1,127 @@
+"""What the demo does, step by step: the commands, what each leaves behind, and how an interrupted one goes on."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+SLIDE = Path("data/demo/CMU-1-Small-Region.svs")
+HELD_OUT = (0, 1856, 2220, 512)  # x, y, width, height in level-0 px: never trained on, by encoder, first stage or model
+REGION = (896, 1472, 1024, 1024)  # what is generated again; it crosses the held-out band
+ENCODER = "demo-encoder"
+FIRST_STAGE = "first-stage"
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo.
+
+    outputs: what exists when it is done; removed when the step begins anew.
+    run_name: of a training, the name of its run folder in `logs`, for it to be resumed; the commands of later steps
+        name that folder by the step in braces.
+    """
+
+    name: str
+    title: str
+    command: tuple[str, ...]
+    outputs: tuple[Path, ...] = ()
+    run_name: str = ""
+
+
+def native_bf16() -> bool:
+    """Whether this machine computes in bfloat16 natively (GPU, or CPU with AMX or AVX512-BF16); else it is slower."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text().split() if info.is_file() else []
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+def region_text(region: tuple[int, ...]) -> str:
+    return ",".join(map(str, region))
+
+
+def demo_steps(out: Path, bf16: bool) -> list[Step]:
+    """The steps that fill `out`. Times are limits that hold the whole under ten minutes on two slow cores."""
+    cohort = out / "cohort"
+    store = cohort / "slides" / f"{SLIDE.stem}.zarr"
+    python, mixed, plain = "python", "bf16-mixed" if bf16 else "32-true", "bf16" if bf16 else "fp32"
+    logs = out / "logs"
+    image = out / "synthetic_1024"
+
+    def train(config: str, *options: str) -> tuple[str, ...]:
+        start = (python, "main.py", "-t", "--base", f"configs/demo/{config}.yaml", "--logdir", str(logs), "--no-test")
+        return (*start, "--seed", str(SEED), "--precision", mixed, *options)
+
+    return [
+        Step(
+            "tiles", "Tile the slide at its own resolution, over tissue and a little glass; hold out a band",
+            (python, "-m", "data_prep.tile_slides", "--slides", str(SLIDE), "--out", str(cohort), "--stride", "64",
+             "--min-tissue", "0.05", "--keep-background", "0.08", "--holdout", region_text(HELD_OUT),
+             "--licence", "CC0-1.0"),
+            (cohort,),
+        ),
+        Step(
+            "features", "Extract self-supervised features of every tile, in its eight orientations",
+            (python, "-m", "data_prep.extract_features", "--store", str(cohort), "--encoder", f"data/models/{ENCODER}",
+             "--dihedral"),
+            (store / "features" / ENCODER,),
+        ),
+        Step(
+            "first_stage", "Fine-tune the first stage, a KL autoencoder, on the training tiles",
+            train("first_stage", "--max_time", "00:00:01:30"),
+            run_name="first_stage",
+        ),
+        Step(
+            "export_first_stage", "Make a model folder of it",
+            ("histoldm", "export", "{first_stage}", "--out", str(out / FIRST_STAGE)),
+            (out / FIRST_STAGE,),
+        ),
+        Step(
+            "latents", "Encode every tile once, in its eight orientations",
+            (python, "-m", "data_prep.encode_latents", "--store", str(cohort), "--first-stage", str(out / FIRST_STAGE),
+             "--dihedral", "--precision", plain),
+            (store / "latents" / FIRST_STAGE,),
+        ),
+        Step(
+            "ssl", "Train the latent diffusion model on latents and features, from the shipped weights",
+            train("ssl", "--max_time", "00:00:03:00", "model.params.ckpt_path=data/models/demo-ssl",
+                  f"model.params.first_stage_config.params.folder={out / FIRST_STAGE}"),
+            run_name="ssl",
+        ),
+        Step(
+            "export", "Make a model folder of it",
+            ("histoldm", "export", "{ssl}", "--out", str(out / "model")),
+            (out / "model",),
+        ),
+        Step(
+            "large_image", "Generate 1024 x 1024 px from the slide's own grid of features",
+            ("histoldm", "large-image", "--model", str(out / "model"), "--features", str(store), "--feature", ENCODER,
+             "--region", region_text(REGION), "--out", f"{image}.png", "--out", f"{image}.tif", "--seed", str(SEED),
+             "--precision", plain),
+            (image.with_suffix(".png"), image.with_suffix(".tif")),
+        ),
+        Step(
+            "figures", "Measure: do tiles follow their condition, do borders show?",
+            (python, "benchmarks/conditioning.py", "--model", str(out / "model"), "--store", str(cohort),
+             "--feature", ENCODER, "--encoder", f"data/models/{ENCODER}", "--image", f"{image}.png", "--slide",
+             str(SLIDE), "--region", region_text(REGION), "--count", "64", "--steps", "12", "--precision", plain,
+             "--out", str(out / "conditioning")),
+            (out / "conditioning",),
+        ),
+        Step(
+            "report", "Put it all on one page",
+            (python, "-m", "demo.report", str(out)),
+            (out / "report.html",),
+        ),
+    ]  # fmt: skip
+
+
+def executable(command: tuple[str, ...]) -> list[str]:
+    """`python` and `histoldm` of the environment that runs the demo."""
+    first = sys.executable if command[0] == "python" else str(Path(sys.executable).parent / command[0])
+    return [first, *command[1:]]
