@@ -138,9 +138,9 @@ def patient_of(slide: str) -> str:
 
 
 def split_of(patient: str, validation: float, test: float) -> str:
-    """train, validation or test by a hash of the patient: the slides of one stay together, however the cohort grows."""
+    """train, val or test by a hash of the patient: the slides of one stay together, however the cohort grows."""
     place = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
-    return "test" if place < test else "validation" if place < test + validation else "train"
+    return "test" if place < test else "val" if place < test + validation else "train"
 
 
 def update_index(cohort: Path | str, validation: float = 0.0, test: float = 0.0) -> Path:
@@ -207,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--slide-mpp", type=float, help="um per pixel of the slides, where their headers lack it")
     add("--seed", type=int, default=0, help="picks the background tiles (default %(default)s)")
     add("--workers", type=int, help="threads that read a slide (default: up to 8)")
-    add(
-        "--validation", type=float, default=0.0, help="fraction of patients in split 'validation' (default %(default)s)"
-    )
+    add("--validation", type=float, default=0.0, help="fraction of patients in split 'val' (default %(default)s)")
     add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
     args = vars(parser.parse_args(argv))
     slides, out = find_slides(args.pop("slides")), Path(args.pop("out"))

@@ -1,0 +1,113 @@
+"""Generated images on disk: other programs open them at the right scale, and they say that they are synthetic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+import tifffile
+import torch
+import zarr
+from PIL import Image
+
+from ldm.data.images_out import save_bigtiff, save_ome_zarr, save_png, to_uint8
+from ldm.data.slides import open_slide
+from ldm.errors import UserError
+
+ABOUT = {"model": "demo µ", "seed": 7, "condition": {"features": "slide.zarr"}}
+
+
+@pytest.fixture(scope="module")
+def image(demo_slide: Path) -> np.ndarray:
+    return open_slide(demo_slide).read(400, 1500, 1001, 701)  # odd, so that levels and tiles do not divide evenly
+
+
+def test_bigtiff_opens_in_openslide_at_its_scale(tmp_path: Path, image: np.ndarray):
+    path = save_bigtiff(tmp_path / "a.tif", image, 0.4991, ABOUT)
+    with openslide.OpenSlide(str(path)) as slide:
+        assert slide.properties["openslide.vendor"] == "generic-tiff"
+        assert slide.level_dimensions == ((1001, 701), (501, 351), (251, 176))
+        for axis in "xy":
+            assert float(slide.properties[f"openslide.mpp-{axis}"]) == pytest.approx(0.4991, rel=1e-3)
+        assert slide.properties["tiff.ImageDescription"].startswith("SYNTHETIC")
+        assert json.loads(slide.properties["tiff.ImageDescription"].split("\n")[1]) == ABOUT
+        for level in range(3):
+            got = np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]).convert("RGB"))
+            want = np.asarray(Image.fromarray(image).reduce(2**level))
+            assert np.abs(got.astype(int) - want)[:-1, :-1].mean() < 2.5
+    with tifffile.TiffFile(path) as file:
+        assert file.is_bigtiff
+        assert len(file.pages) == 3  # the main chain, no SubIFDs
+    reopened = open_slide(path)
+    assert reopened.mpp == pytest.approx(0.4991, rel=1e-3)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.tif"]
+
+
+def test_bigtiff_takes_a_zarr_array(tmp_path: Path, image: np.ndarray):
+    array = zarr.create_array(str(tmp_path / "a.zarr"), data=image, chunks=(64, 64, 3))
+    one = save_bigtiff(tmp_path / "zarr.tif", array, 0.5, ABOUT)
+    two = save_bigtiff(tmp_path / "numpy.tif", image, 0.5, ABOUT)
+    assert np.array_equal(tifffile.imread(one), tifffile.imread(two))
+
+
+def test_ome_zarr(tmp_path: Path, image: np.ndarray):
+    path = save_ome_zarr(tmp_path / "a.ome.zarr", image, 0.5, ABOUT)
+    group = zarr.open_group(str(path), mode="r")
+    scales = group.attrs["ome"]["multiscales"][0]
+    assert group.attrs["ome"]["version"] == "0.5"
+    assert [axis["name"] for axis in scales["axes"]] == ["c", "y", "x"]
+    assert np.array_equal(np.moveaxis(group["0"][:], 0, -1), image)
+    for dataset in scales["datasets"]:
+        array = group[dataset["path"]]
+        assert array.metadata.dimension_names == ("c", "y", "x")
+        scale = dataset["coordinateTransformations"][0]["scale"]
+        assert np.multiply(scale[1:], array.shape[1:]) == pytest.approx(np.multiply(0.5, image.shape[:2]))
+    assert group.attrs["histoldm"]["SYNTHETIC"] is True
+    assert group.attrs["histoldm"]["seed"] == 7
+    save_ome_zarr(path, image[:64, :64], 0.5, ABOUT)  # replaces its own
+    assert zarr.open_array(str(path / "0"), mode="r").shape == (3, 64, 64)
+
+
+def test_png(tmp_path: Path, image: np.ndarray):
+    path = save_png(tmp_path / "new" / "a.png", image, ABOUT)
+    with Image.open(path) as file:
+        assert json.loads(file.text["SYNTHETIC"]) == ABOUT
+        assert np.array_equal(np.asarray(file), image)
+
+
+class Torn:
+    """An image whose second block of rows is never read to the end."""
+
+    shape, dtype = (2100, 600, 3), np.dtype("u1")
+
+    def __getitem__(self, key: tuple[slice, slice]) -> np.ndarray:
+        if key[0].start:
+            raise KeyboardInterrupt
+        return np.zeros(self.shape, np.uint8)[key]
+
+
+def test_nothing_half_written(tmp_path: Path):
+    for save in (save_bigtiff, save_ome_zarr):
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path / "a", Torn(), 0.5, ABOUT)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_user_mistakes(tmp_path: Path, image: np.ndarray):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        save_png(tmp_path / "file" / "a.png", image, ABOUT)
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UserError, match="did not write"):
+        save_ome_zarr(tmp_path / "mine", image, 0.5, ABOUT)
+    with pytest.raises(UserError, match="mpp"):
+        save_bigtiff(tmp_path / "a.tif", image, 0, ABOUT)
+
+
+def test_to_uint8_is_the_inverse_of_loading(image: np.ndarray):
+    loaded = torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
+    assert np.array_equal(to_uint8(loaded), image)
+    assert to_uint8(torch.tensor([-3.0, 0.0, 3.0]).reshape(1, 3, 1, 1)).ravel().tolist() == [0, 128, 255]
