@@ -17,7 +17,7 @@ _HOMES = {
     "condition": "ldm.inference",
     "sample": "ldm.inference",
     "large_image": "ldm.inference",
-    "to_uint8": "ldm.inference",
+    "to_uint8": "ldm.data.images_out",
 }
 __all__ = [*_HOMES]
 

@@ -18,6 +18,8 @@ app = typer.Typer(
     help="Latent diffusion for histopathology: tiles and slide-sized images from a trained model.",
 )
 
+USAGE_ERROR = typer.BadParameter.__base__  # typer may bring a click of its own
+
 Solver = Enum("Solver", {name: name for name in ("dpmpp_2m", "ddim", "euler", "heun")}, type=str)
 Schedule = Enum("Schedule", {name: name for name in ("trailing", "uniform", "karras", "exponential")}, type=str)
 Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
@@ -100,7 +102,7 @@ def large_image(
     region: Annotated[
         str | None, typer.Option("--region", help="x,y,width,height of the slide, level-0 px, for a tile store.")
     ] = None,
-    size: Annotated[str | None, typer.Option("--size", help="height,width in px; default: what the grid spans.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="height,width in px; default: the grid's.")] = None,
     mode: Annotated[Mode, typer.Option("--mode", help="shifted windows, or overlap as published.")] = Mode.shifted,
     stride: Annotated[int | None, typer.Option("--stride", help="Of --mode overlap, in px.")] = None,
     interpolation: Annotated[Interpolation, typer.Option("--interpolation", help="Between the grid's features.")] = (
@@ -117,7 +119,7 @@ def large_image(
     device: DeviceOption = "auto",
     precision: PrecisionOption = Precision.fp32,
 ) -> None:
-    """Generate one image of any size from a grid of features; features[row, col] conditions the image there.
+    """Generate one image of any size from a grid of features; the one at (row, col) conditions the image there.
 
     Example: histoldm large-image --model M --features store.zarr --region 896,1472,1024,1024 --out image.tif
     """
@@ -160,17 +162,16 @@ def _integers(text: str | None, count: int, option: str, form: str) -> tuple[int
 
 def main() -> None:
     """Entry point: a user's mistake is one message and exit code 2, never a traceback."""
-    import click
 
     def run() -> None:
         try:
             app(standalone_mode=False)
-        except click.exceptions.Exit as stop:
+        except typer.Exit as stop:
             sys.exit(stop.exit_code)
-        except click.ClickException as error:
+        except typer.Abort:
+            raise KeyboardInterrupt from None
+        except USAGE_ERROR as error:
             error.show()
             sys.exit(error.exit_code)
-        except click.Abort:
-            raise KeyboardInterrupt from None
 
     sys.exit(run_command(run))

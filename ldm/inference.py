@@ -213,7 +213,3 @@ def decode_canvas(model: LatentDiffusion, latents: Tensor, progress: bool = True
     with tqdm(total=total, desc="decode", unit="tile", disable=not progress) as bar:
         return decode_tiled(model.first_stage_model, latents / model.scale_factor, tile, progress=bar.update)
 
-
-def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (N,3,H,W) in [-1,1] as uint8 (N,H,W,3)."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
