@@ -143,7 +143,20 @@ def split_of(patient: str, validation: float, test: float) -> str:
     return "test" if place < test else "val" if place < test + validation else "train"
 
 
-def update_index(cohort: Path | str, validation: float = 0.0, test: float = 0.0) -> Path:
+def held_out(coords: np.ndarray, side: float, box: Sequence[float]) -> np.ndarray:
+    """Split (N,) of tiles by a held-out box (x, y, width, height): val within it, none across its border, else train.
+
+    coords (N,2) and side are in level-0 pixels. No pixel of a val tile is in a train tile.
+    """
+    low, high = np.asarray(box[:2]), np.asarray(box[:2]) + np.asarray(box[2:])
+    inside = ((coords >= low) & (coords + side <= high)).all(1)
+    touching = ((coords < high) & (coords + side > low)).all(1)
+    return np.select([inside, touching], ["val", "none"], "train")
+
+
+def update_index(
+    cohort: Path | str, validation: float = 0.0, test: float = 0.0, holdout: Sequence[float] | None = None
+) -> Path:
     """Bring `cohort`/index.parquet up to date with its finished stores: slide, row, x, y, tissue, patient, split.
 
     Rows of slides that the index knows already stay as they are, with whatever columns and splits a user gave them.
@@ -165,7 +178,10 @@ def update_index(cohort: Path | str, validation: float = 0.0, test: float = 0.0)
             patient = patient_of(store.slide)
             columns = {"slide": store.slide, "row": np.arange(len(store)), "x": x, "y": y}
             labels = {name: store.labels(name) for name in store.label_names}
-            owner = {"patient": patient, "split": split_of(patient, validation, test)}
+            split = split_of(patient, validation, test)
+            if holdout is not None:
+                split = held_out(store.coords, store.tile_size * store.downsample, holdout)
+            owner = {"patient": patient, "split": split}
             tables.append(pd.DataFrame(columns | labels | owner))
         if tables:
             partial = path.with_suffix(".partial")
@@ -189,6 +205,14 @@ def find_slides(paths: Sequence[Path | str]) -> list[Path]:
     return slides
 
 
+def box(text: str) -> tuple[int, ...]:
+    """x,y,width,height as four whole numbers."""
+    values = tuple(int(part) for part in text.split(","))
+    if len(values) != 4:
+        raise ValueError(text)
+    return values
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.tile_slides",
@@ -209,9 +233,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--workers", type=int, help="threads that read a slide (default: up to 8)")
     add("--validation", type=float, default=0.0, help="fraction of patients in split 'val' (default %(default)s)")
     add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
+    add("--holdout", type=box, metavar="X,Y,W,H", help="level-0 px held out of a slide: its tiles are split 'val'")
     args = vars(parser.parse_args(argv))
+    holdout = args.pop("holdout")
     slides, out = find_slides(args.pop("slides")), Path(args.pop("out"))
     validation, test = args.pop("validation"), args.pop("test")
+    if holdout is not None and len(slides) > 1:
+        raise UserError("--holdout is a box of one slide; for several use --validation and --test, which split patients")
     failures, tiles = [], 0
     for path in slides:
         try:
@@ -220,7 +248,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             failures.append(str(error))
             tqdm.write(f"error: {error}", file=sys.stderr)
     if len(failures) < len(slides):
-        index = update_index(out, validation, test)
+        index = update_index(out, validation, test, holdout)
         print(f"{len(slides) - len(failures)} slides, {tiles} tiles in {out / 'slides'}; table of all tiles: {index}")
     if failures and len(slides) > 1:
         listed = "".join(f"\n  {failure}" for failure in failures)
