@@ -297,7 +297,7 @@ def fit(model: Contrast, images: list[SourceImage], config: dict, out: Path, siz
         bar.set_postfix(loss=f"{average:.3f}", refresh=False)
         if not math.isfinite(average):
             raise UserError(f"the loss is not finite at step {step}: lower train.learning_rate")
-        if (step + 1) % 50 == 0 or step + 1 == train["steps"]:
+        if (step + 1) % train["save_every"] == 0 or step + 1 == train["steps"]:
             state = {
                 "model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1,
                 "seconds": time.monotonic() - began, "config": config,
