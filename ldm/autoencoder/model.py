@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from ldm.errors import UserError, suggest
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6, affine=True)
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, groups: int):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -40,9 +40,9 @@ class ResnetBlock(nn.Module):
 class AttnBlock(nn.Module):
     """Self-attention over all positions, one head."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -80,11 +80,11 @@ def _level(blocks: list[nn.Module], attn: list[nn.Module]) -> nn.Module:
     return level
 
 
-def _mid(channels: int, dropout: float, attention: bool) -> nn.Module:
+def _mid(channels: int, dropout: float, attention: bool, groups: int) -> nn.Module:
     mid = nn.Module()
-    mid.block_1 = ResnetBlock(channels, channels, dropout)
-    mid.attn_1 = AttnBlock(channels) if attention else nn.Identity()
-    mid.block_2 = ResnetBlock(channels, channels, dropout)
+    mid.block_1 = ResnetBlock(channels, channels, dropout, groups)
+    mid.attn_1 = AttnBlock(channels, groups) if attention else nn.Identity()
+    mid.block_2 = ResnetBlock(channels, channels, dropout, groups)
     return mid
 
 
@@ -93,6 +93,7 @@ class Encoder(nn.Module):
 
     z is `2·z_channels` with `double_z` (mean and log-variance of a KL latent), else `z_channels`. The levels that hold
     attention are those whose size is in `attn_resolutions` for an input of `resolution` px, whatever the real input.
+    The published models have attention in the middle too (`mid_attention`) and 32 groups in every GroupNorm.
     """
 
     def __init__(
@@ -108,6 +109,7 @@ class Encoder(nn.Module):
         double_z: bool,
         dropout: float = 0.0,
         mid_attention: bool = True,
+        num_groups: int = 32,
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
@@ -116,16 +118,16 @@ class Encoder(nn.Module):
         for i, mult in enumerate(ch_mult):
             blocks, attn = [], []
             for _ in range(num_res_blocks):
-                blocks.append(ResnetBlock(width, ch * mult, dropout))
+                blocks.append(ResnetBlock(width, ch * mult, dropout, num_groups))
                 width = ch * mult
                 if resolution // 2**i in attn_resolutions:
-                    attn.append(AttnBlock(width))
+                    attn.append(AttnBlock(width, num_groups))
             level = _level(blocks, attn)
             if i < len(ch_mult) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
-        self.mid = _mid(width, dropout, mid_attention)
-        self.norm_out = group_norm(width)
+        self.mid = _mid(width, dropout, mid_attention, num_groups)
+        self.norm_out = group_norm(width, num_groups)
         self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B,3,H,W) -> (B,z,h,w)
@@ -160,25 +162,26 @@ class Decoder(nn.Module):
         z_channels: int,
         dropout: float = 0.0,
         mid_attention: bool = True,
+        num_groups: int = 32,
     ):
         super().__init__()
         width = ch * ch_mult[-1]
         self.conv_in = nn.Conv2d(z_channels, width, 3, padding=1)
-        self.mid = _mid(width, dropout, mid_attention)
+        self.mid = _mid(width, dropout, mid_attention, num_groups)
         levels: list[nn.Module] = []
         for i in reversed(range(len(ch_mult))):
             blocks, attn = [], []
             for _ in range(num_res_blocks + 1):
-                blocks.append(ResnetBlock(width, ch * ch_mult[i], dropout))
+                blocks.append(ResnetBlock(width, ch * ch_mult[i], dropout, num_groups))
                 width = ch * ch_mult[i]
                 if resolution // 2**i in attn_resolutions:
-                    attn.append(AttnBlock(width))
+                    attn.append(AttnBlock(width, num_groups))
             level = _level(blocks, attn)
             if i > 0:
                 level.upsample = Upsample(width)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(width)
+        self.norm_out = group_norm(width, num_groups)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:  # (B,z,h,w) -> (B,out_ch,H,W)
@@ -197,14 +200,14 @@ class Decoder(nn.Module):
 
 
 _REQUIRED = ("ch", "out_ch", "ch_mult", "num_res_blocks", "attn_resolutions", "resolution", "in_channels", "z_channels")
-_OPTIONAL = ("double_z", "dropout", "mid_attention")
+_OPTIONAL = ("double_z", "dropout", "mid_attention", "num_groups")
 
 
 def build_encoder_decoder(ddconfig: dict, *, double_z: bool) -> tuple[Encoder, Decoder]:
     """The pair that a published `ddconfig` describes.
 
     `double_z` is what the latent needs (True for KL, False for VQ); a ddconfig that says otherwise, lacks an entry, has
-    an unknown one, or whose widths GroupNorm(32) cannot split raises `UserError`.
+    an unknown one, or whose widths `num_groups` does not divide raises `UserError`.
     """
     dd = dict(ddconfig)
     for key in dd:
@@ -220,7 +223,8 @@ def build_encoder_decoder(ddconfig: dict, *, double_z: bool) -> tuple[Encoder, D
     if not dd["ch_mult"] or dd["num_res_blocks"] < 1:
         raise UserError("ddconfig needs at least one level in ch_mult and num_res_blocks >= 1.")
     widths = [dd["ch"], *(dd["ch"] * mult for mult in dd["ch_mult"])]
-    if any(width % 32 for width in widths):
-        raise UserError(f"ddconfig: ch times each of ch_mult is {widths}; every width must be a multiple of 32.")
+    groups = dd.get("num_groups", 32)
+    if any(width % groups for width in widths):
+        raise UserError(f"ddconfig: num_groups {groups} must divide every width; ch and ch · ch_mult are {widths}.")
     in_channels, out_ch = dd.pop("in_channels"), dd.pop("out_ch")
     return Encoder(in_channels=in_channels, double_z=double_z, **dd), Decoder(out_ch=out_ch, **dd)

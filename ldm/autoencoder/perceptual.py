@@ -31,8 +31,8 @@ class LPIPS(nn.Module):
             raise UserError(
                 f"LPIPS needs the ImageNet backbone {BACKBONES[net]}, which is not at {path}. Get it from "
                 f"https://download.pytorch.org/models/{BACKBONES[net]} (torchvision, BSD-3-Clause; trained on ImageNet "
-                "images, whose terms allow non-commercial research) and put it there, or name your copy with loss.params."
-                "lpips_weights. To train without LPIPS set loss.params.perceptual_weight=0."
+                "images, whose terms allow non-commercial research) and put it there, or name your copy with "
+                "loss.params.lpips_weights. To train without LPIPS set loss.params.perceptual_weight=0."
             )
         with warnings.catch_warnings():  # lpips calls torchvision by its old argument names
             warnings.simplefilter("ignore")

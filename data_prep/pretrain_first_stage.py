@@ -1,0 +1,213 @@
+"""Train a small first stage from scratch on random crops of a few images.
+
+    python -m data_prep.pretrain_first_stage --config configs/demo/pretrain_first_stage.yaml --out FOLDER
+
+The training is `ldm.autoencoder.stage.AutoencoderStage`'s; this script adds the crops and writes a model folder.
+FOLDER-run keeps the checkpoint that a stopped run continues from, the numbers of every epoch and reconstructions of
+held-out crops side by side (top: real, bottom: reconstructed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from PIL import Image
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_prep.pretrain_encoder import corners, read_image
+from ldm.config import instantiate_from_config, load_config
+from ldm.data.dihedral import apply
+from ldm.errors import UserError, run_command
+from ldm.model_folder import write_model_folder
+
+
+class RandomCrops(Dataset):
+    """Item i, a pure function of (seed, i): `image` (3,S,S) in [-1,1], a crop in one of the 8 orientations."""
+
+    def __init__(self, images: list[dict], mpp: float, crop: int, glass: float, seed: int):
+        self.crop, self.glass, self.seed = crop, glass, seed
+        self.pixels, self.places, weights = [], [], []
+        for entry in images:
+            pixels, own_mpp = read_image(Path(entry["path"]), entry.get("mpp"))
+            ratio = own_mpp / mpp
+            size = round(pixels.shape[1] * ratio), round(pixels.shape[0] * ratio)
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.LANCZOS))
+            exclude = [tuple(v * ratio for v in rectangle) for rectangle in entry.get("exclude", [])]
+            self.pixels.append(pixels)
+            self.places.append(corners(pixels, crop, exclude))
+            weights.append(entry.get("weight", 1.0))
+            if not len(self.places[-1][0]):
+                raise UserError(f"image {entry['path']} has no crop of {crop} px on tissue that may be used")
+        self.weights = np.array(weights) / sum(weights)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([self.seed, index])
+        chosen = rng.choice(len(self.pixels), p=self.weights)
+        tissue, glass = self.places[chosen]
+        places = glass if rng.random() < self.glass and len(glass) else tissue
+        row, column = places[rng.integers(len(places))]
+        crop = self.pixels[chosen][row : row + self.crop, column : column + self.crop]
+        return {"image": apply(to_tensor(crop), int(rng.integers(8))).contiguous()}
+
+
+class HeldOut(Dataset):
+    """Non-overlapping tiles (3,S,S) of the rectangles that the first image excludes from training."""
+
+    def __init__(self, images: list[dict], size: int):
+        pixels, _ = read_image(Path(images[0]["path"]), images[0].get("mpp"))
+        self.tiles = [
+            to_tensor(pixels[row : row + size, column : column + size])
+            for x, y, w, h in images[0]["exclude"]
+            for row in range(y, min(y + h, pixels.shape[0]) - size + 1, size)
+            for column in range(x, min(x + w, pixels.shape[1]) - size + 1, size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": self.tiles[index]}
+
+
+class Consecutive(Sampler):
+    """Epoch e takes items e·length .. (e+1)·length - 1, so an interrupted run meets each item once."""
+
+    def __init__(self, length: int):
+        self.length, self.epoch = length, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
+
+
+class FreezeEncoder(pl.Callback):
+    """From step `at` on the encoder no longer learns: latents that were cached stay valid while the decoder sharpens."""
+
+    def __init__(self, at: int):
+        self.at = at
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch, batch_idx: int) -> None:
+        for module in (stage.autoencoder.encoder, stage.autoencoder.quant_conv):
+            module.requires_grad_(trainer.global_step < self.at)
+
+
+class Decay(pl.Callback):
+    """The learning rate falls along a cosine to a tenth over the last part of training."""
+
+    def __init__(self, steps: int, part: float):
+        self.steps, self.part = steps, part
+
+    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch, batch_idx: int) -> None:
+        progress = max(0.0, 1 - (self.steps - trainer.global_step) / (self.part * self.steps))
+        factor = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * progress))
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * factor
+
+
+class Export(pl.Callback):
+    """After every epoch: the model folder and a picture of held-out reconstructions."""
+
+    def __init__(self, config: dict, config_path: Path, out: Path, pictures: Path, tiles: Dataset):
+        self.config, self.config_path, self.out, self.pictures, self.tiles = config, config_path, out, pictures, tiles
+
+    @torch.no_grad()
+    def on_validation_end(self, trainer: pl.Trainer, stage: pl.LightningModule) -> None:
+        stage.eval()
+        x = torch.stack([self.tiles[i]["image"] for i in np.linspace(0, len(self.tiles) - 1, 5).astype(int)])
+        recon = stage.log_images({"image": x}, n=len(x))["reconstructions"]
+        rows = [torch.cat(list(images), dim=-1) for images in (x, recon)]
+        picture = ((torch.cat(rows, dim=-2) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        self.pictures.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(self.pictures / f"step-{trainer.global_step:06d}.png")
+
+        z = torch.cat([stage.autoencoder.latent(self.tiles[i]["image"][None]) for i in range(len(self.tiles))])
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        trainer.print(f"step {trainer.global_step}: " + ", ".join(f"{k} {v:.4g}" for k, v in sorted(metrics.items())))
+        training = {
+            "command": "python -m data_prep.pretrain_first_stage",
+            "config": str(self.config_path),
+            "images": [entry["path"] for entry in self.config["images"]],
+            "steps": trainer.global_step,
+            "seed": self.config["seed"],
+            "held_out": {name.removeprefix("val/"): round(value, 4) for name, value in sorted(metrics.items())},
+        }
+        metadata = {
+            "name": self.config["name"],
+            "licence": self.config["licence"],
+            "mpp": self.config["train"]["mpp"],
+            "scale_factor": round(1 / float(z.std()), 5),  # latents times this have unit variance
+            "latent_std_per_channel": [round(float(v), 4) for v in z.std(dim=(0, 2, 3))],
+            "training": training,
+        }
+        node = self.config["model"]["params"]["first_stage"]
+        write_model_folder(self.out, node, stage.autoencoder.state_dict(), metadata, dtype=torch.float16)
+
+
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    """(H,W,3) uint8 -> (3,H,W) float in [-1,1]."""
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def pretrain(config_path: Path, out: Path) -> None:
+    config = load_config([config_path])
+    train = config["train"]
+    run = out.with_name(out.name + "-run")
+    pl.seed_everything(config["seed"])
+    node = {"target": config["model"]["target"], "params": config["model"]["params"]}
+    stage = instantiate_from_config(node, seed=config["seed"])
+    stage.learning_rate = config["model"]["base_learning_rate"]
+    crops = RandomCrops(config["images"], train["mpp"], train["crop"], train["glass"], config["seed"])
+    held_out = HeldOut(config["images"], size=256)
+    length = train["steps_per_epoch"] * train["batch_size"]
+    steps = train["epochs"] * train["steps_per_epoch"]
+    checkpoint = ModelCheckpoint(run, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        precision=train["precision"],
+        max_epochs=train["epochs"],
+        logger=CSVLogger(run, name=None, version=""),
+        log_every_n_steps=20,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        callbacks=[
+            Decay(steps, train["decay"]),
+            FreezeEncoder(train["freeze_encoder_at"]),
+            Export(config, config_path, out, run / "pictures", held_out),
+            checkpoint,
+        ],
+    )
+    last = run / "last.ckpt"
+    trainer.fit(
+        stage,
+        DataLoader(crops, batch_size=train["batch_size"], sampler=Consecutive(length)),
+        DataLoader(held_out, batch_size=4),
+        ckpt_path=last if last.is_file() else None,
+        weights_only=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    about = __doc__.split("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m data_prep.pretrain_first_stage", description=about)
+    parser.add_argument("--config", type=Path, required=True, help="YAML as configs/demo/pretrain_first_stage.yaml")
+    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
+    args = parser.parse_args(argv)
+    return run_command(lambda: pretrain(args.config, args.out))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
