@@ -37,7 +37,7 @@ def test_bigtiff_opens_in_openslide_at_its_scale(tmp_path: Path, image: np.ndarr
         for level in range(3):
             got = np.asarray(slide.read_region((0, 0), level, slide.level_dimensions[level]).convert("RGB"))
             want = np.asarray(Image.fromarray(image).reduce(2**level))
-            assert np.abs(got.astype(int) - want)[:-1, :-1].mean() < 2.5
+            assert np.abs(got.astype(int) - want)[:-1, :-1].mean() < 4  # half a pixel of shift gives 10
     with tifffile.TiffFile(path) as file:
         assert file.is_bigtiff
         assert len(file.pages) == 3  # the main chain, no SubIFDs

@@ -55,11 +55,11 @@ def _power_of_two(limit: float) -> int:
 
 
 def create_array(group: Path, name: str, shape: tuple[int, ...], dtype: str, whole_chunk: bool = False) -> zarr.Array:
-    """An array whose chunks hold one row (small rows: as many as make 32 KiB), in shards of 1024 rows or 256 MiB."""
+    """An array in shards of 1024 rows or 256 MiB, whose chunks hold one tile, or small rows up to 32 KiB."""
     row_bytes = max(int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize, 1)
     shard = min(SHARD_ROWS, _power_of_two(SHARD_BYTES / row_bytes))
-    chunk = shard if whole_chunk else min(shard, _power_of_two(CHUNK_BYTES / row_bytes))
     is_image = np.dtype(dtype) == np.uint8 and len(shape) == 4
+    chunk = shard if whole_chunk else 1 if is_image else min(shard, _power_of_two(CHUNK_BYTES / row_bytes))
     with zarr.config.set(_WRITING):
         return zarr.create_array(
             str(group / name),

@@ -1,0 +1,289 @@
+"""Tile stores: what is written is what is read, whatever interrupts the writing; two writers never meet."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from ldm.data import dihedral
+from ldm.data.shards import WriterLock, codec_settings
+from ldm.data.tile_store import ArrayWriter, TileStore, TileStoreWriter, open_cohort
+from ldm.errors import UserError
+
+COUNT, SIDE = 2500, 16  # three shards, the last one not full
+ATTRS = {
+    "slide": "a.svs",
+    "mpp": 0.5,
+    "tile_size": SIDE,
+    "stride": SIDE,
+    "level0_size": [50 * SIDE * 2, 50 * SIDE * 2],
+    "downsample": 2.0,
+}
+_RNG = np.random.default_rng(0)
+TILES = _RNG.integers(0, 256, (COUNT, SIDE, SIDE, 3), dtype=np.uint8)
+TILES[7] = 0  # an empty chunk is a tile like any other
+CELLS = np.stack(np.divmod(np.arange(COUNT), 50)[::-1], 1)  # (col, row) on a lattice of 50 columns
+COORDS = (CELLS * SIDE * 2).astype(np.int32)
+LABELS = _RNG.random(COUNT).astype(np.float32)
+FEATURES = _RNG.standard_normal((COUNT, 8, 12)).astype(np.float16)
+
+
+def write_store(path: Path, batch: int = 77, stop_at: int | None = None, pause: float = 0) -> None:
+    with TileStoreWriter.create(path, COUNT, ATTRS, {"tissue": "f4"}) as writer:
+        for start in range(writer.rows, COUNT, batch):
+            if stop_at is not None and start >= stop_at:
+                raise KeyboardInterrupt
+            part = slice(start, min(start + batch, COUNT))
+            writer.append(TILES[part], COORDS[part], {"tissue": LABELS[part]})
+            time.sleep(pause)
+
+
+def write_features(path: Path, batch: int = 100, stop_at: int | None = None) -> None:
+    with ArrayWriter(path, "features/toy", FEATURES.shape[1:], "f2", {"dihedral": True}) as writer:
+        for start in range(writer.rows, COUNT, batch):
+            if stop_at is not None and start >= stop_at:
+                raise KeyboardInterrupt
+            writer.append(FEATURES[start : start + batch])
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """Every file of a store, bitwise."""
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TileStore:
+    path = tmp_path_factory.mktemp("whole") / "slides" / "a.zarr"
+    write_store(path)
+    write_features(path)
+    return TileStore.open(path)
+
+
+def test_round_trip(store: TileStore):
+    store.verify(deep=True)
+    assert len(store) == COUNT
+    assert np.array_equal(store.tiles[:], TILES)
+    assert np.array_equal(store.tile(2048), TILES[2048])
+    assert np.array_equal(store.coords, COORDS)
+    assert np.array_equal(store.labels("tissue"), LABELS)
+    assert np.array_equal(store.features("toy")[:], FEATURES)
+    assert (store.feature_names, store.latent_names, store.label_names) == (["toy"], [], ["tissue"])
+    assert store.tiles.chunks == (1, SIDE, SIDE, 3)
+    assert store.tiles.shards == (1024, SIDE, SIDE, 3)
+    for row in (-1, COUNT):
+        with pytest.raises(IndexError):
+            store.tile(row)
+
+
+def test_readable_without_this_package(store: TileStore):
+    group = zarr.open_group(str(store.path), mode="r")
+    assert group["tiles"].shape == TILES.shape
+    assert {"tiles", "coords", "features", "latents", "labels"} == set(group)
+    assert group.attrs["histoldm"]["mpp"] == 0.5
+
+
+@pytest.mark.parametrize("stop_at", [1, 700, 1100, 2400])
+def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path: Path, store: TileStore, stop_at: int):
+    path = tmp_path / "a.zarr"
+    with pytest.raises(KeyboardInterrupt):
+        write_store(path, stop_at=stop_at)
+    with pytest.raises(UserError, match="not finished"):
+        TileStore.open(path)
+    kept = len(TileStore.open(path, allow_incomplete=True))
+    assert stop_at <= kept < stop_at + 77  # nothing that was given is lost
+    write_store(path, batch=111)
+    with pytest.raises(KeyboardInterrupt):
+        write_features(path, stop_at=stop_at)
+    assert TileStore.open(path).feature_names == []  # not there until it is whole
+    write_features(path, batch=130)
+    assert contents(path) == contents(store.path)
+
+
+def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path, store: TileStore):
+    path = tmp_path / "a.zarr"
+    code = f"import test_tile_store as t, pathlib; t.write_store(pathlib.Path({str(path)!r}), batch=50, pause=0.05)"
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    try:
+        for _ in range(600):
+            rows = len(TileStore.open(path, allow_incomplete=True)) if (path / "zarr.json").exists() else 0
+            if rows >= 1024:
+                break
+            time.sleep(0.05)
+        assert rows == 1024
+        with pytest.raises(UserError, match=f"process {process.pid}"):
+            write_store(path)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (path / ".lock-tiles").exists()  # the dead writer's lock is taken over
+    write_store(path)
+    write_features(path)
+    assert contents(path) == contents(store.path)
+
+
+def test_two_writers_are_refused(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    first = TileStoreWriter.create(path, COUNT, ATTRS, {"tissue": "f4"})
+    with pytest.raises(UserError, match=f"process {os.getpid()}"):
+        TileStoreWriter.create(path, COUNT, ATTRS, {"tissue": "f4"})
+    first.close(complete=False)
+    write_store(path)
+    first = ArrayWriter(path, "features/toy", (8, 12), "f2")
+    with pytest.raises(UserError, match="being written"):
+        ArrayWriter(path, "features/toy", (8, 12), "f2")
+    with ArrayWriter(path, "features/other", (12,), "f2") as other:  # another array is another shard
+        other.append(FEATURES[:, 0])
+    first.close(complete=False)
+    assert TileStore.open(path).feature_names == ["other"]
+    assert not list(path.glob(".lock*"))
+
+
+def test_lock_of_another_host_is_respected(tmp_path: Path):
+    (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere"}')
+    with pytest.raises(UserError, match=r"process 1 on elsewhere.*delete"):
+        WriterLock(tmp_path / ".lock").acquire()
+
+
+def test_other_settings_are_refused(store: TileStore):
+    with pytest.raises(UserError, match=r"mpp was 0.5, now 0.25"):
+        TileStoreWriter.create(store.path, COUNT, {**ATTRS, "mpp": 0.25}, {"tissue": "f4"})
+    with pytest.raises(UserError, match="encoder was None, now 'b'"):
+        ArrayWriter(store.path, "features/toy", (8, 12), "f2", {"dihedral": True, "encoder": "b"})
+    with pytest.raises(UserError, match="shape was"):
+        ArrayWriter(store.path, "features/toy", (8, 13), "f2", {"dihedral": True})
+    with ArrayWriter(store.path, "features/toy", (8, 12), "f2", {"dihedral": True}) as writer:
+        assert writer.finished
+        assert writer.rows == COUNT
+
+
+def test_too_few_or_too_many_rows(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    writer = TileStoreWriter.create(path, COUNT, ATTRS)
+    writer.append(TILES[:5], COORDS[:5])
+    with pytest.raises(ValueError, match="wants 2500 tiles but 5"):
+        writer.close(complete=True)
+    with pytest.raises(UserError, match="not finished"):
+        TileStore.open(path)
+    with TileStoreWriter.create(path, COUNT, ATTRS) as writer:
+        writer.append(TILES[writer.rows :], COORDS[writer.rows :])
+        with pytest.raises(ValueError, match="2501 rows"):
+            writer.append(TILES[:1], COORDS[:1])
+
+
+def test_verify_finds_damage(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    write_store(path)
+    shard = path / "tiles" / "c" / "1" / "0" / "0" / "0"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    TileStore.open(path).verify()
+    with pytest.raises(UserError, match="rows 1024"):
+        TileStore.open(path).verify(deep=True)
+    shard.unlink()
+    with pytest.raises(UserError, match="2 of 3 shards"):
+        TileStore.open(path).verify()
+
+
+def test_what_is_not_a_store(tmp_path: Path, store: TileStore):
+    with pytest.raises(UserError, match="no tile store at"):
+        TileStore.open(tmp_path / "none.zarr")
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(UserError, match="not a Zarr"):
+        TileStore.open(tmp_path / "empty.zarr")
+    zarr.create_group(str(tmp_path / "group.zarr"))
+    with pytest.raises(UserError, match="histoldm"):
+        TileStore.open(tmp_path / "group.zarr")
+    with pytest.raises(UserError, match="did you mean 'toy'"):
+        store.features("toi")
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot write"):
+        TileStoreWriter.create(tmp_path / "file" / "a.zarr", COUNT, ATTRS)
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(UserError, match="no tile store in"):
+        open_cohort(tmp_path / "nothing")
+    cohort = store.path.parent.parent
+    for given in (store.path, store.path.parent, cohort, [cohort]):
+        assert [s.path for s in open_cohort(given)] == [store.path]
+
+
+def test_wrong_row_count(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    write_store(path)
+    zarr.create_array(str(path / "features" / "short"), data=FEATURES[:10, 0])
+    with pytest.raises(UserError, match="10 rows but the store has 2500"):
+        TileStore.open(path).features("short")
+
+
+def test_grid_is_row_then_column(store: TileStore):
+    step = SIDE * 2
+    grid, mask = store.grid((3 * step, 5 * step, 4 * step, 2 * step), "toy")
+    assert grid.shape == (2, 4, 12)
+    assert mask.all()
+    for row in range(2):
+        for col in range(4):
+            assert np.array_equal(grid[row, col], FEATURES[(5 + row) * 50 + 3 + col, 0])
+    grid, mask = store.grid((49 * step, 49 * step, 2 * step, 2 * step), "toy")
+    assert mask.tolist() == [[True, False], [False, False]]
+    assert np.isnan(grid[0, 1]).all()
+    assert store.grid(None, "toy")[1].all()
+    with pytest.raises(UserError, match=r"no tile .* lies on the lattice.*\(128, 192\)"):
+        store.grid((3 * step + 7, 5 * step + 7, 4 * step, 4 * step), "toy")
+    with pytest.raises(UserError, match="smaller than one tile"):
+        store.grid((0, 0, 5, 5), "toy")
+
+
+def _read_many(store: TileStore, queue: object) -> None:
+    queue.put(int(store.tiles[0:300].sum()))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_child_processes_read(store: TileStore, method: str):
+    """The zarrs thread pool does not survive a fork; reading several chunks in a child must not wait for it."""
+    want = int(store.tiles[0:300].sum())  # the parent's pool is running now
+    context = get_context(method)
+    queue = context.Queue()
+    child = context.Process(target=_read_many, args=(store, queue))
+    child.start()
+    try:
+        assert queue.get(timeout=30) == want
+    finally:
+        child.kill()
+        child.join()
+
+
+def test_pipelines_agree(store: TileStore):
+    pytest.importorskip("zarrs")
+    assert "zarrs" in codec_settings()["codec_pipeline.path"]
+    default = zarr.open_array(str(store.path / "tiles"), mode="r")
+    for row in (0, 7, 1023, 1024, COUNT - 1):
+        assert np.array_equal(default[row], store.tile(row))
+
+
+def _elements() -> Iterator[np.ndarray]:
+    x = np.arange(2 * 3 * 3).reshape(2, 3, 3)
+    return (dihedral.apply(x, k) for k in range(dihedral.COUNT))
+
+
+def test_dihedral_is_the_group_of_the_square():
+    import torch
+
+    elements = list(_elements())
+    assert len({e.tobytes() for e in map(np.ascontiguousarray, elements)}) == 8
+    for k, element in enumerate(elements):
+        assert np.array_equal(dihedral.apply(element, dihedral.inverse(k)), elements[0])
+        assert torch.equal(dihedral.apply(torch.from_numpy(elements[0]), k), torch.from_numpy(element.copy()))
+    assert np.array_equal(elements[1], np.rot90(elements[0], 1, (-2, -1)))  # counter-clockwise
+    assert np.array_equal(elements[5], np.rot90(elements[0][..., ::-1], 1, (-2, -1)))  # the flip comes first
+    assert np.array_equal(dihedral.variants(elements[0][None])[0], np.stack(elements))
+    with pytest.raises(ValueError, match=r"0\.\.7"):
+        dihedral.apply(elements[0], 8)
