@@ -3,7 +3,7 @@
     python benchmarks/conditioning.py --model demo_output/model --store demo_output/cohort --feature demo-encoder \
         --encoder data/models/demo-encoder --image demo_output/synthetic_1024.png
 
-Conditioning: one tile is sampled for each of `--count` held-out tiles (label split=val) from its features, and the
+Conditioning: one tile is sampled for each of `--count` held-out tiles (split val) from its features, and the
 features of what was sampled are extracted again. The margin of a tile is the cosine similarity between those and its
 conditioning features, less the mean of the same to the other tiles' conditioning features. Held-out tiles overlap, so
 they are no independent draws: the 95% interval of the mean margin is a bootstrap over blocks of slide columns as wide
@@ -21,35 +21,27 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
 
 from ldm.data.slides import open_slide
-from ldm.data.tile_store import TileStore, open_cohort
+from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, run_command
+
+if TYPE_CHECKING:
+    from torch.utils.data import Dataset
 
 RESAMPLES = 10_000
 SHOWN = 8  # pairs in the picture
 
 
-def held_out(stores: Sequence[TileStore], split: str, count: int) -> list[tuple[TileStore, int]]:
-    """`count` tiles of a split, evenly spaced over all of them in the order of the stores."""
-    rows = []
-    for store in stores:
-        if "split" not in store.label_names:
-            raise UserError(f"{store.path} has no labels/split; tile it with `data_prep.tile_slides --holdout x,y,w,h`")
-        rows += [(store, int(row)) for row in np.flatnonzero(store.labels("split").astype(str) == split)]
-    if len(rows) < count:
-        raise UserError(f"{len(rows)} tiles are of split '{split}', {count} are asked for; give a smaller --count")
-    return [rows[i] for i in np.linspace(0, len(rows) - 1, count).round().astype(int)]
-
-
-def feature_of(store: TileStore, name: str, row: int) -> np.ndarray:
-    """The feature (D,) of a tile as it lies on the slide."""
-    values = np.asarray(store.features(name)[row], np.float32)
-    return values[0] if values.ndim == 2 else values
+def held_out(dataset: Dataset, count: int) -> list[dict[str, Any]]:
+    """`count` items of a dataset, evenly spread over it."""
+    if len(dataset) < count:
+        raise UserError(f"{len(dataset)} tiles are held out and {count} are asked for; give a smaller --count")
+    return [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, count).round()]
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -122,12 +114,14 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
 
     import ldm
     from ldm.cli import pick_device
+    from ldm.data.datasets import TileDataset
     from ldm.metrics.encoders import load_encoder
 
     device = pick_device(args.device)
-    stores = open_cohort(args.store)
-    chosen = held_out(stores, args.split, args.count)
-    conditions = np.stack([feature_of(store, args.feature, row) for store, row in chosen])  # (N,D)
+    keys, where = ("image", "ssl"), {"split": args.split}
+    items = held_out(TileDataset(str(args.store), keys, args.feature, where=where), args.count)
+    conditions = torch.stack([item["ssl"] for item in items]).numpy()  # (N,D)
+    images = torch.stack([item["image"] for item in items])  # (N,3,T,T)
     encoder = load_encoder(args.encoder or args.feature, device=device)
     if encoder.dim != conditions.shape[1]:
         has = conditions.shape[1]
@@ -137,8 +131,6 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
         model, ldm.condition(model, features=conditions), steps=args.steps, guidance_scale=args.guidance_scale,
         seed=args.seed, batch_size=args.batch_size, precision=args.precision,
     )  # fmt: skip
-    real = np.stack([store.tile(row) for store, row in chosen])  # (N,T,T,3)
-    images = torch.from_numpy(real).permute(0, 3, 1, 2).float() / 127.5 - 1
     parts = [slice(i, i + args.batch_size) for i in range(0, len(images), args.batch_size)]
     with torch.no_grad():
         rebuilt = torch.cat([model.decode(model.encode(images[part].to(device))).clamp(-1, 1).cpu() for part in parts])
@@ -147,19 +139,20 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
         )
     similarity = cosines(again, conditions)
     gains = margins(similarity)
-    tile = stores[0].tile_size * stores[0].downsample
-    blocks = [f"{store.slide}:{int(store.coords[row][0] // tile)}" for store, row in chosen]
+    store = open_cohort(args.store)[0]
+    extent = store.tile_size * store.downsample  # of a tile, in level-0 px
+    blocks = [f"{item['slide']}:{int(item['coord'][0] // extent)}" for item in items]
     low, high = block_bootstrap(gains, np.array(blocks))
     own = float(np.diag(similarity).mean())
     figures = {
-        "tiles": len(chosen), "blocks": len(set(blocks)), "own": own, "shuffled": own - float(gains.mean()),
+        "tiles": len(items), "blocks": len(set(blocks)), "own": own, "shuffled": own - float(gains.mean()),
         "margin": float(gains.mean()), "low": low, "high": high,
         "reconstruction": float(np.diag(cosines(ceiling, conditions)).mean()),
         "feature": args.feature, "split": args.split, "steps": args.steps, "guidance_scale": args.guidance_scale,
         "seed": args.seed, "precision": args.precision,
     }  # fmt: skip
-    shown = np.linspace(0, len(chosen) - 1, min(SHOWN, len(chosen))).round().astype(int)
-    return figures, np.concatenate([np.hstack(rows[shown]) for rows in (real, ldm.to_uint8(sampled))])
+    shown = np.linspace(0, len(items) - 1, min(SHOWN, len(items))).round().astype(int)
+    return figures, np.concatenate([np.hstack(ldm.to_uint8(batch[shown])) for batch in (images, sampled)])
 
 
 def table(figures: dict[str, Any]) -> str:
@@ -213,14 +206,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, type=Path, help="model folder or run folder")
-    add("--store", required=True, type=Path, help="tile store or cohort folder, with labels/split")
+    add("--store", required=True, type=Path, help="cohort folder, whose index.parquet tells the split")
     add("--feature", required=True, help="name of the conditioning features in the store")
     add("--encoder", help="encoder name or folder that made them (default: the name of the features)")
     add("--image", type=Path, help="generated large image, to measure its seams")
     add("--slide", type=Path, help="with --region: the same measure on the real slide, where there is no seam")
     add("--region", metavar="X,Y,W,H", help="level-0 px of --slide")
     add("--tile", type=int, default=256, help="lattice of the seams in px (default %(default)s)")
-    add("--split", default="val", help="tiles to sample for (default %(default)s)")
+    add("--split", default="val", help="split to sample for (default %(default)s)")
     add("--count", type=int, default=64, help="how many of them (default %(default)s)")
     add("--steps", type=int, default=20, help="sampling steps (default %(default)s)")
     add("--guidance-scale", type=float, default=2.0, help="(default %(default)s)")

@@ -22,6 +22,11 @@ from demo.steps import SLIDE, Step, demo_steps, executable, native_bf16
 from ldm.errors import UserError, run_command
 
 IMPORT_SECONDS = 5
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",  # the demo needs no network
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",  # glibc keeps the memory of large activations: twice the speed on a CPU
+    "MALLOC_TRIM_THRESHOLD_": "8589934592",
+}
 
 
 def run_child(command: list[str]) -> tuple[int, float]:
@@ -34,7 +39,7 @@ def run_child(command: list[str]) -> tuple[int, float]:
     pending: list[int] = []
     before = [signal.signal(number, lambda number, _: pending.append(number)) for number in stops]
     try:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}  # the demo needs no network
+        environment = ENVIRONMENT | os.environ
         child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         while True:
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import yaml
 from PIL import Image
 
@@ -92,12 +93,12 @@ def main_section(out: Path) -> str:
     )
 
 
-def store_section(store: TileStore) -> str:
+def store_section(store: TileStore, index: pd.DataFrame) -> str:
     slide = open_slide(SLIDE)
     thumbnail = Image.fromarray(slide.thumbnail(2.0))
     scale = thumbnail.width / slide.dimensions[0]
-    splits, tissue = store.labels("split").astype(str), store.labels("tissue")
-    centres = store.coords + store.tile_size * store.downsample / 2
+    splits, tissue = index["split"].to_numpy(str), index["tissue"].to_numpy()
+    centres = index[["x", "y"]].to_numpy() + store.tile_size * store.downsample / 2
     picture = figures.slide_map(
         thumbnail, centres, splits, scale, store.stride * store.downsample * 0.6, HELD_OUT, REGION
     )
@@ -221,10 +222,11 @@ pre { font-size: 12px; overflow: auto; max-height: 400px; background: #f8f9fa; p
 def build_report(out: Path, steps: list[Step], record: dict[str, Any], runs: dict[str, Path]) -> Path:
     """Write `out`/report.html from what the steps left there; runs: run folders of `first_stage` and `ssl`."""
     store = TileStore.open(out / "cohort" / "slides" / f"{SLIDE.stem}.zarr")
+    index = pd.read_parquet(out / "cohort" / "index.parquet")
     sections = [
         main_section(out),
         figures_section(out),
-        store_section(store),
+        store_section(store, index),
         training_section(
             "Training of the first stage", runs["first_stage"],
             [("train/rec_loss", "val/rec_loss"), ("train/latent_loss", "val/latent_loss")],

@@ -1,0 +1,142 @@
+"""What a newcomer installs and types: the dependency files agree, and the README's commands are there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parent.parent
+FREE = {"torch", "torchvision"}  # their build depends on the machine
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements() -> list[Requirement]:
+    extras = project()["optional-dependencies"]
+    return [Requirement(line) for line in [*project()["dependencies"], *extras["dev"]]]
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def readme_commands() -> list[str]:
+    """Command lines of the README's bash blocks, continued lines joined, comments left out."""
+    lines = "\n".join(BLOCKS).replace("\\\n", " ").splitlines()
+    return [command for line in lines if (command := line.split(" #")[0].strip()) and not command.startswith("#")]
+
+
+def test_every_dependency_has_a_tested_version_within_its_range():
+    pins = constraints()
+    for requirement in requirements():
+        name = canonicalize_name(requirement.name)
+        if name in FREE:
+            assert name not in pins
+        else:
+            assert pins[name] in requirement.specifier, f"{name} {pins[name]} is outside {requirement.specifier}"
+
+
+def test_the_compromised_lightning_releases_are_excluded():
+    (lightning,) = [r for r in requirements() if r.name == "pytorch-lightning"]
+    assert "2.6.2" not in lightning.specifier
+    assert "2.6.3" not in lightning.specifier
+    assert "2.6.1" in lightning.specifier
+
+
+def test_conda_installs_this_project_under_the_constraints():
+    environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
+    assert environment["channels"] == ["conda-forge"]
+    *conda, pip = environment["dependencies"]
+    (python,) = [Requirement(d.replace("=", "==")) for d in conda if d.startswith("python")]
+    (version,) = [clause.version for clause in python.specifier]
+    assert tuple(map(int, version.split("."))) >= (3, 11)
+    assert "pip" in conda
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+
+
+def test_no_file_that_installs_names_a_host():
+    for name in ("Makefile", "environment.yaml", "constraints.txt", "pyproject.toml", ".ci/run"):
+        assert "://" not in (ROOT / name).read_text(), name
+
+
+def test_ci_runs_the_tests_ruff_and_the_import_contracts():
+    script = ROOT / ".ci" / "run"
+    assert script.stat().st_mode & 0o111
+    assert "make test" in script.read_text()
+    lint = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "ruff check" in lint
+    assert "lint-imports" in lint
+
+
+def test_the_readme_leads_with_the_two_commands():
+    assert [command for command in readme_commands() if command.startswith("make")][:2] == ["make demo", "make test"]
+    assert "make demo" in BLOCKS[0]
+
+
+def source_of(command: list[str]) -> str:
+    """Source text that defines the options of a README command."""
+    program, *rest = command
+    if program == "histoldm":
+        return (ROOT / "ldm" / "cli.py").read_text()
+    if rest[0] == "-m":
+        return Path(importlib.util.find_spec(rest[1]).origin).read_text()
+    return (ROOT / rest[0]).read_text()
+
+
+@pytest.mark.parametrize("line", [c for c in readme_commands() if c.split()[0] in ("python", "histoldm", "make")])
+def test_readme_commands_exist(line):
+    program, *rest = words = shlex.split(line)
+    if program == "make":
+        subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, check=True)
+        return
+    source = source_of(words)
+    if program == "histoldm":
+        assert f'@app.command("{rest[0]}")' in source or f"def {rest[0]}(" in source
+    known = set(re.findall(r"\"(--?[a-z][\w-]*)\"", source))
+    trainer = set()
+    if rest[0] == "main.py":
+        import inspect
+
+        from pytorch_lightning import Trainer
+
+        trainer = {f"--{name}" for name in inspect.signature(Trainer.__init__).parameters}
+    for option in (word.split("=")[0] for word in rest if re.match(r"--?[a-z]", word) and word != "-m"):
+        assert option in known | trainer, f"{option} of `{line}`"
+    for word in rest:
+        if re.match(r"(configs|data)/.*", word) and "*" not in word and not word.startswith("data/my"):
+            assert (ROOT / word).exists(), f"{word} of `{line}`"
+
+
+def test_the_readme_python_example_names_what_is_there():
+    import ldm
+
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    compile(example, "README.md", "exec")
+    for name in set(re.findall(r"\bldm\.(\w+)\(", example)):
+        assert callable(getattr(ldm, name))
+
+
+def test_links_in_the_readme_point_to_files():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+def test_version_is_the_changelogs():
+    assert f"## [{project()['version']}]" in (ROOT / "CHANGELOG.md").read_text()
+    assert sys.version_info >= (3, 11)
