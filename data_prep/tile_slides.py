@@ -76,7 +76,6 @@ def tile_slide(
         raise UserError(f"{path} has {slide.mpp:g} um per pixel; tiles of {mpp:g} would be blown up. Ask for more mpp")
     downsample = mpp / slide.mpp
     extent = tile_size * downsample
-    coords, tissue = _choose(slide, extent, stride * downsample, min_tissue, keep_background, seed)
     attrs = {
         "slide": path.name,
         "slide_bytes": path.stat().st_size,
@@ -84,12 +83,17 @@ def tile_slide(
         "magnification": slide.magnification,
         "tile_size": tile_size,
         "stride": stride,
-        "level0_size": slide.dimensions,
+        "level0_size": list(slide.dimensions),
         "downsample": downsample,
         "tissue": {"min_tissue": min_tissue, "keep_background": keep_background, "seed": seed},
         "licence": licence,
     }
     store = Path(out) / "slides" / f"{path.stem}.zarr"
+    if (store / "zarr.json").exists():
+        before = TileStore.open(store, allow_incomplete=True).attrs
+        if before["complete"] and all(before.get(name) == value for name, value in attrs.items()):
+            return store
+    coords, tissue = _choose(slide, extent, stride * downsample, min_tissue, keep_background, seed)
 
     def read(corner: np.ndarray) -> np.ndarray:
         return slide.read(*corner.tolist(), extent, extent, (tile_size, tile_size))
@@ -99,8 +103,6 @@ def tile_slide(
         TileStoreWriter.create(store, len(coords), attrs, {"tissue": "f4"}) as writer,
         ThreadPoolExecutor(workers) as pool,
     ):
-        if writer.finished:
-            return store
         start = writer.rows
         with tqdm(total=len(coords), initial=start, desc=f"tiling {path.name}", unit="tile") as bar:
             for first in range(start, len(coords), _BATCH):
@@ -239,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     slides, out = find_slides(args.pop("slides")), Path(args.pop("out"))
     validation, test = args.pop("validation"), args.pop("test")
     if holdout is not None and len(slides) > 1:
-        raise UserError("--holdout is a box of one slide; for several use --validation and --test, which split patients")
+        raise UserError("--holdout is a box of one slide; for several use --validation and --test (by patient)")
     failures, tiles = [], 0
     for path in slides:
         try:

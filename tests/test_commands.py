@@ -1,0 +1,130 @@
+"""The commands, on a tiny real model and the real slide."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import numpy as np
+import openslide
+import pytest
+import torch
+from PIL import Image
+from test_latent_diffusion import node
+from typer.testing import CliRunner
+
+from data_prep.tile_slides import tile_slide, update_index
+from ldm.cli import app
+from ldm.config import instantiate_from_config
+from ldm.data.tile_store import ArrayWriter, TileStore
+from ldm.errors import UserError
+from ldm.model_folder import write_model_folder
+
+SHA = {"encoder": "tiny", "weights_sha256": "a" * 64, "licence": "MIT"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, demo_slide):
+    """A model folder, and a tile store of the demo slide with features."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = instantiate_from_config(node(use_ema=False))
+    write_model_folder(folder / "model", node(use_ema=False), model.state_dict(), {"mpp": 0.499, "encoder": SHA})
+    store = tile_slide(demo_slide, folder / "cohort", stride=256, min_tissue=0.1, keep_background=0.2)
+    update_index(folder / "cohort")
+    rows = np.random.default_rng(0).normal(size=(len(TileStore.open(store)), 24))
+    with ArrayWriter(store, "features/tiny", (24,), "f4", SHA) as writer:
+        writer.append(rows)
+    return folder, store
+
+
+def run(*args) -> None:
+    CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+def test_sample_writes_tiles_that_say_what_they_are(world, tmp_path):
+    folder, store = world
+    run("sample", "--model", folder / "model", "--features", store, "--count", 5, "--steps", 2, "--out", tmp_path)
+    rows = list(csv.DictReader((tmp_path / "tiles.csv").open()))
+    assert [row["file"] for row in rows] == [f"{i:05d}.png" for i in range(5)]
+    image = Image.open(tmp_path / "00003.png")
+    assert image.size == (32, 32)
+    about = json.loads(image.text["SYNTHETIC"])
+    assert about["model"] == "model"
+    assert about["seed"] == 0
+    assert f"row={rows[3]['row']}" in about["condition"]
+    assert about["encoder_licence"] == "MIT"
+    assert (tmp_path / "contact_sheet.png").exists()
+
+
+def test_a_file_of_features_and_a_batch_size_give_the_same_tiles(world, tmp_path):
+    folder, store = world
+    features = np.asarray(TileStore.open(store).features("tiny")[:4])
+    np.save(tmp_path / "f.npy", features)
+    for name, size in (("a", 1), ("b", 4)):
+        run("sample", "--model", folder / "model", "--features", tmp_path / "f.npy", "--steps", 2,
+            "--batch-size", size, "--out", tmp_path / name)  # fmt: skip
+    for i in range(4):
+        a, b = (np.asarray(Image.open(tmp_path / name / f"{i:05d}.png")).astype(int) for name in "ab")
+        assert np.abs(a - b).max() <= 1
+
+
+def test_large_image_writes_every_format_at_the_right_size_and_mpp(world, tmp_path):
+    folder, store = world
+    outs = [tmp_path / "image.png", tmp_path / "image.tif", tmp_path / "image.ome.zarr"]
+    run("large-image", "--model", folder / "model", "--features", store, "--region", "768,1280,1024,768",
+        "--size", "320,480", "--steps", 2, *(part for out in outs for part in ("--out", out)))  # fmt: skip
+    assert Image.open(outs[0]).size == (480, 320)
+    with openslide.OpenSlide(outs[1]) as slide:
+        assert slide.dimensions == (480, 320)
+        assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.499, rel=1e-3)
+        assert "SYNTHETIC" in slide.properties["tiff.ImageDescription"]
+    assert (outs[2] / "zarr.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--features": "nothing.npy"}, "no features at nothing.npy"),
+        ({"--feature": "tinny"}, "did you mean 'tiny'"),
+        ({"--where": "split"}, "label=value"),
+        ({"--where": "split=vall"}, "is selected"),
+        ({"--model": "nowhere"}, "does not exist"),
+        ({"--device": "cuda:9"}, "not on this machine"),
+    ],
+)
+def test_mistakes_of_sample_are_told_before_work(world, tmp_path, change, message):
+    folder, store = world
+    options = {"--model": folder / "model", "--features": store, "--out": tmp_path / "out"} | change
+    with pytest.raises(UserError, match=message):
+        run("sample", *(part for option in options.items() for part in option))
+
+
+def test_features_of_another_dimension_or_encoder_are_refused(world, tmp_path):
+    folder, store = world
+    np.save(tmp_path / "wrong.npy", np.zeros((3, 25), np.float32))
+    with pytest.raises(UserError, match="24"):
+        run("sample", "--model", folder / "model", "--features", tmp_path / "wrong.npy", "--out", tmp_path)
+    rows = np.zeros((len(TileStore.open(store)), 24), np.float32)
+    with ArrayWriter(store, "features/other", (24,), "f4", SHA | {"weights_sha256": "b" * 64}) as writer:
+        writer.append(rows)
+    with pytest.raises(UserError, match="trained on 'tiny'"):
+        run("sample", "--model", folder / "model", "--features", store, "--feature", "other", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--out", "image.jpg"], "must end in"),
+        (["--out", "image.png", "--region", "1,2,3"], "x,y,width,height"),
+        (["--out", "image.png", "--region", "1,2,1024,1024"], "lattice"),
+        (["--out", "image.png", "--size", "100"], "height,width"),
+        (["--out", "/proc/nothing/image.png"], "cannot write"),
+    ],
+)
+def test_mistakes_of_large_image_are_told_before_work(world, tmp_path, monkeypatch, options, message):
+    folder, store = world
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        run("large-image", "--model", folder / "model", "--features", store, *options)
+    assert not list(tmp_path.iterdir())
