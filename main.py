@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import logging
-import os
+import pdb
 import re
 import shutil
 import sys
@@ -43,6 +43,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     switch = {"type": boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    rate_help = "rate = base rate * accumulated batches * devices * batch size (true)"
     parser.add_argument("-t", "--train", default=False, help="train", **switch)
     parser.add_argument("-b", "--base", nargs="*", default=[], metavar="YAML", help="configs, merged left to right")
     parser.add_argument("-r", "--resume", metavar="RUN", help="run folder or checkpoint in one, to go on with")
@@ -52,21 +53,17 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("-s", "--seed", type=int, help=f"of everything random ({SEED})")
     parser.add_argument("--gpus", help="GPUs to train on, such as 0,1 or 0, (default: one if there is one)")
     parser.add_argument("-d", "--debug", default=False, help="post-mortem debugger when training fails", **switch)
-    scale_help = "rate = base rate * accumulated batches * devices * batch size (true)"
-    parser.add_argument("--scale_lr", default=True, help=scale_help, **switch)
+    parser.add_argument("--scale_lr", default=True, help=rate_help, **switch)
     parser.add_argument("--no-test", default=False, help="do not run the model's test afterwards", **switch)
     overrides = [item for item in argv if re.match(r"[A-Za-z_][\w.]*=", item)]  # before -t or --base swallows them
     options, rest = parser.parse_known_args([item for item in argv if item not in overrides])
     flags = [flag for action in parser._actions for flag in action.option_strings]
     while rest:
-        item = rest.pop(0)
-        if item.startswith("--") and "=" not in item:
+        flag, equals, value = rest.pop(0).partition("=")
+        check_trainer_key(flag.removeprefix("--"), flags, flag)
+        if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-            item = f"{item}={value}"
-        if item.startswith("--"):
-            check_trainer_key(item[2:].partition("=")[0], flags, item.partition("=")[0])
-            item = f"lightning.trainer.{item[2:]}"
-        overrides.append(item)
+        overrides.append(f"lightning.trainer.{flag.removeprefix('--')}={value}")
     return options, overrides
 
 
@@ -76,12 +73,12 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
 
 
-def check_trainer_key(key: str, flags: list[str] = (), given: str = "") -> None:
+def check_trainer_key(key: str, flags: list[str] = (), option: str = "") -> None:
     from pytorch_lightning import Trainer
 
     known = set(inspect.signature(Trainer.__init__).parameters) - NOT_IN_CONFIG
-    if key not in known and given:
-        raise UserError(f"unknown option '{given}'{suggest(given, [*flags, *(f'--{name}' for name in known)])}")
+    if option and (not option.startswith("--") or key not in known):
+        raise UserError(f"unknown option '{option}'{suggest(option, [*flags, *(f'--{name}' for name in known)])}")
     if key not in known:
         raise UserError(f"unknown key 'lightning.trainer.{key}'{suggest(key, known)}")
 
@@ -112,9 +109,11 @@ def merge_config(options: argparse.Namespace, overrides: list[str], run: Path | 
     cfg = load_config([*own, *options.base], overrides, defaults)
     validate(cfg)
     lightning = cfg["lightning"] = cfg.get("lightning") or {}
-    lightning["trainer"] = {**(lightning.get("trainer") or {}), **choose_gpus(options.gpus)}
-    for key in lightning["trainer"]:
+    trainer = lightning["trainer"] = {**(lightning.get("trainer") or {}), **choose_gpus(options.gpus)}
+    for key in trainer:
         check_trainer_key(key)
+    if isinstance(trainer.get("val_check_interval"), int):  # batches, counted over all epochs
+        trainer.setdefault("check_val_every_n_epoch", None)
     cfg["seed"] = next(s for s in (options.seed, cfg.get("seed"), SEED) if s is not None)
     cfg["name"] = options.name or cfg.get("name") or Path((options.base or [run])[0]).stem
     return cfg
@@ -124,9 +123,9 @@ def build(node: dict[str, Any], seed: int) -> Any:
     """The model or the data; its `seed`, where it takes one and the config does not state it, is the run's."""
     from ldm.config import get_obj_from_str, instantiate_from_config
 
-    takes = "seed" in inspect.signature(get_obj_from_str(node["target"])).parameters
-    node = {"target": node["target"], "params": node.get("params") or {}}
-    return instantiate_from_config(node, **({"seed": seed} if takes and "seed" not in node["params"] else {}))
+    params = node.get("params") or {}
+    takes = "seed" in inspect.signature(get_obj_from_str(node["target"])).parameters and "seed" not in params
+    return instantiate_from_config({"target": node["target"], "params": params}, **({"seed": seed} if takes else {}))
 
 
 def build_trainer(cfg: dict[str, Any], model: Any, run: Path) -> Any:
@@ -146,24 +145,15 @@ def build_trainer(cfg: dict[str, Any], model: Any, run: Path) -> Any:
         nodes.pop("progress_bar", None)
     callbacks = [SetupRun(cfg), StepSeed(cfg["seed"]), *map(instantiate_from_config, nodes.values())]
     asked = (lightning.get("modelcheckpoint") or {}).get("params") or {}
-    best = {
-        "monitor": getattr(model, "monitor", None),
-        "dirpath": str(run / "checkpoints"),
-        "filename": "best-{epoch:06}-{step:09}",
-        "save_on_train_epoch_end": False,
-        **asked,
-    }
+    best = {"monitor": getattr(model, "monitor", None), "filename": "best-{epoch:06}-{step:09}"}
+    best |= {"dirpath": str(run / "checkpoints"), "save_on_train_epoch_end": False, **asked}
     check_params(ModelCheckpoint, best, "lightning.modelcheckpoint.params")
-    if lightning.get("logger"):
-        logger = instantiate_from_config(lightning["logger"])
-    else:
-        logger = TensorBoardLogger(run, name="tensorboard", version="")
+    logger = lightning.get("logger")
+    logger = instantiate_from_config(logger) if logger else TensorBoardLogger(run, name="tensorboard", version="")
+    own = {"logger": logger, "default_root_dir": run, "use_distributed_sampler": False}
     try:
-        if best["monitor"] or asked:
-            callbacks.append(ModelCheckpoint(**best))
-        return Trainer(
-            **arguments, callbacks=callbacks, logger=logger, default_root_dir=run, use_distributed_sampler=False
-        )
+        best_checkpoint = [ModelCheckpoint(**best)] if best["monitor"] or asked else []
+        return Trainer(**arguments, **own, callbacks=[*callbacks, *best_checkpoint])
     except (MisconfigurationException, ValueError, TypeError) as error:
         raise UserError(f"Lightning does not accept lightning.trainer: {error}") from error
 
@@ -174,31 +164,24 @@ def choose_gpus(gpus: str | None) -> dict[str, Any]:
         return {}
     import torch
 
-    try:
-        indices = [int(part) for part in gpus.split(",") if part.strip()]
-    except ValueError:
-        raise UserError(f"--gpus takes numbers such as 0,1 or 0, and got '{gpus}'") from None
+    if not re.fullmatch(r"\d+(,\d+)*,?", gpus):
+        raise UserError(f"--gpus takes numbers such as 0,1 or 0, and got '{gpus}'")
+    indices = [int(part) for part in gpus.split(",") if part]
     count = torch.cuda.device_count()
-    if not indices or (absent := [index for index in indices if not 0 <= index < count]):
+    if max(indices) >= count:
         has = f"GPUs 0 to {count - 1}" if count else "no CUDA GPU that PyTorch can use"
-        raise UserError(f"--gpus {gpus}: GPU {absent[0] if indices else '?'} is not there; this machine has {has}")
+        raise UserError(f"--gpus {gpus}: this machine has {has}")
     return {"accelerator": "gpu", "devices": indices}
 
 
 def set_learning_rate(cfg: dict[str, Any], model: Any, data: Any, trainer: Any, scale: bool) -> None:
-    if "base_learning_rate" not in cfg["model"]:
-        raise UserError("the config has no model.base_learning_rate; training needs one, such as 1.0e-06")
-    base = float(cfg["model"]["base_learning_rate"])
-    if not scale:
-        model.learning_rate = base
-        trainer.print(f"learning rate {base:.2e} = model.base_learning_rate (--scale_lr false)")
-        return
+    base, devices, size = cfg["model"].get("base_learning_rate"), trainer.world_size, data.batch_size
+    if not isinstance(base, (int, float)):
+        raise UserError(f"model.base_learning_rate must be a number such as 1.0e-06, got {base!r}")
     accumulate = trainer.accumulate_grad_batches * getattr(model, "accumulate", 1)  # the latter by hand
-    model.learning_rate = accumulate * trainer.world_size * data.batch_size * base
-    trainer.print(
-        f"learning rate {model.learning_rate:.2e} = {accumulate} (accumulate_grad_batches) * {trainer.world_size}"
-        f" (devices) * {data.batch_size} (batch size) * {base:.2e} (model.base_learning_rate)"
-    )
+    model.learning_rate = accumulate * devices * size * base if scale else base
+    factors = f"{accumulate} (accumulate_grad_batches) * {devices} (devices) * {size} (batch size) * " if scale else ""
+    trainer.print(f"learning rate {model.learning_rate:.2e} = {factors}{base:.2e} (model.base_learning_rate)")
 
 
 def train(trainer: Any, model: Any, data: Any, run: Path, checkpoint: Path | None, debug: bool) -> int:
@@ -220,12 +203,10 @@ def train(trainer: Any, model: Any, data: Any, run: Path, checkpoint: Path | Non
         where = f"go on with: python main.py -t --resume {run}" if last.exists() else "before the first saved step"
         trainer.print(f"stopped at step {trainer.global_step}; {where}")
         return 130
-    except (UserError, MisconfigurationException) as error:
-        raise UserError(str(error)) from error
+    except (UserError, MisconfigurationException) as error:  # a loader's worker adds its traceback to the message
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
     except Exception:
         if debug:
-            import pdb
-
             pdb.post_mortem(sys.exc_info()[2])
         raise
     finally:
@@ -246,8 +227,8 @@ def run_main(argv: list[str]) -> int:
     from pytorch_lightning import seed_everything
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").setLevel(logging.WARNING)
-    for message in (".*LeafSpec", "Checkpoint directory .* is not empty"):
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    for message in (".*LeafSpec", "Checkpoint directory .* is not empty", r"Found \d+ module\(s\) in eval mode"):
         warnings.filterwarnings("ignore", message=message)
     seed_everything(cfg["seed"], workers=True, verbose=False)
     model, data = build(cfg["model"], cfg["seed"]), build(cfg["data"], cfg["seed"])
@@ -260,8 +241,7 @@ def run_main(argv: list[str]) -> int:
             return code
     elif not checkpoint:
         trainer.print("the config is sound; add -t to train")
-    tests = is_overridden("test_step", model) and is_overridden("test_dataloader", data)
-    if tests and not options.no_test and (options.train or checkpoint):
+    if is_overridden("test_step", model) and not options.no_test and (options.train or checkpoint):
         trainer.test(model, data, ckpt_path=None if options.train else checkpoint)
     return 0
 
@@ -272,5 +252,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     sys.exit(main())

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from ldm.config import save_config
@@ -104,7 +105,8 @@ class LastCheckpoint(Checkpoint):
     def _signal(self, number: int, frame: Any) -> None:
         self._restore_handlers()
         self._stop = True
-        print("\nstopping after this step; once more to stop at once", flush=True)
+        if rank_zero_only.rank == 0:  # not print(): a signal may interrupt a print
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():

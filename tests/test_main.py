@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,18 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_straight_run(where, stop_at, op
     assert_same_training(checkpoint(only_run("straight")), checkpoint(run))
 
 
+def test_ctrl_c_in_a_terminal_reaches_the_workers_too():
+    options = ["data.params.num_workers=1", "data.params.delay=0.1"]
+    options += ["model.params.stop_at=2", "model.params.where=group"]
+    code = "import sys, main; from ldm import config; config.ALLOWED += ('tiny_training.',); sys.exit(main.main())"
+    path = {**os.environ, "PYTHONPATH": f"{CONFIGS.parent.parent}:{CONFIGS.parent}"}
+    command = [sys.executable, "-c", code, "-t", "-b", TINY, *options]
+    done = subprocess.run(command, env=path, start_new_session=True, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoint(only_run("logs"))["global_step"] == 2
+
+
 def test_any_checkpoint_of_a_run_resumes_exactly_and_repeatedly():
     assert train("-b", TINY, "-l", "straight", "lightning.modelcheckpoint.params.save_top_k=-1") == 0
     run = only_run("straight")
@@ -166,10 +180,11 @@ REFUSALS = {
     "target": (["-b", TINY, "model.target=tiny_training.TinyModle"], "'tiny_training' has no 'TinyModle'; did"),
     "module": (["-b", TINY, "data.target=ldm.data.modul.Tiles"], "package 'ldm.data' has no 'modul'"),
     "foreign target": (["-b", TINY, "model.target=os.system"], "'os.system' is not allowed"),
-    "GPU": (["-b", TINY, "--gpus", "99,"], "GPU 99 is not there"),
+    "GPU": (["-b", TINY, "--gpus", "99,"], "--gpus 99,: this machine has"),
     "GPU list": (["-b", TINY, "--gpus", "all"], "--gpus takes numbers"),
     "monitor": (["-b", TINY, "model.params.monitor=val/los"], "'val/los'; did you mean 'val/loss'"),
     "data": (["-b", TINY, "data.params.length=0"], "there are no tiles"),
+    "item": (["-b", TINY, *(f"data.params.{p}" for p in ("damaged=3", "length=4", "num_workers=1"))], "error: tile 3"),
     "run to resume": (["-r", "logs/none"], "cannot resume 'logs/none': it does not exist"),
     "name and resume": (["-r", "logs/none", "-n", "x"], "--name names a new run"),
 }
@@ -182,6 +197,7 @@ def test_a_mistake_costs_one_line_and_leaves_nothing(case, capsys):
     err = capsys.readouterr().err
     assert message in err
     assert "Traceback" not in err
+    assert len([line for line in err.splitlines() if line.startswith("error: ")]) == 1
     assert not any(path.is_dir() for path in Path("logs").glob("*"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 
 import pytorch_lightning as pl
 import torch
@@ -18,21 +19,27 @@ from ldm.rng import generator, training_generator
 class Items(Dataset):
     """Item i: its own image (3,size,size), turned and shifted as its draw says, and a feature (8,)."""
 
-    def __init__(self, length: int, size: int = 4):
-        self.length, self.size = length, size
+    def __init__(self, length: int, size: int = 4, damaged: int = -1, delay: float = 0.0):
+        self.length, self.size, self.damaged, self.delay = length, size, damaged, delay
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         index, draw = key
+        time.sleep(self.delay)
+        if index == self.damaged:
+            raise UserError(f"tile {index} is damaged")
         image = torch.randn(3, self.size, self.size, generator=generator(index)).rot90(draw % 4, (1, 2)) / 3
         return {"image": image + draw % 7 / 7, "ssl": image.flatten()[:8], "row": torch.tensor(index)}
 
 
 class TinyData(pl.LightningDataModule):
-    def __init__(self, batch_size: int, length: int = 22, num_workers=0, persistent=False, size: int = 4, seed=0):
+    def __init__(
+        self, batch_size: int, length=22, num_workers=0, persistent=False, size=4, damaged=-1, delay=0.0, seed=0
+    ):
         super().__init__()
+        self.damaged, self.delay = damaged, delay
         self.batch_size, self.length, self.num_workers, self.seed = batch_size, length, num_workers, seed
         self.persistent, self.size, self.loader, self.resume = persistent, size, None, None
 
@@ -43,7 +50,7 @@ class TinyData(pl.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         rank, world = self.trainer.global_rank, self.trainer.world_size
         sampler = ResumableBatchSampler(self.length, self.batch_size, self.seed, rank, world)
-        items = Items(self.length, self.size)
+        items = Items(self.length, self.size, self.damaged, self.delay)
         self.loader = ResumableDataLoader(
             items, sampler, num_workers=self.num_workers, persistent_workers=self.persistent
         )
@@ -79,8 +86,8 @@ class TinyModel(pl.LightningModule):
         noise = torch.randn(x.shape, generator=training_generator(self.seed, self.global_rank, done))
         loss = (self.net(x + noise) - noise.flatten(1)).square().mean()
         self.log("train/loss", loss, prog_bar=True)
-        if self.where == "train" and done + 1 == self.stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
+        if self.where != "val" and done + 1 == self.stop_at:
+            (os.kill if self.where == "train" else os.killpg)(os.getpid(), signal.SIGINT)
         return loss
 
     def on_train_batch_end(self, *_) -> None:

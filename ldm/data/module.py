@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ldm.config import instantiate_from_config
-from ldm.data.sampler import ResumableBatchSampler, ResumableDataLoader, evaluation_batches
+from ldm.data.sampler import ResumableBatchSampler, ResumableDataLoader, evaluation_batches, ignore_interrupts
 from ldm.errors import UserError
 
 
@@ -47,6 +47,7 @@ class TileDataModule(pl.LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
+            "worker_init_fn": ignore_interrupts,
         }
 
     def train_dataloader(self) -> ResumableDataLoader:

@@ -7,6 +7,7 @@ So no tile is dropped or repeated, every rank has as many batches as the others,
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
@@ -69,12 +70,15 @@ class ResumableBatchSampler:
 class ResumableDataLoader(DataLoader):
     """A DataLoader over a ResumableBatchSampler that knows which batch comes next, whatever its workers prefetch.
 
-    The dataset is asked for `(index, draw)` keys. `state_dict()` is the position; Lightning saves and restores it.
+    The dataset is asked for `(index, draw)` keys. `state_dict()` is the position in the stream, in items, so that a
+    run may go on with another batch size or number of ranks; Lightning saves and restores it.
     """
 
     def __init__(self, dataset: Dataset, batch_sampler: ResumableBatchSampler, **kwargs: Any) -> None:
+        kwargs.setdefault("worker_init_fn", ignore_interrupts)
         super().__init__(dataset, batch_sampler=batch_sampler, **kwargs)
         self.position = 0  # global batches handed out so far, over all epochs
+        self._items = batch_sampler.batch_size * batch_sampler.world_size  # in a global batch
 
     def __iter__(self) -> Iterator[Any]:
         self.batch_sampler.set_start(self.position)
@@ -86,10 +90,15 @@ class ResumableDataLoader(DataLoader):
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+        return {"items_seen": self.position * self._items}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = int(state["position"])
+        self.position = state["items_seen"] // self._items
+
+
+def ignore_interrupts(worker: int) -> None:
+    """Worker initialisation: Ctrl-C reaches the whole process group, and what it means is the main process's matter."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def evaluation_batches(
