@@ -212,7 +212,7 @@ def train(trainer: Any, model: Any, data: Any, run: Path, checkpoint: Path | Non
     finally:
         if trainer.is_global_zero and checkpoint is None and trainer.global_step == 0:
             shutil.rmtree(run)
-    trainer.print(f"trained to step {trainer.global_step}: {last}")
+    trainer.print(f"trained to step {trainer.global_step}: {last if last.exists() else run}")
     return 0
 
 
