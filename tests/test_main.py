@@ -15,7 +15,8 @@ from PIL import Image
 import main
 from ldm import config
 
-CONFIGS = Path(__file__).parent / "configs"
+ROOT = Path(__file__).parent.parent
+CONFIGS = ROOT / "tests" / "configs"
 TINY = str(CONFIGS / "tiny.yaml")
 
 
@@ -116,7 +117,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too():
     options = ["data.params.num_workers=1", "data.params.delay=0.1"]
     options += ["model.params.stop_at=2", "model.params.where=group"]
     code = "import sys, main; from ldm import config; config.ALLOWED += ('tiny_training.',); sys.exit(main.main())"
-    path = {**os.environ, "PYTHONPATH": f"{CONFIGS.parent.parent}:{CONFIGS.parent}"}
+    path = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", code, "-t", "-b", TINY, *options]
     done = subprocess.run(command, env=path, start_new_session=True, capture_output=True, text=True)
     assert done.returncode == 130, done.stderr
@@ -216,6 +217,15 @@ def test_damaged_runs_are_not_resumed(capsys):
     errors = capsys.readouterr().err.splitlines()
     assert "it has no checkpoints/last.ckpt" in errors[0]
     assert "is not a whole checkpoint" in errors[1]
+
+
+SHIPPED = [path for folder in ("autoencoder", "latent-diffusion") for path in (ROOT / "configs" / folder).glob("*.yaml")]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_shipped_configs_name_only_what_exists(path):
+    cfg = main.merge_config(*main.parse(["-b", str(path)]), None)
+    assert cfg["name"]
 
 
 def test_without_train_the_config_is_checked_and_nothing_is_written(capsys):
