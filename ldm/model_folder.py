@@ -107,7 +107,10 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 
 
 def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Make a model folder of a run folder or checkpoint: averaged weights, first stage and conditioner included."""
+    """Make a model folder of a run folder or checkpoint.
+
+    Of a LatentDiffusion: averaged weights, first stage and conditioner included. Of an AutoencoderStage: the first stage.
+    """
     path = Path(path)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not checkpoint.is_file():
@@ -123,6 +126,10 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], di
         raise UserError(f"{checkpoint} is not a checkpoint of this toolkit; convert it to a model folder first.")
     node, state = content["histoldm_config"]["model"], dict(content["state_dict"])
     params = dict(node["params"])
+    if "first_stage" in params:  # a training of a first stage: its loss and discriminator stay behind
+        prefix = "autoencoder."
+        weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        return params["first_stage"], content.get("histoldm_metadata", {}), weights
     for name in [name for name in state if name.startswith("model.")]:
         average = "model_ema." + name.removeprefix("model.").replace(".", "")
         state[name] = state.get(average, state[name])
