@@ -94,14 +94,14 @@ class Consecutive(Sampler):
 
 
 class FreezeEncoder(pl.Callback):
-    """From step `at` on the encoder no longer learns: latents that were cached stay valid while the decoder sharpens."""
+    """From step `at` on only the decoder learns, so that latents which were cached stay valid."""
 
     def __init__(self, at: int):
         self.at = at
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch, batch_idx: int) -> None:
-        for module in (stage.autoencoder.encoder, stage.autoencoder.quant_conv):
-            module.requires_grad_(trainer.global_step < self.at)
+        if trainer.global_step >= self.at:
+            stage.autoencoder.freeze_encoder()
 
 
 class Decay(pl.Callback):

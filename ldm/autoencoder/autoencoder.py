@@ -54,6 +54,11 @@ class AutoencoderKL(nn.Module):
     def get_last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
 
+    def freeze_encoder(self) -> None:
+        """Stop training whatever decides the latent of an image."""
+        self.encoder.requires_grad_(False)
+        self.quant_conv.requires_grad_(False)
+
 
 class VQModel(nn.Module):
     """Autoencoder with a codebook of `n_embed` vectors of `embed_dim` channels (VQGAN, Esser et al. 2021).
@@ -97,6 +102,11 @@ class VQModel(nn.Module):
 
     def get_last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
+
+    def freeze_encoder(self) -> None:
+        """Stop training whatever decides the latent and the codes of an image."""
+        for module in (self.encoder, self.quant_conv, self.quantize):
+            module.requires_grad_(False)
 
 
 class IdentityFirstStage(nn.Module):

@@ -26,6 +26,8 @@ class AutoencoderStage(pl.LightningModule):
         loss: node {target, params} of its loss.
         image_key: entry of the batch that holds the images.
         ckpt_path: weights to start from (`ldm.autoencoder.weights`): a model folder or a published checkpoint.
+        freeze_encoder: train the decoder alone, so that latents, and models trained on them, stay valid.
+        monitor: logged value by which the best checkpoint is chosen.
         accumulate_grad_batches, gradient_clip_val: as the Trainer's, which manual optimisation does not take.
         seed: names, with rank and step, the draws of the latents' noise.
     """
@@ -36,6 +38,8 @@ class AutoencoderStage(pl.LightningModule):
         loss: dict,
         image_key: str = "image",
         ckpt_path: str | None = None,
+        freeze_encoder: bool = False,
+        monitor: str | None = "val/rec_loss",
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
         seed: int = 0,
@@ -46,12 +50,15 @@ class AutoencoderStage(pl.LightningModule):
         self.autoencoder = instantiate_from_config(first_stage)
         self.loss = instantiate_from_config(loss)
         self.image_key = image_key
+        self.monitor = monitor
         self.accumulate = accumulate_grad_batches
         self.gradient_clip_val = gradient_clip_val
         self.seed = seed
         self.learning_rate: float | None = None
         if ckpt_path is not None:
             rank_zero_info(load_weights(self.autoencoder, ckpt_path))
+        if freeze_encoder:
+            self.autoencoder.freeze_encoder()
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
         return self.autoencoder(x, generator)
