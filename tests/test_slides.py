@@ -17,12 +17,12 @@ from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
 
 
-@pytest.fixture
-def white(tmp_path: Path) -> Path:
-    """Empty glass with a scanner's noise and a little dust."""
+@pytest.fixture(params=[0, 4])
+def white(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """Empty glass with a scanner's noise, clean or with a little dust."""
     rng = np.random.default_rng(0)
     glass = rng.normal((243, 240, 244), 2, (1200, 1000, 3)).clip(0, 255).astype(np.uint8)
-    glass[500:504, 500:504] = 60
+    glass[500 : 500 + request.param, 500:504] = 60
     path = tmp_path / "white.png"
     Image.fromarray(glass).save(path)
     return path
@@ -175,6 +175,7 @@ def test_background_is_kept_by_seed(demo_slide: Path, tmp_path: Path):
 
 
 def test_empty_glass(white: Path, tmp_path: Path):
+    assert not TissueMask(open_slide(white, 0.5)).mask.any()
     with pytest.raises(UserError, match="no tissue found"):
         tile_slide(white, tmp_path / "out", slide_mpp=0.5)
     assert not (tmp_path / "out").exists()
@@ -182,9 +183,9 @@ def test_empty_glass(white: Path, tmp_path: Path):
     assert len(store) == 3 * 4
 
 
-def test_command_goes_on_after_a_bad_slide(
-    demo_slide: Path, white: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_command_goes_on_after_a_bad_slide(demo_slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    white = tmp_path / "white.png"
+    Image.new("RGB", (600, 600), "white").save(white)
     (tmp_path / "text.svs").write_text("no slide")
     out = tmp_path / "cohort"
     slides = [str(path) for path in (tmp_path / "text.svs", demo_slide, white)]

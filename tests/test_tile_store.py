@@ -180,6 +180,12 @@ def test_too_few_or_too_many_rows(tmp_path: Path):
             writer.append(TILES[:1], COORDS[:1])
 
 
+def test_a_shard_of_black_tiles_is_a_shard(tmp_path: Path):
+    with TileStoreWriter.create(tmp_path / "a.zarr", COUNT, ATTRS) as writer:
+        writer.append(np.zeros_like(TILES), COORDS)
+    TileStore.open(tmp_path / "a.zarr").verify(deep=True)
+
+
 def test_verify_finds_damage(tmp_path: Path):
     path = tmp_path / "a.zarr"
     write_store(path)
