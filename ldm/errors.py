@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
+LISTED = 25  # names that a message lists
+
 
 class UserError(ValueError):
     """A mistake in what the user gave. The message says what was given, what is allowed and what to do."""
@@ -16,7 +18,8 @@ def suggest(given: str, known: Iterable[str]) -> str:
     known = sorted(str(name) for name in known)
     near = get_close_matches(str(given), known, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else "."
-    return f"{hint} Known: {', '.join(known) if known else '(none)'}."
+    listed = ", ".join(known[:LISTED]) or "(none)"
+    return f"{hint} Known: {listed}{', ...' if len(known) > LISTED else '.'}"
 
 
 def run_command(command: Callable[[], object]) -> int:

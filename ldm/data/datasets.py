@@ -142,6 +142,15 @@ class TileDataset(Dataset):
     def __len__(self) -> int:
         return len(self._row_of)
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a model trained on these tiles must remember: mpp, tile_size, `encoder` (the features' attributes)."""
+        store = self.stores[0]
+        known: dict[str, Any] = {"mpp": float(store.mpp), "tile_size": int(store.tile_size)}
+        if "ssl" in self.names:
+            known["encoder"] = dict(store.array(self.names["ssl"]).attrs)
+        return known
+
     def _vector(self, store: int, key: str, row: int, variant: int) -> np.ndarray:
         """One row of a cached array in the orientation `variant`, or as it is where only one was cached."""
         held = self._memory.get((store, key))

@@ -42,6 +42,11 @@ class TileDataModule(pl.LightningDataModule):
         self._loader: ResumableDataLoader | None = None
         self._resume: dict[str, int] | None = None
 
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What a model trained on this data must remember of it."""
+        return getattr(self.datasets["train"], "metadata", {})
+
     def _workers(self) -> dict[str, Any]:
         return {
             "num_workers": self.num_workers,
