@@ -41,6 +41,10 @@ from ldm.metrics.encoders import Encoder, load_encoder
 STAINS = F.normalize(torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1)
 EMPTY_DENSITY = 0.12  # mean optical density above which a pixel is tissue
 STATE = "pretrain-state.pt"
+KEYS = {"name", "licence", "seed", "encoder", "images", "views", "train"}
+VIEW_KEYS = {"shift", "scale", "stain", "brightness", "contrast", "blur", "background"}
+TRAIN_KEYS = {"steps", "batch_size", "learning_rate", "weight_decay", "warmup", "temperature", "local_weight",
+              "projection", "save_every"}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------ images
@@ -370,13 +374,19 @@ def set_standardisation(encoder: Encoder, images: list[SourceImage], config: dic
     encoder.feature_std.copy_(features.std(0).clamp_min(0.05 * features.std(0).median()))
 
 
+def check_keys(given: dict, known: set[str], where: str) -> None:
+    """UserError if `given` has other keys than `known`, or lacks one."""
+    for key in sorted(given.keys() - known):
+        raise UserError(f"unknown key '{key}' in {where}{suggest(key, known)}")
+    if missing := sorted(known - given.keys()):
+        raise UserError(f"{where} lacks {', '.join(missing)}")
+
+
 def build(config: dict) -> tuple[Contrast, int]:
     """The model that is trained, with random weights, and the side of the crops that its views are cut from."""
-    known = {"name", "licence", "seed", "encoder", "images", "views", "train"}
-    for key in config.keys() - known:
-        raise UserError(f"unknown key '{key}' in the config{suggest(key, known)}")
-    if missing := known - config.keys():
-        raise UserError(f"the config lacks {', '.join(sorted(missing))}")
+    check_keys(config, KEYS, "the config")
+    check_keys(config["views"], VIEW_KEYS, "the config's views")
+    check_keys(config["train"], TRAIN_KEYS, "the config's train")
     torch.manual_seed(config["seed"])
     try:
         spec = EncoderSpec(

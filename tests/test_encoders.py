@@ -338,3 +338,10 @@ def test_pretraining_stopped_and_continued_gives_the_same_weights(tmp_path, monk
     assert all(torch.equal(value, stopped[key]) for key, value in straight.items())
     with pytest.raises(UserError, match="another config"):
         pretrain_encoder.pretrain({**config, "seed": 1}, tmp_path / "stopped")
+
+
+def test_pretraining_refuses_a_misspelt_key(tmp_path):
+    config = load_config([ROOT / "configs" / "demo" / "encoder.yaml"], ["train.stepz=3"])
+    with pytest.raises(UserError, match="unknown key 'stepz' in the config's train; did you mean 'steps'"):
+        pretrain_encoder.pretrain(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -236,7 +236,9 @@ def read_checkpoint(path: Path, key: str = "") -> dict[str, Tensor]:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # DINO checkpoints carry their arguments
                 state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} cannot be read as a weight file: it is none, or holds more than tensors") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read as a weight file: {str(error).splitlines()[0]}") from error
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not weights by name")
