@@ -13,7 +13,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -157,12 +157,22 @@ def held_out(coords: np.ndarray, side: float, box: Sequence[float]) -> np.ndarra
 
 
 def update_index(
-    cohort: Path | str, validation: float = 0.0, test: float = 0.0, holdout: Sequence[float] | None = None
+    cohort: Path | str,
+    validation: float = 0.0,
+    test: float = 0.0,
+    holdout: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """Bring `cohort`/index.parquet up to date with its finished stores: slide, row, x, y, tissue, patient, split.
 
     Rows of slides that the index knows already stay as they are, with whatever columns and splits a user gave them.
+
+    Args:
+        validation, test: fractions of the patients.
+        holdout: slide file name -> box (x, y, width, height) in level-0 pixels, see `held_out`.
+    Raises:
+        UserError: a held-out box without tiles, or of a slide that the index knows with other splits.
     """
+    holdout = holdout or {}
     cohort = Path(cohort)
     path = cohort / "index.parquet"
     with WriterLock(cohort / ".lock-index"):
@@ -173,17 +183,23 @@ def update_index(
             if not store.attrs["complete"]:
                 continue
             known = old[old["slide"] == store.slide]
+            split: str | np.ndarray = split_of(patient_of(store.slide), validation, test)
+            if box := holdout.get(store.slide):
+                split = held_out(store.coords, store.tile_size * store.downsample, box)
+                if "val" not in split:
+                    raise UserError(f"no tile of {store.slide} lies within the held-out box {tuple(box)}")
+                if len(known) == len(store) and not np.array_equal(known.sort_values("row")["split"], split):
+                    raise UserError(
+                        f"{path} gives the tiles of {store.slide} other splits than this held-out box; delete it to "
+                        "make them anew, and train again whatever was trained with the old ones"
+                    )
             if len(known) == len(store):
                 tables.append(known)
                 continue
             x, y = store.coords.T
-            patient = patient_of(store.slide)
             columns = {"slide": store.slide, "row": np.arange(len(store)), "x": x, "y": y}
             labels = {name: store.labels(name) for name in store.label_names}
-            split = split_of(patient, validation, test)
-            if holdout is not None:
-                split = held_out(store.coords, store.tile_size * store.downsample, holdout)
-            owner = {"patient": patient, "split": split}
+            owner = {"patient": patient_of(store.slide), "split": split}
             tables.append(pd.DataFrame(columns | labels | owner))
         if tables:
             partial = path.with_suffix(".partial")
@@ -250,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             failures.append(str(error))
             tqdm.write(f"error: {error}", file=sys.stderr)
     if len(failures) < len(slides):
-        index = update_index(out, validation, test, holdout)
+        index = update_index(out, validation, test, {slides[0].name: holdout} if holdout else None)
         print(f"{len(slides) - len(failures)} slides, {tiles} tiles in {out / 'slides'}; table of all tiles: {index}")
     if failures and len(slides) > 1:
         listed = "".join(f"\n  {failure}" for failure in failures)

@@ -205,6 +205,26 @@ def test_command_goes_on_after_a_bad_slide(demo_slide: Path, tmp_path: Path, cap
     assert again.equals(index)
 
 
+def test_held_out_box(demo_slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    command = ["--slides", str(demo_slide), "--out", str(tmp_path), "--tile-size", "128", "--stride", "64"]
+
+    def run(*options: str) -> int:
+        return run_command(lambda: main([*command, *options]))
+
+    assert run("--holdout", "0,1856,2220,512") == 0
+    index = pd.read_parquet(tmp_path / "index.parquet")
+    inside, below = index["y"].between(1856, 1856 + 512 - 128), index["y"].between(1856 - 127, 1856 + 511)
+    assert (index["split"] == np.where(inside, "val", np.where(below, "none", "train"))).all()
+    assert run("--holdout", "0,1856,2220,512") == 0
+    assert run() == 0
+    assert pd.read_parquet(tmp_path / "index.parquet").equals(index)
+    assert run("--holdout", "0,1000,2220,512") == 2  # the index would go on saying train of what is held out now
+    assert "other splits" in capsys.readouterr().err
+    assert run("--holdout", "0,0,100,100") == 2
+    assert "no tile of" in capsys.readouterr().err
+    assert pd.read_parquet(tmp_path / "index.parquet").equals(index)
+
+
 def test_same_name_twice(demo_slide: Path, tmp_path: Path):
     (tmp_path / demo_slide.name).write_bytes(b"x")
     with pytest.raises(UserError, match="both become"):
