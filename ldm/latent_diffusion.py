@@ -118,6 +118,7 @@ class LatentDiffusion(pl.LightningModule):
         else:
             self.scale_factor = float(scale_factor)
         self.model_ema = EMA(self.model, ema_decay) if use_ema else None
+        self.to(memory_format=torch.channels_last)  # convolutions run up to three times faster in it
         if ckpt_path is not None:
             rank_zero_info(load_weights(self, ckpt_path))
             if self.model_ema is not None:  # the average restarts at the weights that training starts from

@@ -23,6 +23,8 @@ from ldm.config import instantiate_from_config, load_config, save_config
 from ldm.errors import UserError
 
 FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
+AUTOENCODER = "autoencoder."  # the first stage within its training
+TRAINING_ONLY = ("ckpt_path", "seed", "ema_decay", "warmup_steps", "decay_steps", "weight_decay", "monitor")
 PREFIX = {"network": "model.", "first stage": "first_stage_model.", "conditioner": "cond_stage_model."}
 
 
@@ -98,18 +100,20 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
         state = read_state_dict(path)
     with torch.device("meta"):
         model = instantiate_from_config(node)
+    if not hasattr(model, "build_noise_table"):
+        raise UserError(f"{path} is a {type(model).__name__}, a first stage; give the folder of a diffusion model.")
     _check_names(state, model.state_dict(), path)
     model.to_empty(device="cpu")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
     model.build_noise_table()
     model.metadata = metadata
-    return model.to(device).eval().requires_grad_(False)
+    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
 
 
 def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
     """Make a model folder of a run folder or checkpoint.
 
-    Of a LatentDiffusion: averaged weights, first stage and conditioner included. Of an AutoencoderStage: the first stage.
+    Of a LatentDiffusion: averaged weights, first stage and conditioner too. Of an AutoencoderStage: the first stage.
     """
     path = Path(path)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
@@ -125,11 +129,11 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], di
     if "histoldm_config" not in content:
         raise UserError(f"{checkpoint} is not a checkpoint of this toolkit; convert it to a model folder first.")
     node, state = content["histoldm_config"]["model"], dict(content["state_dict"])
+    metadata = content.get("histoldm_metadata", {})
+    if "first_stage" in node["params"]:  # a training of a first stage: the folder is of the autoencoder alone
+        weights = {n.removeprefix(AUTOENCODER): v for n, v in state.items() if n.startswith(AUTOENCODER)}
+        return node["params"]["first_stage"], metadata, weights
     params = dict(node["params"])
-    if "first_stage" in params:  # a training of a first stage: its loss and discriminator stay behind
-        prefix = "autoencoder."
-        weights = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        return params["first_stage"], content.get("histoldm_metadata", {}), weights
     for name in [name for name in state if name.startswith("model.")]:
         average = "model_ema." + name.removeprefix("model.").replace(".", "")
         state[name] = state.get(average, state[name])
@@ -137,9 +141,10 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], di
     first_stage = params["first_stage_config"]
     if first_stage["target"] == FIRST_STAGE_FOLDER:
         params["first_stage_config"] = read_model_folder(first_stage["params"]["folder"])[0]
-    params.pop("ckpt_path", None)
+    for key in TRAINING_ONLY:
+        params.pop(key, None)
     params["use_ema"] = False
-    return {"target": node["target"], "params": params}, content.get("histoldm_metadata", {}), state
+    return {"target": node["target"], "params": params}, metadata, state
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:
