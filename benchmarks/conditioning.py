@@ -128,7 +128,7 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
         raise UserError(f"encoder {encoder.name} gives {encoder.dim} values, features '{args.feature}' have {has}")
     model = ldm.load_model(args.model, device)
     sampled = ldm.sample(
-        model, ldm.condition(model, features=conditions), steps=args.steps, guidance_scale=args.guidance_scale,
+        model, model.condition(features=conditions), steps=args.steps, guidance_scale=args.guidance_scale,
         seed=args.seed, batch_size=args.batch_size, precision=args.precision,
     )  # fmt: skip
     parts = [slice(i, i + args.batch_size) for i in range(0, len(images), args.batch_size)]

@@ -2,7 +2,7 @@
 
     import ldm
     model = ldm.load_model("model_folder")
-    tiles = ldm.sample(model, ldm.condition(model, features=features), seed=0)      # (N,3,H,W) in [-1,1]
+    tiles = ldm.sample(model, model.condition(features=features), seed=0)           # (N,3,H,W) in [-1,1]
     image = ldm.large_image(model, grid, size=(1024, 1024), seed=0)                 # grid (rows, cols, D)
 """
 
@@ -14,7 +14,6 @@ from typing import Any
 _HOMES = {
     "load_model": "ldm.model_folder",
     "export": "ldm.model_folder",
-    "condition": "ldm.inference",
     "sample": "ldm.inference",
     "large_image": "ldm.inference",
     "to_uint8": "ldm.data.images_out",

@@ -131,7 +131,7 @@ def sample_tiles(
     writable_folder(out)
     model = load_model(model_path, device)
     vectors, about, real = selected_tiles(features, feature, parse_where(where), count, model)
-    images = to_uint8(inference.sample(model, inference.condition(model, vectors), **settings))
+    images = to_uint8(inference.sample(model, model.condition(features=vectors), **settings))
     for i, (image, row) in enumerate(zip(images, about)):
         text = provenance(model_path, model, " ".join(f"{k}={v}" for k, v in row.items()), settings | {"index": i})
         save_png(out / f"{i:05d}.png", image, text)

@@ -67,21 +67,6 @@ def guided_denoiser(model: LatentDiffusion, guidance_scale: float, precision: st
 
 
 @torch.no_grad()
-def condition(model: LatentDiffusion, features: Any = None) -> Cond:
-    """The condition of SSL features (N,D), array or tensor, for `sample`."""
-    if features is None:
-        if model.cond_stage_model is not None:
-            raise UserError("the model is conditioned on SSL features; pass features=(N, D).")
-        return {}
-    features = torch.as_tensor(np.asarray(features), dtype=torch.float32)
-    if features.ndim != 2:
-        raise UserError(f"features have shape (N, D); got {tuple(features.shape)}.")
-    if model.cond_stage_model is None:
-        raise UserError("the model is unconditional; it takes no features.")
-    return model.condition({model.cond_stage_model.key: features.to(model.device)})
-
-
-@torch.no_grad()
 def sample(
     model: LatentDiffusion,
     cond: Cond | None = None,
@@ -183,7 +168,7 @@ def large_image(
     field = FeatureField(features, canvas, window, interpolation, background)
 
     def window_condition(corners: Sequence[tuple[int, int]]) -> Mapping[str, Tensor]:
-        return model.condition({model.cond_stage_model.key: field.at(corners).to(model.device)})
+        return model.condition(features=field.at(corners))
 
     windows = guided_denoiser(model, guidance_scale, precision)
     if mode == "shifted":

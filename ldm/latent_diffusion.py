@@ -150,7 +150,15 @@ class LatentDiffusion(pl.LightningModule):
 
         return self.make_denoiser(network)
 
-    def condition(self, batch: Mapping[str, Tensor], drop: Tensor | None = None) -> Cond:
+    @torch.no_grad()
+    def condition(self, features: Any) -> Cond:
+        """The condition of N samples from SSL features (N,D), array or tensor. UserError if they do not fit."""
+        if self.cond_stage_model is None:
+            raise UserError("the model is unconditional; it takes no features.")
+        features = torch.as_tensor(features, dtype=torch.float32, device=self.device)
+        return self.condition_of({self.cond_stage_model.key: features})
+
+    def condition_of(self, batch: Mapping[str, Tensor], drop: Tensor | None = None) -> Cond:
         """The condition of a batch; samples where drop (B,) is true get the unconditional value."""
         return {} if self.cond_stage_model is None else self.cond_stage_model(batch, drop)
 
@@ -195,7 +203,7 @@ class LatentDiffusion(pl.LightningModule):
         noise = torch.randn(x0.shape, generator=rng, device=self.device)
         scale = error_scale(self.parameterization, sigma, self.sigma_data)
         losses = denoising_loss(
-            self.make_denoiser(self.model), x0, sigma, noise, self.condition(batch, drop), scale, self.loss_type
+            self.make_denoiser(self.model), x0, sigma, noise, self.condition_of(batch, drop), scale, self.loss_type
         )
         if self.min_snr_gamma is not None:
             losses = losses * min_snr_scale(sigma, self.min_snr_gamma, self.parameterization)
@@ -268,7 +276,7 @@ class LatentDiffusion(pl.LightningModule):
         if self.parameterization in ("edm", "flow"):
             sigmas = schedules.karras_sigmas(20, plain.sigma_min, plain.sigma_max).to(latents)
         start = sample_noise(range(len(latents)), latents.shape[1:]).to(latents) * sigmas[0]
-        cond = self.condition(batch)
+        cond = self.condition_of(batch)
         with self.averaged_weights():
             images["samples"] = self.decode(sample_dpmpp_2m(plain, start, sigmas, cond))
             if cond:

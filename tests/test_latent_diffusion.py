@@ -116,7 +116,7 @@ def test_scale_by_std_makes_the_latents_unit_variance(tmp_path):
 def test_condition_dropout_gives_the_null():
     model = build()
     batch = {"ssl": torch.randn(3, 24)}
-    cond = model.condition(batch, torch.tensor([True, False, True]))["crossattn"]
+    cond = model.condition_of(batch, torch.tensor([True, False, True]))["crossattn"]
     null = model.null_condition()["crossattn"]
     assert torch.equal(cond[0], null[0])
     assert torch.equal(cond[2], null[0])
@@ -148,14 +148,14 @@ def test_a_model_folder_gives_the_same_images_elsewhere(tmp_path):
     loaded = ldm.load_model(moved)
     assert loaded.metadata == {"mpp": 0.5}
     features = torch.randn(3, 24)
-    images = [ldm.sample(m, ldm.condition(m, features), steps=3, progress=False) for m in (model, loaded)]
+    images = [ldm.sample(m, m.condition(features), steps=3, progress=False) for m in (model, loaded)]
     assert images[0].shape == (3, 3, 32, 32)
     assert torch.equal(*images)
 
 
 def test_samples_do_not_depend_on_the_batch_size(tmp_path):
     model, _ = model_folder(tmp_path)
-    cond = ldm.condition(model, torch.randn(5, 24))
+    cond = model.condition(torch.randn(5, 24))
     for solver in ("dpmpp_2m", "ddim", "euler", "heun"):
         one, all_ = (
             ldm.sample(model, cond, steps=3, solver=solver, batch_size=b, progress=False) for b in (1, 5)
@@ -179,10 +179,10 @@ def test_a_large_image_does_not_depend_on_the_batch_size_and_follows_its_grid(tm
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: ldm.sample(m, ldm.condition(m, torch.randn(2, 24)), steps=0), "steps must be in 1..1000"),
-        (lambda m: ldm.sample(m, ldm.condition(m, torch.randn(2, 24)), solver="plms"), "solver must be one of"),
-        (lambda m: ldm.condition(m, torch.randn(2, 25)), "dimension 24"),
-        (lambda m: ldm.sample(m, ldm.condition(m, torch.randn(2, 24)), count=3), "of 2 samples"),
+        (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), steps=0), "steps must be in 1..1000"),
+        (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), solver="plms"), "solver must be one of"),
+        (lambda m: m.condition(torch.randn(2, 25)), "dimension 24"),
+        (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), count=3), "of 2 samples"),
         (lambda m: ldm.large_image(m, torch.randn(2, 24)), r"\(rows, cols, D\)"),
         (lambda m: ldm.large_image(m, torch.randn(2, 2, 24), size=(50, 51)), "multiple of 2"),
         (lambda m: ldm.large_image(m, torch.randn(2, 2, 24), size=(16, 64)), "at least one tile of 32"),

@@ -83,7 +83,8 @@ class AutoencoderStage(pl.LightningModule):
         loss, logs = self.loss(x, recon, step, self.autoencoder.get_last_layer())
         self.manual_backward(loss / self.accumulate)
         if update:
-            self._update(opt_ae)
+            opt_ae.step()
+            opt_ae.zero_grad()
         self.untoggle_optimizer(opt_ae)
 
         if self.loss.adversarial(step):
@@ -92,7 +93,8 @@ class AutoencoderStage(pl.LightningModule):
             self.manual_backward(loss / self.accumulate)
             if update:
                 with _uncounted(opt_disc):
-                    self._update(opt_disc)
+                    opt_disc.step()
+                opt_disc.zero_grad()
             self.untoggle_optimizer(opt_disc)
             logs |= disc_logs
 
@@ -125,14 +127,11 @@ class AutoencoderStage(pl.LightningModule):
             raise UserError(f"the data has no '{self.image_key}'; a batch holds {', '.join(map(str, batch))}.")
         return batch[self.image_key].contiguous(memory_format=torch.channels_last)
 
-    def _update(self, optimizer) -> None:
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clips the norm of the gradients; Lightning calls it after it has undone the scaling of fp16."""
         if self.gradient_clip_val is not None:
-            if self.trainer.precision == "16-mixed":
-                self.trainer.precision_plugin.scaler.unscale_(optimizer.optimizer)
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
-        optimizer.step()
-        optimizer.zero_grad()
 
 
 class _uncounted:
