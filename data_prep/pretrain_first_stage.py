@@ -10,6 +10,7 @@ held-out crops side by side (top: real, bottom: reconstructed).
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -112,7 +113,7 @@ class Decay(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch, batch_idx: int) -> None:
         progress = max(0.0, 1 - (self.steps - trainer.global_step) / (self.part * self.steps))
-        factor = 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * progress))
+        factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * factor
