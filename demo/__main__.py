@@ -1,8 +1,8 @@
 """Run the demo: every step that is not done yet, as a command of its own, printed before it runs.
 
-    python -m demo [--out demo_output]
+    python -m demo
 
-`times.json` in the output folder records what is done and what it took. Ctrl-C stops the step under way so that it can
+`demo_output/times.json` records what is done and what it took. Ctrl-C stops the step under way so that it can
 go on; the same command continues. A step that begins anew makes the later ones begin anew.
 """
 
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from demo.record import Record, command_of
-from demo.steps import SLIDE, Step, demo_steps, executable, native_bf16
+from demo.steps import OUT, SLIDE, Step, demo_steps, executable, native_bf16
 from ldm.errors import UserError, run_command
 
 IMPORT_SECONDS = 5
@@ -110,9 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder to fill (default %(default)s)")
-    args = parser.parse_args(argv)
-    return run_command(lambda: run_demo(args.out))
+    parser.parse_args(argv)
+    return run_command(lambda: run_demo(OUT))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+OUT = Path("demo_output")  # as the configs in configs/demo name it
 SLIDE = Path("data/demo/CMU-1-Small-Region.svs")
 HELD_OUT = (0, 1856, 2220, 512)  # x, y, width, height in level-0 px: never trained on, by encoder, first stage or model
 REGION = (896, 1472, 1024, 1024)  # what is generated again; it crosses the held-out band
@@ -72,7 +73,7 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
             (store / "features" / ENCODER,),
         ),
         Step(
-            "first_stage", "Fine-tune the first stage, a KL autoencoder, on the training tiles",
+            "first_stage", "Fine-tune the first stage: the decoder of a KL autoencoder",
             train("first_stage", "--max_time", "00:00:01:30"),
             run_name="first_stage",
         ),
@@ -89,8 +90,8 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
         ),
         Step(
             "ssl", "Train the latent diffusion model on latents and features, from the shipped weights",
-            train("ssl", "--max_time", "00:00:03:00", "model.params.ckpt_path=data/models/demo-ssl",
-                  f"model.params.first_stage_config.params.folder={out / FIRST_STAGE}"),
+            train("ssl", "--max_time", "00:00:03:00", "--max_steps", "400",
+                  "model.params.ckpt_path=data/models/demo-ssl"),
             run_name="ssl",
         ),
         Step(

@@ -188,16 +188,25 @@ def test_bootstrap_draws_whole_blocks():
     assert 0.55 < high < 0.65
 
 
-def test_seam_ratio_sees_seams_and_only_those():
+@pytest.mark.parametrize("near", [None, 32])
+def test_seam_ratio_sees_seams_and_only_those(near):
     rng = np.random.default_rng(0)
     smooth = rng.normal(128, 8, (256, 256, 3))
-    clean = conditioning.seam_ratios(smooth.clip(0, 255).astype(np.uint8), 64)
+    clean = conditioning.seam_ratios(smooth.clip(0, 255).astype(np.uint8), 64, near)
     assert clean.shape == (64,)
     assert clean[0] == pytest.approx(1, abs=0.06)
     tiles = np.kron(rng.normal(0, 25, (4, 4)), np.ones((64, 64)))[..., None]  # each tile has a tint of its own
-    tinted = conditioning.seam_ratios((smooth + tiles).clip(0, 255).astype(np.uint8), 64)
+    tinted = conditioning.seam_ratios((smooth + tiles).clip(0, 255).astype(np.uint8), 64, near)
     assert tinted[0] > 1.5
     assert tinted.argmax() == 0
+
+
+def test_like_for_like_seams_overlook_blocks_of_jpeg():
+    rng = np.random.default_rng(0)
+    blocks = np.kron(rng.normal(128, 20, (32, 32)), np.ones((8, 8)))[..., None] + rng.normal(0, 4, (256, 256, 3))
+    image = blocks.clip(0, 255).astype(np.uint8)
+    assert conditioning.seam_ratios(image, 64)[0] > 2
+    assert conditioning.seam_ratios(image, 64, 32)[0] == pytest.approx(1, abs=0.1)
 
 
 def test_held_out_tiles_are_spread_over_the_split():
