@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 RESAMPLES = 10_000
 SHOWN = 8  # pairs in the picture
-GRID = 8  # px: blocks of the slide's JPEG and of a first stage of f8, whose edges are in real and generated pixels alike
+GRID = 8  # px: blocks of the JPEG and of a first stage of f8; their edges are in real and generated pixels alike
 NEAR = 32  # px beside a border that count as its surroundings
 
 
