@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 RESAMPLES = 10_000
 SHOWN = 8  # pairs in the picture
+GAP = 8  # px between them
 GRID = 8  # px: blocks of the JPEG and of a first stage of f8; their edges are in real and generated pixels alike
 NEAR = 32  # px beside a border that count as its surroundings
 
@@ -165,7 +166,13 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
         "seed": args.seed, "precision": args.precision,
     }  # fmt: skip
     shown = np.linspace(0, len(items) - 1, min(SHOWN, len(items))).round().astype(int)
-    return figures, np.concatenate([np.hstack(ldm.to_uint8(batch[shown])) for batch in (images, sampled)])
+    rows = [np.hstack(with_gap(ldm.to_uint8(batch[shown]))) for batch in (images, sampled)]
+    return figures, np.concatenate(rows)[:-GAP, :-GAP]
+
+
+def with_gap(tiles: np.ndarray) -> np.ndarray:
+    """Tiles (N,T,T,3) with white to their right and below."""
+    return np.pad(tiles, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -154,10 +154,10 @@ def figures_section(out: Path) -> str:
     measured = json.loads((out / "conditioning" / "figures.json").read_text())
     c = measured["conditioning"]
     rows = [
-        ("similarity to its own condition", f"{c['own']:.3f}", f"{c['tiles']} held-out tiles, {c['steps']} steps"),
-        ("similarity to shuffled conditions", f"{c['shuffled']:.3f}", "the other tiles' features"),
+        ("cosine similarity to its own condition", f"{c['own']:.3f}", f"{c['tiles']} held-out tiles, {c['steps']} steps"),
+        ("cosine similarity to shuffled conditions", f"{c['shuffled']:.3f}", "the other tiles' features"),
         (
-            "margin", f"{c['margin']:.3f}",
+            "margin between the two", f"{c['margin']:.3f}",
             f"95% interval {c['low']:.3f} to {c['high']:.3f}, bootstrap over {c['blocks']} blocks of slide columns",
         ),
         ("the same after the first stage alone", f"{c['reconstruction']:.3f}", "what sampling could reach at most"),
@@ -166,7 +166,7 @@ def figures_section(out: Path) -> str:
     ]  # fmt: skip
     return (
         "<h2>Does it follow its condition? Do borders show?</h2>"
-        + table(rows, ("cosine similarity of features, and seams", "", ""))
+        + table(rows, ("figure", "value", "of"))
         + figure(
             embed(Image.open(out / "conditioning" / "tiles.png"), "held-out tiles and samples"),
             "Above: held-out tiles. Below: SYNTHETIC tiles, each sampled from the features of the tile above it.",
@@ -216,7 +216,8 @@ figure { margin: 0 0 16px } img, svg { max-width: 100%; height: auto; display: b
 figcaption { font-size: 14px; color: #5f6368; margin-top: 6px }
 table { border-collapse: collapse; font-size: 14px; margin-bottom: 16px }
 th, td { text-align: left; vertical-align: top; padding: 4px 12px 4px 0; border-bottom: 1px solid #eceff1 }
-th[scope=row] { font-weight: 500 } td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+th[scope=row] { font-weight: 500 } td { font-variant-numeric: tabular-nums; white-space: nowrap }
+td:last-child { white-space: normal; overflow-wrap: anywhere }
 .columns { display: grid; grid-template-columns: 1fr 1fr; gap: 24px }
 @media (max-width: 800px) { .columns { grid-template-columns: 1fr } }
 .key { margin-right: 12px } .key i { display: inline-block; width: 10px; height: 10px; border-radius: 5px;
