@@ -154,7 +154,10 @@ def figures_section(out: Path) -> str:
     measured = json.loads((out / "conditioning" / "figures.json").read_text())
     c = measured["conditioning"]
     rows = [
-        ("cosine similarity to its own condition", f"{c['own']:.3f}", f"{c['tiles']} held-out tiles, {c['steps']} steps"),
+        (
+            "cosine similarity to its own condition", f"{c['own']:.3f}",
+            f"{c['tiles']} held-out tiles, {c['steps']} steps",
+        ),
         ("cosine similarity to shuffled conditions", f"{c['shuffled']:.3f}", "the other tiles' features"),
         (
             "margin between the two", f"{c['margin']:.3f}",
