@@ -59,7 +59,7 @@ def run_child(command: list[str]) -> tuple[int, float]:
 
 
 def run_step(step: Step, command: tuple[str, ...], record: Record) -> None:
-    """Run one step and record it. KeyboardInterrupt where it was stopped, UserError where it failed."""
+    """Run one step and record it. Exits with 130 where it was stopped; UserError where it failed."""
     entry = record.steps[step.name]
     print(f"$ {shlex.join(command)}", flush=True)
     start = time.monotonic()
@@ -69,7 +69,8 @@ def run_step(step: Step, command: tuple[str, ...], record: Record) -> None:
     entry["done"] = code == 0
     record.save()
     if code in (130, -signal.SIGINT, -signal.SIGTERM):
-        raise KeyboardInterrupt
+        print(f"\nthe demo is stopped in step '{step.name}'; `make demo` goes on from there", file=sys.stderr)
+        raise SystemExit(130)
     if code:
         raise UserError(f"step '{step.name}' failed with exit code {code}; what it says is above")
 

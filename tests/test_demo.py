@@ -107,8 +107,9 @@ def test_ctrl_c_reaches_the_step_and_the_next_run_goes_on_with_it(three, monkeyp
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=press, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit) as stopped:
         demo.run_demo(three)
+    assert stopped.value.code == 130
     record = Record(three / "times.json")
     assert record.done(steps[0])
     assert record.begun(steps[1])
