@@ -10,7 +10,6 @@ held-out crops side by side (top: real, bottom: reconstructed).
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
@@ -94,26 +93,14 @@ class Consecutive(Sampler):
         return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
 
 
-class FreezeEncoder(pl.Callback):
-    """From step `at` on only the decoder learns, so that latents which were cached stay valid."""
+class Rate(pl.Callback):
+    """The learning rate follows a line through points (step, factor of the base rate)."""
 
-    def __init__(self, at: int):
-        self.at = at
-
-    def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch, batch_idx: int) -> None:
-        if trainer.global_step >= self.at:
-            stage.autoencoder.freeze_encoder()
-
-
-class Decay(pl.Callback):
-    """The learning rate falls along a cosine to a tenth over the last part of training."""
-
-    def __init__(self, steps: int, part: float):
-        self.steps, self.part = steps, part
+    def __init__(self, points: list[list[float]]):
+        self.steps, self.factors = zip(*points)
 
     def on_train_batch_start(self, trainer: pl.Trainer, stage: pl.LightningModule, batch, batch_idx: int) -> None:
-        progress = max(0.0, 1 - (self.steps - trainer.global_step) / (self.part * self.steps))
-        factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress))
+        factor = float(np.interp(trainer.global_step, self.steps, self.factors))
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = stage.learning_rate * factor
@@ -174,7 +161,6 @@ def pretrain(config_path: Path, out: Path) -> None:
     crops = RandomCrops(config["images"], train["mpp"], train["crop"], train["glass"], config["seed"])
     held_out = HeldOut(config["images"], size=256)
     length = train["steps_per_epoch"] * train["batch_size"]
-    steps = train["epochs"] * train["steps_per_epoch"]
     checkpoint = ModelCheckpoint(run, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -185,8 +171,7 @@ def pretrain(config_path: Path, out: Path) -> None:
         num_sanity_val_steps=0,
         enable_model_summary=False,
         callbacks=[
-            Decay(steps, train["decay"]),
-            FreezeEncoder(train["freeze_encoder_at"]),
+            Rate(train["rate"]),
             Export(config, config_path, out, run / "pictures", held_out),
             checkpoint,
         ],

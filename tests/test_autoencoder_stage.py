@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from data_prep.pretrain_first_stage import pretrain
 from ldm.autoencoder import perceptual
 from ldm.autoencoder.autoencoder import Reconstruction
 from ldm.autoencoder.losses import (
@@ -16,8 +21,12 @@ from ldm.autoencoder.losses import (
     vanilla_d_loss,
 )
 from ldm.autoencoder.stage import AutoencoderStage
+from ldm.autoencoder.weights import read_state_dict
+from ldm.config import load_config, save_config
 from ldm.errors import UserError
+from ldm.model_folder import load_first_stage, read_model_folder
 
+ROOT = Path(__file__).resolve().parent.parent
 DDCONFIG = {
     "z_channels": 4,
     "resolution": 32,
@@ -27,6 +36,7 @@ DDCONFIG = {
     "ch_mult": [1, 2],
     "num_res_blocks": 1,
     "attn_resolutions": [],
+    "mid_attention": False,
     "num_groups": 4,
 }
 KL = {"target": "ldm.autoencoder.autoencoder.AutoencoderKL", "params": {"ddconfig": DDCONFIG, "embed_dim": 3}}
@@ -150,6 +160,19 @@ def test_feature_distance_is_a_mean_of_unit_vector_differences():
     assert distance(x, 3 * x).item() == pytest.approx(0, abs=1e-6)
 
 
+def test_maps_of_the_shipped_encoder_tell_blurred_tissue_from_sharp(demo_slide):
+    from ldm.data.slides import open_slide
+
+    maps = perceptual.EncoderMaps(str(ROOT / "data" / "models" / "demo-encoder"), levels=4)
+    pixels = open_slide(demo_slide).read(1024, 1900, 128, 128)
+    x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+    assert [tuple(m.shape[2:]) for m in maps(x)] == [(64, 64), (32, 32), (16, 16), (8, 8)]
+    blurred = nn.functional.avg_pool2d(x, 9, 1, 4, count_include_pad=False)
+    brighter = x + (blurred - x).abs().mean()  # as far in pixels
+    distance = perceptual.FeatureDistance(maps)
+    assert distance(x, blurred) > 1.5 * distance(x, brighter)
+
+
 # -------------------------------------------------------------------------------------------------------------- stage
 
 
@@ -249,3 +272,36 @@ def test_users_mistakes_are_named(tmp_path):
         AutoencoderStage(KL, loss_node()).configure_optimizers()
     with pytest.raises(UserError, match="no 'picture'"):
         fit(stage(image_key="picture"), tmp_path, steps=2)
+
+
+# ------------------------------------------------------------------------------------------------------- pre-training
+
+
+def test_pretraining_writes_a_model_folder_and_continues_where_it_stopped(tmp_path, demo_slide):
+    from ldm.data.slides import open_slide
+
+    pixels = np.ascontiguousarray(open_slide(demo_slide).read(900, 1500, 320, 480))
+    Image.fromarray(pixels).save(tmp_path / "tissue.png")
+    config = load_config([ROOT / "configs" / "demo" / "pretrain_first_stage.yaml"])
+    config["model"]["params"]["first_stage"] = KL
+    config["model"]["params"]["loss"] = loss_node(disc_start=1)
+    held_out = [0, 220, 320, 260]
+    config["images"] = [{"path": str(tmp_path / "tissue.png"), "mpp": 0.499, "exclude": [held_out]}]
+    config["train"] |= {"crop": 32, "batch_size": 2, "steps_per_epoch": 2, "precision": "32-true"}
+    config["train"]["rate"] = [[0, 1], [4, 0]]
+
+    def run(name: str, epochs: int) -> Path:
+        config["train"]["epochs"] = epochs
+        save_config(config, tmp_path / "config.yaml")
+        pretrain(tmp_path / "config.yaml", tmp_path / name)
+        return tmp_path / name
+
+    run("stopped", 1)
+    stopped, straight = read_state_dict(run("stopped", 2)), read_state_dict(run("straight", 2))
+    assert all(torch.equal(value, stopped[name]) for name, value in straight.items())
+    _, metadata = read_model_folder(tmp_path / "straight")
+    assert metadata["training"]["steps"] == 4
+    assert {"psnr", "rec_loss"} <= set(metadata["training"]["held_out"])
+    z = load_first_stage(str(tmp_path / "straight")).latent(torch.zeros(1, 3, 32, 32))
+    assert z.shape == (1, 3, 16, 16)
+    assert (tmp_path / "straight-run" / "pictures" / "step-000004.png").is_file()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.metrics.encoders import load_encoder
 
 # torchvision's ImageNet backbones, under the names that torch.hub stores them by
 BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
@@ -55,6 +56,22 @@ def _load_trunk(trunk: nn.Module, path: Path) -> None:
     if missing:
         raise UserError(f"{path} is not the torchvision backbone that LPIPS needs: it lacks {missing[0]}.")
     trunk.load_state_dict({key: state[source] for key, source in names.items()})
+
+
+class EncoderMaps(nn.Module):
+    """The first `levels` feature maps of a tile encoder (`ldm.metrics.encoders`), of images at their own resolution.
+
+    Images (B,3,H,W) in [-1,1] -> list of (B,C_i,H_i,W_i). The trunk must take any size, as convolutional ones do.
+    """
+
+    def __init__(self, encoder: str, weights: str | None = None, levels: int = 3):
+        super().__init__()
+        self.encoder = load_encoder(encoder, weights)
+        self.levels = list(range(levels))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        inputs = self.encoder.normalise((x + 1) / 2)
+        return self.encoder.model.forward_intermediates(inputs, indices=self.levels, intermediates_only=True)
 
 
 class FeatureDistance(nn.Module):
