@@ -250,10 +250,12 @@ def test_frozen_encoder_keeps_the_latents(tmp_path):
         assert not torch.equal(model.autoencoder(x).image, y)
 
 
-def test_validation_numbers_and_images(tmp_path):
-    model = stage()
+@pytest.mark.parametrize("first_stage", [KL, VQ])
+def test_validation_numbers_and_images(tmp_path, first_stage):
+    model = stage(first_stage, loss_node("VQLPIPSWithDiscriminator" if first_stage is VQ else "LPIPSWithDiscriminator"))
     trainer = fit(model, tmp_path, steps=2, limit_val_batches=2)
     assert {"val/rec_loss", "val/psnr", "train/rec_loss", "train/d_weight"} <= set(trainer.callback_metrics)
+    assert first_stage is KL or 1 <= trainer.callback_metrics["val/codes_used"] <= 16
     images = model.log_images(next(iter(DataLoader(Tiles(), batch_size=4))), n=3)
     assert set(images) == {"inputs", "reconstructions", "samples"}
     assert all(value.shape == (3, 3, 32, 32) and value.abs().max() <= 1 for value in images.values())

@@ -107,6 +107,8 @@ class AutoencoderStage(pl.LightningModule):
         recon = self(x)  # mode of the posterior: the same images give the same numbers
         _, _, logs = self.loss.reconstruction(x, recon)
         logs["psnr"] = psnr(x, recon.image).mean()
+        if recon.indices is not None:
+            logs["codes_used"] = torch.tensor(float(recon.indices.unique().numel()))  # of the codebook, in a batch
         self.log_dict(
             {f"val/{name}": value for name, value in logs.items()}, batch_size=len(x), sync_dist=True, on_epoch=True
         )
@@ -115,11 +117,10 @@ class AutoencoderStage(pl.LightningModule):
     def log_images(self, batch: dict, n: int = 8) -> dict[str, Tensor]:
         """First `n` images of a batch, their reconstructions (mode), and decodes of sampled latents; in [-1,1]."""
         x = self._images(batch)[:n].to(self.device)
-        posterior_draws = generator(self.seed, self.global_step)
         return {
             "inputs": x,
             "reconstructions": self(x).image.clamp(-1, 1),
-            "samples": self(x, posterior_draws).image.clamp(-1, 1),
+            "samples": self(x, generator(self.seed, self.global_step)).image.clamp(-1, 1),
         }
 
     def _images(self, batch: dict) -> Tensor:
