@@ -24,7 +24,7 @@ from ldm.autoencoder.stage import AutoencoderStage
 from ldm.autoencoder.weights import read_state_dict
 from ldm.config import load_config, save_config
 from ldm.errors import UserError
-from ldm.model_folder import load_first_stage, read_model_folder
+from ldm.model_folder import load_first_stage, read_model_folder, write_model_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 DDCONFIG = {
@@ -261,12 +261,13 @@ def test_validation_numbers_and_images(tmp_path, first_stage):
     assert all(value.shape == (3, 3, 32, 32) and value.abs().max() <= 1 for value in images.values())
 
 
-def test_starting_from_weights_says_what_was_loaded(tmp_path, caplog):
+def test_starting_from_a_model_folder_takes_its_weights_and_its_licence(tmp_path):
     source = stage()
-    torch.save({"state_dict": source.state_dict()}, tmp_path / "source.ckpt")
-    with caplog.at_level("INFO", logger="pytorch_lightning"):
-        model = AutoencoderStage(KL, loss_node(), ckpt_path=str(tmp_path / "source.ckpt"))
+    write_model_folder(tmp_path / "folder", KL, source.autoencoder.state_dict(), {"licence": "CC0"})
+    model = stage(ckpt_path=str(tmp_path / "folder"))
     assert torch.equal(model.autoencoder.quant_conv.weight, source.autoencoder.quant_conv.weight)
+    fit(model, tmp_path, steps=2)
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["histoldm_metadata"] == {"licence": "CC0"}
 
 
 def test_users_mistakes_are_named(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import rank_zero_info
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Reconstruction
 from ldm.autoencoder.weights import load_weights
-from ldm.config import instantiate_from_config
+from ldm.config import instantiate_from_config, load_config
 from ldm.errors import UserError
 from ldm.rng import generator, training_generator
 
@@ -57,6 +59,7 @@ class AutoencoderStage(pl.LightningModule):
         self.learning_rate: float | None = None
         if ckpt_path is not None:
             rank_zero_info(load_weights(self.autoencoder, ckpt_path))
+        self.metadata = _metadata(ckpt_path)
         if freeze_encoder:
             self.autoencoder.freeze_encoder()
 
@@ -133,6 +136,16 @@ class AutoencoderStage(pl.LightningModule):
         if self.gradient_clip_val is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
+
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["histoldm_metadata"] = self.metadata
+
+
+def _metadata(ckpt_path: str | None) -> dict:
+    """Licence, mpp and origin of the model folder that training started from: they hold for what is trained from it."""
+    config = Path(ckpt_path or "") / "config.yaml"
+    return load_config([config]).get("metadata", {}) if ckpt_path is not None and config.is_file() else {}
 
 
 class _uncounted:
