@@ -21,7 +21,8 @@ class AutoencoderStage(pl.LightningModule):
 
     Both optimisers are Adam with betas (0.5, 0.9) and the rate `learning_rate`, which main.py sets from
     `model.base_learning_rate`. `trainer.global_step` counts the autoencoder's updates; the discriminator's are as many
-    from `disc_start` on. Batches are dicts with `image_key` (B,3,H,W) in [-1,1].
+    from `disc_start` on. On several devices each step leaves one of the two without gradients: use the strategy
+    `ddp_find_unused_parameters_true`. Batches are dicts with `image_key` (B,3,H,W) in [-1,1].
 
     Args:
         first_stage: node {target, params} of the autoencoder.
@@ -136,7 +137,6 @@ class AutoencoderStage(pl.LightningModule):
         if self.gradient_clip_val is not None:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip_val)
-
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["histoldm_metadata"] = self.metadata
