@@ -10,7 +10,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,8 +30,17 @@ from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
 
 PACKAGES = ("histoldm", "torch", "pytorch-lightning", "timm", "zarr", "openslide-python", "numpy", "tifffile")
+WIDTH = 1600  # px of comparison.jpg
 DETAIL = 256
 DETAILS = ((0, 0), (256, 512), (512, 128), (640, 640))  # row, col of the crops shown at full resolution
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, renamed to `path` when all is written."""
+    part = path.with_name(path.name + ".part")
+    yield part
+    os.replace(part, path)
 
 
 def losses_of(run: Path) -> list[tuple[int, str, float]]:
@@ -230,7 +240,7 @@ pre { font-size: 12px; overflow: auto; max-height: 400px; background: #f8f9fa; p
 
 
 def build_report(out: Path, steps: list[Step], record: dict[str, Any], runs: dict[str, Path]) -> Path:
-    """Write `out`/report.html from what the steps left there; runs: run folders of `first_stage` and `ssl`."""
+    """Write `out`/report.html, and its first picture as comparison.jpg, from what the steps left there; runs: run folders of `first_stage` and `ssl`."""
     store = TileStore.open(out / "cohort" / "slides" / f"{SLIDE.stem}.zarr")
     index = pd.read_parquet(out / "cohort" / "index.parquet")
     sections = [
@@ -257,11 +267,13 @@ def build_report(out: Path, steps: list[Step], record: dict[str, Any], runs: dic
         "<p class=note>Generated images on this page are SYNTHETIC, by a small model that was trained for minutes on "
         f"one slide. They show that the toolkit works, and are of no diagnostic use.</p>{''.join(sections)}</html>"
     )
-    path = out / "report.html"
-    part = path.with_name(path.name + ".part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
-    return path
+    picture = comparison(out)
+    picture.thumbnail((WIDTH, WIDTH))
+    with whole_file(out / "comparison.jpg") as part:
+        picture.save(part, format="JPEG", quality=85)
+    with whole_file(out / "report.html") as part:
+        part.write_text(page, encoding="utf-8")
+    return out / "report.html"
 
 
 def run(out: Path) -> None:

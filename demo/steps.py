@@ -109,14 +109,14 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
             "figures", "Measure: do tiles follow their condition, do borders show?",
             (python, "benchmarks/conditioning.py", "--model", str(out / "model"), "--store", str(cohort),
              "--feature", ENCODER, "--encoder", f"data/models/{ENCODER}", "--image", f"{image}.png", "--slide",
-             str(SLIDE), "--region", region_text(REGION), "--count", "64", "--steps", "12", "--precision", plain,
+             str(SLIDE), "--region", region_text(REGION), "--count", "64", "--steps", "10", "--precision", plain,
              "--out", str(out / "conditioning")),
             (out / "conditioning",),
         ),
         Step(
             "report", "Put it all on one page",
             (python, "-m", "demo.report", str(out)),
-            (out / "report.html",),
+            (out / "report.html", out / "comparison.jpg"),
         ),
     ]  # fmt: skip
 
