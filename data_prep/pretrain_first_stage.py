@@ -131,6 +131,7 @@ class Export(pl.Callback):
             "images": [entry["path"] for entry in self.config["images"]],
             "steps": trainer.global_step,
             "seed": self.config["seed"],
+            "started_from": stage.metadata.get("training"),
             "held_out": {name.removeprefix("val/"): round(value, 4) for name, value in sorted(metrics.items())},
         }
         metadata = {
