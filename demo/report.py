@@ -240,7 +240,10 @@ pre { font-size: 12px; overflow: auto; max-height: 400px; background: #f8f9fa; p
 
 
 def build_report(out: Path, steps: list[Step], record: dict[str, Any], runs: dict[str, Path]) -> Path:
-    """Write `out`/report.html, and its first picture as comparison.jpg, from what the steps left there; runs: run folders of `first_stage` and `ssl`."""
+    """Write `out`/report.html, and its first picture as comparison.jpg, from what the steps left there.
+
+    runs: run folders of `first_stage` and `ssl`.
+    """
     store = TileStore.open(out / "cohort" / "slides" / f"{SLIDE.stem}.zarr")
     index = pd.read_parquet(out / "cohort" / "index.parquet")
     sections = [
