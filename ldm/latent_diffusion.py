@@ -118,7 +118,6 @@ class LatentDiffusion(pl.LightningModule):
         else:
             self.scale_factor = float(scale_factor)
         self.model_ema = EMA(self.model, ema_decay) if use_ema else None
-        self.to(memory_format=torch.channels_last)  # convolutions run up to three times faster in it
         if ckpt_path is not None:
             rank_zero_info(load_weights(self, ckpt_path))
             if self.model_ema is not None:  # the average restarts at the weights that training starts from
@@ -210,6 +209,8 @@ class LatentDiffusion(pl.LightningModule):
         return losses
 
     def on_fit_start(self) -> None:
+        if self.device.type == "cuda":  # its convolutions want this layout; a CPU's group normalisation does not
+            self.to(memory_format=torch.channels_last)
         self.metadata |= getattr(self.trainer.datamodule, "metadata", {})
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:

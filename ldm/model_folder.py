@@ -107,7 +107,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
     model.build_noise_table()
     model.metadata = metadata
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
+    return model.to(device, memory_format=layout).eval().requires_grad_(False)
 
 
 def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
