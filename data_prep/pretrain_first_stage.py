@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -144,6 +145,10 @@ class Export(pl.Callback):
         }
         node = self.config["model"]["params"]["first_stage"]
         write_model_folder(self.out, node, stage.autoencoder.state_dict(), metadata, dtype=torch.float16)
+        if stage.loss.adversarial(trainer.global_step):  # for those who train on
+            state = stage.loss.discriminator.state_dict()
+            halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
+            save_file(halves, self.out / "discriminator.safetensors")
 
 
 def to_tensor(pixels: np.ndarray) -> Tensor:

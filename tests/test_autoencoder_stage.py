@@ -270,6 +270,16 @@ def test_starting_from_a_model_folder_takes_its_weights_and_its_licence(tmp_path
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["histoldm_metadata"] == {"licence": "CC0"}
 
 
+def test_starting_from_a_checkpoint_takes_its_discriminator_where_it_fits(tmp_path):
+    source = stage()
+    fit(source, tmp_path, steps=2)
+    trained = source.loss.discriminator.main[0].weight
+    for loss, fits in ((loss_node(), True), (loss_node(disc_ndf=8), False)):
+        model = AutoencoderStage(KL, loss, ckpt_path=str(tmp_path / "last.ckpt"))
+        weight = model.loss.discriminator.main[0].weight
+        assert (weight.shape == trained.shape and torch.equal(weight, trained)) == fits
+
+
 def test_users_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match=r"base_learning_rate"):
         AutoencoderStage(KL, loss_node()).configure_optimizers()
@@ -305,6 +315,9 @@ def test_pretraining_writes_a_model_folder_and_continues_where_it_stopped(tmp_pa
     _, metadata = read_model_folder(tmp_path / "straight")
     assert metadata["training"]["steps"] == 4
     assert {"psnr", "rec_loss"} <= set(metadata["training"]["held_out"])
+    again = AutoencoderStage(KL, config["model"]["params"]["loss"], ckpt_path=str(tmp_path / "straight"))
+    discriminator = read_state_dict(tmp_path / "straight" / "discriminator.safetensors")
+    assert torch.equal(again.loss.discriminator.main[0].weight, discriminator["main.0.weight"].float())
     z = load_first_stage(str(tmp_path / "straight")).latent(torch.zeros(1, 3, 32, 32))
     assert z.shape == (1, 3, 16, 16)
     assert (tmp_path / "straight-run" / "pictures" / "step-000004.png").is_file()

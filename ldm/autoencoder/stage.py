@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Reconstruction
-from ldm.autoencoder.weights import load_weights
+from ldm.autoencoder.weights import load_discriminator, load_weights
 from ldm.config import instantiate_from_config, load_config
 from ldm.errors import UserError
 from ldm.rng import generator, training_generator
@@ -28,7 +28,8 @@ class AutoencoderStage(pl.LightningModule):
         first_stage: node {target, params} of the autoencoder.
         loss: node {target, params} of its loss.
         image_key: entry of the batch that holds the images.
-        ckpt_path: weights to start from (`ldm.autoencoder.weights`): a model folder or a published checkpoint.
+        ckpt_path: weights to start from (`ldm.autoencoder.weights`): a model folder or a published checkpoint; its
+            discriminator too, where it has one that fits.
         freeze_encoder: train the decoder alone, so that latents, and models trained on them, stay valid.
         monitor: logged value by which the best checkpoint is chosen.
         accumulate_grad_batches, gradient_clip_val: as the Trainer's, which manual optimisation does not take.
@@ -60,6 +61,8 @@ class AutoencoderStage(pl.LightningModule):
         self.learning_rate: float | None = None
         if ckpt_path is not None:
             rank_zero_info(load_weights(self.autoencoder, ckpt_path))
+            found = load_discriminator(self.loss.discriminator, ckpt_path)
+            rank_zero_info(f"discriminator: {'loaded too' if found else 'starts anew'}")
         self.metadata = _metadata(ckpt_path)
         if freeze_encoder:
             self.autoencoder.freeze_encoder()

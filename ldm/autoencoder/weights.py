@@ -70,6 +70,23 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     return f"first stage: loaded {len(wanted)} tensors from {path}{left}"
 
 
+def load_discriminator(discriminator: nn.Module, path: str | Path) -> bool:
+    """Load the discriminator that a first stage was trained against, if it is there and fits; whether it was.
+
+    It is `loss.discriminator.*` of a training checkpoint, or `discriminator.safetensors` of a model folder.
+    """
+    path = Path(path)
+    file = path / "discriminator.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        return False
+    state = {key.removeprefix("loss.discriminator."): value for key, value in read_state_dict(file).items()}
+    wanted = discriminator.state_dict()
+    if any(key not in state or state[key].shape != value.shape for key, value in wanted.items()):
+        return False
+    discriminator.load_state_dict({key: state[key] for key in wanted})
+    return True
+
+
 def _lightning_classes(file: Path) -> list[tuple[type, str]]:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
