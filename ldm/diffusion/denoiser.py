@@ -15,6 +15,7 @@ from torch import Tensor
 
 Cond = Mapping[str, Tensor]
 Denoiser = Callable[[Tensor, Tensor, Cond], Tensor]
+RangeDenoiser = Callable[[Tensor, Tensor, Cond], tuple[Tensor, Tensor]]  # x0 and the place of its step's variance
 Network = Callable[..., Tensor]
 
 DISCRETE = ("eps", "v", "x0")
@@ -42,7 +43,7 @@ class TableDenoiser:
         table: ascending sigmas (T,) of the training schedule.
         parameterization: eps: x0 = x - sigma*eps; v (arXiv:2202.00512): x0 = x/(1+sigma^2) - sigma/sqrt(1+sigma^2)*v.
 
-    Networks with 2C output channels (learned variance) are read by their first C.
+    Networks with 2C output channels (learned variance) are read by their first C; `with_variance` reads both halves.
     """
 
     def __init__(self, network: Network, table: Tensor, parameterization: str = "eps"):
@@ -66,9 +67,22 @@ class TableDenoiser:
         return low + weight.clamp(0, 1)
 
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        s = per_sample(sigma, x)
-        out = call_network(self.network, x / (1 + s**2).sqrt(), self.timestep(sigma), cond)
-        out = out[:, : x.shape[1]].to(x.dtype)
+        return self._x0(x, per_sample(sigma, x), self._output(x, sigma, cond))
+
+    def with_variance(self, x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """x0 and, of a network with 2C outputs, the weight (B,C,H,W) of the ancestral step's log-variance between the
+        posterior's (0) and the forward step's (1), see `sample_ddpm` (arXiv:2102.09672, equation 15)."""
+        out = self._output(x, sigma, cond)
+        if out.shape[1] != 2 * x.shape[1]:
+            raise ValueError(f"the network has no learned variance: {out.shape[1]} outputs of {x.shape[1]} channels")
+        return self._x0(x, per_sample(sigma, x), out), (out[:, x.shape[1] :] + 1) / 2
+
+    def _output(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        x_t = x / (1 + per_sample(sigma, x) ** 2).sqrt()
+        return call_network(self.network, x_t, self.timestep(sigma), cond).to(x.dtype)
+
+    def _x0(self, x: Tensor, s: Tensor, out: Tensor) -> Tensor:
+        out = out[:, : x.shape[1]]
         if self.parameterization == "eps":
             return x - s * out
         if self.parameterization == "v":

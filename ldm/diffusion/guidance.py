@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import log_softmax
 
-from ldm.diffusion.denoiser import Cond, Denoiser
+from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser, per_sample
+
+LogProbability = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
 def cat_conds(*conds: Cond) -> dict[str, Tensor]:
@@ -13,21 +18,115 @@ def cat_conds(*conds: Cond) -> dict[str, Tensor]:
     return {part: torch.cat([cond[part] for cond in conds]) for part in conds[0]}
 
 
-def cfg(denoiser: Denoiser, null: Cond, scale: float) -> Denoiser:
+def expand_cond(cond: Cond, count: int) -> dict[str, Tensor]:
+    """A condition of one sample, or of `count`, as one of `count` samples."""
+    return {part: value.expand(count, *value.shape[1:]) for part, value in cond.items()}
+
+
+def cfg(denoiser: Denoiser, null: Cond, scale: float, rescale: float = 0.0) -> Denoiser:
     """Classifier-free guidance (arXiv:2207.12598): x0 = null + scale*(conditional - null), in one batched call.
 
-    `null` is the unconditional condition of one sample, (1,...) for each part. Scale 1 is no guidance and costs none.
+    `null` is the unconditional condition of one sample, (1,...) for each part, or of every sample of the batch. A
+    negative condition in its place moves the image away from that. Scale 1 is no guidance and costs none. `rescale` in
+    [0,1] draws each sample's standard deviation back to the conditional one's (arXiv:2305.08891, equations 15, 16).
     """
     if scale == 1.0:
         return denoiser
 
     def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        nulls = {part: value.expand(len(x), *value.shape[1:]) for part, value in null.items()}
+        nulls = expand_cond(null, len(x))
         both = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), cat_conds(nulls, cond))
         unconditional, conditional = both.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+        x0 = unconditional + scale * (conditional - unconditional)
+        if rescale:
+            ratio = conditional.flatten(1).std(1) / x0.flatten(1).std(1)
+            x0 = x0 * per_sample(1 + rescale * (ratio - 1), x0)
+        return x0
 
     return guided
+
+
+def compose(denoiser: Denoiser, null: Cond, terms: Sequence[tuple[Cond, float]]) -> Denoiser:
+    """Guidance with a scale for each condition (composable diffusion, arXiv:2206.01714, equation 11).
+
+    A term (dropped, scale) evaluates the condition with the parts in `dropped` put in place of its own:
+    x0 = null + sum_k scale_k*(x0_k - null). `null` and all terms go in one batched call, the shared null once; terms of
+    scale 0 are left out. Parts are of one sample (1,...) or of the batch. `[({}, s)]` is `cfg` at scale s;
+    `[({"vector": no_class}, 3.0), ({"crossattn": no_text}, 1.5)]` follows the text at 3 and the class at 1.5.
+    """
+    terms = [(dict(dropped), scale) for dropped, scale in terms if scale]
+    for dropped, _ in terms:
+        if unknown := set(dropped) - set(null):
+            raise ValueError(f"a term drops {', '.join(sorted(unknown))}; the condition has {', '.join(null)}")
+
+    def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        conds = [expand_cond(null, len(x)), *({**cond, **expand_cond(drop, len(x))} for drop, _ in terms)]
+        count = len(conds)
+        base, *parts = denoiser(x.repeat(count, 1, 1, 1), sigma.repeat(count), cat_conds(*conds)).chunk(count)
+        return base + sum(scale * (part - base) for part, (_, scale) in zip(parts, terms))
+
+    return guided
+
+
+def within(guided: Denoiser, otherwise: Denoiser, low: float, high: float) -> Denoiser:
+    """`guided` at noise levels low < sigma <= high, `otherwise` elsewhere (guidance interval, arXiv:2404.07724).
+
+    `within(cfg(d, null, 3.0), d, 0.2, 5.0)` saves the second evaluation outside the interval.
+    """
+
+    def chosen(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        inside = (sigma > low) & (sigma <= high)
+        if inside.all():
+            return guided(x, sigma, cond)
+        if not inside.any():
+            return otherwise(x, sigma, cond)
+        return torch.where(per_sample(inside, x), guided(x, sigma, cond), otherwise(x, sigma, cond))
+
+    return chosen
+
+
+def autoguidance(denoiser: Denoiser, weak: Denoiser, scale: float) -> Denoiser:
+    """Guidance by a smaller or earlier version of the model (arXiv:2406.02507): x0 = weak + scale*(model - weak)."""
+    if scale == 1.0:
+        return denoiser
+
+    def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        poor = weak(x, sigma, cond)
+        return poor + scale * (denoiser(x, sigma, cond) - poor)
+
+    return guided
+
+
+def classifier_guidance(denoiser: Denoiser, log_probability: LogProbability, scale: float) -> Denoiser:
+    """Guidance by the gradient of log p(y|x) (arXiv:2105.05233, algorithm 2): x0 + scale * sigma^2 * d log p / dx.
+
+    `log_probability(x, sigma, cond)` -> (B,) is differentiable and works on x in variance-exploding coordinates, see
+    `class_log_probability`. Gradients are taken inside no-grad samplers; the denoiser is not differentiated.
+    """
+
+    def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(log_probability(at, sigma, cond).sum(), at)
+        return denoiser(x, sigma, cond) + scale * per_sample(sigma, x) ** 2 * gradient
+
+    return guided
+
+
+def class_log_probability(
+    classifier: Callable[[Tensor, Tensor], Tensor], timestep: Callable[[Tensor], Tensor]
+) -> LogProbability:
+    """log p(label | x) of a classifier(x_t, timestep) -> logits (B,K) of noisy images, for `classifier_guidance`.
+
+    x_t = x / sqrt(1 + sigma^2); `timestep` maps sigma (B,) to the classifier's time, as `TableDenoiser.timestep`; the
+    labels (B,) are `cond["label"]`.
+    """
+
+    def log_probability(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        logits = classifier(x / (1 + per_sample(sigma, x) ** 2).sqrt(), timestep(sigma))
+        return log_softmax(logits, dim=-1).gather(1, cond["label"][:, None])[:, 0]
+
+    return log_probability
 
 
 def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
@@ -37,3 +136,50 @@ def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
         return denoiser(x, sigma, cond).clamp(low, high)
 
     return clipped
+
+
+def dynamic_threshold(denoiser: Denoiser, percentile: float = 0.995, least: float = 1.0) -> Denoiser:
+    """Dynamic thresholding (Imagen, arXiv:2205.11487, section 2.3) of pixel-space models under strong guidance.
+
+    With s = max(percentile of |x0|, least), each sample is clipped to [-s, s] and divided by s/least.
+    """
+
+    def thresholded(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        x0 = denoiser(x, sigma, cond)
+        s = x0.flatten(1).abs().float().quantile(percentile, dim=1).clamp(min=least)
+        s = per_sample(s, x0).to(x0.dtype)
+        return x0.clamp(-s, s) * (least / s)
+
+    return thresholded
+
+
+def known_region(denoiser: Denoiser, x0: Tensor, mask: Tensor) -> Denoiser:
+    """Inpainting: where mask (1 or B,1,H,W) is 1 the denoised image is the known x0 (1 or B,C,H,W), elsewhere free.
+
+    Every sampler here then holds the known region at x0 + sigma*n with the noise it started with or added, so it fits
+    the free region at each level, and ends exactly at x0. Start at x0 + sigmas[0]*noise.
+    """
+
+    def filled(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        free = denoiser(x, sigma, cond)
+        return free + mask.to(free) * (x0.to(free) - free)
+
+    return filled
+
+
+def keep_variance(denoiser: RangeDenoiser, guide: Callable[[Denoiser], Denoiser]) -> RangeDenoiser:
+    """Guidance of a denoiser that returns (x0, variance) for `sample_ddpm`: `guide` acts on x0, the variance of the
+    condition stays. `keep_variance(model.with_variance, lambda d: clip(cfg(d, null, 2.0)))`."""
+
+    def guided(x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        variances = []
+
+        def x0_alone(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+            x0, variance = denoiser(x, sigma, cond)
+            variances.append(variance)
+            return x0
+
+        x0 = guide(x0_alone)(x, sigma, cond)
+        return x0, variances[0][-len(x) :]  # batched guidance puts the condition last
+
+    return guided

@@ -2,17 +2,19 @@
 
 All take `denoiser(x, sigma, cond) -> x0`, the starting x (B,C,H,W) at sigmas[0], and sigmas (N+1,). Noise that a
 sampler adds comes from `noise(step) -> (B,C,H,W)`, so that it can be a function of each sample's seed. `callback(step,
-x, x0)` sees every step.
+x, x0)` sees every step. To start from an image, give x0 + sigmas[0]*noise and `schedules.sigmas_from`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Cond, Denoiser
+from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser
 
 Noise = Callable[[int], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -47,7 +49,10 @@ def sample_ddim(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise, eta: float = 1.0,
     callback: Callback = _nothing,
 ) -> Tensor:  # fmt: skip
-    """DDIM with stochasticity eta in [0,1] (arXiv:2010.02502, equation 16); eta 1 is DDPM's ancestral sampler."""
+    """DDIM with stochasticity eta in [0,1] (arXiv:2010.02502, equation 16).
+
+    In these coordinates it is Euler ancestral: eta 1 is k-diffusion's, and DDPM's sampler with the small variance.
+    """
     sigmas = _checked(x, sigmas)
     for i in range(len(sigmas) - 1):
         sigma, target = sigmas[i], sigmas[i + 1]
@@ -101,3 +106,162 @@ def sample_dpmpp_2m(
         previous = x0
         callback(i, x, x0)
     return x
+
+
+@torch.no_grad()
+def sample_ddpm(
+    denoiser: Denoiser | RangeDenoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise,
+    variance: float | None = 0.0, callback: Callback = _nothing,
+) -> Tensor:  # fmt: skip
+    """Ancestral sampling (DDPM, arXiv:2006.11239, algorithm 2), over the whole table or respaced.
+
+    The log-variance of a step lies between the posterior's, `fixed small`, and the forward step's, `fixed large`
+    (arXiv:2102.09672, equation 15): `variance` is its place, 0 small, 1 large. None takes it from the denoiser, which
+    then returns (x0, place), as `TableDenoiser.with_variance` does (`guidance.keep_variance` guides such a one).
+    """
+    sigmas = _checked(x, sigmas)
+    for i in range(len(sigmas) - 1):
+        sigma, target = sigmas[i], sigmas[i + 1]
+        out = denoiser(x, sigma.expand(len(x)), cond)
+        x0, place = out if variance is None else (out, variance)
+        x = x0 + (x - x0) * (target / sigma) ** 2
+        if target > 0:
+            step = sigma**2 - target**2
+            small, large = step * (target / sigma) ** 2, step * (1 + target**2) / (1 + sigma**2)
+            x = x + noise(i).to(x) * small.sqrt() * (large / small) ** (place / 2)
+        callback(i, x, x0)
+    return x
+
+
+@torch.no_grad()
+def sample_dpmpp_2m_sde(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise, eta: float = 1.0,
+    callback: Callback = _nothing,
+) -> Tensor:  # fmt: skip
+    """SDE-DPM-Solver++(2M) (arXiv:2211.01095, section 5, midpoint form); eta 0 is DPM-Solver++(2M)."""
+    sigmas = _checked(x, sigmas)
+    previous = None
+    for i in range(len(sigmas) - 1):
+        x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
+        if sigmas[i + 1] == 0:
+            x = x0
+        else:
+            h = (sigmas[i] / sigmas[i + 1]).log()
+            d = x0
+            if previous is not None:
+                r = (sigmas[i - 1] / sigmas[i]).log() / h
+                d = x0 + (x0 - previous) / (2 * r)
+            x = (-h * (1 + eta)).exp() * x - (-h * (1 + eta)).expm1() * d
+            if eta:
+                x = x + noise(i).to(x) * sigmas[i + 1] * (-(-2 * eta * h).expm1()).sqrt()
+        previous = x0
+        callback(i, x, x0)
+    return x
+
+
+@torch.no_grad()
+def sample_dpmpp_3m_sde(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise, eta: float = 1.0,
+    callback: Callback = _nothing,
+) -> Tensor:  # fmt: skip
+    """SDE-DPM-Solver++(3M), the multistep of k-diffusion's name; eta 0 is a third-order solver of the ODE.
+
+    x0 along log sigma is the parabola through the last three evaluations, integrated exactly (exponential
+    Adams-Bashforth, as arXiv:2211.01095, equation 9). The published codes halve the parabola's curvature, which leaves
+    second order; here it counts whole.
+    """
+    sigmas = _checked(x, sigmas)
+    seen: list[Tensor] = []                                                     # earlier x0, latest first
+    for i in range(len(sigmas) - 1):
+        x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
+        if sigmas[i + 1] == 0:
+            x = x0
+        else:
+            h = (sigmas[i] / sigmas[i + 1]).log()
+            k = h * (1 + eta)
+            x = (-k).exp() * x - (-k).expm1() * x0
+            phi_2 = (-k).expm1() / k + 1
+            if seen:
+                r0 = (sigmas[i - 1] / sigmas[i]).log() / h
+                slope = (x0 - seen[0]) / r0
+                if len(seen) == 2:
+                    r1 = (sigmas[i - 2] / sigmas[i - 1]).log() / h
+                    bend = (slope - (seen[0] - seen[1]) / r1) / (r0 + r1)
+                    slope = slope + bend * r0
+                    x = x - (2 * phi_2 / k - 1) * bend
+                x = x + phi_2 * slope
+            if eta:
+                x = x + noise(i).to(x) * sigmas[i + 1] * (-(-2 * eta * h).expm1()).sqrt()
+        seen = [x0, *seen][:2]
+        callback(i, x, x0)
+    return x
+
+
+@torch.no_grad()
+def sample_plms(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing
+) -> Tensor:
+    """PLMS (arXiv:2202.09778, as CompVis' PLMSSampler): linear multistep of up to fourth order with the coefficients
+    of equal steps, started by one averaged step that costs an evaluation more. For parity with published samples."""
+    weights = ((3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+    sigmas = _checked(x, sigmas)
+    slopes: list[Tensor] = []                                                   # latest first
+    for i in range(len(sigmas) - 1):
+        x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
+        slopes = [(x - x0) / sigmas[i], *slopes][:4]
+        d = slopes[0]
+        if len(slopes) > 1:
+            d = sum(w * slope for w, slope in zip(weights[len(slopes) - 2], slopes))
+        elif sigmas[i + 1] > 0:
+            euler = x + d * (sigmas[i + 1] - sigmas[i])
+            d_next = (euler - denoiser(euler, sigmas[i + 1].expand(len(x)), cond)) / sigmas[i + 1]
+            d = (d + d_next) / 2
+        x = x + d * (sigmas[i + 1] - sigmas[i])
+        callback(i, x, x0)
+    return x
+
+
+@torch.no_grad()
+def sample_unipc(
+    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, order: int = 2, callback: Callback = _nothing
+) -> Tensor:
+    """UniPC (arXiv:2302.04867, algorithm 1) of order 1 to 3: a multistep predictor, and a corrector that takes the
+    evaluation at the predicted point, which the next step needs anyway: one evaluation a step."""
+    if order not in (1, 2, 3):
+        raise ValueError(f"the order of UniPC is 1, 2 or 3; got {order}")
+    levels = _checked(x, sigmas).tolist()
+    history: list[tuple[float, Tensor]] = []                                    # (sigma, x0), latest first
+    start = x                                                                   # corrected x at history[0]
+    for i, (sigma, target) in enumerate(pairwise(levels)):
+        x0 = denoiser(x, torch.full((len(x),), sigma).to(x), cond)
+        if history:
+            x = _unipc_step(start, history, sigma, x0)
+        history = [(sigma, x0), *history][:order]
+        start = x
+        x = _unipc_step(start, history, target) if target > 0 else x0
+        callback(i, x, x0)
+    return x
+
+
+def _unipc_step(
+    x: Tensor, history: list[tuple[float, Tensor]], target: float, target_x0: Tensor | None = None
+) -> Tensor:
+    """From x at history[0] to `target`: UniP of order len(history), or UniC if target_x0 is known (B(h) = e^h - 1)."""
+    sigma, x0 = history[0]
+    h = math.log(sigma / target)
+    nodes = [math.log(sigma / past) / h for past, _ in history[1:]]
+    values = [value for _, value in history[1:]]
+    if target_x0 is not None:
+        nodes, values = [*nodes, 1.0], [*values, target_x0]
+    phi_1 = math.expm1(-h)
+    rhs, phi, factorial = [], phi_1 / -h - 1, 1
+    for n in range(1, len(nodes) + 1):
+        rhs.append(phi * factorial / phi_1)
+        factorial *= n + 1
+        phi = phi / -h - 1 / factorial
+    weights = [0.5]  # as published, in place of the solution, for one unknown
+    if len(nodes) != 1:
+        powers = torch.tensor(nodes, dtype=torch.float64) ** torch.arange(len(nodes))[:, None]
+        weights = torch.linalg.solve(powers, torch.tensor(rhs, dtype=torch.float64)).tolist()
+    d = x0 + sum(weight * (value - x0) / node for weight, value, node in zip(weights, values, nodes))
+    return target / sigma * x - phi_1 * d

@@ -65,6 +65,44 @@ def table_timesteps(length: int, steps: int, spacing: str = "trailing") -> list[
     return indices
 
 
+def respaced_timesteps(length: int, respacing: str) -> list[int]:
+    """Ascending indices into a table of `length` entries as guided-diffusion's `timestep_respacing` names them.
+
+    `ddimN` is every k-th from 0, for the k that gives exactly N; `N` or `a,b,c` divides the table into that many equal
+    sections and takes a, b, c evenly spaced entries of each, ends included.
+    """
+    if respacing.startswith("ddim"):
+        steps = int(respacing[4:])
+        for stride in range(1, length + 1):
+            if len(range(0, length, stride)) == steps:
+                return list(range(0, length, stride))
+        raise ValueError(f"no integer stride takes {steps} steps from a table of {length}; use 'trailing' spacing")
+    counts, indices, start = [int(count) for count in respacing.split(",")], [], 0
+    for section, count in enumerate(counts):
+        size = length // len(counts) + (section < length % len(counts))
+        if not 1 <= count <= size:
+            raise ValueError(f"a section of {size} entries cannot give {count} steps (respacing {respacing!r})")
+        indices += [start + round(i * (size - 1) / max(count - 1, 1)) for i in range(count)]
+        start += size
+    return indices
+
+
+def respaced_sigmas(table: Tensor, respacing: str) -> Tensor:
+    """Descending sigmas (steps+1,), ending at 0, of a guided-diffusion model's table (T,) and `timestep_respacing`."""
+    return torch.cat([table[respaced_timesteps(len(table), respacing)].flip(0), torch.zeros_like(table[:1])])
+
+
+def sigmas_from(sigmas: Tensor, strength: float) -> Tensor:
+    """The last `strength` (0..1] of descending sigmas (N+1,), at least one step.
+
+    SDEdit (arXiv:2108.01073): start a sampler from x0 + sigmas[0]*noise; the smaller the strength, the more stays.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be in (0, 1]; got {strength}")
+    steps = len(sigmas) - 1
+    return sigmas[steps - max(1, round(strength * steps)) :]
+
+
 def table_sigmas(table: Tensor, steps: int, spacing: str = "trailing") -> Tensor:
     """Descending sigmas (steps+1,) taken from a model's own table (T,), ending at 0.
 

@@ -1,7 +1,14 @@
 """Tiling: a denoiser over a canvas of any size, made from a denoiser over windows.
 
-Positions and sizes are in latent pixels. The condition of a window comes from `condition(corners)`, so that every
-window has its own; the cond given to the canvas denoiser is not looked at.
+Positions and sizes are in latent pixels. A window's condition comes from two places, the first of which wins:
+
+- the cond of the canvas (B images). Parts shaped as the network takes them hold for every window; `concat` (B,C,H,W) is
+  cut as the canvas is; `crossattn` (B,rows,cols,L,D), `vector` (B,rows,cols,D) and `label` (B,rows,cols) are fields,
+  read linearly (labels: nearest) with their first cell at the first window, their last at the last.
+- `condition(corners)`, any function of the windows' upper left corners, as `FeatureField.at` is.
+
+A canvas cond goes through guidance as any other, so cfg(tiled(d)) and tiled(cfg(d)) are the same but for rounding.
+The canvas may live on the CPU: windows visit `device`, at most `batch_size` at a time.
 """
 
 from __future__ import annotations
@@ -18,75 +25,182 @@ from ldm.rng import fold
 Corner = tuple[int, int]
 WindowCondition = Callable[[Sequence[Corner]], Cond]
 
+BLENDS = ("uniform", "smooth")
+BORDERS = ("inward", "circular", "replicate")
+AXES = {"crossattn": 3, "vector": 2, "label": 1}  # of the parts that may be fields, without rows and cols
 
-def fixed_starts(size: int, window: int, stride: int) -> list[int]:
-    """Window starts along one axis: every `stride`, the last moved inwards so that the axis is covered exactly."""
-    if window > size:
-        raise ValueError(f"a canvas side of {size} is smaller than the window of {window}")
+
+def fixed_starts(size: int, window: int, stride: int, border: str = "inward") -> list[int]:
+    """Window starts along one axis, every `stride`.
+
+    At an `inward` border the last start is moved inwards so that the axis is covered exactly; a `circular` axis has
+    windows that run on at the other end; at a `replicate` border windows hang over both ends.
+    """
     if not 1 <= stride <= window:
         raise ValueError(f"stride must be in 1..{window}, the window; got {stride}")
+    _check(size, window, border)
+    if border == "circular":
+        return list(range(0, size, stride))
+    if border == "replicate":
+        return list(range(stride - window, size, stride))
     return sorted({min(start, size - window) for start in range(0, size - window + stride, stride)})
 
 
-def shifted_starts(size: int, window: int, offset: int) -> list[int]:
-    """Starts of adjoining windows moved by -offset (0 <= offset < window), the outer ones moved inwards."""
+def shifted_starts(size: int, window: int, offset: int, border: str = "inward") -> list[int]:
+    """Starts of adjoining windows moved by -offset (0 <= offset < window).
+
+    Outer windows are moved inwards, run on at the other end (`circular`), or hang over the ends (`replicate`).
+    """
+    _check(size, window, border)
+    if border == "circular":
+        return [start % size for start in range(-offset, size - offset, window)]
+    starts = range(-offset, size, window)
+    return list(starts) if border == "replicate" else sorted({min(max(s, 0), size - window) for s in starts})
+
+
+def _check(size: int, window: int, border: str) -> None:
     if window > size:
         raise ValueError(f"a canvas side of {size} is smaller than the window of {window}")
-    return sorted({min(max(start, 0), size - window) for start in range(-offset, size, window)})
+    if border not in BORDERS:
+        raise ValueError(f"border must be one of {', '.join(BORDERS)}; got {border!r}")
+
+
+def smooth_weight(start: int, window: int, size: int) -> Tensor:
+    """Raised-cosine weight (window,) along one axis; flat towards a side of the canvas that the window touches."""
+    weight = (torch.pi * (torch.arange(window) + 0.5) / window).sin() ** 2
+    if start == 0:
+        weight[: (window + 1) // 2] = 1
+    if start + window == size:
+        weight[window // 2 :] = 1
+    return weight
+
+
+def _cut(canvas: Tensor, corner: Corner, window: int, border: str) -> Tensor:
+    """The window (C,window,window) of canvas (C,H,W) at a corner, beyond its sides as the border says."""
+    (row, col), (height, width) = corner, canvas.shape[-2:]
+    if 0 <= row <= height - window and 0 <= col <= width - window:
+        return canvas[:, row : row + window, col : col + window]
+    rows, cols = (torch.arange(start, start + window, device=canvas.device) for start in corner)
+    if border == "circular":
+        rows, cols = rows % height, cols % width
+    return canvas[:, rows.clamp(0, height - 1)[:, None], cols.clamp(0, width - 1)]
+
+
+def _add(canvas: Tensor, part: Tensor, corner: Corner, border: str) -> None:
+    """Add a window (C,window,window) to canvas (C,H,W) at a corner; around a circular border, else what lies inside."""
+    (row, col), (height, width) = corner, canvas.shape[-2:]
+    if border == "circular":
+        rows, cols = (torch.arange(s, s + part.shape[-1], device=canvas.device) for s in corner)
+        canvas[:, (rows % height)[:, None], cols % width] += part
+    else:
+        top, left = max(row, 0), max(col, 0)
+        inside = part[:, top - row : height - row, left - col : width - col]
+        canvas[:, top : top + inside.shape[1], left : left + inside.shape[2]] += inside
+
+
+def read_field(field: Tensor, images: Sequence[int], corners: Sequence[Corner], size: Corner, window: int) -> Tensor:
+    """A field (B,rows,cols,...) at windows of its images, (K,...): linear between cells; integers: the nearest cell."""
+    places, fractions = [], []
+    for axis in (0, 1):
+        span, cells = size[axis] - window, field.shape[1 + axis] - 1
+        place = torch.tensor([corner[axis] for corner in corners], dtype=torch.float64) * (cells / span if span else 0)
+        place = place.clamp(0, cells)
+        low = place.round().long() if not field.is_floating_point() else place.floor().long()
+        places.append((low, (low + 1).clamp(max=cells)))
+        fractions.append((place - low).view(-1, *[1] * (field.ndim - 3)).to(field))
+    index, (r0, r1), (c0, c1) = torch.tensor(images), *places
+    if not field.is_floating_point():
+        return field[index, r0, c0]
+    top = torch.lerp(field[index, r0, c0], field[index, r0, c1], fractions[1])
+    bottom = torch.lerp(field[index, r1, c0], field[index, r1, c1], fractions[1])
+    return torch.lerp(top, bottom, fractions[0])
+
+
+def window_conds(
+    cond: Cond, images: Sequence[int], corners: Sequence[Corner], size: Corner, window: int, border: str = "inward"
+) -> dict[str, Tensor]:
+    """The condition of K windows, given by image and corner, from that of the canvas (see above)."""
+    conds = {}
+    for part, value in cond.items():
+        if part == "concat":
+            conds[part] = torch.stack([_cut(value[i], corner, window, border) for i, corner in zip(images, corners)])
+        elif value.ndim == AXES[part] + 2:
+            conds[part] = read_field(value, images, corners, size, window)
+        else:
+            conds[part] = value[list(images)]
+    return conds
 
 
 def _over_windows(
-    denoiser: Denoiser, x: Tensor, sigma: Tensor, corners: Sequence[Corner], window: int, condition: WindowCondition,
-    batch_size: int, device: torch.device | None,
+    denoiser: Denoiser, x: Tensor, sigma: Tensor, cond: Cond, corners: Sequence[Corner], window: int,
+    condition: WindowCondition | None, batch_size: int, device: torch.device | None, border: str, smooth: bool,
 ) -> Tensor:  # fmt: skip
     """Denoise every window of the canvas x (B,C,H,W), at most batch_size at a time, and average where they overlap."""
-    device = device or x.device
-    total, weight = torch.zeros_like(x), torch.zeros_like(x[:1, :1])
-    for row, col in corners:
-        weight[..., row : row + window, col : col + window] += 1
-    for image in range(len(x)):
-        for start in range(0, len(corners), batch_size):
-            chunk = corners[start : start + batch_size]
-            windows = torch.stack([x[image, :, r : r + window, c : c + window] for r, c in chunk]).to(device)
-            level = sigma[image].to(device).expand(len(chunk))
-            x0 = denoiser(windows, level, condition(chunk)).to(total)
-            for (r, c), part in zip(chunk, x0):
-                total[image, :, r : r + window, c : c + window] += part
+    device, size = device or x.device, (x.shape[-2], x.shape[-1])
+
+    def blend(corner: Corner) -> Tensor:                                        # (1,window,window)
+        if not smooth:
+            return torch.ones(1, window, window).to(x)
+        down, across = (smooth_weight(start, window, side) for start, side in zip(corner, size))
+        return (down[:, None] * across).to(x)[None]
+
+    total, weight = torch.zeros_like(x), torch.zeros_like(x[0, :1])
+    for corner in corners:
+        _add(weight, blend(corner), corner, border)
+    jobs = [(image, corner) for image in range(len(x)) for corner in corners]
+    for start in range(0, len(jobs), batch_size):
+        images, chunk = zip(*jobs[start : start + batch_size])
+        windows = torch.stack([_cut(x[image], corner, window, border) for image, corner in zip(images, chunk)])
+        conds = window_conds(cond, images, chunk, size, window, border)
+        conds = {**(condition(chunk) if condition else {}), **{name: part.to(device) for name, part in conds.items()}}
+        x0 = denoiser(windows.to(device), sigma[list(images)].to(device), conds).to(total)
+        for image, corner, part in zip(images, chunk, x0):
+            _add(total[image], part * blend(corner) if smooth else part, corner, border)
     return total / weight
 
 
 def tiled(
-    denoiser: Denoiser, window: int, stride: int, condition: WindowCondition, batch_size: int = 16,
-    device: torch.device | None = None,
+    denoiser: Denoiser, window: int, stride: int, condition: WindowCondition | None = None, batch_size: int = 16,
+    device: torch.device | None = None, blend: str = "uniform", border: str = "inward",
 ) -> Denoiser:  # fmt: skip
     """Overlapping windows at fixed offsets, their x0 averaged (MultiDiffusion, arXiv:2302.08113; as published for
     large histology images, arXiv:2312.07330). A step costs about (window/stride)^2 evaluations per window area.
+
+    blend: `uniform` weights, or `smooth` ones that fall towards a window's sides. border: `inward`, outer windows end
+    at the canvas' sides; `circular`, a canvas without sides, whose opposite ends meet; `replicate`, windows hang over
+    and see the outermost pixels repeated.
     """
+    if blend not in BLENDS:
+        raise ValueError(f"blend must be one of {', '.join(BLENDS)}; got {blend!r}")
 
     def canvas(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        rows, cols = (fixed_starts(size, window, stride) for size in x.shape[-2:])
+        rows, cols = (fixed_starts(size, window, stride, border) for size in x.shape[-2:])
         corners = [(row, col) for row in rows for col in cols]
-        return _over_windows(denoiser, x, sigma, corners, window, condition, batch_size, device)
+        return _over_windows(
+            denoiser, x, sigma, cond, corners, window, condition, batch_size, device, border, blend == "smooth"
+        )
 
     return canvas
 
 
 def shifted(
-    denoiser: Denoiser, window: int, condition: WindowCondition, batch_size: int = 16, seed: int = 0,
-    device: torch.device | None = None,
+    denoiser: Denoiser, window: int, condition: WindowCondition | None = None, batch_size: int = 16, seed: int = 0,
+    device: torch.device | None = None, border: str = "inward",
 ) -> Denoiser:  # fmt: skip
     """Adjoining windows at an offset drawn anew at every noise level: one evaluation per window area and step.
 
-    The offset is a function of seed and sigma, so the denoiser keeps no state. Windows overlap only at the canvas'
-    border, where outer ones are moved inwards. A canvas of one window is denoised as it would be without tiling.
+    The offset is a function of seed and sigma, so the denoiser keeps no state. With the `inward` border windows overlap
+    only at the canvas' sides, where outer ones are moved inwards, and a canvas of one window is denoised as it would be
+    without tiling. Borders are those of `tiled`; a `circular` canvas of whole windows has no overlap at all.
     """
 
     def canvas(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         bits = struct.unpack("<I", struct.pack("<f", float(sigma[0])))[0]
         rows, cols = (
-            shifted_starts(size, window, fold(seed, bits, axis) % window) for axis, size in enumerate(x.shape[-2:])
+            shifted_starts(size, window, fold(seed, bits, axis) % window, border)
+            for axis, size in enumerate(x.shape[-2:])
         )
         corners = [(row, col) for row in rows for col in cols]
-        return _over_windows(denoiser, x, sigma, corners, window, condition, batch_size, device)
+        return _over_windows(denoiser, x, sigma, cond, corners, window, condition, batch_size, device, border, False)
 
     return canvas
