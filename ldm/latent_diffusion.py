@@ -20,7 +20,7 @@ from ldm.diffusion.guidance import cfg
 from ldm.diffusion.losses import denoising_loss, error_scale, min_snr_scale
 from ldm.diffusion.samplers import sample_dpmpp_2m
 from ldm.errors import UserError
-from ldm.model_folder import load_weights
+from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights
 from ldm.networks.ema import EMA
 from ldm.rng import generator, sample_noise, training_generator
 
@@ -56,7 +56,7 @@ class LatentDiffusion(pl.LightningModule):
         use_ema, ema_decay: average the network's weights; samples and validation use the average.
         weight_decay, warmup_steps, decay_steps: AdamW; linear warm-up, then constant, or cosine decay to zero at
             decay_steps.
-        ckpt_path: weights to start from: a model folder or a checkpoint; parts that it lacks start fresh.
+        ckpt_path: weights to start from: a model folder or a checkpoint (`ldm.model_folder.load_weights`).
         monitor: what the best checkpoint is chosen by. seed: of noise levels, noise and condition dropout.
     """
 
@@ -119,7 +119,7 @@ class LatentDiffusion(pl.LightningModule):
             self.scale_factor = float(scale_factor)
         self.model_ema = EMA(self.model, ema_decay) if use_ema else None
         if ckpt_path is not None:
-            rank_zero_info(load_weights(self, ckpt_path))
+            rank_zero_info(load_weights(self, ckpt_path, first_stage_config["target"] == FIRST_STAGE_FOLDER))
             if self.model_ema is not None:  # the average restarts at the weights that training starts from
                 self.model_ema = EMA(self.model, ema_decay)
 

@@ -148,11 +148,12 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], di
     return {"target": node["target"], "params": params}, metadata, state
 
 
-def load_weights(model: nn.Module, path: str | Path) -> str:
+def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = False) -> str:
     """Start a LatentDiffusion from the weights of `path`, by name; say in one line what was and was not taken.
 
-    Averaged weights are preferred. The network must be there and fit. First stage and conditioner are taken if they
-    fit, and else keep what they have: a model is often fine-tuned to another condition.
+    Averaged weights are preferred. The network must be there and fit. The conditioner is taken if it fits, and else
+    starts fresh: a model is often fine-tuned to another condition. The first stage is taken if it fits, but never in
+    place of one that the config took from a model folder of its own.
     """
     state = read_state_dict(path)
     own = model.state_dict()
@@ -167,6 +168,7 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
         fits = {n: v.shape for n, v in given.items()} == {n: v.shape for n, v in wanted.items()}
         if part == "network":
             _check_names(given, wanted, path)
+        fits = fits and not (part == "first stage" and own_first_stage)
         if fits and wanted:
             model.load_state_dict({name: value.float() for name, value in given.items()}, strict=False)
         report.append(f"{part} {'loaded' if fits and wanted else 'kept'}")

@@ -219,6 +219,10 @@ def test_training_can_start_from_a_part_of_a_model(tmp_path):
     report = load_weights(target, folder)
     assert report.endswith("network loaded, first stage loaded, conditioner loaded")
     assert torch.equal(target.model.diffusion_model.out[2].weight, source.model.diffusion_model.out[2].weight)
+    with torch.no_grad():
+        target.first_stage_model.quant_conv.bias.add_(1)
+    assert load_weights(target, folder, own_first_stage=True).endswith("first stage kept, conditioner loaded")
+    assert not torch.equal(target.first_stage_model.quant_conv.bias, source.first_stage_model.quant_conv.bias)
     params = node()["params"]
     params["unet_config"] = {"target": "ldm.networks.unet.UNetModel", "params": {**UNET, "channel_mult": [1, 1]}}
     smaller = LatentDiffusion(**params)
