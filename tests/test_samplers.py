@@ -8,41 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from published import guided_diffusion_table, guided_diffusion_unet, invert, load, relative
+from torch import Tensor
 
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import TableDenoiser
 from ldm.diffusion.guidance import cfg, clip, keep_variance, known_region
 from ldm.networks.unet import UNetModel
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, weights_only=True)
-
-
-def guided_diffusion_unet(golden: dict) -> nn.Module:
-    """The UNet of create_model_and_diffusion for the oracle's configs."""
-    config = golden["config"]
-    net = UNetModel(
-        in_channels=3, out_channels=6, model_channels=config["num_channels"],
-        num_res_blocks=config["num_res_blocks"],
-        attention_resolutions=[config["image_size"] // int(config["attention_resolutions"])],
-        channel_mult=[int(mult) for mult in config["channel_mult"].split(",")], num_heads=config["num_heads"],
-        num_classes=config["num_classes"], use_scale_shift_norm=True, resblock_updown=True,
-        use_new_attention_order=config["use_new_attention_order"],
-    ).eval()  # fmt: skip
-    net.load_state_dict(golden["state_dict"])
-    return net
-
-
-def guided_diffusion_table() -> Tensor:
-    betas = schedules.make_betas("sqrt_linear", 1000, 1e-4, 2e-2)
-    return schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0)).float()
-
 
 # --- parity: guided-diffusion (His-MMDM) --------------------------------------------------------------------------
 
@@ -79,14 +51,6 @@ def test_ddim_reproduces_guided_diffusion(his, name, wrap):
     if name == "ddim_sample":
         for state, sigma, published in zip(states, sigmas[1:], golden["ddim_sample_intermediates"]):
             assert relative(state / (1 + sigma**2).sqrt(), published) < 5e-5
-
-
-def invert(denoiser, image: Tensor, sigmas: Tensor, cond: dict) -> Tensor:
-    """guided-diffusion's ddim_reverse_sample_loop: Euler upwards, then to sigma = infinity, the noise."""
-    up = sigmas[:-1].flip(0)
-    x = samplers.sample_euler(denoiser, image * (1 + up[0] ** 2).sqrt(), up, cond)
-    with torch.no_grad():
-        return (x - denoiser(x, up[-1].expand(len(x)), cond)) / up[-1]
 
 
 @pytest.mark.parametrize(

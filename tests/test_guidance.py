@@ -1,0 +1,272 @@
+"""Guidance: parity with the published classifier guidance, closed forms, and that it nests."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from published import guided_diffusion_table, guided_diffusion_unet, invert, load, relative
+from torch import Tensor, nn
+
+from ldm.diffusion import samplers, schedules
+from ldm.diffusion.denoiser import TableDenoiser
+from ldm.diffusion.guidance import (
+    autoguidance,
+    cfg,
+    class_log_probability,
+    classifier_guidance,
+    clip,
+    compose,
+    dynamic_threshold,
+    keep_variance,
+    within,
+)  # fmt: skip
+from ldm.networks.layers import GroupNorm32, attend, timestep_embedding
+from ldm.networks.unet import UNetModel
+
+
+class Counted:
+    """A linear denoiser of two conditions that counts the rows it evaluates."""
+
+    def __init__(self):
+        self.rows: list[int] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor, cond: dict) -> Tensor:
+        self.rows.append(len(x))
+        text, kind = (cond[part].flatten(1).mean(1).view(-1, 1, 1, 1) for part in ("crossattn", "vector"))
+        return 0.5 * x + text + 2 * kind + 0.3 * text * kind
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 2, 4, 4, generator=generator)
+    cond = {"crossattn": torch.randn(3, 1, 5, generator=generator), "vector": torch.randn(3, 4, generator=generator)}
+    null = {"crossattn": torch.full((1, 1, 5), 0.1), "vector": torch.full((1, 4), -0.2)}
+    return x, torch.full((3,), 2.0), cond, null
+
+
+def test_compose_with_one_full_term_is_classifier_free_guidance(batch):
+    x, sigma, cond, null = batch
+    d = Counted()
+    assert torch.equal(compose(d, null, [({}, 3.0)])(x, sigma, cond), cfg(d, null, 3.0)(x, sigma, cond))
+
+
+def test_each_condition_has_its_scale_and_the_null_is_evaluated_once(batch):
+    x, sigma, cond, null = batch
+    d = Counted()
+    terms = [({"vector": null["vector"]}, 3.0), ({"crossattn": null["crossattn"]}, 1.5), (null, 0.0)]
+    out = compose(d, null, terms)(x, sigma, cond)
+    assert d.rows == [9]
+    full = {part: value.expand(3, *value.shape[1:]) for part, value in null.items()}
+    base = d(x, sigma, full)
+    text = d(x, sigma, {**full, "crossattn": cond["crossattn"]})
+    kind = d(x, sigma, {**full, "vector": cond["vector"]})
+    torch.testing.assert_close(out, base + 3 * (text - base) + 1.5 * (kind - base))
+    with pytest.raises(ValueError, match="drops labels; the condition has crossattn, vector"):
+        compose(d, null, [({"labels": torch.zeros(1)}, 1.0)])
+
+
+def test_a_negative_condition_may_differ_by_sample(batch):
+    x, sigma, cond, _ = batch
+    negative = {part: value.flip(0) for part, value in cond.items()}
+    d = Counted()
+    out = cfg(d, negative, 2.0)(x, sigma, cond)
+    bad = d(x, sigma, negative)
+    torch.testing.assert_close(out, bad + 2 * (d(x, sigma, cond) - bad))
+
+
+def test_rescale_draws_the_spread_back(batch):
+    x, sigma, cond, null = batch
+
+    def d(x, sigma, cond):
+        return x * (1 + cond["vector"].mean(1).view(-1, 1, 1, 1))
+
+    plain, conditional = cfg(d, null, 4.0)(x, sigma, cond), d(x, sigma, cond)
+    full, half = (cfg(d, null, 4.0, rescale=phi)(x, sigma, cond) for phi in (1.0, 0.5))
+    torch.testing.assert_close(full.flatten(1).std(1), conditional.flatten(1).std(1))
+    torch.testing.assert_close(half, (full + plain) / 2)
+    alone = {part: value[1:2] for part, value in cond.items()}
+    torch.testing.assert_close(cfg(d, null, 4.0, rescale=1.0)(x[1:2], sigma[1:2], alone), full[1:2])
+
+
+def test_guidance_acts_within_its_interval(batch):
+    x, _, cond, null = batch
+    d = Counted()
+    guided = within(cfg(d, null, 3.0), d, 0.5, 2.0)
+    for level, rows in ((2.0, [6]), (0.5, [3]), (5.0, [3])):
+        d.rows.clear()
+        guided(x, torch.full((3,), level), cond)
+        assert d.rows == rows
+    mixed = guided(x, torch.tensor([0.1, 1.0, 9.0]), cond)
+    torch.testing.assert_close(mixed[1], cfg(d, null, 3.0)(x, torch.ones(3), cond)[1])
+    torch.testing.assert_close(mixed[::2], d(x, torch.ones(3), cond)[::2])
+
+
+def test_autoguidance_extrapolates_from_the_weaker_model(batch):
+    x, sigma, cond, _ = batch
+    strong, weak = Counted(), (lambda x, sigma, cond: 0.4 * x)
+    out = autoguidance(strong, weak, 1.7)(x, sigma, cond)
+    torch.testing.assert_close(out, 0.4 * x + 1.7 * (strong(x, sigma, cond) - 0.4 * x))
+    assert autoguidance(strong, weak, 1.0) is strong
+
+
+def test_thresholds(batch):
+    x, sigma, cond, _ = batch
+    x = x * torch.tensor([0.1, 1.0, 10.0]).view(-1, 1, 1, 1)
+    identity = lambda x, sigma, cond: x  # noqa: E731
+    assert clip(identity)(x, sigma, cond).abs().max() == 1
+    out = dynamic_threshold(identity, 0.9)(x, sigma, cond)
+    assert torch.equal(out[0], x[0])                                            # within [-1, 1]: untouched
+    s = x[2].abs().flatten().quantile(0.9)
+    torch.testing.assert_close(out[2], x[2].clamp(-s, s) / s)
+    torch.testing.assert_close(out[2:], dynamic_threshold(identity, 0.9)(x[2:], sigma[2:], cond))
+
+
+def test_the_variance_of_the_condition_survives_batched_guidance(batch):
+    x, sigma, cond, null = batch
+
+    def joint(x, sigma, cond):
+        kind = cond["vector"].mean(1).view(-1, 1, 1, 1)
+        return 0.5 * x + kind, kind.expand_as(x)
+
+    x0, variance = keep_variance(joint, lambda d: clip(cfg(d, null, 3.0)))(x, sigma, cond)
+    assert torch.equal(variance, joint(x, sigma, cond)[1])
+    torch.testing.assert_close(x0, clip(cfg(lambda *a: joint(*a)[0], null, 3.0))(x, sigma, cond))
+
+
+# --- classifier gradients ------------------------------------------------------------------------------------------
+
+
+def test_classifier_guidance_gives_the_exact_posterior_inside_a_no_grad_sampler():
+    """Data N(0, 1) and an observation y = x0 + e, e ~ N(0, 1/4), seen through the noise: p(y|x) is Gaussian, and the
+    guided model is the posterior N(4/5 y, 1/5)."""
+    y, spread2 = 0.8, 0.25
+    posterior_mean, posterior_var = y / (1 + spread2), spread2 / (1 + spread2)
+
+    def prior(x, sigma, cond):
+        return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+
+    def log_likelihood(x, sigma, cond):
+        s2 = sigma.view(-1, 1, 1, 1) ** 2
+        return (-((y - x / (1 + s2)) ** 2) / (2 * (spread2 + s2 / (1 + s2)))).flatten(1).sum(1)
+
+    guided = classifier_guidance(prior, log_likelihood, 1.0)
+    x, sigma = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.tensor([0.3, 4.0], dtype=torch.float64)
+    s2 = sigma.view(-1, 1, 1, 1) ** 2
+    exact = (posterior_var * x + s2 * posterior_mean) / (posterior_var + s2)
+    torch.testing.assert_close(guided(x, sigma, {}), exact)
+    start = 40 * torch.randn(1, 1, 100, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out = samplers.sample_dpmpp_2m(guided, start, schedules.karras_sigmas(40, 0.01, 40.0).double(), {})
+    assert not out.requires_grad
+    assert abs(float(out.mean()) - posterior_mean) < 0.02
+    assert abs(float(out.std()) - math.sqrt(posterior_var)) < 0.02
+
+
+class PublishedClassifier(nn.Module):
+    """guided-diffusion's EncoderUNetModel with attention pooling: the downward half of the UNet."""
+
+    def __init__(self, config: dict, state: dict):
+        super().__init__()
+        unet = UNetModel(**{k: v for k, v in config.items() if k not in ("pool", "image_size")})
+        self.width = unet.model_channels
+        self.time_embed, self.input_blocks, self.middle_block = unet.time_embed, unet.input_blocks, unet.middle_block
+        channels = self.width * config["channel_mult"][-1]
+        self.heads = channels // config["num_head_channels"]
+        pool = nn.Module()
+        pool.positional_embedding = nn.Parameter(torch.zeros(state["out.2.positional_embedding"].shape))
+        pool.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        pool.c_proj = nn.Conv1d(channels, config["out_channels"], 1)
+        self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), pool)
+        self.load_state_dict(state)
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        emb = self.time_embed(timestep_embedding(timesteps, self.width))
+        for block in [*self.input_blocks, self.middle_block]:
+            x = block(x, emb, None)
+        pool = self.out[2]
+        x = self.out[1](self.out[0](x)).flatten(2)                              # (B,C,N)
+        x = torch.cat([x.mean(-1, keepdim=True), x], -1) + pool.positional_embedding
+        q, k, v = pool.qkv_proj(x).transpose(1, 2).chunk(3, dim=-1)
+        return pool.c_proj(attend(q, k, v, self.heads).transpose(1, 2))[:, :, 0]
+
+
+@pytest.fixture(scope="module")
+def published(oracle):
+    classifier = load(oracle / "more" / "hismmdm_classifier.pt")
+    net = PublishedClassifier(classifier["config"], classifier["state_dict"]).eval()
+    golden = load(oracle / "more" / "hismmdm_guided.pt")
+    table = guided_diffusion_table()
+    denoiser = TableDenoiser(guided_diffusion_unet(golden), table)
+    log_probability = class_log_probability(net, denoiser.timestep)
+    return classifier, net, golden, denoiser, log_probability, schedules.respaced_sigmas(table, "ddim10")
+
+
+def test_the_classifiers_gradient_is_the_published_one(published):
+    classifier, net, _, denoiser, log_probability, _ = published
+    with torch.no_grad():
+        assert relative(net(classifier["x"], classifier["t"]), classifier["logits"]) < 1e-5
+    sigma = denoiser.table[classifier["t"]]
+    scale = (1 + sigma**2).sqrt().view(-1, 1, 1, 1)                             # dx/dx_t
+    guided = classifier_guidance(lambda x, sigma, cond: torch.zeros_like(x), log_probability, 1.0)
+    gradient = guided(classifier["x"] * scale, sigma, {"label": classifier["y"]}) / sigma.view(-1, 1, 1, 1) ** 2
+    assert relative(gradient * scale, classifier["grad"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["guided_scale_1_clip", "guided_scale_8_clip", "guided_scale_8_noclip"])
+def test_guided_samples_are_the_published_ones(published, name):
+    _, _, golden, denoiser, log_probability, sigmas = published
+    run = golden[name]
+    base = denoiser if "noclip" in name else clip(denoiser)
+    guided = classifier_guidance(base, log_probability, run["scale"])
+    start = golden["x_T"] * (1 + sigmas[0] ** 2).sqrt()
+    states: list[Tensor] = []
+    out = samplers.sample_euler(
+        guided, start, sigmas, {"label": golden["y"]}, callback=lambda i, x, x0: states.append(x)
+    )
+    assert relative(out, run["out"]) < 1e-4
+    for state, sigma, published_state in zip(states, sigmas[1:], run["intermediates"]):
+        assert relative(state / (1 + sigma**2).sqrt(), published_state) < 1e-4
+
+
+def test_guided_stochastic_samples_and_translations_are_the_published_ones(published):
+    _, _, golden, denoiser, log_probability, sigmas = published
+    scale = (1 + sigmas[0] ** 2).sqrt()
+    run = golden["guided_eta_0.7"]
+    guided = classifier_guidance(clip(denoiser), log_probability, run["scale"])
+    out = samplers.sample_ddim(
+        guided, golden["x_T"] * scale, sigmas, {"label": golden["y"]}, lambda step: run["noises"][step], eta=0.7
+    )
+    assert relative(out, run["out"]) < 1e-4
+    latent = invert(denoiser, golden["image"], sigmas, {"label": golden["y"]})
+    assert relative(latent, golden["translate"]["latent"]) < 3e-4
+    start = golden["translate"]["latent"] * scale
+    out = samplers.sample_euler(guided, start, sigmas, {"label": golden["y_target"]})
+    assert relative(out, golden["translate"]["out"]) < 1e-4
+
+
+def test_guided_ancestral_samples_are_the_published_ones(published):
+    """There the step's mean moves by its learned variance times the gradient at x_t: the x0 that gives that mean."""
+    _, _, golden, denoiser, log_probability, sigmas = published
+    run, levels = golden["ancestral_guided"], [*sigmas.tolist()]
+    slope = classifier_guidance(lambda x, sigma, cond: torch.zeros_like(x), log_probability, run["scale"])
+
+    def joint(x: Tensor, sigma: Tensor, cond: dict) -> tuple[Tensor, Tensor]:
+        x0, place = denoiser.with_variance(x, sigma, cond)
+        step = min(range(len(levels)), key=lambda i: abs(levels[i] - float(sigma[0])))
+        s2, t2 = levels[step] ** 2, levels[step + 1] ** 2
+        small, large = (s2 - t2) * t2 / s2, (s2 - t2) * (1 + t2) / (1 + s2)
+        if t2 == 0:  # the published posterior variance of the last step is that of the step before
+            before = levels[step - 1] ** 2
+            small = (before - s2) * s2 / before / (1 + s2)
+        variance = small * (large / small) ** place
+        gradient = slope(x, sigma, cond) / s2 * math.sqrt((1 + s2) / (1 + t2))
+        return x0.clamp(-1, 1) + variance / (1 - t2 / s2) * gradient, place
+
+    start = golden["x_T"] * (1 + sigmas[0] ** 2).sqrt()
+    out = samplers.sample_ddpm(
+        joint, start, sigmas, {"label": golden["y"]}, lambda step: run["noises"][step], variance=None
+    )
+    assert relative(out, run["out"]) < 1e-4
