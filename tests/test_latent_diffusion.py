@@ -228,3 +228,31 @@ def test_training_can_start_from_a_part_of_a_model(tmp_path):
     smaller = LatentDiffusion(**params)
     with pytest.raises(UserError, match="do not fit"):
         load_weights(smaller, folder)
+
+
+def test_a_grid_of_cells_conditions_the_place_it_lies_at():
+    from ldm.conditioners.ssl import GridPatchEmbedder
+
+    embedder = GridPatchEmbedder(embed_dim=12, context_dim=8, grid=2, map_channels=3)
+    with torch.no_grad():
+        embedder.cell_fc.weight.copy_(torch.eye(3))
+        embedder.cell_fc.bias.zero_()
+    feature = torch.arange(12.0).view(1, 3, 2, 2)  # as an encoder pools it: channel, row, column
+    cond = embedder({"ssl": feature.flatten(1)})
+    torch.testing.assert_close(cond["concat"], feature)
+    assert {part: value.shape for part, value in embedder.null().items()} == {
+        "crossattn": (1, 1, 8), "concat": (1, 3, 2, 2)
+    }  # fmt: skip
+    seen = []
+
+    def network(x, time, context):
+        seen.append(x)
+        return x[:, :4]
+
+    from ldm.diffusion.denoiser import call_network
+
+    call_network(network, torch.zeros(1, 4, 8, 8), torch.ones(1), cond)
+    assert seen[0].shape == (1, 7, 8, 8)
+    torch.testing.assert_close(seen[0][:, 4:, ::7, ::7], feature)  # the corners of the map
+    with pytest.raises(UserError, match="2 x 2 cells"):
+        GridPatchEmbedder(embed_dim=13)

@@ -37,6 +37,18 @@ class PatchEmbedder(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], drop: Tensor | None = None) -> dict[str, Tensor]:
         """The condition of a batch; samples where drop (B,) is true get the unconditional value."""
+        return self.embed(self.features_of(batch, drop))
+
+    def null(self) -> dict[str, Tensor]:
+        """The unconditional condition of one sample."""
+        return self.embed(self.patch_fc.weight.new_zeros(1, self.embed_dim))
+
+    def embed(self, features: Tensor) -> dict[str, Tensor]:
+        """The condition of features (B,embed_dim) as `features_of` gives them."""
+        return {"crossattn": self.patch_fc(features)[:, None]}                  # (B,1,context_dim)
+
+    def features_of(self, batch: Mapping[str, Tensor], drop: Tensor | None) -> Tensor:
+        """The batch's features (B,embed_dim), checked, normalised if asked for, zero where dropped."""
         if self.key not in batch:
             raise UserError(
                 f"the model is conditioned on '{self.key}', which the data do not give (they give "
@@ -52,8 +64,32 @@ class PatchEmbedder(nn.Module):
             features = F.normalize(features, dim=1)
         if drop is not None:
             features = torch.where(drop[:, None], torch.zeros_like(features), features)
-        return {"crossattn": self.patch_fc(features)[:, None]}                  # (B,1,context_dim)
+        return features
 
-    def null(self) -> dict[str, Tensor]:
-        """The unconditional condition of one sample."""
-        return {"crossattn": self.patch_fc.bias[None, None]}                    # (1,1,context_dim)
+
+class GridPatchEmbedder(PatchEmbedder):
+    """PatchEmbedder for encoders whose feature is pooled over a grid of cells, so that it tells where things lie.
+
+    Beside the token of the whole feature it gives {"concat": (B,map_channels,grid,grid)}, each cell's part projected;
+    the network sees that map at its own size, concatenated to its input.
+
+    Args:
+        grid: cells along each side; embed_dim is laid out as (embed_dim/grid^2, grid, grid).
+        map_channels: channels of the map; the UNet's in_channels are those of the latent and these.
+        others: as PatchEmbedder's.
+    """
+
+    def __init__(
+        self, embed_dim: int, context_dim: int = 512, grid: int = 2, map_channels: int = 8, normalize: bool = False,
+        dropout: float = 0.1, key: str = "ssl",
+    ):  # fmt: skip
+        super().__init__(embed_dim, context_dim, normalize, dropout, key)
+        if embed_dim % grid**2:
+            raise UserError(f"a feature of {embed_dim} values has no {grid} x {grid} cells of equal size.")
+        self.grid = grid
+        self.cell_fc = nn.Linear(embed_dim // grid**2, map_channels)
+
+    def embed(self, features: Tensor) -> dict[str, Tensor]:
+        cells = features.unflatten(1, (-1, self.grid * self.grid)).transpose(1, 2)  # (B,grid^2,embed_dim/grid^2)
+        layout = self.cell_fc(cells).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        return {**super().embed(features), "concat": layout}                    # (B,map_channels,grid,grid)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Cond = Mapping[str, Tensor]
@@ -23,9 +24,15 @@ PARAMETERIZATIONS = (*DISCRETE, "edm", "flow")
 
 
 def call_network(network: Network, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
-    """Call a network with a condition where each part acts: context, class label, added vector, extra channels."""
+    """Call a network with a condition where each part acts: context, class label, added vector, extra channels.
+
+    Extra channels of another size than x are resized bilinearly to it.
+    """
     if "concat" in cond:
-        x = torch.cat([x, cond["concat"]], dim=1)
+        extra = cond["concat"]
+        if extra.shape[-2:] != x.shape[-2:]:
+            extra = F.interpolate(extra.float(), x.shape[-2:], mode="bilinear")
+        x = torch.cat([x, extra.to(x.dtype)], dim=1)
     inputs = {"context": cond.get("crossattn"), "y": cond.get("label"), "vector": cond.get("vector")}
     return network(x, time, **{name: value for name, value in inputs.items() if value is not None})
 
