@@ -72,13 +72,21 @@ def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any
 
 
 def load_first_stage(folder: str) -> nn.Module:
-    """The frozen first stage of a model folder, as a plain module in eval mode with float32 weights."""
-    node, _ = read_model_folder(folder)
+    """The frozen first stage of a model folder, its own or a diffusion model's, in eval mode with float32 weights."""
+    node, state = first_stage_node(folder), read_state_dict(folder)
+    inner = PREFIX["first stage"]
+    if any(name.startswith(inner) for name in state):
+        state = {name.removeprefix(inner): value for name, value in state.items() if name.startswith(inner)}
     module = instantiate_from_config(node)
-    state = read_state_dict(folder)
     _check_names(state, module.state_dict(), folder)
     module.load_state_dict({name: value.float() for name, value in state.items()})
     return module.eval().requires_grad_(False)
+
+
+def first_stage_node(folder: str | Path) -> dict[str, Any]:
+    """The node of the first stage in a model folder: the folder's own, or that of the diffusion model in it."""
+    node, _ = read_model_folder(folder)
+    return node.get("params", {}).get("first_stage_config", node)
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
@@ -141,7 +149,7 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], di
     state = {name: value for name, value in state.items() if not name.startswith("model_ema.")}
     first_stage = params["first_stage_config"]
     if first_stage["target"] == FIRST_STAGE_FOLDER:
-        params["first_stage_config"] = read_model_folder(first_stage["params"]["folder"])[0]
+        params["first_stage_config"] = first_stage_node(first_stage["params"]["folder"])
     for key in TRAINING_ONLY:
         params.pop(key, None)
     params["use_ema"] = False
