@@ -65,12 +65,17 @@ def _check(size: int, window: int, border: str) -> None:
         raise ValueError(f"border must be one of {', '.join(BORDERS)}; got {border!r}")
 
 
-def smooth_weight(start: int, window: int, size: int) -> Tensor:
-    """Raised-cosine weight (window,) along one axis; flat towards a side of the canvas that the window touches."""
+def _check_blend(blend: str) -> None:
+    if blend not in BLENDS:
+        raise ValueError(f"blend must be one of {', '.join(BLENDS)}; got {blend!r}")
+
+
+def smooth_weight(window: int, first: bool = False, last: bool = False) -> Tensor:
+    """Raised-cosine weight (window,) along one axis; flat towards the canvas' side for its first and last window."""
     weight = (torch.pi * (torch.arange(window) + 0.5) / window).sin() ** 2
-    if start == 0:
+    if first:
         weight[: (window + 1) // 2] = 1
-    if start + window == size:
+    if last:
         weight[window // 2 :] = 1
     return weight
 
@@ -141,7 +146,11 @@ def _over_windows(
     def blend(corner: Corner) -> Tensor:                                        # (1,window,window)
         if not smooth:
             return torch.ones(1, window, window).to(x)
-        down, across = (smooth_weight(start, window, side) for start, side in zip(corner, size))
+        sides = border == "inward"
+        down, across = (
+            smooth_weight(window, sides and start == 0, sides and start + window == side)
+            for start, side in zip(corner, size)
+        )
         return (down[:, None] * across).to(x)[None]
 
     total, weight = torch.zeros_like(x), torch.zeros_like(x[0, :1])
@@ -170,8 +179,7 @@ def tiled(
     at the canvas' sides; `circular`, a canvas without sides, whose opposite ends meet; `replicate`, windows hang over
     and see the outermost pixels repeated.
     """
-    if blend not in BLENDS:
-        raise ValueError(f"blend must be one of {', '.join(BLENDS)}; got {blend!r}")
+    _check_blend(blend)
 
     def canvas(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         rows, cols = (fixed_starts(size, window, stride, border) for size in x.shape[-2:])
@@ -185,14 +193,17 @@ def tiled(
 
 def shifted(
     denoiser: Denoiser, window: int, condition: WindowCondition | None = None, batch_size: int = 16, seed: int = 0,
-    device: torch.device | None = None, border: str = "inward",
+    device: torch.device | None = None, border: str = "inward", blend: str = "uniform",
 ) -> Denoiser:  # fmt: skip
     """Adjoining windows at an offset drawn anew at every noise level: one evaluation per window area and step.
 
     The offset is a function of seed and sigma, so the denoiser keeps no state. With the `inward` border windows overlap
     only at the canvas' sides, where outer ones are moved inwards, and a canvas of one window is denoised as it would be
-    without tiling. Borders are those of `tiled`; a `circular` canvas of whole windows has no overlap at all.
+    without tiling. The outermost windows thus end at the same place in every step; `smooth` weights hide that end under
+    the window that overlaps it, and change nothing where windows adjoin. Borders are those of `tiled`; a `circular`
+    canvas of whole windows has no overlap at all.
     """
+    _check_blend(blend)
 
     def canvas(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         bits = struct.unpack("<I", struct.pack("<f", float(sigma[0])))[0]
@@ -201,6 +212,8 @@ def shifted(
             for axis, size in enumerate(x.shape[-2:])
         )
         corners = [(row, col) for row in rows for col in cols]
-        return _over_windows(denoiser, x, sigma, cond, corners, window, condition, batch_size, device, border, False)
+        return _over_windows(
+            denoiser, x, sigma, cond, corners, window, condition, batch_size, device, border, blend == "smooth"
+        )
 
     return canvas

@@ -1,0 +1,332 @@
+"""Tiling: the published large image, what a canvas owes its windows, fields, borders, blends."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from published import load, relative
+from torch import Tensor
+
+from ldm.conditioners.field import FeatureField
+from ldm.diffusion import samplers, schedules
+from ldm.diffusion.denoiser import TableDenoiser
+from ldm.diffusion.guidance import cfg, known_region
+from ldm.diffusion.tiled import fixed_starts, read_field, shifted, shifted_starts, smooth_weight, tiled, window_conds
+from ldm.networks.unet import UNetModel
+from ldm.rng import canvas_noise
+
+# --- the published large image (Large-Image-Diffusion) --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(oracle):
+    """get_panorama's net, noise and conditions, set as that code is: windows of 64 every 16; its guidance w = 3 is
+    scale 4; its net sees t where the tables are read at t - 1; embeddings slerped at the windows' corners."""
+    golden = load(oracle / "lid_large_image.pt")
+    state = load(oracle / "ldm_ckpt_lid_vq" / "model.ckpt")["state_dict"]
+    prefix = "model.diffusion_model."
+    net = UNetModel(**load(oracle / "ldm_unet_A.pt")["config"]).eval()
+    net.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    betas = schedules.make_betas("linear", 1000, 0.0015, 0.0195).float()
+    table = schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0))        # their cumprod is in float32
+    late = TableDenoiser(lambda x, t, **cond: net(x, t + 1, **cond), table)
+    field = FeatureField(golden["embeddings"].view(2, 2, 24), (128, 128), 64, "slerp")
+    weight, bias = state["cond_stage_model.patch_fc.weight"], state["cond_stage_model.patch_fc.bias"]
+
+    def condition(corners):
+        return {"crossattn": F.linear(F.normalize(field.at(corners), dim=1), weight, bias)[:, None]}
+
+    torch.testing.assert_close(
+        condition([(row, col) for row in range(0, 65, 16) for col in range(0, 65, 16)])["crossattn"],
+        golden["window_context"],
+    )
+    guided = cfg(late, {"crossattn": golden["uncond_context"]}, 1 + golden["params"]["guidance"])
+    canvas = tiled(guided, 64, golden["params"]["sliding_window_size"], condition, batch_size=7)
+    start = golden["init_epsilon"] * table[-1] + golden["init_randn"]
+    return golden, canvas, table, betas, start
+
+
+def test_the_published_large_image(large):
+    golden, canvas, table, _, start = large
+    visited = torch.tensor(golden["ddim=0"]["t_range"]) - 1
+    sigmas = torch.cat([table[visited], torch.zeros(1)])
+    out = samplers.sample_euler(canvas, start, sigmas, {})
+    assert relative(out, golden["ddim=0"]["latent"]) < 1e-5
+
+
+def test_the_published_stochastic_large_image(large):
+    """Its noise at a step of any stride has the variance of a single step, beta_t(1-abar_prev)/(1-abar): as eta."""
+    golden, canvas, table, betas, x = large
+    visited = torch.tensor(golden["ddim=1"]["t_range"]) - 1
+    sigmas = torch.cat([table[visited], torch.zeros(1)])
+    noises = golden["ddim=1"]["step_noise"]
+    for step in range(len(visited)):
+        sigma, target = sigmas[step : step + 2]
+        ancestral = 1 - (1 + target**2) / (1 + sigma**2)                        # the stride's own beta
+        eta = float((betas[visited[step]] / ancestral).sqrt())
+        x = samplers.sample_ddim(canvas, x, sigmas[step : step + 2], {}, lambda _, k=step: noises[k], eta=eta)
+    assert relative(x, golden["ddim=1"]["latent"]) < 1e-5
+
+
+# --- a small real network -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A tiny UNet of every condition: one token, an added vector, two concatenated channels."""
+    torch.manual_seed(0)
+    net = UNetModel(
+        in_channels=5, out_channels=3, model_channels=32, num_res_blocks=1, attention_resolutions=[2],
+        channel_mult=[1, 2], num_heads=2, use_spatial_transformer=True, context_dim=8,
+    ).eval()  # fmt: skip
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.08) if parameter.ndim > 1 else None
+    betas = schedules.make_betas("linear", 1000, 0.0015, 0.0195)
+    return TableDenoiser(net, schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0)).float())
+
+
+def canvas_cond(count: int, height: int, width: int, rows: int = 2, cols: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        "crossattn": torch.randn(count, rows, cols, 1, 8, generator=generator),
+        "vector": torch.randn(count, 128, generator=generator),
+        "concat": torch.randn(count, 2, height, width, generator=generator),
+    }
+
+
+def sigmas_of(denoiser: TableDenoiser, steps: int = 3) -> Tensor:
+    return schedules.table_sigmas(denoiser.table, steps)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda d, n: tiled(d, 16, 8, batch_size=n), lambda d, n: shifted(d, 16, batch_size=n)],
+    ids=["tiled", "shifted"],
+)  # fmt: skip
+def test_chunks_and_batches_do_not_change_the_image(small, make):
+    cond, sigmas = canvas_cond(2, 24, 40), sigmas_of(small)
+    x = torch.cat([canvas_noise(seed, 3, 24, 40) for seed in (0, 1)]) * sigmas[0]
+    whole = samplers.sample_dpmpp_2m(make(small, 64), x, sigmas, cond)
+    for batch_size in (1, 5):
+        out = samplers.sample_dpmpp_2m(make(small, batch_size), x, sigmas, cond)
+        torch.testing.assert_close(out, whole, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+    second = {part: value[1:] for part, value in cond.items()}
+    out = samplers.sample_dpmpp_2m(make(small, 5), x[1:], sigmas, second)
+    torch.testing.assert_close(out, whole[1:], rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda d: tiled(d, 16, 8), lambda d: tiled(d, 16, 8, blend="smooth"), lambda d: shifted(d, 16)],
+    ids=["uniform", "smooth", "shifted"],
+)  # fmt: skip
+def test_guidance_and_tiling_commute(small, make):
+    cond, sigmas = canvas_cond(1, 24, 40), sigmas_of(small)
+    null = {"crossattn": torch.zeros(1, 1, 8), "vector": torch.zeros(1, 128)}
+    x = canvas_noise(3, 3, 24, 40) * sigmas[0]
+    everywhere = {"crossattn": null["crossattn"].expand(1, 2, 3, 1, 8), "vector": null["vector"]}
+    outside = samplers.sample_euler(cfg(make(small), {**everywhere, "concat": cond["concat"]}, 3.0), x, sigmas, cond)
+
+    def inside(x, sigma, cond):  # each window's own concatenated image stays with it
+        return cfg(small, {**null, "concat": cond["concat"]}, 3.0)(x, sigma, cond)
+
+    torch.testing.assert_close(
+        samplers.sample_euler(make(inside), x, sigmas, cond), outside, rtol=1e-4, atol=1e-4 * float(outside.abs().max())
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [lambda d: tiled(d, 16, 8), lambda d: tiled(d, 16, 4, blend="smooth"), lambda d: shifted(d, 16, seed=4)],
+    ids=["uniform", "smooth", "shifted"],
+)  # fmt: skip
+def test_a_canvas_of_one_window_is_the_untiled_sample_bitwise(small, make):
+    cond, sigmas = canvas_cond(1, 16, 16), sigmas_of(small)
+    x = canvas_noise(0, 3, 16, 16) * sigmas[0]
+    untiled = samplers.sample_unipc(small, x, sigmas, {**cond, "crossattn": cond["crossattn"][:, 0, 0]})
+    assert torch.equal(samplers.sample_unipc(make(small), x, sigmas, cond), untiled)
+
+
+@pytest.mark.parametrize("blend", ["uniform", "smooth"])
+def test_a_circular_canvas_has_no_origin(small, blend):
+    """Rolling the noise by any multiple of the stride rolls the image."""
+    sigmas = sigmas_of(small)
+    cond = {"crossattn": torch.ones(1, 1, 8), "vector": torch.zeros(1, 128)}
+    x, guide = canvas_noise(0, 3, 32, 48) * sigmas[0], torch.randn(1, 2, 32, 48)
+    canvas = tiled(small, 16, 8, blend=blend, border="circular")
+    still = samplers.sample_euler(canvas, x, sigmas, {**cond, "concat": guide})
+    rolled = samplers.sample_euler(
+        canvas, x.roll((8, -16), (2, 3)), sigmas, {**cond, "concat": guide.roll((8, -16), (2, 3))}
+    )
+    torch.testing.assert_close(rolled.roll((-8, 16), (2, 3)), still, rtol=1e-4, atol=1e-4 * float(still.abs().max()))
+
+
+def blur(x: Tensor, sigma: Tensor, cond: dict) -> Tensor:
+    """A denoiser that sees five pixels each way, as far as its window goes."""
+    return F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+
+
+def test_a_larger_canvas_continues_a_smaller_one():
+    """The noise belongs to the position and windows see the same surroundings, so the field is the same inland."""
+    sigma = torch.ones(1)
+    small, large = canvas_noise(0, 3, 48, 48), canvas_noise(0, 3, 80, 64)
+    for canvas in (tiled(blur, 16, 8), tiled(blur, 16, 8, blend="smooth")):
+        a, b = canvas(small, sigma, {}), canvas(large, sigma, {})
+        torch.testing.assert_close(a[..., :32, :32], b[..., :32, :32])
+
+
+def test_shifted_windows_agree_on_the_field_wherever_their_grid_lies():
+    x, sigma = canvas_noise(0, 3, 96, 96), torch.ones(1)
+    exact = blur(x, sigma, {})
+    fields = torch.stack([shifted(blur, 32, seed=seed)(x, sigma, {}) for seed in range(8)])
+    off = (fields - exact).square()                                             # beside the seams alone
+    assert (off > 1e-9).float().mean((1, 2, 3, 4)).max() < 0.5
+    assert (fields.mean(0) - exact).square().mean() < 0.4 * off.mean()          # which lie elsewhere each time
+    assert len({float(field.sum()) for field in fields}) == 8                   # their grids do differ
+    assert not torch.equal(shifted(blur, 32)(x, sigma, {}), shifted(blur, 32)(x, 2 * sigma, {}))
+
+
+def test_smooth_weights_hide_where_the_outermost_shifted_windows_end():
+    """They end one window from each side in every step: the one seam that does not move."""
+    x, sigma = canvas_noise(0, 3, 32, 128), torch.ones(1)
+    exact, ends = blur(x, sigma, {}), {}
+    for blend in ("uniform", "smooth"):
+        fields = torch.stack([shifted(blur, 32, seed=seed, blend=blend)(x, sigma, {}) for seed in range(16)])
+        ends[blend] = float((fields.mean(0) - exact)[..., 30:32].square().mean())
+    assert ends["smooth"] < 0.3 * ends["uniform"], ends
+
+
+# --- borders and blends ---------------------------------------------------------------------------------------------
+
+
+def test_starts_at_every_border_cover_the_axis():
+    for size in (32, 40, 57, 128):
+        for starts in (
+            *(fixed_starts(size, 32, stride, border) for stride in (8, 32) for border in ("circular", "replicate")),
+            *(shifted_starts(size, 32, o, border) for o in range(32) for border in ("circular", "replicate")),
+        ):
+            covered = torch.zeros(3 * size)
+            for start in starts:
+                covered[size + start : size + start + 32] += 1
+            assert (covered[size : 2 * size] + covered[2 * size :]).min() >= 1
+    assert sorted(shifted_starts(128, 32, 5, "circular")) == [27, 59, 91, 123]
+    assert shifted_starts(64, 32, 5, "replicate") == [-5, 27, 59]
+    assert fixed_starts(64, 32, 16, "replicate") == [-16, 0, 16, 32, 48]
+    with pytest.raises(ValueError, match="border must be one of inward, circular, replicate"):
+        fixed_starts(64, 32, 16, "reflect")
+    with pytest.raises(ValueError, match="blend must be one of uniform, smooth"):
+        tiled(blur, 16, 8, blend="gaussian")
+
+
+@pytest.mark.parametrize("blend", ["uniform", "smooth"])
+@pytest.mark.parametrize("border", ["inward", "circular", "replicate"])
+def test_every_pixel_weighs_one(border, blend):
+    """A denoiser of each pixel by itself is the same tiled, at every border, blend and batch."""
+    x, sigma = torch.randn(2, 3, 37, 50), torch.ones(2)
+    half = lambda x, sigma, cond: 0.5 * x  # noqa: E731
+    for canvas in (
+        tiled(half, 16, 5, blend=blend, border=border, batch_size=4), tiled(half, 16, 16, blend=blend, border=border),
+        shifted(half, 16, border=border, seed=3, blend=blend),
+    ):  # fmt: skip
+        torch.testing.assert_close(canvas(x, sigma, {}), 0.5 * x)
+
+
+def test_borders_show_windows_what_they_say():
+    x = torch.arange(64.0).view(1, 1, 8, 8)
+    seen: list[Tensor] = []
+
+    def watch(x, sigma, cond):
+        seen.extend(x[:, 0])
+        return x
+
+    tiled(watch, 4, 4, border="circular")(x.roll((2, 2), (2, 3)), torch.ones(1), {})
+    assert not any(torch.equal(window, x[0, 0, :4, :4]) for window in seen)
+    seen.clear()
+    tiled(watch, 4, 2, border="circular")(x.roll((2, 2), (2, 3)), torch.ones(1), {})
+    assert any(torch.equal(window, x[0, 0, 4:, 4:].roll((0, 0), (0, 1))) for window in seen)
+    seen.clear()
+    tiled(watch, 4, 2, border="replicate")(x, torch.ones(1), {})
+    assert torch.equal(seen[0], F.pad(x, (2, 2, 2, 2), mode="replicate")[0, 0, :4, :4])
+
+
+def test_smooth_weights_fall_towards_inner_sides_alone():
+    assert torch.equal(smooth_weight(16, first=True, last=True), torch.ones(16))
+    left, middle = smooth_weight(16, first=True), smooth_weight(16)
+    assert torch.equal(left[:8], torch.ones(8))
+    assert left[15] < 0.01
+    assert middle[0] < 0.01
+    torch.testing.assert_close(middle, middle.flip(0))
+    torch.testing.assert_close(middle[:8] + middle[8:], torch.ones(8))          # a stride of half a window sums to one
+
+
+def test_smooth_blends_have_no_steps():
+    """Windows that disagree: the step at a window's side is smaller than with uniform weights."""
+
+    def tone(x, sigma, cond):
+        return cond["crossattn"].view(-1, 1, 1, 1).expand_as(x)
+
+    cond = {"crossattn": torch.linspace(0, 1, 9).view(1, 1, 9, 1, 1)}
+    uniform, smooth = (
+        tiled(tone, 16, 8, blend=blend)(torch.zeros(1, 1, 16, 80), torch.ones(1), cond)
+        for blend in ("uniform", "smooth")
+    )
+    assert smooth.diff(dim=-1).abs().max() < 0.5 * uniform.diff(dim=-1).abs().max()
+
+
+# --- the condition of a canvas --------------------------------------------------------------------------------------
+
+
+def test_the_field_of_a_canvas_lands_at_row_col():
+    def paint(x, sigma, cond):
+        return cond["vector"][:, :1, None, None].expand_as(x)
+
+    cond = {"vector": torch.arange(12.0).view(2, 2, 3, 1)}                      # (B=2,rows=2,cols=3,D=1)
+    image = tiled(paint, 32, 32)(torch.zeros(2, 1, 64, 96), torch.ones(2), cond)
+    assert image[:, 0, ::32, ::32].tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
+    labels = torch.arange(6).view(1, 2, 3)
+    assert read_field(labels, [0, 0], [(0, 40), (32, 20)], (64, 96), 32).tolist() == [1, 4]
+
+
+def test_the_canvas_condition_and_the_feature_field_agree():
+    features = torch.randn(3, 4, 8)
+    field = FeatureField(features, (50, 70), 16)
+    corners = [(0, 0), (7, 21), (34, 54), (33, 3)]
+    ours = window_conds({"vector": features[None]}, [0] * 4, corners, (50, 70), 16)["vector"]
+    torch.testing.assert_close(ours, field.at(corners))
+
+
+def test_holes_are_conditioned_as_background():
+    features = torch.tensor([[[1.0], [float("nan")]], [[2.0], [3.0]]])
+    field = FeatureField(features, (64, 64), 32, background=torch.tensor([-1.0]))
+
+    def paint(x, sigma, cond):
+        return cond["crossattn"].view(-1, 1, 1, 1).expand_as(x)
+
+    image = tiled(paint, 32, 32, lambda corners: {"crossattn": field.at(corners)})(
+        torch.zeros(1, 1, 64, 64), torch.ones(1), {}
+    )
+    assert image[0, 0, ::32, ::32].tolist() == [[1, -1], [2, 3]]
+
+
+def test_parts_of_the_canvas_go_before_the_windows_condition():
+    seen = {}
+
+    def watch(x, sigma, cond):
+        seen.update(cond)
+        return x
+
+    def condition(corners):
+        return {"crossattn": torch.zeros(len(corners), 1, 2), "vector": torch.zeros(len(corners), 2)}
+
+    cond = {"vector": torch.ones(1, 2), "concat": torch.arange(16.0).expand(1, 1, 8, 16)}
+    tiled(watch, 8, 8, condition)(torch.zeros(1, 1, 8, 16), torch.ones(1), cond)
+    assert seen["crossattn"].sum() == 0
+    assert seen["vector"].tolist() == [[1, 1], [1, 1]]
+    assert seen["concat"][:, 0, 0, 0].tolist() == [0, 8]
+
+
+def test_a_known_region_of_a_canvas(small):
+    sigmas, cond = sigmas_of(small, 4), canvas_cond(1, 24, 40)
+    known, mask = torch.rand(1, 3, 24, 40), torch.zeros(1, 1, 24, 40)
+    mask[..., 20:] = 1
+    canvas = known_region(shifted(small, 16), known, mask)
+    out = samplers.sample_dpmpp_2m(canvas, known + canvas_noise(0, 3, 24, 40) * sigmas[0], sigmas, cond)
+    torch.testing.assert_close(out[..., 20:], known[..., 20:], rtol=0, atol=1e-4)
