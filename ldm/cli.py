@@ -20,7 +20,10 @@ app = typer.Typer(
 
 USAGE_ERROR = typer.BadParameter.__base__  # typer may bring a click of its own
 
-Solver = Enum("Solver", {name: name for name in ("dpmpp_2m", "ddim", "euler", "heun")}, type=str)
+SOLVERS = (
+    "dpmpp_2m", "unipc", "euler", "heun", "plms", "ddpm", "ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde",
+)  # fmt: skip
+Solver = Enum("Solver", {name: name for name in SOLVERS}, type=str)
 Schedule = Enum("Schedule", {name: name for name in ("trailing", "uniform", "karras", "exponential")}, type=str)
 Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
 Mode = Enum("Mode", {name: name for name in ("shifted", "overlap")}, type=str)
@@ -36,7 +39,7 @@ FeatureOption = Annotated[
 StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps.")]
 SolverOption = Annotated[Solver, typer.Option("--solver", help="dpmpp_2m is the fastest to a good image.")]
 ScheduleOption = Annotated[Schedule, typer.Option("--schedule", help="Where the steps lie on the noise schedule.")]
-EtaOption = Annotated[float, typer.Option("--eta", min=0, max=1, help="Stochasticity of --solver ddim.")]
+EtaOption = Annotated[float, typer.Option("--eta", min=0, max=1, help="Noise of ddim, euler_ancestral and the *_sde.")]
 GuidanceOption = Annotated[float, typer.Option("--guidance-scale", help="1 follows the condition without guidance.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="The same seed gives the same image at any batch size.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Tiles or windows per network call.")]
@@ -138,6 +141,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or one of its checkpoints.")],
     out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
     half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
+    licence: Annotated[str | None, typer.Option("--licence", help="Licence of the model, recorded in it.")] = None,
 ) -> None:
     """Make a model folder of a training run: what every command takes and what you share.
 
@@ -147,7 +151,7 @@ def export(
 
     from ldm.model_folder import export as export_run
 
-    folder = export_run(run, out, torch.float16 if half else None)
+    folder = export_run(run, out, torch.float16 if half else None, {"licence": licence} if licence else {})
     print(f"wrote {folder}")
 
 

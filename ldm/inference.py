@@ -22,7 +22,8 @@ from ldm.rng import canvas_noise, fold, sample_noise
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
-SOLVERS = ("dpmpp_2m", "ddim", "euler", "heun")
+STOCHASTIC = ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")  # their noise is scaled by eta
+SOLVERS = ("dpmpp_2m", "unipc", "euler", "heun", "plms", "ddpm", *STOCHASTIC)
 SCHEDULES = ("trailing", "uniform", "karras", "exponential")
 MODES = ("shifted", "overlap")
 AT_ONCE = 1280 * 1280  # pixels that are decoded in one piece
@@ -49,11 +50,14 @@ def run_solver(
     progress: samplers.Callback,
 ) -> Tensor:  # fmt: skip
     """One of SOLVERS by name."""
-    if solver == "ddim":
-        return samplers.sample_ddim(denoiser, x, sigmas, cond, noise, eta, progress)
     if solver not in SOLVERS:
         raise UserError(f"solver must be one of {', '.join(SOLVERS)}; got '{solver}'.")
-    return getattr(samplers, f"sample_{solver}")(denoiser, x, sigmas, cond, progress)
+    run = getattr(samplers, f"sample_{'ddim' if solver == 'euler_ancestral' else solver}")  # the same in sigma
+    if solver in STOCHASTIC:
+        return run(denoiser, x, sigmas, cond, noise, eta, callback=progress)
+    if solver == "ddpm":
+        return run(denoiser, x, sigmas, cond, noise, callback=progress)
+    return run(denoiser, x, sigmas, cond, callback=progress)
 
 
 def guided_denoiser(model: LatentDiffusion, guidance_scale: float, precision: str) -> Denoiser:
@@ -84,7 +88,8 @@ def sample(
     """Sample tiles: (N,3,H,W) in [-1,1] on the CPU.
 
     cond: a condition of N samples, or of one that `count` samples share (None for unconditional models). Image i
-    depends on `seed`, i and its condition, not on batch_size (to rounding). eta: stochasticity of solver ddim.
+    depends on `seed`, i and its condition, not on batch_size (to rounding). eta: noise of the solvers in
+    STOCHASTIC, 0 for none.
     """
     given = next((len(value) for value in (cond or {}).values()), None)
     count = count or given or 1

@@ -77,6 +77,12 @@ def test_a_negative_condition_may_differ_by_sample(batch):
     torch.testing.assert_close(out, bad + 2 * (d(x, sigma, cond) - bad))
 
 
+def test_a_null_of_other_parts_is_refused(batch):
+    x, sigma, cond, _ = batch
+    with pytest.raises(ValueError, match="they must agree"):
+        cfg(Counted(), {"crossattn": torch.zeros(1, 1, 5)}, 2.0)(x, sigma, cond)
+
+
 def test_rescale_draws_the_spread_back(batch):
     x, sigma, cond, null = batch
 

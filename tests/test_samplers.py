@@ -386,3 +386,17 @@ def test_infinite_sigmas_are_refused(name):
         getattr(samplers, f"sample_{name}")(
             mixture(), torch.randn(1, 1, 2, 2), torch.tensor([math.inf, 1.0, 0.0]), {}, *extra
         )
+
+
+def test_every_solver_is_known_by_its_name_to_the_commands():
+    from ldm import cli, inference
+
+    assert [solver.value for solver in cli.Solver] == list(inference.SOLVERS)
+    x, sigmas = torch.full((1, 1, 4, 4), 5.0), schedules.karras_sigmas(25, 0.01, 20.0)
+    for solver in inference.SOLVERS:
+        steps: list[int] = []
+        out = inference.run_solver(
+            solver, mixture(), x, sigmas, {}, lambda step: torch.zeros_like(x), 0.0, lambda i, *_, s=steps: s.append(i)
+        )
+        assert steps == list(range(25))
+        assert (out.view(-1, 1) - torch.tensor([-1.0, 0.2, 1.1])).abs().min(1).values.max() < 0.6, solver

@@ -15,6 +15,9 @@ LogProbability = Callable[[Tensor, Tensor, Cond], Tensor]
 
 def cat_conds(*conds: Cond) -> dict[str, Tensor]:
     """Conditions of several batches as the condition of one; all must have the same parts."""
+    for cond in conds:
+        if set(cond) != set(conds[0]):
+            raise ValueError(f"conditions to batch have parts {sorted(conds[0])} and {sorted(cond)}; they must agree")
     return {part: torch.cat([cond[part] for cond in conds]) for part in conds[0]}
 
 
