@@ -54,7 +54,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--gpus", help="GPUs to train on, such as 0,1 or 0, (default: one if there is one)")
     parser.add_argument("-d", "--debug", default=False, help="post-mortem debugger when training fails", **switch)
     parser.add_argument("--scale_lr", default=True, help=rate_help, **switch)
-    parser.add_argument("--no-test", default=False, help="do not run the model's test afterwards", **switch)
+    parser.add_argument("--no-test", default=False, help="do not measure on the data's test set afterwards", **switch)
     overrides = [item for item in argv if re.match(r"[A-Za-z_][\w.]*=", item)]  # before -t or --base swallows them
     options, rest = parser.parse_known_args([item for item in argv if item not in overrides])
     flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -93,8 +93,9 @@ def find_run(resume: str) -> tuple[Path, Path]:
         raise UserError(f"cannot resume '{run}': it has no checkpoints/last.ckpt")
     if not zipfile.is_zipfile(checkpoint):
         raise UserError(f"cannot resume: '{checkpoint}' is not a whole checkpoint; try another of that folder")
-    if not list((run / "configs").glob("*-project.yaml")):
-        raise UserError(f"cannot resume '{path}': '{run}' has no configs/*-project.yaml, so it is not a run folder")
+    for part in ("project", "lightning"):
+        if not list((run / "configs").glob(f"*-{part}.yaml")):
+            raise UserError(f"cannot resume '{path}': '{run}' has no configs/*-{part}.yaml, so it is not a run folder")
     return run, checkpoint
 
 
@@ -228,7 +229,7 @@ def run_main(argv: list[str]) -> int:
     from pytorch_lightning.utilities.model_helpers import is_overridden
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    for message in (".*LeafSpec", "Checkpoint directory .* is not empty", r"Found \d+ module\(s\) in eval mode"):
+    for message in (".*LeafSpec", "Checkpoint directory .* is not empty", "Total length of `list`", r"Found \d+ module\(s\) in eval mode"):
         warnings.filterwarnings("ignore", message=message)
     seed_everything(cfg["seed"], workers=True, verbose=False)
     model, data = build(cfg["model"], cfg["seed"]), build(cfg["data"], cfg["seed"])
@@ -241,8 +242,9 @@ def run_main(argv: list[str]) -> int:
             return code
     elif not checkpoint:
         trainer.print("the config is sound; add -t to train")
-    if is_overridden("test_step", model) and not options.no_test and (options.train or checkpoint):
-        trainer.test(model, data, ckpt_path=None if options.train else checkpoint)
+    tested = is_overridden("test_step", model) and is_overridden("test_dataloader", data)
+    if tested and not options.no_test and (options.train or checkpoint):
+        trainer.test(model, data, ckpt_path=None if options.train else checkpoint, weights_only=True)
     return 0
 
 

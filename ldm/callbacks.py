@@ -17,14 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
 from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from ldm.config import save_config
+from ldm.data.images_out import save_png, save_real_png, to_uint8
 from ldm.errors import UserError, suggest
+from ldm.files import whole
 from ldm.rng import fold
 
 
@@ -130,7 +131,10 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if not trainer.sanity_checking and self._at_step and self._asked_to_stop(trainer):
+        # Ranks may differ in validation batches, and a decision of all of them would wait for ever: it is left to the
+        # next training batch.
+        alone = trainer.world_size == 1
+        if alone and not trainer.sanity_checking and self._at_step and self._asked_to_stop(trainer):
             self._save(trainer)
             raise Stopped(trainer.global_step)
 
@@ -160,6 +164,7 @@ class ImageLogger(Callback):
 
     Every `batch_frequency` training batches, and for the first batch of every validation, to
     `images/{train,val}/<name>_gs-<step>_e-<epoch>_b-<batch>.png` and TensorBoard. Without a `log_images`, nothing.
+    All but `inputs` say in their metadata that they are SYNTHETIC.
     """
 
     def __init__(self, batch_frequency: int = 500, max_images: int = 4) -> None:
@@ -200,7 +205,12 @@ class ImageLogger(Callback):
         folder = Path(trainer.default_root_dir) / "images" / split
         for name, stack in images.items():
             grid = image_grid(stack[: self.max_images])
-            save_png(grid, folder / f"{name}_gs-{step:06}_e-{epoch:06}_b-{batch_idx:06}.png")
+            path = folder / f"{name}_gs-{step:06}_e-{epoch:06}_b-{batch_idx:06}.png"
+            if name == "inputs":
+                save_real_png(path, grid)
+            else:
+                about = {"content": name, "model": type(pl_module).__name__, "run": Path(trainer.default_root_dir).name}
+                save_png(path, grid, about | {"step": step, "split": split})
             add_image = getattr(getattr(trainer.logger, "experiment", None), "add_image", None)
             if add_image:
                 add_image(f"{split}/{name}", grid, step, dataformats="HWC")
@@ -208,23 +218,15 @@ class ImageLogger(Callback):
 
 def image_grid(images: Tensor, columns: int = 4, gap: int = 2) -> np.ndarray:
     """(B,3,H,W) in [-1,1] -> one (h,w,3) uint8 image, `columns` to a row, white gaps between."""
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()  # (B,3,H,W)
-    count, _, height, width = pixels.shape
+    pixels = to_uint8(images)  # (B,H,W,3)
+    count, height, width, _ = pixels.shape
     columns = min(columns, count)
     rows = -(-count // columns)
     grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
     for index, image in enumerate(pixels):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
-        grid[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+        grid[top : top + height, left : left + width] = image
     return grid
-
-
-def save_png(image: np.ndarray, path: Path) -> None:
-    """(H,W,3) uint8 -> PNG, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    Image.fromarray(image).save(part, format="PNG")
-    os.replace(part, path)
 
 
 class LossRecorder(Callback):
@@ -245,12 +247,10 @@ class LossRecorder(Callback):
         if trainer.is_global_zero:
             self.path = Path(trainer.default_root_dir) / "losses.csv"
             rows = read_losses(self.path) if self.path.exists() else []
-            part = self.path.with_name(self.path.name + ".part")
-            with part.open("w", newline="") as file:
+            with whole(self.path) as part, part.open("w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(self.HEADER)
                 writer.writerows(row for row in rows if row[0] <= batches_done(trainer))
-            os.replace(part, self.path)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if batches_done(trainer) % self.every_n_batches == 0:

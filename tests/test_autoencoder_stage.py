@@ -256,9 +256,21 @@ def test_validation_numbers_and_images(tmp_path, first_stage):
     trainer = fit(model, tmp_path, steps=2, limit_val_batches=2)
     assert {"val/rec_loss", "val/psnr", "train/rec_loss", "train/d_weight"} <= set(trainer.callback_metrics)
     assert first_stage is KL or 1 <= trainer.callback_metrics["val/codes_used"] <= 16
+    loader = DataLoader(Tiles(), batch_size=2)
+    (measured,) = trainer.test(model, loader, verbose=False)
+    assert measured["test/psnr"] == pytest.approx(trainer.validate(model, loader, verbose=False)[0]["val/psnr"])
     images = model.log_images(next(iter(DataLoader(Tiles(), batch_size=4))), n=3)
     assert set(images) == {"inputs", "reconstructions", "samples"}
     assert all(value.shape == (3, 3, 32, 32) and value.abs().max() <= 1 for value in images.values())
+
+
+def test_what_is_reduced_over_ranks_lies_on_the_device(monkeypatch):
+    model = stage(VQ, loss_node("VQLPIPSWithDiscriminator"))
+    logged: dict = {}
+    monkeypatch.setattr(model, "log_dict", lambda values, **_: logged.update(values))
+    monkeypatch.setattr(AutoencoderStage, "device", torch.device("meta"))
+    model.validation_step(next(iter(DataLoader(Tiles(), batch_size=2))), 0)
+    assert logged["val/codes_used"].device.type == "meta"
 
 
 def test_starting_from_a_model_folder_takes_its_weights_and_its_licence(tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 
 import main
 from ldm import config
+from ldm.callbacks import LastCheckpoint
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "tests" / "configs"
@@ -155,7 +158,9 @@ def test_a_run_folder_holds_what_users_of_latent_diffusion_know():
     ]
     grid = Image.open(run / "images" / "val" / "inputs_gs-000003_e-000000_b-000000.png")
     assert (grid.mode, grid.size) == ("RGB", (2 * 4 + 2, 4))  # a validation batch has 2
-    assert (run / "images" / "train" / "samples_gs-000004_e-000000_b-000003.png").exists()
+    assert "SYNTHETIC" not in grid.text
+    samples = Image.open(run / "images" / "train" / "samples_gs-000004_e-000000_b-000003.png")
+    assert json.loads(samples.text["SYNTHETIC"])["step"] == 4
     rows = list(csv.DictReader((run / "losses.csv").open()))
     assert [int(row["batch"]) for row in rows if row["name"] == "val/loss"] == [3]
 
@@ -214,9 +219,33 @@ def test_damaged_runs_are_not_resumed(capsys):
     assert train("-r", "run") == 2
     Path("run/checkpoints/last.ckpt").write_bytes(b"PK\x03\x04 half")
     assert train("-r", "run") == 2
+    torch.save({}, "run/checkpoints/last.ckpt")
+    Path("run/configs/2026-project.yaml").write_text("model: {}")
+    assert train("-r", "run") == 2
     errors = capsys.readouterr().err.splitlines()
     assert "it has no checkpoints/last.ckpt" in errors[0]
     assert "is not a whole checkpoint" in errors[1]
+    assert "has no configs/*-lightning.yaml" in errors[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "measured"), [(["data.params.test=3"], True), ([], False), (["data.params.test=3", "--no-test"], False)]
+)
+def test_a_test_set_is_measured_after_training(options, measured, capsys):
+    assert train("-b", TINY, "--max_steps", "1", *options) == 0
+    assert ("test/loss" in capsys.readouterr().out) == measured
+    if measured:
+        run = only_run("logs")
+        assert main.main(["-r", str(run), "--enable_progress_bar", "false"]) == 0  # without -t: of a finished run
+        assert "test/loss" in capsys.readouterr().out
+
+
+def test_ranks_that_differ_in_validation_batches_do_not_wait_for_each_other():
+    last = LastCheckpoint()
+    last._stop = True
+    strategy = SimpleNamespace(reduce_boolean_decision=lambda *_, **__: pytest.fail("a collective in validation"))
+    trainer = SimpleNamespace(world_size=2, sanity_checking=False, strategy=strategy)
+    last.on_validation_batch_start(trainer, None)
 
 
 SHIPPED = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "demo")

@@ -36,10 +36,10 @@ class Items(Dataset):
 
 class TinyData(pl.LightningDataModule):
     def __init__(
-        self, batch_size: int, length=22, num_workers=0, persistent=False, size=4, damaged=-1, delay=0.0, seed=0
+        self, batch_size: int, length=22, num_workers=0, persistent=False, size=4, damaged=-1, delay=0.0, seed=0, test=0
     ):
         super().__init__()
-        self.damaged, self.delay = damaged, delay
+        self.damaged, self.delay, self.test = damaged, delay, test
         self.batch_size, self.length, self.num_workers, self.seed = batch_size, length, num_workers, seed
         self.persistent, self.size, self.loader, self.resume = persistent, size, None, None
 
@@ -60,6 +60,9 @@ class TinyData(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(Items(5, self.size), batch_sampler=evaluation_batches(5, 2, self.seed))
+
+    def test_dataloader(self) -> DataLoader | list:
+        return DataLoader(Items(self.test), batch_sampler=evaluation_batches(self.test, 2)) if self.test else []
 
     def state_dict(self) -> dict:
         return {"train_loader": self.loader.state_dict()} if self.loader else {}
@@ -98,6 +101,9 @@ class TinyModel(pl.LightningModule):
         self.log("val/loss", (self.net(x) - torch.randn(x.shape).flatten(1)).square().mean())
         if self.where == "val" and self.trainer.fit_loop.total_batch_idx + 1 == self.stop_at and batch_idx == 1:
             os.kill(os.getpid(), signal.SIGINT)
+
+    def test_step(self, batch: dict, batch_idx: int) -> None:
+        self.log("test/loss", (self.net(batch["image"]) - batch["image"].flatten(1)).square().mean())
 
     def log_images(self, batch: dict, n: int) -> dict[str, Tensor]:
         return {"inputs": batch["image"][:n], "samples": torch.randn(n, 3, 4, 4)}

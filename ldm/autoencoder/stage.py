@@ -110,14 +110,21 @@ class AutoencoderStage(pl.LightningModule):
         self.log_dict({f"train/{name}": value for name, value in logs.items()})
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
+        self._measure(batch, "val")
+
+    def test_step(self, batch: dict, batch_idx: int) -> None:
+        self._measure(batch, "test")
+
+    def _measure(self, batch: dict, split: str) -> None:
+        """Logs the figures of reconstruction of a batch as `<split>/<name>`."""
         x = self._images(batch)
         recon = self(x)  # mode of the posterior: the same images give the same numbers
         _, _, logs = self.loss.reconstruction(x, recon)
         logs["psnr"] = psnr(x, recon.image).mean()
         if recon.indices is not None:
-            logs["codes_used"] = torch.tensor(float(recon.indices.unique().numel()))  # of the codebook, in a batch
+            logs["codes_used"] = torch.tensor(float(recon.indices.unique().numel()), device=self.device)  # in a batch
         self.log_dict(
-            {f"val/{name}": value for name, value in logs.items()}, batch_size=len(x), sync_dist=True, on_epoch=True
+            {f"{split}/{name}": value for name, value in logs.items()}, batch_size=len(x), sync_dist=True, on_epoch=True
         )
 
     @torch.no_grad()

@@ -7,8 +7,6 @@ such as a zarr array or a memory map larger than memory.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +22,7 @@ from tqdm import tqdm
 
 from ldm.data.tile_store import tool_version
 from ldm.errors import UserError
+from ldm.files import whole
 
 TILE = 256
 _BLOCK = 2048  # rows and columns of the finer level that are halved at once
@@ -48,6 +47,12 @@ def save_png(path: Path | str, image: np.ndarray, metadata: Mapping[str, Any]) -
     info.add_text("SYNTHETIC", json.dumps(dict(metadata), default=str))
     info.add_text("Description", synthetic_text(metadata))
     return _whole(path, lambda part: Image.fromarray(np.asarray(image)).save(part, "PNG", pnginfo=info))
+
+
+def save_real_png(path: Path | str, image: np.ndarray) -> Path:
+    """Write image (H, W, 3) uint8 that was not generated, without a word about it."""
+    _check(image)
+    return _whole(path, lambda part: Image.fromarray(np.asarray(image)).save(part, "PNG"))
 
 
 def save_bigtiff(path: Path | str, image: Any, mpp: float, metadata: Mapping[str, Any], quality: int = 90) -> Path:
@@ -149,7 +154,6 @@ def _check_mpp(mpp: float) -> None:
 def _whole(path: Path | str, write: Callable[[Path], None]) -> Path:
     """Let `write` make a file or folder beside `path`, then give it its name."""
     path = Path(path)
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -157,23 +161,11 @@ def _whole(path: Path | str, write: Callable[[Path], None]) -> Path:
     try:
         if path.is_dir() and not (path / "zarr.json").is_file():
             raise UserError(f"{path} is a folder that this program did not write; give another name")
-        _remove(part)
-        write(part)
-        if path.is_dir():
-            _remove(path)
-        os.replace(part, path)
+        with whole(path) as part:
+            write(part)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        _remove(part)
     return path
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _blocks(shape: tuple[int, ...], step: int) -> Iterator[tuple[int, int]]:
