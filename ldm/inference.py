@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STOCHASTIC = ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")  # their noise is scaled by eta
 SOLVERS = ("dpmpp_2m", "unipc", "euler", "heun", "plms", "ddpm", *STOCHASTIC)
-SCHEDULES = ("trailing", "uniform", "karras", "exponential")
+SCHEDULES = ("trailing", "uniform", "karras", "exponential", "optimised")
 MODES = ("shifted", "overlap")
 AT_ONCE = 1280 * 1280  # pixels that are decoded in one piece
 DECODE_TILE = 512  # pixels
@@ -32,7 +32,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def sampling_sigmas(model: LatentDiffusion, steps: int, schedule: str = "trailing") -> Tensor:
-    """Descending sigmas (steps+1,) for a model: from its own table (trailing, uniform), karras or exponential."""
+    """Descending sigmas (steps+1,) for a model: from its own table (trailing, uniform), or of its range."""
     denoiser = model.denoiser()
     discrete = hasattr(denoiser, "table")
     if not 1 <= steps <= (len(model.sigmas) if discrete else 10_000):
@@ -41,7 +41,8 @@ def sampling_sigmas(model: LatentDiffusion, steps: int, schedule: str = "trailin
         raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}; got '{schedule}'.")
     if schedule in ("trailing", "uniform") and discrete:
         return schedules.table_sigmas(model.sigmas, steps, schedule)
-    make = schedules.exponential_sigmas if schedule == "exponential" else schedules.karras_sigmas
+    continuous = {"exponential": schedules.exponential_sigmas, "optimised": schedules.optimised_sigmas}
+    make = continuous.get(schedule, schedules.karras_sigmas)  # models without a table have no other
     return make(steps, denoiser.sigma_min, denoiser.sigma_max).to(model.sigmas)
 
 
