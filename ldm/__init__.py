@@ -9,7 +9,12 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ldm.data.images_out import to_uint8
+    from ldm.inference import large_image, sample
+    from ldm.model_folder import export, load_model
 
 _HOMES = {
     "load_model": "ldm.model_folder",
@@ -18,7 +23,7 @@ _HOMES = {
     "large_image": "ldm.inference",
     "to_uint8": "ldm.data.images_out",
 }
-__all__ = [*_HOMES]
+__all__ = ["export", "large_image", "load_model", "sample", "to_uint8"]
 
 
 def __getattr__(name: str) -> Any:  # torch is imported when it is first needed, so that `--help` answers at once

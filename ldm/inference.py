@@ -84,19 +84,22 @@ def sample(
     schedule: str = "trailing",
     eta: float = 1.0,
     precision: str = "fp32",
+    first: int = 0,
     progress: bool = True,
 ) -> Tensor:
     """Sample tiles: (N,3,H,W) in [-1,1] on the CPU.
 
     cond: a condition of N samples, or of one that `count` samples share (None for unconditional models). Image i
-    depends on `seed`, i and its condition, not on batch_size (to rounding). eta: noise of the solvers in
+    depends on `seed`, `first` + i and its condition, not on batch_size (to rounding). eta: noise of the solvers in
     STOCHASTIC, 0 for none.
     """
-    given = next((len(value) for value in (cond or {}).values()), None)
+    if not cond:
+        cond, guidance_scale = model.null_condition(), 1.0  # empty for an unconditional model
+    given = next((len(value) for value in cond.values()), None)
     count = count or given or 1
     if given not in (None, 1, count):
         raise UserError(f"the condition is of {given} samples, count asks for {count}; give one condition, or equal.")
-    cond = {part: value.expand(count, *value.shape[1:]) for part, value in (cond or {}).items()}
+    cond = {part: value.expand(count, *value.shape[1:]) for part, value in cond.items()}
     if batch_size < 1:
         raise UserError(f"batch size must be at least 1; got {batch_size}.")
     denoiser = guided_denoiser(model, guidance_scale if cond else 1.0, precision)
@@ -106,7 +109,7 @@ def sample(
     with tqdm(total=count * steps, desc="sample", unit="step", disable=not progress) as bar:
         for start in range(0, count, batch_size):
             rows = range(start, min(start + batch_size, count))
-            seeds = [fold(seed, row) for row in rows]
+            seeds = [fold(seed, first + row) for row in rows]
             part = {name: value[rows.start : rows.stop] for name, value in cond.items()}
             x = sample_noise(seeds, shape).to(model.device) * sigmas[0]
             x = run_solver(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -20,7 +19,7 @@ from ldm.diffusion.guidance import cfg
 from ldm.diffusion.losses import denoising_loss, error_scale, min_snr_scale
 from ldm.diffusion.samplers import sample_dpmpp_2m
 from ldm.errors import UserError
-from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights
+from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights, resolve_first_stage
 from ldm.networks.ema import EMA
 from ldm.rng import generator, sample_noise, training_generator
 
@@ -85,7 +84,7 @@ class LatentDiffusion(pl.LightningModule):
         decay_steps: int | None = None,
         ckpt_path: str | None = None,
         monitor: str = "val/loss",
-        seed: int | None = None,
+        seed: int = 0,
     ):
         super().__init__()
         if parameterization not in PARAMETERIZATIONS:
@@ -96,17 +95,22 @@ class LatentDiffusion(pl.LightningModule):
             raise UserError(f"beta_schedule must be one of {', '.join(schedules.SCHEDULES)}; got '{beta_schedule}'.")
         if loss_type not in ("l1", "l2"):
             raise UserError(f"loss_type must be l1 or l2; got '{loss_type}'.")
+        if min_snr_gamma is not None and loss_type == "l1":
+            raise UserError("min_snr_gamma weighs a squared error; use it with loss_type l2.")
         self.parameterization, self.loss_type, self.min_snr_gamma = parameterization, loss_type, min_snr_gamma
         self.sigma_data, self.p_mean, self.p_std = sigma_data, p_mean, p_std
         self.weight_decay, self.warmup_steps, self.decay_steps = weight_decay, warmup_steps, decay_steps
         self.monitor, self.learning_rate = monitor, 1e-4
-        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
+        self.seed = seed
         self.metadata: dict[str, Any] = {}
 
         self.model = DiffusionWrapper(instantiate_from_config(unet_config))
+        self.first_stage_node = dict(resolve_first_stage(first_stage_config))
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
         self.image_size = self.model.diffusion_model.image_size
+        if self.image_size is None:
+            raise UserError("unet_config.params needs image_size, the side of a tile's latent; samples have that size.")
         self.channels = self.first_stage_model.channels
 
         self._table = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
@@ -118,10 +122,13 @@ class LatentDiffusion(pl.LightningModule):
         else:
             self.scale_factor = float(scale_factor)
         self.model_ema = EMA(self.model, ema_decay) if use_ema else None
+        self.measure_scale = scale_by_std  # on the first batch
         if ckpt_path is not None:
             rank_zero_info(load_weights(self, ckpt_path, first_stage_config["target"] == FIRST_STAGE_FOLDER))
             if self.model_ema is not None:  # the average restarts at the weights that training starts from
                 self.model_ema = EMA(self.model, ema_decay)
+        if self.model_ema is not None:  # every rank keeps its own, equal average: nothing to broadcast
+            self._ddp_params_and_buffers_to_ignore = [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
 
     def build_noise_table(self) -> None:
         """Compute `sigmas` (timesteps,), the ascending noise levels of the training schedule; checkpoints lack them."""
@@ -168,7 +175,7 @@ class LatentDiffusion(pl.LightningModule):
     def encode(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B,C,h,w) of images (B,3,H,W) in [-1,1]: the posterior's mode, or a sample if rng is given."""
         with torch.no_grad():
-            return self.scale_factor * self.first_stage_model.latent(images, rng)
+            return self.scale_factor * self.first_stage_model.latent(images, rng).float()
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B,3,H,W) of scaled latents (B,C,h,w)."""
@@ -185,7 +192,7 @@ class LatentDiffusion(pl.LightningModule):
         return self.encode(batch["image"], rng)
 
     def training_sigmas(self, count: int, rng: torch.Generator) -> Tensor:
-        """Noise levels (count,) as this parameterisation is trained: uniform on the table, log-normal, or uniform t."""
+        """Noise levels (count,) as this parameterisation is trained: uniform on the table, or log-normal."""
         if self.parameterization == "edm":
             return (self.p_mean + self.p_std * torch.randn(count, generator=rng, device=self.device)).exp()
         if self.parameterization == "flow":  # logit-normal t = sigmoid(n) is sigma = exp(n) (arXiv:2403.03206)
@@ -205,7 +212,7 @@ class LatentDiffusion(pl.LightningModule):
             self.make_denoiser(self.model), x0, sigma, noise, self.condition_of(batch, drop), scale, self.loss_type
         )
         if self.min_snr_gamma is not None:
-            losses = losses * min_snr_scale(sigma, self.min_snr_gamma, self.parameterization)
+            losses = losses * min_snr_scale(sigma, self.min_snr_gamma, self.parameterization, self.sigma_data)
         return losses
 
     def on_fit_start(self) -> None:
@@ -214,7 +221,7 @@ class LatentDiffusion(pl.LightningModule):
         self.metadata |= getattr(self.trainer.datamodule, "metadata", {})
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        if self.scale_by_std and self.trainer.fit_loop.total_batch_idx == 0:
+        if self.measure_scale and self.trainer.fit_loop.total_batch_idx == 0:
             std = (self.latents_of(batch) / self.scale_factor).std()
             self.scale_factor.copy_(1 / self.trainer.strategy.reduce(std, reduce_op="mean"))
 
@@ -233,10 +240,17 @@ class LatentDiffusion(pl.LightningModule):
     @torch.no_grad()
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """The loss of the averaged weights at the same noise levels and noise in every validation."""
+        self._evaluate("val/loss", batch, batch_idx)
+
+    @torch.no_grad()
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("test/loss", batch, batch_idx)
+
+    def _evaluate(self, name: str, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         rng = generator(VALIDATION_STREAM, self.global_rank, batch_idx, device=self.device)
         with self.averaged_weights():
             losses = self.loss(batch, rng, dropout=False)
-        self.log("val/loss", losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
+        self.log(name, losses.mean(), prog_bar=True, sync_dist=True, batch_size=len(losses))
 
     def averaged_weights(self) -> Any:
         """A context in which the network has its averaged weights, if an average is kept."""
@@ -260,6 +274,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["histoldm_metadata"] = self.metadata
+        checkpoint["histoldm_first_stage"] = self.first_stage_node
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.metadata = checkpoint.get("histoldm_metadata", {})
@@ -273,7 +288,7 @@ class LatentDiffusion(pl.LightningModule):
         if "image" in batch:
             images = {"inputs": batch["image"], **images}
         plain = self.denoiser()
-        sigmas = schedules.table_sigmas(self.sigmas, 20)
+        sigmas = schedules.table_sigmas(self.sigmas, min(20, len(self.sigmas)))
         if self.parameterization in ("edm", "flow"):
             sigmas = schedules.karras_sigmas(20, plain.sigma_min, plain.sigma_max).to(latents)
         start = sample_noise(range(len(latents)), latents.shape[1:]).to(latents) * sigmas[0]

@@ -9,6 +9,7 @@ Checkpoints (`.ckpt`) are for resuming; `export` makes a model folder of one.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +19,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm.autoencoder.weights import load_weights as load_first_stage_weights
 from ldm.autoencoder.weights import read_state_dict
 from ldm.config import instantiate_from_config, load_config, save_config
 from ldm.errors import UserError
 
 FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
+WEIGHTS = "model.safetensors"
 AUTOENCODER = "autoencoder."  # the first stage within its training
 TRAINING_ONLY = ("ckpt_path", "seed", "ema_decay", "warmup_steps", "decay_steps", "weight_decay", "monitor")
 PREFIX = {"network": "model.", "first stage": "first_stage_model.", "conditioner": "cond_stage_model."}
@@ -37,23 +40,25 @@ def write_model_folder(
     dtype: store floating tensors in this precision (float16 halves the file); they are read back as float32.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder / "config.yaml").exists() and any(folder.iterdir()):
+    if folder.is_file() or (folder.is_dir() and not (folder / "config.yaml").exists() and any(folder.iterdir())):
         raise UserError(f"{folder} exists and is not a model folder; give another --out.")
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}. Give a folder that can be written.") from error
+    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     tensors = {
-        name: (value.to(dtype) if dtype and value.is_floating_point() else value).detach().cpu().contiguous()
+        name: (value.to(dtype) if dtype and value.is_floating_point() and value.ndim else value)
         for name, value in state.items()
     }
-    save_file(tensors, part / "model.safetensors")
-    save_config({"model": node, "metadata": metadata}, part / "config.yaml")
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(part, folder)
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part / WEIGHTS)
+        save_config({"model": dict(node), "metadata": dict(metadata)}, part / "config.yaml")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(part, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}. Give a folder that can be written.") from error
     return folder
 
 
@@ -89,6 +94,11 @@ def first_stage_node(folder: str | Path) -> dict[str, Any]:
     return node.get("params", {}).get("first_stage_config", node)
 
 
+def resolve_first_stage(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The node that builds a first stage: `node`, or what is in the model folder that it names."""
+    return first_stage_node(node["params"]["folder"]) if node["target"] == FIRST_STAGE_FOLDER else node
+
+
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """A LatentDiffusion in eval mode from a model folder, a run folder or one of its checkpoints.
 
@@ -119,8 +129,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
     return model.to(device, memory_format=layout).eval().requires_grad_(False)
 
 
-def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None) -> Path:
-    """Make a model folder of a run folder or checkpoint.
+def export(
+    path: str | Path, out: str | Path, dtype: torch.dtype | None = None, metadata: Mapping[str, Any] | None = None,
+    config: str | Path | None = None,
+) -> Path:  # fmt: skip
+    """Make a model folder of a run folder or checkpoint; `metadata` is added to what the training recorded.
+
+    config: for a published first stage, whose checkpoint does not tell its architecture: the YAML that does, as
+    configs/autoencoder/vq-f4.yaml.
 
     Of a LatentDiffusion: averaged weights, first stage and conditioner too. Of an AutoencoderStage: the first stage.
     """
@@ -128,15 +144,34 @@ def export(path: str | Path, out: str | Path, dtype: torch.dtype | None = None) 
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} does not exist; give a run folder or a .ckpt of this toolkit.")
-    node, metadata, state = _of_checkpoint(checkpoint)
-    return write_model_folder(out, node, state, metadata, dtype)
+    if config is not None:
+        node, recorded, state = _of_published_first_stage(checkpoint, config)
+    else:
+        node, recorded, state = _of_checkpoint(checkpoint)
+    return write_model_folder(out, node, state, {**recorded, **(metadata or {})}, dtype)
+
+
+def _of_published_first_stage(
+    checkpoint: Path, config: str | Path
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+    """The first stage that `config` trains, with the weights of a checkpoint in CompVis' names."""
+    node = load_config([config]).get("model", {}).get("params", {}).get("first_stage")
+    if node is None:
+        raise UserError(f"{config} trains no first stage (it has no model.params.first_stage).")
+    module = instantiate_from_config(node)
+    print(load_first_stage_weights(module, checkpoint))
+    return node, {"started_from": checkpoint.name}, module.state_dict()
 
 
 def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
     """Model node, metadata and inference weights of a training checkpoint of this toolkit."""
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    if "histoldm_config" not in content:
-        raise UserError(f"{checkpoint} is not a checkpoint of this toolkit; convert it to a model folder first.")
+    try:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read {checkpoint} as a checkpoint: {reason}") from error
+    if not isinstance(content, dict) or "histoldm_config" not in content:
+        raise UserError(f"{checkpoint} is no checkpoint of this toolkit; export a published first stage with --config.")
     node, state = content["histoldm_config"]["model"], dict(content["state_dict"])
     metadata = content.get("histoldm_metadata", {})
     if "first_stage" in node["params"]:  # a training of a first stage: the folder is of the autoencoder alone
@@ -147,9 +182,8 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], di
         average = "model_ema." + name.removeprefix("model.").replace(".", "")
         state[name] = state.get(average, state[name])
     state = {name: value for name, value in state.items() if not name.startswith("model_ema.")}
-    first_stage = params["first_stage_config"]
-    if first_stage["target"] == FIRST_STAGE_FOLDER:
-        params["first_stage_config"] = first_stage_node(first_stage["params"]["folder"])
+    known = content.get("histoldm_first_stage")
+    params["first_stage_config"] = known or resolve_first_stage(params["first_stage_config"])
     for key in TRAINING_ONLY:
         params.pop(key, None)
     params["use_ema"] = False
@@ -180,8 +214,11 @@ def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = Fal
         if fits and wanted:
             model.load_state_dict({name: value.float() for name, value in given.items()}, strict=False)
         report.append(f"{part} {'loaded' if fits and wanted else 'kept'}")
-    if getattr(model, "scale_by_std", False) and "scale_factor" in state:
+    if "scale_factor" in state:
+        if not model.scale_by_std:
+            raise UserError(f"{path} was trained with scale_by_std; set model.params.scale_by_std: true to use it.")
         model.scale_factor.copy_(state["scale_factor"])
+        model.measure_scale = False
     return f"weights of {path}: {', '.join(report)}"
 
 

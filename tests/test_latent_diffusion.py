@@ -180,7 +180,7 @@ def test_a_large_image_does_not_depend_on_the_batch_size_and_follows_its_grid(tm
     ("call", "message"),
     [
         (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), steps=0), "steps must be in 1..1000"),
-        (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), solver="plms"), "solver must be one of"),
+        (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), solver="dpm9"), "solver must be one of"),
         (lambda m: m.condition(torch.randn(2, 25)), "dimension 24"),
         (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), count=3), "of 2 samples"),
         (lambda m: ldm.large_image(m, torch.randn(2, 24)), r"\(rows, cols, D\)"),
@@ -256,3 +256,49 @@ def test_a_grid_of_cells_conditions_the_place_it_lies_at():
     torch.testing.assert_close(seen[0][:, 4:, ::7, ::7], feature)  # the corners of the map
     with pytest.raises(UserError, match="2 x 2 cells"):
         GridPatchEmbedder(embed_dim=13)
+
+
+def test_fine_tuning_keeps_the_scale_that_the_model_was_trained_with(tmp_path):
+    source = build(scale_by_std=True, use_ema=False)
+    source.scale_factor.fill_(0.37)
+    folder = write_model_folder(tmp_path / "scaled", node(scale_by_std=True, use_ema=False), source.state_dict(), {})
+    model = build(scale_by_std=True, ckpt_path=str(folder))
+    fit(model, 1, tmp_path)
+    assert float(model.scale_factor) == pytest.approx(0.37)
+    with pytest.raises(UserError, match="scale_by_std"):
+        build(ckpt_path=str(folder))
+
+
+def test_a_model_without_a_condition_given_samples_unconditionally(tmp_path):
+    model, _ = model_folder(tmp_path)
+    null = {part: value.expand(2, *value.shape[1:]) for part, value in model.null_condition().items()}
+    plain = ldm.sample(model, count=2, steps=2, progress=False)
+    torch.testing.assert_close(plain, ldm.sample(model, null, steps=2, guidance_scale=1.0, progress=False))
+    later = ldm.sample(model, count=1, steps=2, first=1, progress=False)
+    torch.testing.assert_close(later, plain[1:], rtol=1e-4, atol=1e-4)
+
+
+def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path):
+    (tmp_path / "text.ckpt").write_text("not a checkpoint")
+    torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
+    for name, message in (("text.ckpt", "cannot read"), ("foreign.ckpt", "no checkpoint of this toolkit")):
+        with pytest.raises(UserError, match=message):
+            ldm.load_model(tmp_path / name)
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(UserError, match="not a model folder"):
+        write_model_folder(tmp_path / "taken", node(), {}, {})
+
+
+def test_a_published_first_stage_becomes_a_model_folder(tmp_path):
+    from ldm.autoencoder.autoencoder import AutoencoderKL
+    from ldm.config import save_config
+    from ldm.model_folder import export, load_first_stage
+
+    torch.manual_seed(0)
+    published = AutoencoderKL(DDCONFIG, 4)
+    state = {**published.state_dict(), "loss.logvar": torch.zeros(())}
+    torch.save({"state_dict": state}, tmp_path / "model.ckpt")
+    params = {"first_stage": node()["params"]["first_stage_config"], "loss": {"target": "torch.nn.Identity"}}
+    save_config({"model": {"target": "ldm.autoencoder.stage.AutoencoderStage", "params": params}}, tmp_path / "c.yaml")
+    folder = export(tmp_path / "model.ckpt", tmp_path / "out", config=tmp_path / "c.yaml")
+    assert torch.equal(load_first_stage(folder).quant_conv.weight, published.quant_conv.weight)

@@ -23,7 +23,7 @@ class FeatureField:
     Args:
         features: (rows, cols, D). Rows of NaN are holes (background that was not encoded).
         size: canvas height and width, window: side of a tile, all in the same pixels.
-        interpolation: linear, slerp (along the sphere, magnitudes linear) or nearest.
+        interpolation: linear, slerp (of vectors as they are, not of their directions, as published) or nearest.
         background: (D,) embedding that fills holes; without it they take the nearest known embedding.
     """
 

@@ -26,12 +26,12 @@ def error_scale(parameterization: str, sigma: Tensor, sigma_data: float = 1.0) -
     raise ValueError(f"unknown parameterization {parameterization!r}")
 
 
-def min_snr_scale(sigma: Tensor, gamma: float, parameterization: str) -> Tensor:
+def min_snr_scale(sigma: Tensor, gamma: float, parameterization: str, sigma_data: float = 1.0) -> Tensor:
     """Weight (B,) on the squared network error so that the x0 error weighs min(SNR, gamma) (arXiv:2303.09556, eq. 6).
 
     SNR = 1/sigma^2; for eps the weight is min(SNR, gamma)/SNR, for v min(SNR, gamma)/(SNR+1), for x0 min(SNR, gamma).
     """
-    return (1 / sigma**2).clamp(max=gamma) / error_scale(parameterization, sigma) ** 2
+    return (1 / sigma**2).clamp(max=gamma) / error_scale(parameterization, sigma, sigma_data) ** 2
 
 
 def denoising_loss(
