@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,9 +28,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ldm.data.images_out import save_png
 from ldm.data.slides import open_slide
 from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, run_command
+from ldm.files import writable_folder, write_text
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -127,8 +128,8 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
     import torch
 
     import ldm
-    from ldm.cli import pick_device
     from ldm.data.datasets import TileDataset
+    from ldm.devices import pick_device
     from ldm.metrics.encoders import load_encoder
 
     device = pick_device(args.device)
@@ -201,6 +202,8 @@ def table(figures: dict[str, Any]) -> str:
 def run(args: argparse.Namespace) -> None:
     if args.count < 2:
         raise UserError(f"--count is at least 2, got {args.count}")
+    if args.out:
+        writable_folder(args.out)
     figures: dict[str, Any] = {}
     if args.image:
         figures["seams"] = measure_seams(read_image(args.image), args.tile, args.image)
@@ -209,17 +212,12 @@ def run(args: argparse.Namespace) -> None:
     figures["conditioning"], picture = measure_conditioning(args)
     print(table(figures))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        for name, write in (
-            ("tiles.png", lambda path: Image.fromarray(picture).save(path, format="PNG")),
-            ("figures.json", lambda path: path.write_text(json.dumps(figures, indent=1))),
-        ):
-            part = args.out / f"{name}.part"
-            write(part)
-            os.replace(part, args.out / name)
+        about = {"content": "above: real tiles; below: generated from their features", "model": args.model.name}
+        save_png(args.out / "tiles.png", picture, about | {"seed": args.seed})
+        write_text(args.out / "figures.json", json.dumps(figures, indent=1))
     if args.check and figures["conditioning"]["low"] <= 0:
         raise UserError("the interval of the margin includes 0: the model does not follow its condition")
-    if args.check and "seams" in figures and (ratio := figures["seams"]["like"]["ratio"]) > 1.05:
+    if args.check and "seams" in figures and (ratio := figures["seams"]["all"]["ratio"]) > 1.05:
         raise UserError(f"the seam ratio {ratio:.3f} is above 1.05: tile borders show")
 
 

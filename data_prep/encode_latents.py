@@ -11,7 +11,6 @@ latents to unit variance. A stopped run continues; a finished array is left as i
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,9 @@ from tqdm import tqdm
 from data_prep.extract_features import PRECISIONS, read_batches
 from ldm.data import dihedral
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.devices import pick_device
 from ldm.errors import UserError, run_command
+from ldm.files import sha256
 
 
 def moments(array: zarr.Array) -> tuple[int, float, float]:
@@ -65,7 +66,7 @@ def encode_latents(
     name: str | None = None,
     with_dihedral: bool = False,
     batch_size: int = 16,
-    device: str | None = None,
+    device: str = "auto",
     precision: str = "fp32",
 ) -> tuple[str, float]:
     """Write `latents/<name>` into the stores. Returns the name and scale_factor = 1/std over all of them.
@@ -84,9 +85,7 @@ def encode_latents(
 
     folder = Path(first_stage_folder)
     name = name or folder.resolve().name
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no GPU is visible here; use --device cpu")
+    device = pick_device(device)
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
     first_stage = load_first_stage(str(folder)).to(device, memory_format=torch.channels_last)
@@ -120,12 +119,9 @@ def encode_latents(
 
 def latent_attrs(folder: Path, first_stage: nn.Module, with_dihedral: bool, precision: str) -> dict[str, Any]:
     """What a latent array says of itself."""
-    weights = folder / "model.safetensors"
-    with weights.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {
         "first_stage": folder.resolve().name,
-        "weights_sha256": digest,
+        "weights_sha256": sha256(folder / "model.safetensors"),
         "channels": first_stage.channels,
         "downsampling": first_stage.downsampling,
         "dihedral": with_dihedral,
@@ -141,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--name", help="of the latents in the store (default: the folder's name)")
     add("--dihedral", action="store_true", help="latents of all eight rotations and flips, (N,8,C,h,w)")
     add("--batch-size", type=int, default=16)
-    add("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
+    add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
     add("--precision", choices=PRECISIONS, default="fp32")
     options = parser.parse_args(arguments)
     stores = open_cohort(options.store)

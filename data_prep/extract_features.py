@@ -11,7 +11,6 @@ array is left as it is.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,9 @@ from tqdm import tqdm
 
 from ldm.data import dihedral
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.devices import pick_device
 from ldm.errors import UserError, run_command
+from ldm.files import sha256
 from ldm.metrics.encoder_registry import REGISTRY, EncoderSpec
 from ldm.metrics.encoders import Encoder, find_encoder, load_encoder
 
@@ -48,12 +49,9 @@ def check_resolution(store: TileStore, spec: EncoderSpec) -> None:
 
 def feature_attrs(spec: EncoderSpec, weights: Path) -> dict[str, Any]:
     """What a feature array says of itself."""
-    with weights.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     names = ("dim", "licence", "non_commercial", "source", "mpp", "tile_size")
-    return {"encoder": spec.name, **{name: getattr(spec, name) for name in names}, "weights_sha256": digest} | {
-        "preprocessing": spec.preprocessing()
-    }
+    about = {"encoder": spec.name, **{name: getattr(spec, name) for name in names}}
+    return about | {"weights_sha256": sha256(weights), "preprocessing": spec.preprocessing()}
 
 
 def read_batches(store: TileStore, start: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -85,7 +83,7 @@ def extract(
     encoder_name: str | Path,
     weights: Path | None = None,
     batch_size: int = 64,
-    device: str | None = None,
+    device: str = "auto",
     precision: str = "fp32",
     with_dihedral: bool = False,
     any_mpp: bool = False,
@@ -94,9 +92,7 @@ def extract(
 
     Raises UserError: unknown encoder, missing weights, a store of another resolution, features made otherwise before.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: no GPU is visible here; use --device cpu")
+    device = pick_device(device)
     if batch_size < 1:
         raise UserError(f"--batch-size {batch_size}: must be at least 1")
     spec, _ = find_encoder(encoder_name, weights)
@@ -136,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--encoder", required=True, help="name of a published encoder, or an encoder folder")
     parser.add_argument("--weights", type=Path, help="weight file (default: $HISTOLDM_WEIGHTS/<encoder>/)")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", help="cuda, cuda:1, cpu (default: cuda where there is one)")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
     parser.add_argument("--dihedral", action="store_true", help="features of all eight rotations and flips, (N,8,D)")
     parser.add_argument("--any-mpp", action="store_true", help="accept tiles of another resolution than the encoder's")

@@ -3,52 +3,55 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from demo.steps import Step
 from ldm.errors import UserError
+from ldm.files import remove, sha256, write_text
 
 
 class Record:
-    """`times.json`: per step its command, seconds, peak MiB, when it began and whether it is done."""
+    """`times.json`: per step its command, digest of inputs, seconds, peak MiB, when it began, whether it is done.
+
+    Run folders of trainings are looked for in `logs` beside it.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.logs = path, path.parent / "logs"
         try:
             self.steps: dict[str, dict[str, Any]] = json.loads(path.read_text())["steps"] if path.exists() else {}
         except (json.JSONDecodeError, KeyError, TypeError):
             raise UserError(f"{path} is damaged; delete it, and the demo starts again") from None
 
     def save(self) -> None:
-        part = self.path.with_name(self.path.name + ".part")
-        part.write_text(json.dumps({"steps": self.steps}, indent=1))
-        os.replace(part, self.path)
+        write_text(self.path, json.dumps({"steps": self.steps}, indent=1))
 
     def done(self, step: Step) -> bool:
         entry = self.steps.get(step.name, {})
-        return entry.get("done", False) and self._same(step) and all(path.exists() for path in step.outputs)
+        left = all(path.exists() for path in step.outputs)
+        left = left and (not step.run_name or find_run(self.logs, step, entry.get("begun", "")) is not None)
+        return entry.get("done", False) and left and self._same(step)
 
     def begun(self, step: Step) -> bool:
-        """Whether an interrupted run of this very command can go on."""
+        """Whether an interrupted run of this very command on the same inputs can go on."""
         return step.name in self.steps and not self.steps[step.name]["done"] and self._same(step)
 
     def _same(self, step: Step) -> bool:
-        return self.steps[step.name]["command"] == list(step.command)
+        entry = self.steps[step.name]
+        return entry["command"] == list(step.command) and entry.get("inputs") == sha256(*step.inputs)
 
     def begin(self, step: Step, later: list[Step]) -> None:
         """Forget the step and all that builds on it."""
         for path in step.outputs:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            remove(path)
         for each in (step, *later):
             self.steps.pop(each.name, None)
         now = f"{datetime.now():%Y-%m-%dT%H-%M-%S}"
         self.steps[step.name] = {
-            "title": step.title, "command": list(step.command), "begun": now, "seconds": 0.0, "peak_mib": 0.0,
-            "done": False,
+            "title": step.title, "command": list(step.command), "inputs": sha256(*step.inputs), "begun": now,
+            "seconds": 0.0, "peak_mib": 0.0, "done": False,
         }  # fmt: skip
         self.save()
 

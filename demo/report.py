@@ -10,8 +10,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,22 +24,16 @@ from PIL import Image
 from demo import figures
 from demo.record import Record, runs_of
 from demo.steps import ENCODER, FIRST_STAGE, HELD_OUT, REGION, SEED, SLIDE, Step, demo_steps
+from ldm.data.images_out import synthetic_text
 from ldm.data.slides import open_slide
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
+from ldm.files import whole, write_text
 
 PACKAGES = ("histoldm", "torch", "pytorch-lightning", "timm", "zarr", "openslide-python", "numpy", "tifffile")
 WIDTH = 1600  # px of comparison.jpg
 DETAIL = 256
 DETAILS = ((0, 0), (256, 512), (512, 128), (640, 640))  # row, col of the crops shown at full resolution
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed to `path` when all is written."""
-    part = path.with_name(path.name + ".part")
-    yield part
-    os.replace(part, path)
 
 
 def losses_of(run: Path) -> list[tuple[int, str, float]]:
@@ -190,10 +183,11 @@ def figures_section(out: Path) -> str:
 def settings_section(steps: list[Step], record: dict[str, Any], out: Path) -> str:
     times = []
     for step in steps:
-        if entry := record.get(step.name):
+        entry = record.get(step.name, {})
+        if entry.get("done"):  # the report itself is not, while it is written
             took = f"{entry['seconds']:.0f} s"
             times.append((step.title, took, f"{entry['peak_mib']:.0f} MiB", " ".join(entry["command"])))
-    total = sum(entry["seconds"] for entry in record.values())
+    total = sum(entry["seconds"] for entry in record.values() if entry["done"])
     model = yaml.safe_load((out / "model" / "config.yaml").read_text())
     installed = [(name, package_version(name)) for name in PACKAGES]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -272,10 +266,10 @@ def build_report(out: Path, steps: list[Step], record: dict[str, Any], runs: dic
     )
     picture = comparison(out)
     picture.thumbnail((WIDTH, WIDTH))
-    with whole_file(out / "comparison.jpg") as part:
-        picture.save(part, format="JPEG", quality=85)
-    with whole_file(out / "report.html") as part:
-        part.write_text(page, encoding="utf-8")
+    about = synthetic_text({"content": "left: real region; right: generated", "model": "demo", "seed": SEED})
+    with whole(out / "comparison.jpg") as part:
+        picture.save(part, format="JPEG", quality=85, comment=about)
+    write_text(out / "report.html", page)
     return out / "report.html"
 
 

@@ -20,6 +20,8 @@ class Step:
     """One command of the demo.
 
     outputs: what exists when it is done; removed when the step begins anew.
+    inputs: files and folders of the repository that decide its result, besides what earlier steps made: when one of
+        them changes, the step begins anew.
     run_name: of a training, the name of its run folder in `logs`, for it to be resumed; the commands of later steps
         name that folder by the step in braces.
     """
@@ -28,6 +30,7 @@ class Step:
     title: str
     command: tuple[str, ...]
     outputs: tuple[Path, ...] = ()
+    inputs: tuple[Path, ...] = ()
     run_name: str = ""
 
 
@@ -54,8 +57,13 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
     logs = out / "logs"
     image = out / "synthetic_1024"
 
+    encoder, model = Path("data/models") / ENCODER, Path("data/models/demo-ssl")
+
+    def yaml(config: str) -> Path:
+        return Path(f"configs/demo/{config}.yaml")
+
     def train(*configs: str) -> tuple[str, ...]:
-        files = (f"configs/demo/{config}.yaml" for config in configs)
+        files = (str(yaml(config)) for config in configs)
         options = ("--logdir", str(logs), "--no-test", "--seed", str(SEED), "--precision", mixed)
         return (python, "main.py", "-t", "--base", *files, *options)
 
@@ -65,16 +73,16 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
             (python, "-m", "data_prep.tile_slides", "--slides", str(SLIDE), "--out", str(cohort), "--stride", "64",
              "--min-tissue", "0.05", "--keep-background", "0.08", "--holdout", region_text(HELD_OUT),
              "--licence", "CC0-1.0"),
-            (cohort,),
+            (cohort,), (SLIDE,),
         ),
         Step(
             "features", "Extract self-supervised features of every tile",
-            (python, "-m", "data_prep.extract_features", "--store", str(cohort), "--encoder", f"data/models/{ENCODER}"),
-            (store / "features" / ENCODER,),
+            (python, "-m", "data_prep.extract_features", "--store", str(cohort), "--encoder", str(encoder)),
+            (store / "features" / ENCODER,), (encoder,),
         ),
         Step(
             "first_stage", "Fine-tune the first stage: the decoder of a KL autoencoder",
-            train("first_stage"),
+            train("first_stage"), (), (yaml("first_stage"), model, encoder),
             run_name="first_stage",
         ),
         Step(
@@ -90,7 +98,7 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
         ),
         Step(
             "ssl", "Train the latent diffusion model on latents and features, from the shipped weights",
-            train("ssl", "ssl_finetune"),
+            train("ssl", "ssl_finetune"), (), (yaml("ssl"), yaml("ssl_finetune"), model),
             run_name="ssl",
         ),
         Step(
@@ -108,7 +116,7 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
         Step(
             "figures", "Measure: do tiles follow their condition, do borders show?",
             (python, "benchmarks/conditioning.py", "--model", str(out / "model"), "--store", str(cohort),
-             "--feature", ENCODER, "--encoder", f"data/models/{ENCODER}", "--image", f"{image}.png", "--slide",
+             "--feature", ENCODER, "--encoder", str(encoder), "--image", f"{image}.png", "--slide",
              str(SLIDE), "--region", region_text(REGION), "--count", "64", "--steps", "10", "--precision", plain,
              "--out", str(out / "conditioning")),
             (out / "conditioning",),

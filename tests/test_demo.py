@@ -5,13 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import threading
 import time
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from demo import __main__ as demo
 from demo import figures, report
@@ -152,6 +156,68 @@ def test_demo_commands_take_only_options_that_exist(tmp_path):
         for part in step.command:
             if part.endswith(".yaml"):
                 assert (ROOT / part).is_file(), part
+
+
+def test_a_training_whose_run_folder_is_gone_is_not_done(tmp_path):
+    steps = demo_steps(tmp_path, bf16=False)
+    training = next(step for step in steps if step.run_name == "ssl")
+    record = Record(tmp_path / "times.json")
+    record.begin(training, [])
+    record.steps["ssl"]["done"] = True
+    assert not record.done(training)
+    (tmp_path / "logs" / "2999-01-01T00-00-00_ssl" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "logs" / "2999-01-01T00-00-00_ssl" / "checkpoints" / "last.ckpt").touch()
+    assert record.done(training)
+
+
+def test_a_step_whose_weights_changed_begins_anew_with_all_that_builds_on_it(three, monkeypatch):
+    weights = three / "weights"
+    weights.mkdir()
+    (weights / "model").write_text("old")
+    steps = [note(three, "a"), replace(note(three, "b"), inputs=(weights,)), note(three, "c")]
+    monkeypatch.setattr(demo, "demo_steps", lambda out, bf16: steps)
+    demo.run_demo(three)
+    (weights / "model").write_text("new")
+    demo.run_demo(three)
+    assert log(three) == ["a", "b", "c", "b", "c"]
+
+
+def test_what_commands_and_their_configs_name_are_inputs(tmp_path):
+    for step in demo_steps(tmp_path, bf16=False):
+        if step.name in ("figures", "report"):  # they read what earlier steps made, of the same encoder and slide
+            continue
+        named = [part for part in step.command if part.startswith(("data/", "configs/"))]
+        text = "".join((ROOT / part).read_text() for part in named if part.endswith(".yaml"))
+        named += re.findall(r": (data/models/[\w-]+)", text)
+        assert {str(path) for path in step.inputs} >= set(named), step.name
+
+
+def test_the_report_lists_what_is_done(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.yaml").write_text("model: {}")
+    steps = [note(tmp_path, name) for name in "ab"]
+    record = {name: {"seconds": 5.0, "peak_mib": 1.0, "command": ["x"], "done": name == "a"} for name in "ab"}
+    page = report.settings_section(steps, record, tmp_path)
+    assert "<th scope=row>a</th>" in page
+    assert "<th scope=row>b</th>" not in page
+    assert "<th scope=row>total</th><td>5 s</td>" in page
+
+
+def test_check_takes_the_plain_seam_ratio_and_an_unwritable_folder_is_told_first(tmp_path, monkeypatch):
+    seams = {"tile": 64, "all": {"ratio": 1.2, "low": 0.9, "high": 1.1}, "like": {"ratio": 1.0, "low": 0.9, "high": 1}}
+    measured = dict.fromkeys(("own", "shuffled", "margin", "low", "high", "reconstruction"), 0.5)
+    measured |= {"tiles": 2, "steps": 1, "guidance_scale": 2.0, "seed": 0, "blocks": 2}
+    monkeypatch.setattr(conditioning, "read_image", lambda path: None)
+    monkeypatch.setattr(conditioning, "measure_seams", lambda *_: seams)
+    monkeypatch.setattr(conditioning, "measure_conditioning", lambda _: (measured, np.zeros((8, 8, 3), np.uint8)))
+    given = dict(count=2, image=tmp_path, slide=None, region=None, tile=64, model=tmp_path, seed=0, check=True)
+    with pytest.raises(UserError, match=r"1\.200 is above"):
+        conditioning.run(Namespace(out=tmp_path / "out", **given))
+    assert "SYNTHETIC" in Image.open(tmp_path / "out" / "tiles.png").text
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(conditioning, "measure_conditioning", lambda _: pytest.fail("worked before it looked"))
+    with pytest.raises(UserError, match="cannot write into"):
+        conditioning.run(Namespace(out=tmp_path / "file" / "out", **given))
 
 
 def test_damaged_record_is_a_message(tmp_path):
