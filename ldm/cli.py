@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ldm.devices import pick_device
 from ldm.errors import UserError, run_command
 
 app = typer.Typer(
@@ -46,20 +47,6 @@ SeedOption = Annotated[int, typer.Option("--seed", help="The same seed gives the
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Tiles or windows per network call.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps.")]
 PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Of the network's arithmetic.")]
-
-
-def pick_device(name: str) -> str:
-    """The device a command runs on; UserError if it is not there."""
-    import torch
-
-    available = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    if name == "auto":
-        return available[-1] if available[-1] == "mps" else available[min(1, len(available) - 1)]
-    if name not in available and not (name == "cuda" and len(available) > 1):
-        raise UserError(f"device '{name}' is not on this machine; it has {', '.join(available)}.")
-    return name
 
 
 @app.command()
@@ -139,20 +126,27 @@ def large_image(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or one of its checkpoints.")],
+    run: Annotated[
+        Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or a checkpoint of one.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Config that a published first-stage checkpoint fits.")
+    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
     licence: Annotated[str | None, typer.Option("--licence", help="Licence of the model, recorded in it.")] = None,
 ) -> None:
     """Make a model folder of a training run: what every command takes and what you share.
 
-    Example: histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl
+    Examples: histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl; of a published first stage:
+    histoldm export weights/vq-f4/model.ckpt --config configs/autoencoder/vq-f4.yaml --out models/vq-f4
     """
     import torch
 
     from ldm.model_folder import export as export_run
 
-    folder = export_run(run, out, torch.float16 if half else None, {"licence": licence} if licence else {})
+    metadata = {"licence": licence} if licence else {}
+    folder = export_run(run, out, torch.float16 if half else None, metadata, config=config)
     print(f"wrote {folder}")
 
 

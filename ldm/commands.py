@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
-import os
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
+from tqdm import tqdm
 
 from ldm import inference
 from ldm.data.features import read_features
 from ldm.data.images_out import save_bigtiff, save_ome_zarr, save_png, to_uint8
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, suggest
+from ldm.files import sha256, writable_folder, write_text
 from ldm.model_folder import load_model
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".ome.zarr")
 SHEET_TILES = 64
+FAR = 0.15  # relative difference of extent that tiles of model and store may have
 
 
 def is_store(path: Path) -> bool:
@@ -51,17 +54,6 @@ def check_encoder(model: Any, attrs: dict[str, Any], source: Path) -> None:
         )
 
 
-def writable_folder(path: Path) -> None:
-    """Make sure that files can be written into a folder, before any work."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".histoldm-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror}. Give an --out that can be written.") from error
-
-
 def provenance(model_path: Path, model: Any, condition: str, settings: dict[str, Any]) -> dict[str, Any]:
     """What a generated file says of itself."""
     encoder = model.metadata.get("encoder", {})
@@ -85,8 +77,8 @@ def parse_where(where: Sequence[str]) -> dict[str, str]:
 
 def selected_tiles(
     features: Path, feature: str | None, where: dict[str, str], count: int | None, model: Any
-) -> tuple[np.ndarray, list[dict[str, Any]], np.ndarray | None]:
-    """Feature vectors (N,D), what each is of, and the tiles they were taken from (N,T,T,3) where they are at hand."""
+) -> tuple[np.ndarray, list[dict[str, Any]], Callable[[int], np.ndarray] | None]:
+    """Feature vectors (N,D), what each is of, and a reader of the i-th tile (T,T,3) where tiles are at hand."""
     if not is_store(features):
         if where:
             raise UserError(f"--where selects tiles of a store; {features} is a file of features.")
@@ -101,14 +93,15 @@ def selected_tiles(
     name = pick_feature(stores, feature, model)
     for store in stores:
         check_encoder(model, dict(store.features(name).attrs), store.path)
-    dataset = TileDataset([str(store.path) for store in stores], keys=("image", "ssl"), feature=name, where=where)
-    items = [dataset[int(row)] for row in evenly(len(dataset), count)]
+    paths = [str(store.path) for store in stores]
+    dataset, pictures = TileDataset(paths, ("ssl",), name, where=where), TileDataset(paths, ("image",), where=where)
+    rows = evenly(len(dataset), count)
+    items = [dataset[int(row)] for row in rows]
     about = [
         {"source": item["slide"], "row": item["row"], "x": int(item["coord"][0]), "y": int(item["coord"][1])}
         for item in items
     ]
-    tiles = to_uint8(torch.stack([item["image"] for item in items]))
-    return np.stack([item["ssl"].numpy() for item in items]), about, tiles
+    return np.stack([item["ssl"].numpy() for item in items]), about, lambda i: to_uint8(pictures[int(rows[i])]["image"])
 
 
 def feature_dim(model: Any) -> int | None:
@@ -125,27 +118,72 @@ def evenly(total: int, count: int | None) -> np.ndarray:
 
 def sample_tiles(
     model_path: Path, features: Path, out: Path, feature: str | None, where: Sequence[str], count: int | None,
-    device: str, **settings: Any,
+    device: str, batch_size: int, **settings: Any,
 ) -> None:  # fmt: skip
-    """`histoldm sample`: one PNG per feature vector, tiles.csv that says which is which, and a contact sheet."""
+    """`histoldm sample`: one PNG per feature vector, tiles.csv that says which is which, and a contact sheet.
+
+    Tiles are written as they are made. Those that an interrupted run of the same settings left are kept.
+    """
     writable_folder(out)
     model = load_model(model_path, device)
     vectors, about, real = selected_tiles(features, feature, parse_where(where), count, model)
-    images = to_uint8(inference.sample(model, model.condition(features=vectors), **settings))
-    for i, (image, row) in enumerate(zip(images, about)):
-        text = provenance(model_path, model, " ".join(f"{k}={v}" for k, v in row.items()), settings | {"index": i})
-        save_png(out / f"{i:05d}.png", image, text)
+    settings_of_all = settings | {"model_sha256": weights_of(model_path)}
+    paths = [out / f"{i:05d}.png" for i in range(len(vectors))]
+    texts = [
+        provenance(model_path, model, " ".join(f"{k}={v}" for k, v in row.items()), settings_of_all)
+        | {"condition_sha256": hashlib.sha256(vector.astype(np.float32).tobytes()).hexdigest(), "index": i}
+        for i, (vector, row) in enumerate(zip(vectors, about))
+    ]
+    kept = kept_tiles(out, dict(zip(paths, texts)))
+    with tqdm(total=len(paths), initial=len(kept), desc="sample", unit="tile") as bar:
+        for start in range(0, len(paths), batch_size):
+            chunk = range(start, min(start + batch_size, len(paths)))
+            missing = [i for i in chunk if paths[i] not in kept]
+            if not missing:
+                continue
+            condition = model.condition(features=vectors[chunk.start : chunk.stop])
+            images = to_uint8(
+                inference.sample(model, condition, batch_size=batch_size, first=start, progress=False, **settings)
+            )
+            for i in missing:
+                save_png(paths[i], images[i - start], texts[i])
+            bar.update(len(missing))
     table = io.StringIO()
     writer = csv.DictWriter(table, ["file", *about[0], "seed", "index"])
     writer.writeheader()
-    writer.writerows(
-        {"file": f"{i:05d}.png", **row, "seed": settings["seed"], "index": i} for i, row in enumerate(about)
-    )
+    rows = zip(paths, about)
+    writer.writerows({"file": p.name, **row, "seed": settings["seed"], "index": i} for i, (p, row) in enumerate(rows))
     write_text(out / "tiles.csv", table.getvalue())
-    shown = evenly(len(images), SHEET_TILES)
-    sheet = contact_sheet(images[shown], None if real is None else real[shown])
-    save_png(out / "contact_sheet.png", sheet, provenance(model_path, model, str(features.name), settings))
-    print(f"wrote {len(images)} tiles, tiles.csv and contact_sheet.png to {out}")
+    shown = evenly(len(paths), SHEET_TILES)
+    made = np.stack([np.asarray(Image.open(paths[i]).convert("RGB")) for i in shown])
+    sheet = contact_sheet(made, None if real is None else np.stack([real(int(i)) for i in shown]))
+    save_png(out / "contact_sheet.png", sheet, provenance(model_path, model, str(features.name), settings_of_all))
+    print(f"wrote {len(paths) - len(kept)} tiles to {out}, kept {len(kept)}; with tiles.csv and contact_sheet.png")
+
+
+def weights_of(model_path: Path) -> str:
+    """SHA-256 of the weights that `load_model` reads."""
+    checkpoint = model_path / "checkpoints" / "last.ckpt"
+    folder = checkpoint if checkpoint.is_file() else model_path / "model.safetensors"
+    return sha256(model_path if model_path.is_file() else folder)
+
+
+def kept_tiles(out: Path, wanted: Mapping[Path, dict[str, Any]]) -> set[Path]:
+    """The files of `wanted`, path -> what it says of itself, that are there already. UserError for one that differs."""
+    kept = set()
+    for path in sorted(out.glob("[0-9]*.png")):
+        try:
+            with Image.open(path) as image:
+                found = json.loads(image.text["SYNTHETIC"])
+        except (OSError, AttributeError, KeyError, ValueError):
+            found = {}
+        want = json.loads(json.dumps(wanted.get(path), default=str)) or {}
+        differ = sorted(name for name in want.keys() | found.keys() if want.get(name) != found.get(name))
+        if differ or not found:
+            what = "is none of these tiles" if path not in wanted else f"was made otherwise ({', '.join(differ)})"
+            raise UserError(f"--out {out} holds tiles of other settings: {path.name} {what}; choose another --out.")
+        kept.add(path)
+    return kept
 
 
 def contact_sheet(images: np.ndarray, real: np.ndarray | None, columns: int = 8) -> np.ndarray:
@@ -187,7 +225,7 @@ def generate_large_image(
         size = size or tuple((side - 1) * store.stride + store.tile_size for side in known.shape)
         background = glass(store, name) if not known.all() else None
         condition = f"{store.slide} region {','.join(map(str, region)) if region else 'whole slide'} ({name})"
-        mpp = mpp or store.mpp
+        mpp = mpp or checked_mpp(model, store)
     else:
         if region:
             raise UserError(f"--region goes with a tile store; {features} is a file of features.")
@@ -207,6 +245,18 @@ def generate_large_image(
         print(f"wrote {out} ({image.shape[1]} x {image.shape[0]} px)")
 
 
+def checked_mpp(model: Any, store: TileStore) -> float:
+    """The model's micrometres per pixel, or the store's where it does not know; UserError if their tiles differ."""
+    own, side = model.metadata.get("mpp"), model.metadata.get("tile_size")
+    if own and side and abs(store.tile_size * store.mpp / (side * own) - 1) > FAR:
+        raise UserError(
+            f"tiles of {store.path} cover {store.tile_size * store.mpp:.0f} um ({store.tile_size} px at "
+            f"{store.mpp:.3g} um/px), those that the model was trained on {side * own:.0f} um ({side} px at {own:.3g} "
+            "um/px). Tile the slide as the model's were, or give --mpp if this is what you want."
+        )
+    return own or store.mpp
+
+
 def glass(store: TileStore, feature: str) -> np.ndarray | None:
     """The mean feature of a store's background tiles, for holes of its grid; None if it kept none."""
     if "tissue" not in store.label_names:
@@ -217,10 +267,3 @@ def glass(store: TileStore, feature: str) -> np.ndarray | None:
     array = store.features(feature)
     values = np.stack([array[int(row)] for row in rows[:64]]).astype(np.float32)
     return (values[:, 0] if values.ndim == 3 else values).mean(0)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

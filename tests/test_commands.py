@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import openslide
@@ -14,7 +15,9 @@ from test_latent_diffusion import node
 from typer.testing import CliRunner
 
 from data_prep.tile_slides import tile_slide, update_index
+from ldm import inference
 from ldm.cli import app
+from ldm.commands import checked_mpp
 from ldm.config import instantiate_from_config
 from ldm.data.tile_store import ArrayWriter, TileStore
 from ldm.errors import UserError
@@ -67,6 +70,47 @@ def test_a_file_of_features_and_a_batch_size_give_the_same_tiles(world, tmp_path
     for i in range(4):
         a, b = (np.asarray(Image.open(tmp_path / name / f"{i:05d}.png")).astype(int) for name in "ab")
         assert np.abs(a - b).max() <= 1
+
+
+def test_an_interrupted_sample_goes_on_and_other_settings_do_not_mix(world, tmp_path, monkeypatch):
+    folder, store = world
+    command = ["sample", "--model", folder / "model", "--features", store, "--count", 5, "--steps", 2]
+    run(*command, "--out", tmp_path / "straight")
+    calls = []
+
+    def stopped(*args, **kwargs):
+        if calls:
+            raise RuntimeError("power cut")
+        calls.append(kwargs)
+        return sample(*args, **kwargs)
+
+    sample = inference.sample
+    monkeypatch.setattr(inference, "sample", stopped)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(*command, "--batch-size", 2, "--out", tmp_path / "halves")
+    assert sorted(path.name for path in (tmp_path / "halves").iterdir()) == ["00000.png", "00001.png"]
+    first = (tmp_path / "halves" / "00000.png").stat().st_mtime_ns
+    monkeypatch.setattr(inference, "sample", sample)
+    run(*command, "--batch-size", 3, "--out", tmp_path / "halves")
+    assert (tmp_path / "halves" / "00000.png").stat().st_mtime_ns == first
+    for i in range(5):
+        a, b = (np.asarray(Image.open(tmp_path / name / f"{i:05d}.png")).astype(int) for name in ("straight", "halves"))
+        assert np.abs(a - b).max() <= 1
+    with pytest.raises(UserError, match=r"--out .*halves holds tiles of other settings: 00000.png .*\(seed\)"):
+        run(*command, "--seed", 1, "--out", tmp_path / "halves")
+    np.save(tmp_path / "one.npy", np.zeros((1, 24), np.float32))
+    (tmp_path / "halves" / "00000.png").unlink()
+    with pytest.raises(UserError, match=r"00001\.png is none of these tiles"):
+        run("sample", "--model", folder / "model", "--features", tmp_path / "one.npy", "--out", tmp_path / "halves")
+
+
+def test_the_models_mpp_counts_and_a_store_of_another_is_refused(world):
+    _, store = world
+    tiles = TileStore.open(store)
+    assert checked_mpp(SimpleNamespace(metadata={}), tiles) == tiles.mpp
+    assert checked_mpp(SimpleNamespace(metadata={"mpp": 0.5, "tile_size": 256}), tiles) == 0.5
+    with pytest.raises(UserError, match=r"cover 128 um .* 256 um .*--mpp"):
+        checked_mpp(SimpleNamespace(metadata={"mpp": 1.0, "tile_size": 256}), tiles)
 
 
 def test_large_image_writes_every_format_at_the_right_size_and_mpp(world, tmp_path):
