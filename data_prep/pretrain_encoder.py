@@ -16,10 +16,8 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +31,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.config import load_config
+from ldm.data.slides import open_slide
 from ldm.errors import UserError, run_command, suggest
+from ldm.files import whole, writable_folder, write_text
 from ldm.metrics.encoder_registry import EncoderSpec
 from ldm.metrics.encoders import Encoder, load_encoder
 
@@ -64,28 +64,9 @@ class SourceImage:
 
 
 def read_image(path: Path, mpp: float | None) -> tuple[np.ndarray, float]:
-    """Level 0 of a slide, or a TIFF, PNG or JPEG whose `mpp` is given: (H,W,3) uint8 and µm per pixel."""
-    import openslide
-    import tifffile
-
-    if not path.is_file():
-        raise UserError(f"image {path} does not exist (paths in the config are relative to the working folder)")
-    try:
-        slide = openslide.OpenSlide(str(path))
-    except openslide.OpenSlideError:
-        slide = None
-    if slide is not None:
-        mpp = mpp or float(slide.properties.get(openslide.PROPERTY_NAME_MPP_X, 0)) or None
-        pixels = np.asarray(slide.read_region((0, 0), 0, slide.dimensions).convert("RGB"))
-    elif path.suffix.lower() in (".tif", ".tiff"):
-        pixels = tifffile.imread(path)
-    else:
-        pixels = np.asarray(Image.open(path).convert("RGB"))
-    if mpp is None:
-        raise UserError(f"image {path} does not say its µm per pixel: set `mpp` beside its path")
-    if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
-        raise UserError(f"image {path} is {pixels.shape} {pixels.dtype}: 8-bit RGB is needed")
-    return pixels, mpp
+    """Level 0 of a slide or image, (H,W,3) uint8, and its µm per pixel; `mpp` where the file does not say."""
+    slide = open_slide(path, mpp)
+    return slide.read(0, 0, *slide.dimensions), slide.mpp
 
 
 def tissue_mask(pixels: np.ndarray | Tensor) -> np.ndarray | Tensor:
@@ -264,12 +245,6 @@ def training_step(model: Contrast, images: list[SourceImage], config: dict, step
     )
 
 
-def save_atomically(write: Callable[[Path], object], path: Path) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    write(partial)
-    os.replace(partial, path)
-
-
 def fit(model: Contrast, images: list[SourceImage], config: dict, out: Path, size: int) -> float:
     """Run (or continue) the steps; the state lies in `out`. Returns the seconds spent over all runs."""
     train, state_path = config["train"], out / STATE
@@ -306,7 +281,8 @@ def fit(model: Contrast, images: list[SourceImage], config: dict, out: Path, siz
                 "model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1,
                 "seconds": time.monotonic() - began, "config": config,
             }  # fmt: skip
-            save_atomically(lambda path, state=state: torch.save(state, path), state_path)
+            with whole(state_path) as part:
+                torch.save(state, part)
     return time.monotonic() - began
 
 
@@ -407,10 +383,7 @@ def pretrain(config: dict, out: Path) -> None:
     model, size = build(config)
     encoder = model.encoder
     images = load_images(config, encoder.spec, size)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be made: {error.strerror}") from error
+    writable_folder(out)
     seconds = fit(model, images, config, out, size)
     encoder.eval()
     set_standardisation(encoder, images, config, size)
@@ -422,8 +395,9 @@ def pretrain(config: dict, out: Path) -> None:
         "training": {"steps": config["train"]["steps"], "minutes": round(seconds / 60, 1), "images": config["images"]},
     }
     text = yaml.safe_dump(record, sort_keys=False, width=110)
-    save_atomically(lambda path: save_file(weights, path), out / "model.safetensors")
-    save_atomically(lambda path: path.write_text(text), out / "encoder.yaml")
+    with whole(out / "model.safetensors") as part:
+        save_file(weights, part)
+    write_text(out / "encoder.yaml", text)
     load_encoder(out)
     parameters = sum(value.numel() for value in encoder.parameters()) / 1e6
     print(

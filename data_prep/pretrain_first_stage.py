@@ -16,60 +16,40 @@ from pathlib import Path
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from PIL import Image
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_prep.pretrain_encoder import corners, read_image
+from data_prep.pretrain_encoder import check_keys
 from ldm.config import instantiate_from_config, load_config
-from ldm.data.dihedral import apply
+from ldm.data.datasets import RegionDataset, to_tensor
+from ldm.data.images_out import save_png, to_uint8
+from ldm.data.slides import open_slide
 from ldm.errors import UserError, run_command
+from ldm.files import writable_folder
 from ldm.model_folder import write_model_folder
+from ldm.rng import fold
 
-
-class RandomCrops(Dataset):
-    """Item i, a pure function of (seed, i): `image` (3,S,S) in [-1,1], a crop in one of the 8 orientations."""
-
-    def __init__(self, images: list[dict], mpp: float, crop: int, glass: float, seed: int):
-        self.crop, self.glass, self.seed = crop, glass, seed
-        self.pixels, self.places, weights = [], [], []
-        for entry in images:
-            pixels, own_mpp = read_image(Path(entry["path"]), entry.get("mpp"))
-            ratio = own_mpp / mpp
-            size = round(pixels.shape[1] * ratio), round(pixels.shape[0] * ratio)
-            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.LANCZOS))
-            exclude = [tuple(v * ratio for v in rectangle) for rectangle in entry.get("exclude", [])]
-            self.pixels.append(pixels)
-            self.places.append(corners(pixels, crop, exclude))
-            weights.append(entry.get("weight", 1.0))
-            if not len(self.places[-1][0]):
-                raise UserError(f"image {entry['path']} has no crop of {crop} px on tissue that may be used")
-        self.weights = np.array(weights) / sum(weights)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        rng = np.random.default_rng([self.seed, index])
-        chosen = rng.choice(len(self.pixels), p=self.weights)
-        tissue, glass = self.places[chosen]
-        places = glass if rng.random() < self.glass and len(glass) else tissue
-        row, column = places[rng.integers(len(places))]
-        crop = self.pixels[chosen][row : row + self.crop, column : column + self.crop]
-        return {"image": apply(to_tensor(crop), int(rng.integers(8))).contiguous()}
+KEYS = {"name", "licence", "seed", "model", "images", "train"}
+TRAIN_KEYS = {"mpp", "crop", "glass", "batch_size", "steps_per_epoch", "epochs", "rate", "precision"}
 
 
 class HeldOut(Dataset):
     """Non-overlapping tiles (3,S,S) of the rectangles that the first image excludes from training."""
 
     def __init__(self, images: list[dict], size: int):
-        pixels, _ = read_image(Path(images[0]["path"]), images[0].get("mpp"))
+        slide = open_slide(images[0]["path"], images[0].get("mpp"))
+        width, height = slide.dimensions
         self.tiles = [
-            to_tensor(pixels[row : row + size, column : column + size])
-            for x, y, w, h in images[0]["exclude"]
-            for row in range(y, min(y + h, pixels.shape[0]) - size + 1, size)
-            for column in range(x, min(x + w, pixels.shape[1]) - size + 1, size)
+            to_tensor(slide.read(column, row, size, size))
+            for x, y, w, h in images[0].get("exclude", [])
+            for row in range(y, min(y + h, height) - size + 1, size)
+            for column in range(x, min(x + w, width) - size + 1, size)
         ]
+        if not self.tiles:
+            raise UserError(f"the first image excludes no rectangle that holds a tile of {size} px to validate on")
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -79,10 +59,10 @@ class HeldOut(Dataset):
 
 
 class Consecutive(Sampler):
-    """Epoch e takes items e·length .. (e+1)·length - 1, so an interrupted run meets each item once."""
+    """Epoch e takes items e·length .. (e+1)·length - 1 with their draws, so an interrupted run meets each item once."""
 
-    def __init__(self, length: int):
-        self.length, self.epoch = length, 0
+    def __init__(self, length: int, seed: int):
+        self.length, self.seed, self.epoch = length, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -91,7 +71,8 @@ class Consecutive(Sampler):
         return self.length
 
     def __iter__(self):
-        return iter(range(self.epoch * self.length, (self.epoch + 1) * self.length))
+        items = range(self.epoch * self.length, (self.epoch + 1) * self.length)
+        return ((item, fold(self.seed, item)) for item in items)
 
 
 class Rate(pl.Callback):
@@ -119,9 +100,9 @@ class Export(pl.Callback):
         x = torch.stack([self.tiles[i]["image"] for i in np.linspace(0, len(self.tiles) - 1, 5).astype(int)])
         recon = stage.log_images({"image": x}, n=len(x))["reconstructions"]
         rows = [torch.cat(list(images), dim=-1) for images in (x, recon)]
-        picture = ((torch.cat(rows, dim=-2) + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
-        self.pictures.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture).save(self.pictures / f"step-{trainer.global_step:06d}.png")
+        about = {"content": "above: real; below: reconstructed", "step": trainer.global_step}
+        picture = to_uint8(torch.cat(rows, dim=-2))
+        save_png(self.pictures / f"step-{trainer.global_step:06d}.png", picture, about)
 
         z = torch.cat([stage.autoencoder.latent(self.tiles[i]["image"][None]) for i in range(len(self.tiles))])
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -151,22 +132,21 @@ class Export(pl.Callback):
             save_file(halves, self.out / "discriminator.safetensors")
 
 
-def to_tensor(pixels: np.ndarray) -> Tensor:
-    """(H,W,3) uint8 -> (3,H,W) float in [-1,1]."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 127.5 - 1
-
-
 def pretrain(config_path: Path, out: Path) -> None:
     config = load_config([config_path])
+    check_keys(config, KEYS, "the config")
+    check_keys(config["model"], {"target", "base_learning_rate", "params"}, "the config's model")
+    check_keys(config["train"], TRAIN_KEYS, "the config's train")
     train = config["train"]
     run = out.with_name(out.name + "-run")
+    writable_folder(run)
     pl.seed_everything(config["seed"])
     node = {"target": config["model"]["target"], "params": config["model"]["params"]}
     stage = instantiate_from_config(node, seed=config["seed"])
     stage.learning_rate = config["model"]["base_learning_rate"]
-    crops = RandomCrops(config["images"], train["mpp"], train["crop"], train["glass"], config["seed"])
-    held_out = HeldOut(config["images"], size=256)
     length = train["steps_per_epoch"] * train["batch_size"]
+    crops = RegionDataset(config["images"], train["crop"], length, train["mpp"], background=train["glass"])
+    held_out = HeldOut(config["images"], size=256)
     checkpoint = ModelCheckpoint(run, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         accelerator="cpu",
@@ -185,7 +165,7 @@ def pretrain(config_path: Path, out: Path) -> None:
     last = run / "last.ckpt"
     trainer.fit(
         stage,
-        DataLoader(crops, batch_size=train["batch_size"], sampler=Consecutive(length)),
+        DataLoader(crops, batch_size=train["batch_size"], sampler=Consecutive(length, config["seed"])),
         DataLoader(held_out, batch_size=4),
         ckpt_path=last if last.is_file() else None,
         weights_only=True,

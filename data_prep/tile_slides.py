@@ -25,6 +25,7 @@ from ldm.data.shards import WriterLock
 from ldm.data.slides import Slide, TissueMask, open_slide
 from ldm.data.tile_store import TileStore, TileStoreWriter
 from ldm.errors import UserError, run_command
+from ldm.files import whole
 
 # what is taken when a folder is given
 SUFFIXES = set(".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm .png .jpg .jpeg".split())
@@ -202,9 +203,8 @@ def update_index(
             owner = {"patient": patient_of(store.slide), "split": split}
             tables.append(pd.DataFrame(columns | labels | owner))
         if tables:
-            partial = path.with_suffix(".partial")
-            pd.concat(tables, ignore_index=True).to_parquet(partial, index=False)
-            partial.rename(path)
+            with whole(path) as part:
+                pd.concat(tables, ignore_index=True).to_parquet(part, index=False)
     return path
 
 

@@ -314,6 +314,13 @@ def test_pretraining_writes_a_model_folder_and_continues_where_it_stopped(tmp_pa
     config["images"] = [{"path": str(tmp_path / "tissue.png"), "mpp": 0.499, "exclude": [held_out]}]
     config["train"] |= {"crop": 32, "batch_size": 2, "steps_per_epoch": 2, "precision": "32-true"}
     config["train"]["rate"] = [[0, 1], [4, 0]]
+    lacking = {name: value for name, value in config["train"].items() if name != "glass"}
+    misspelt = {**lacking, "glas": 0}
+    for wrong, message in ((lacking, "the config's train lacks glass"), (misspelt, "did you mean 'glass'")):
+        save_config(config | {"train": wrong}, tmp_path / "wrong.yaml")
+        with pytest.raises(UserError, match=message):
+            pretrain(tmp_path / "wrong.yaml", tmp_path / "never")
+    assert not list(tmp_path.glob("never*"))
 
     def run(name: str, epochs: int) -> Path:
         config["train"]["epochs"] = epochs

@@ -10,12 +10,13 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import zarr
 from PIL import Image
 from torch import nn
 
 from data_prep import encode_latents as latents_command
 from data_prep.encode_latents import encode_latents
-from data_prep.tile_slides import update_index
+from data_prep.tile_slides import tile_slide, update_index
 from ldm.data import dihedral
 from ldm.data.datasets import ImageFolderDataset, RegionDataset, TileDataset
 from ldm.data.features import features_to_grid, read_features
@@ -126,6 +127,47 @@ def test_mistakes_in_the_config(store: Path, tmp_path: Path):
         TileDataset(str(other), ["ssl"], "broken")[3]
 
 
+def test_a_model_remembers_licences_and_latents_of_its_data(store: Path, tmp_path: Path):
+    known = TileDataset(str(store)).metadata
+    assert known.keys() == {"mpp", "tile_size"}  # this store does not know a licence
+    stores = [tmp_path / name / "slides" / "a.zarr" for name in "ab"]
+    for path, licence, std in zip(stores, ("CC0-1.0", "CC-BY-4.0"), (0.5, 1.5)):
+        shutil.copytree(store, path)
+        group = zarr.open_group(str(path), mode="r+")
+        group.attrs["histoldm"] = {**group.attrs["histoldm"], "licence": licence}
+        with ArrayWriter(path, "latents/kl", (2,), "f2", {"first_stage": "kl", "weights_sha256": "c" * 64}) as writer:
+            writer.append(np.zeros((88, 2)))
+            writer.add_attrs(std=std)
+    known = TileDataset([str(path) for path in stores], ["latent"], latents="kl").metadata
+    assert known["slide_licence"] == "CC-BY-4.0; CC0-1.0"
+    scale = pytest.approx(1 / np.sqrt((0.25 + 2.25) / 2))
+    assert known["latents"] == {"first_stage": "kl", "weights_sha256": "c" * 64, "scale_factor": scale}
+    zarr.open_array(str(stores[1] / "latents" / "kl"), mode="r+").attrs["weights_sha256"] = "d" * 64
+    with pytest.raises(UserError, match=r"'latents/kl' was made by different weights in .*\(c{12}"):
+        TileDataset([str(path) for path in stores], ["latent"], latents="kl")
+
+
+def test_validation_of_a_model_of_latents_shows_its_tiles(demo_slide: Path, tmp_path: Path):
+    from test_latent_diffusion import build
+
+    path = tile_slide(demo_slide, tmp_path, tile_size=32, stride=512, min_tissue=0.0)
+    count = len(TileStore.open(path))
+    for name, tail in (("features/f", (24,)), ("latents/l", (4, 16, 16))):
+        with ArrayWriter(path, name, tail, "f4") as writer:
+            writer.append(np.random.default_rng(0).normal(size=(count, *tail)))
+    params = {"stores": str(path), "feature": "f", "latents": "l"}
+    nodes = {
+        split: {"target": TARGET, "params": {**params, "keys": keys}}
+        for split, keys in (("train", ["latent", "ssl"]), ("validation", ["image", "latent", "ssl"]))
+    }
+    batch = next(iter(TileDataModule(**nodes, batch_size=2).val_dataloader()))
+    model = build().eval()
+    model.first_stage_model.latent = lambda *_: pytest.fail("the tile was encoded although its latent is known")
+    images = model.log_images(batch, 2)
+    assert torch.equal(images["inputs"], batch["image"])
+    assert images["samples"].shape == (2, 3, 32, 32)
+
+
 def test_nodes_of_the_data_module(store: Path):
     params = {"stores": str(store), "keys": ["ssl", "latent"], "feature": "turned", "latents": "turned"}
     nodes = {
@@ -172,6 +214,9 @@ def test_region_crops(demo_slide: Path):
             turned = [np.ascontiguousarray(np.moveaxis(dihedral.apply(crop, k), 0, -1)) for k in range(8)]
             assert any(np.array_equal(a, b) for a in turned for b in near)
     assert glass < 10
+    data.background = 1.0
+    assert min(float(data[(0, draw)]["image"].mean()) for draw in range(20)) > 0.8
+    data.background = 0.05
     assert torch.equal(data[(3, 77)]["image"], data[(4, 77)]["image"])  # the draw decides
     with pytest.raises(UserError, match="did you mean 'exclude'"):
         RegionDataset([{"path": str(demo_slide), "exlude": []}], 64, 10)

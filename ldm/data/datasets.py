@@ -119,6 +119,7 @@ class TileDataset(Dataset):
 
     def _check_arrays(self, feature: str | None, latents: str | None) -> None:
         tails: dict[str, dict[tuple[int, ...], Path]] = {}
+        makers: dict[str, dict[str, Path]] = {}  # key -> SHA-256 of the weights that made the array
         for store in self.stores:
             if "ssl" in self.names:
                 array = store.features(feature)
@@ -132,6 +133,15 @@ class TileDataset(Dataset):
                         "latent of the flipped tile: cache all eight with `python -m data_prep.encode_latents "
                         "--dihedral`, or set dihedral: false"
                     )
+            for key, name in self.names.items():
+                if made_by := store.array(name).attrs.get("weights_sha256"):
+                    makers.setdefault(key, {})[made_by] = store.path
+        for key, weights in makers.items():
+            if len(weights) > 1:
+                raise UserError(
+                    f"'{self.names[key]}' was made by different weights in "
+                    + ", ".join(f"{path} ({made_by[:12]}...)" for made_by, path in weights.items())
+                )
         for key, shapes in tails.items():
             if len(shapes) > 1:
                 raise UserError(
@@ -144,11 +154,25 @@ class TileDataset(Dataset):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What a model trained on these tiles must remember: mpp, tile_size, `encoder` (the features' attributes)."""
+        """What a model trained on these tiles must remember.
+
+        mpp, tile_size; `slide_licence` where the stores know it (several, joined by "; "); `encoder`: the features'
+        attributes; `latents`: first stage, SHA-256 of its weights, and scale_factor = 1/std over all stores.
+        """
         store = self.stores[0]
         known: dict[str, Any] = {"mpp": float(store.mpp), "tile_size": int(store.tile_size)}
+        if licences := sorted({licence for store in self.stores if (licence := store.attrs.get("licence"))}):
+            known["slide_licence"] = "; ".join(licences)
         if "ssl" in self.names:
             known["encoder"] = dict(store.array(self.names["ssl"]).attrs)
+        if "latent" in self.names:
+            arrays = [store.array(self.names["latent"]) for store in self.stores]
+            attrs = [array.attrs.asdict() for array in arrays]
+            latents = {name: attrs[0][name] for name in ("first_stage", "weights_sha256") if name in attrs[0]}
+            if all("std" in each for each in attrs):
+                variance = np.average([each["std"] ** 2 for each in attrs], weights=[array.shape[0] for array in arrays])
+                latents["scale_factor"] = float(1 / max(variance**0.5, 1e-8))
+            known["latents"] = latents
         return known
 
     def _vector(self, store: int, key: str, row: int, variant: int) -> np.ndarray:
@@ -241,7 +265,8 @@ class RegionDataset(Dataset):
             (boxes x, y, width, height in level-0 pixels that no crop may touch).
         size: side of a crop in pixels; mpp: micrometres per pixel of a crop, None is each image's own.
         length: items per epoch.
-        background: fraction of the crops that may lie anywhere; the others hold at least a quarter of tissue.
+        background: fraction of the crops that lie on glass (less than 5% of tissue) where the image has any; the
+            others hold at least a quarter of tissue.
         dihedral: turn and flip crops at random.
     """
 
@@ -262,6 +287,8 @@ class RegionDataset(Dataset):
                 raise UserError(
                     f"an image of RegionDataset has no '{name}'{suggest(name, ('path', 'mpp', 'weight', 'exclude'))}"
                 )
+            if "path" not in image:
+                raise UserError(f"an image of RegionDataset lacks its path; it has {dict(image)}")
             slide = open_slide(image["path"], image.get("mpp"))
             pixels = slide.thumbnail(mpp or slide.mpp)
             if min(pixels.shape[:2]) < size:
@@ -285,19 +312,32 @@ class RegionDataset(Dataset):
         index, draw = _split_key(key)
         rng = np.random.default_rng(fold(index) if draw is None else draw)
         i = int(rng.choice(len(self._pixels), p=self._weights))
-        pixels, scale, size = self._pixels[i], self._scales[i], self.size
-        side, anywhere = size * scale, rng.random() < self.background
-        for _ in range(_TRIES):
-            y, x = rng.integers(0, pixels.shape[0] - size + 1), rng.integers(0, pixels.shape[1] - size + 1)
-            corner = np.array([[x, y]]) * scale  # level-0 pixels
-            if any(_overlaps(corner, side, box)[0] for box in self._exclude[i]):
-                continue
-            if anywhere or self._masks[i].fraction(corner, side)[0] >= 0.25:
-                break
-        else:
-            raise UserError(f"{self._names[i]} has no place for a crop of {size} px outside the excluded boxes")
+        pixels, size = self._pixels[i], self.size
+        place = self._place(i, rng, glass=True) if rng.random() < self.background else None
+        place = self._place(i, rng, glass=False) if place is None else place
+        if place is None:
+            raise UserError(
+                f"{self._names[i]} has no place on tissue for a crop of {size} px outside the excluded boxes"
+            )
+        x, y = place
         crop = to_tensor(pixels[y : y + size, x : x + size], int(rng.integers(d4.COUNT)) if self.dihedral else 0)
-        return {"image": crop, "slide": self._names[i], "coord": torch.from_numpy(corner[0].astype(np.int64))}
+        corner = np.floor(place * self._scales[i]).astype(np.int64)
+        return {"image": crop, "slide": self._names[i], "coord": torch.from_numpy(corner)}
+
+    def _place(self, i: int, rng: np.random.Generator, glass: bool) -> np.ndarray | None:
+        """A random corner x, y (2,) in pixels of image i for a crop on glass or on tissue; None if none was found."""
+        height, width = (extent - self.size + 1 for extent in self._pixels[i].shape[:2])
+        side = self.size * self._scales[i]  # in level-0 pixels
+        for _ in range(_TRIES // 50):
+            places = np.stack([rng.integers(width, size=50), rng.integers(height, size=50)], 1)
+            corners = places * self._scales[i]
+            tissue = self._masks[i].fraction(corners, side)
+            fits = tissue < 0.05 if glass else tissue >= 0.25
+            for box in self._exclude[i]:
+                fits &= ~_overlaps(corners, side, box)
+            if fits.any():
+                return places[fits.argmax()]
+        return None
 
 
 class ImageFolderDataset(Dataset):
