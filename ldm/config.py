@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ldm.errors import UserError, suggest
+from ldm.files import write_text
 
 ALLOWED = ("ldm.", "torch.optim.", "torch.nn.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.")
 TOP_LEVEL = {"model", "data", "lightning", "name", "seed"}
@@ -72,10 +72,7 @@ def save_config(cfg: Mapping[str, Any], path: str | Path) -> None:
     """Write a config as YAML. The file appears whole or not at all."""
     from omegaconf import OmegaConf
 
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    part.write_text(OmegaConf.to_yaml(OmegaConf.create(dict(cfg))), encoding="utf-8")
-    os.replace(part, path)
+    write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(cfg))))
 
 
 def instantiate_from_config(node: Mapping[str, Any], allow: Iterable[str] = (), **extra: Any) -> Any:

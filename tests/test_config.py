@@ -79,7 +79,7 @@ def test_instantiate():
         ({"target": "ldm.dat.sampler.X"}, "package 'ldm' has no 'dat'"),
         ({"target": "ldm"}, "is not allowed"),
         ({"target": "subprocess.run"}, "is not allowed"),
-        ({"target": "ldm.config.os.system"}, "is not a class or function of"),
+        ({"target": "ldm.files.os.system"}, "is not a class or function of"),
         ({"target": "ldm.config.ALLOWED"}, "is not a class or function of"),
         ({"target": "ldm.config.load config"}, "is not a dotted name"),
     ],

@@ -170,7 +170,8 @@ class TileDataset(Dataset):
             attrs = [array.attrs.asdict() for array in arrays]
             latents = {name: attrs[0][name] for name in ("first_stage", "weights_sha256") if name in attrs[0]}
             if all("std" in each for each in attrs):
-                variance = np.average([each["std"] ** 2 for each in attrs], weights=[array.shape[0] for array in arrays])
+                counts = [array.shape[0] for array in arrays]
+                variance = np.average([each["std"] ** 2 for each in attrs], weights=counts)
                 latents["scale_factor"] = float(1 / max(variance**0.5, 1e-8))
             known["latents"] = latents
         return known
