@@ -181,7 +181,7 @@ def large_image(
 
     windows = guided_denoiser(model, guidance_scale, precision)
     if mode == "shifted":
-        denoiser = shifted(windows, window, window_condition, batch_size, seed, model.device)
+        denoiser = shifted(windows, window, window_condition, batch_size, seed, model.device, blend="smooth")
     else:
         step = (stride or tile // 4) // factor
         denoiser = tiled(windows, window, step, window_condition, batch_size, model.device)
