@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.autoencoder.model import AttnBlock
 from ldm.autoencoder.tiled_decode import decode_tiled
 from ldm.conditioners.field import FeatureField
 from ldm.diffusion import samplers, schedules
@@ -197,10 +198,15 @@ def large_image(
 
 
 def decode_canvas(model: LatentDiffusion, latents: Tensor, progress: bool = True) -> Tensor:
-    """The image (1,3,H,W) of a canvas of scaled latents (1,C,h,w): at once if it is small, else in tiles of 512 px."""
+    """The image (1,3,H,W) of a canvas of scaled latents (1,C,h,w): at once if it is small, else in tiles of 512 px.
+
+    A decoder with attention, which is quadratic in the canvas and was trained on tiles, decodes no more than a tile at
+    once.
+    """
     factor = model.first_stage_model.downsampling
     height, width = (side * factor for side in latents.shape[-2:])
-    if height * width <= AT_ONCE:
+    attends = any(isinstance(layer, AttnBlock) for layer in model.first_stage_model.modules())
+    if height * width <= (DECODE_TILE**2 if attends else AT_ONCE):
         return model.decode(latents)
     tile = max(DECODE_TILE // factor, 1)
     total = -(-height // (tile * factor)) * -(-width // (tile * factor))

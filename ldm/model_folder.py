@@ -66,8 +66,9 @@ def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any
     """The model node and the metadata of a model folder."""
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
+        state = "is not a model folder: it has no config.yaml" if folder.is_dir() else "does not exist"
         raise UserError(
-            f"{folder} is not a model folder: it has no config.yaml. A model folder holds config.yaml and "
+            f"{folder} {state}. A model folder holds config.yaml and "
             "model.safetensors; `histoldm export RUN_FOLDER --out FOLDER` makes one of a training run."
         )
     config = load_config([folder / "config.yaml"])

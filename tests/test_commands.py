@@ -117,10 +117,10 @@ def test_large_image_writes_every_format_at_the_right_size_and_mpp(world, tmp_pa
     folder, store = world
     outs = [tmp_path / "image.png", tmp_path / "image.tif", tmp_path / "image.ome.zarr"]
     run("large-image", "--model", folder / "model", "--features", store, "--region", "768,1280,1024,768",
-        "--size", "320,480", "--steps", 2, *(part for out in outs for part in ("--out", out)))  # fmt: skip
-    assert Image.open(outs[0]).size == (480, 320)
+        "--size", "160,224", "--steps", 2, *(part for out in outs for part in ("--out", out)))  # fmt: skip
+    assert Image.open(outs[0]).size == (224, 160)
     with openslide.OpenSlide(outs[1]) as slide:
-        assert slide.dimensions == (480, 320)
+        assert slide.dimensions == (224, 160)
         assert float(slide.properties["openslide.mpp-x"]) == pytest.approx(0.499, rel=1e-3)
         assert "SYNTHETIC" in slide.properties["tiff.ImageDescription"]
     assert (outs[2] / "zarr.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -118,7 +119,7 @@ def test_the_error_falls_with_the_solvers_order(sampler, order):
         ramp = schedules.karras_sigmas(steps, 0.02, 20.0)[:-1].double()
         target = (solution(x, 20.0) - 0.3) / 0.5 * math.sqrt(0.02**2 + 0.25) + 0.3
         errors.append(float((sampler(denoiser, x, ramp, {}) - target).abs().max()))
-    slopes = [math.log2(a / b) for a, b in zip(errors, errors[1:])]
+    slopes = [math.log2(a / b) for a, b in itertools.pairwise(errors)]
     assert min(slopes) > order - 0.35, slopes
 
 
