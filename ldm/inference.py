@@ -15,7 +15,7 @@ from ldm.autoencoder.tiled_decode import decode_tiled
 from ldm.conditioners.field import FeatureField
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import Cond, Denoiser
-from ldm.diffusion.guidance import cfg
+from ldm.diffusion.guidance import cfg, within
 from ldm.diffusion.tiled import shifted, tiled
 from ldm.errors import UserError
 from ldm.rng import canvas_noise, fold, sample_noise
@@ -27,6 +27,7 @@ STOCHASTIC = ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")  # thei
 SOLVERS = ("dpmpp_2m", "unipc", "euler", "heun", "plms", "ddpm", *STOCHASTIC)
 SCHEDULES = ("trailing", "uniform", "karras", "exponential", "optimised")
 MODES = ("shifted", "overlap")
+OVERLAPPING_STEPS = 2  # at the end of shifted sampling
 AT_ONCE = 1280 * 1280  # pixels that are decoded in one piece
 DECODE_TILE = 512  # pixels
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,8 +153,9 @@ def large_image(
 
     Args:
         size: (height, width) in pixels, multiples of the first stage's downsampling; by default adjoining tiles.
-        mode: `shifted`: adjoining windows at an offset drawn anew at every step; `overlap`: windows every `stride`
-            pixels, averaged (the published procedure; 16 times the work at the default stride of a quarter tile).
+        mode: `shifted`: adjoining windows at an offset drawn anew at every step, overlapping in the last two steps;
+            `overlap`: windows every `stride` pixels, averaged (the published procedure; 16 times the work at the
+            default stride of a quarter tile).
         interpolation: between the features of the grid: linear, slerp, nearest.
     """
     factor, window = model.first_stage_model.downsampling, model.image_size
@@ -181,12 +183,14 @@ def large_image(
         return model.condition(features=field.at(corners))
 
     windows = guided_denoiser(model, guidance_scale, precision)
-    if mode == "shifted":
-        denoiser = shifted(windows, window, window_condition, batch_size, seed, model.device, blend="smooth")
+    sigmas = sampling_sigmas(model, steps, schedule)
+    if mode == "shifted":  # nothing comes after the last steps to even out their seams: there the windows overlap
+        moving = shifted(windows, window, window_condition, batch_size, seed, model.device, blend="smooth")
+        settled = tiled(windows, window, window // 2, window_condition, batch_size, model.device, blend="smooth")
+        denoiser = within(settled, moving, 0.0, float(sigmas[-OVERLAPPING_STEPS - 1]))
     else:
         step = (stride or tile // 4) // factor
         denoiser = tiled(windows, window, step, window_condition, batch_size, model.device)
-    sigmas = sampling_sigmas(model, steps, schedule)
 
     def noise(step: int) -> Tensor:
         return canvas_noise(seed, model.channels, *canvas, stream=step + 1)

@@ -302,3 +302,18 @@ def test_a_published_first_stage_becomes_a_model_folder(tmp_path):
     save_config({"model": {"target": "ldm.autoencoder.stage.AutoencoderStage", "params": params}}, tmp_path / "c.yaml")
     folder = export(tmp_path / "model.ckpt", tmp_path / "out", config=tmp_path / "c.yaml")
     assert torch.equal(load_first_stage(folder).quant_conv.weight, published.quant_conv.weight)
+
+
+def test_the_windows_of_the_last_two_steps_overlap(tmp_path):
+    model, _ = model_folder(tmp_path)
+    windows: dict[float, int] = {}
+
+    def count(module, inputs) -> None:
+        x, time = inputs[:2]
+        windows[float(time[0])] = windows.get(float(time[0]), 0) + len(x)
+
+    model.model.register_forward_pre_hook(count)
+    ldm.large_image(model, torch.randn(4, 4, 24), steps=5, guidance_scale=1.0, progress=False)
+    moving, settled = list(windows.values())[:3], list(windows.values())[3:]
+    assert max(moving) <= 25  # 16 window areas, and one more row and column where the offset is not 0
+    assert settled == [49, 49]  # every half window

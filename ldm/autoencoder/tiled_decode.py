@@ -86,7 +86,7 @@ def decode_tiled(
     first_stage: nn.Module,
     z: Tensor,
     tile: int = 64,
-    halo: int = 8,
+    halo: int = 16,
     samples: int = 8,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
