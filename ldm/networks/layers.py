@@ -120,7 +120,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B,heads,N or M,C/heads)
     if q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= 1024**2:
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)   # (B,heads,N,M)
-        out = weights.to(v.dtype) @ v  # the CPU's fused kernel takes twice the time of this, mostly backwards
+        out = weights.to(v.dtype) @ v  # the CPU's fused kernel is slower than this, mostly backwards
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
