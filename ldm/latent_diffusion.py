@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
+from ldm.conditioners.given import conditions_given
 from ldm.config import instantiate_from_config
 from ldm.diffusion import schedules
 from ldm.diffusion.denoiser import PARAMETERIZATIONS, Cond, Denoiser, EDMDenoiser, FlowDenoiser, TableDenoiser
@@ -108,6 +109,7 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_node = dict(resolve_first_stage(first_stage_config))
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
+        self.cond_stage_node = cond_stage_config
         self.image_size = self.model.diffusion_model.image_size
         if self.image_size is None:
             raise UserError("unet_config.params needs image_size, the side of a tile's latent; samples have that size.")
@@ -157,14 +159,18 @@ class LatentDiffusion(pl.LightningModule):
         return self.make_denoiser(network)
 
     @torch.no_grad()
-    def condition(self, features: Any) -> Cond:
-        """The condition of N samples from SSL features (N,D), array or tensor. UserError if they do not fit."""
-        if self.cond_stage_model is None:
-            raise UserError("the model is unconditional; it takes no features.")
-        features = torch.as_tensor(features, dtype=torch.float32, device=self.device)
-        return self.condition_of({self.cond_stage_model.key: features})
+    def condition(self, **given: Any) -> Cond:
+        """The condition of what is given by name: `condition(score=0.7, class_="LUAD", features=array)`.
 
-    def condition_of(self, batch: Mapping[str, Tensor], drop: Tensor | None = None) -> Cond:
+        Each is a value, or a list or array of N: one value goes with N of another condition. `features` stands for the
+        SSL features (N,D), whatever their key; a trailing underscore (`class_`) is dropped. Conditions of the model that
+        are not given are null. UserError: an unknown name or value, numbers that do not go together.
+        """
+        if self.cond_stage_model is None:
+            raise UserError(f"the model is unconditional; it takes no {' or '.join(given) or 'condition'}.")
+        return conditions_given(self.cond_stage_model, given)
+
+    def condition_of(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> Cond:
         """The condition of a batch; samples where drop (B,) is true get the unconditional value."""
         return {} if self.cond_stage_model is None else self.cond_stage_model(batch, drop)
 
@@ -204,7 +210,7 @@ class LatentDiffusion(pl.LightningModule):
         x0 = self.latents_of(batch, rng)
         drop = None
         if dropout and self.cond_stage_model is not None:
-            drop = torch.rand(len(x0), generator=rng, device=self.device) < self.cond_stage_model.dropout
+            drop = self.cond_stage_model.draw(len(x0), rng)
         sigma = self.training_sigmas(len(x0), rng)
         noise = torch.randn(x0.shape, generator=rng, device=self.device)
         scale = error_scale(self.parameterization, sigma, self.sigma_data)
@@ -219,6 +225,8 @@ class LatentDiffusion(pl.LightningModule):
         if self.device.type == "cuda":  # its convolutions want this layout; a CPU's group normalisation does not
             self.to(memory_format=torch.channels_last)
         self.metadata |= getattr(self.trainer.datamodule, "metadata", {})
+        if self.cond_stage_model is not None:
+            self.cond_stage_model.check_data(self.metadata)
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         if self.measure_scale and self.trainer.fit_loop.total_batch_idx == 0:
@@ -275,6 +283,11 @@ class LatentDiffusion(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["histoldm_metadata"] = self.metadata
         checkpoint["histoldm_first_stage"] = self.first_stage_node
+        if self.cond_stage_model is not None:
+            params, files = self.cond_stage_model.portable()
+            params = {**self.cond_stage_node.get("params", {}), **params}
+            checkpoint["histoldm_conditioner"] = {"target": self.cond_stage_node["target"], "params": params}
+            checkpoint["histoldm_files"] = files
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.metadata = checkpoint.get("histoldm_metadata", {})
@@ -282,7 +295,7 @@ class LatentDiffusion(pl.LightningModule):
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Tensor], n: int = 8) -> dict[str, Tensor]:
         """Inputs, reconstructions, and samples under the batch's conditions without and with guidance, (n,3,H,W)."""
-        batch = {key: value[:n] for key, value in batch.items()}
+        batch = {key: value[:n] for key, value in batch.items()}  # tensors and lists of names
         latents = self.latents_of(batch)
         images = {"reconstructions": self.decode(latents)}
         if "image" in batch:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldm.conditioners.base import Conditioner
 from ldm.errors import UserError
 
 
-class PatchEmbedder(nn.Module):
+class PatchEmbedder(Conditioner):
     """One SSL feature vector per tile, projected to one cross-attention token (arXiv:2312.07330, section 3.1).
 
     Reads batch[key] (B,embed_dim) and gives {"crossattn": (B,1,context_dim)}. The unconditional value is the zero
@@ -28,11 +30,9 @@ class PatchEmbedder(nn.Module):
     def __init__(
         self, embed_dim: int, context_dim: int = 512, normalize: bool = True, dropout: float = 0.1, key: str = "ssl"
     ):
-        super().__init__()
-        if not 0 <= dropout <= 1:
-            raise UserError(f"the condition's dropout is a probability in [0, 1]; got {dropout}.")
+        super().__init__(dropout)
         self.embed_dim, self.context_dim = embed_dim, context_dim
-        self.normalize, self.dropout, self.key = normalize, dropout, key
+        self.normalize, self.keys = normalize, (key,)
         self.patch_fc = nn.Linear(embed_dim, context_dim)
 
     def forward(self, batch: Mapping[str, Tensor], drop: Tensor | None = None) -> dict[str, Tensor]:
@@ -43,18 +43,21 @@ class PatchEmbedder(nn.Module):
         """The unconditional condition of one sample."""
         return self.embed(self.patch_fc.weight.new_zeros(1, self.embed_dim))
 
+    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        (value,) = values.values()
+        features = torch.as_tensor(value, dtype=torch.float32)
+        return {self.keys[0]: features[None] if features.ndim == 1 else features}
+
+    def describe(self) -> dict[str, Any]:
+        return {self.keys[0]: {"kind": "features", "dim": self.embed_dim}}
+
     def embed(self, features: Tensor) -> dict[str, Tensor]:
         """The condition of features (B,embed_dim) as `features_of` gives them."""
         return {"crossattn": self.patch_fc(features)[:, None]}                  # (B,1,context_dim)
 
     def features_of(self, batch: Mapping[str, Tensor], drop: Tensor | None) -> Tensor:
         """The batch's features (B,embed_dim), checked, normalised if asked for, zero where dropped."""
-        if self.key not in batch:
-            raise UserError(
-                f"the model is conditioned on '{self.key}', which the data do not give (they give "
-                f"{', '.join(batch)}); name a feature of the tile store in the dataset's `feature`."
-            )
-        features = batch[self.key].to(self.patch_fc.weight)                     # (B,embed_dim)
+        features = torch.as_tensor(self._value(batch, self.keys[0])).to(self.patch_fc.weight)  # (B,embed_dim)
         if features.ndim != 2 or features.shape[1] != self.embed_dim:
             raise UserError(
                 f"the model takes SSL features of dimension {self.embed_dim}; got an array of shape "

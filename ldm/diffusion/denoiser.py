@@ -26,15 +26,25 @@ PARAMETERIZATIONS = (*DISCRETE, "edm", "flow")
 def call_network(network: Network, x: Tensor, time: Tensor, cond: Cond) -> Tensor:
     """Call a network with a condition where each part acts: context, class label, added vector, extra channels.
 
-    Extra channels of another size than x are resized bilinearly to it.
+    The keys of a condition are `crossattn`, `label`, `vector`, `concat`, or, where several conditions are composed,
+    such with a name before them (`text/crossattn`): context tokens then follow one another, vectors are added and
+    extra channels concatenated. Extra channels of another size than x are resized bilinearly to it.
     """
-    if "concat" in cond:
-        extra = cond["concat"]
+    parts: dict[str, list[Tensor]] = {}
+    for key, value in cond.items():
+        parts.setdefault(key.rpartition("/")[2], []).append(value)
+    for extra in parts.get("concat", ()):
         if extra.shape[-2:] != x.shape[-2:]:
             extra = F.interpolate(extra.float(), x.shape[-2:], mode="bilinear")
         x = torch.cat([x, extra.to(x.dtype)], dim=1)
-    inputs = {"context": cond.get("crossattn"), "y": cond.get("label"), "vector": cond.get("vector")}
-    return network(x, time, **{name: value for name, value in inputs.items() if value is not None})
+    inputs: dict[str, Tensor] = {}
+    if "crossattn" in parts:
+        inputs["context"] = torch.cat(parts["crossattn"], dim=1)
+    if "vector" in parts:
+        inputs["vector"] = sum(parts["vector"])
+    if "label" in parts:
+        (inputs["y"],) = parts["label"]
+    return network(x, time, **inputs)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

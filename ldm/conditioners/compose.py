@@ -1,0 +1,125 @@
+"""Several conditions of one model, each with its own dropout and its own guidance scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.conditioners.base import Conditioner
+from ldm.config import instantiate_from_config
+from ldm.errors import UserError, suggest
+
+
+class ConditionerSet(Conditioner):
+    """Any set of conditioners by name. Its condition has a key "name/part" for every part of every conditioner.
+
+    The network is given all of them: cross-attention tokens one after the other, vectors added, maps concatenated
+    (`ldm.diffusion.denoiser.call_network`). As they stay apart until then, each can be dropped, and guided, by itself.
+
+    Args:
+        conditioners: name -> config node of a conditioner. No two may read the same batch key.
+    """
+
+    def __init__(self, conditioners: Mapping[str, Mapping[str, Any]]):
+        super().__init__(dropout=0.0)
+        if not conditioners:
+            raise UserError("`conditioners` names at least one conditioner.")
+        for name in conditioners:
+            if "/" in name or "+" in name or "=" in name:
+                raise UserError(f"a conditioner's name has no '/', '+' or '='; got '{name}'.")
+        self.nodes = {name: dict(node) for name, node in conditioners.items()}
+        self.members = nn.ModuleDict({name: instantiate_from_config(node) for name, node in self.nodes.items()})
+        owners: dict[str, str] = {}
+        for name, member in self.members.items():
+            for key in member.keys:
+                if key in owners:
+                    raise UserError(f"conditioners '{owners[key]}' and '{name}' both read '{key}'; give one its own `key`.")
+                owners[key] = name
+        self.keys = tuple(owners)
+        self.owners = owners
+
+    def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
+        """The condition of a batch; sample b loses condition k where drop (B,K) is true."""
+        drops = [None] * len(self.members) if drop is None else drop.unbind(1)
+        return _named({name: member(batch, d) for (name, member), d in zip(self.members.items(), drops)})
+
+    def null(self) -> dict[str, Tensor]:
+        return _named({name: member.null() for name, member in self.members.items()})
+
+    def draw(self, count: int, rng: torch.Generator) -> Tensor:
+        return torch.stack([member.draw(count, rng) for member in self.members.values()], 1)  # (count,K)
+
+    def given(self, values: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The condition of what users give; conditions that they do not give are null."""
+        conds = {}
+        for name, member in self.members.items():
+            own = {key: value for key, value in values.items() if self.owners[key] == name}
+            conds[name] = member(member.read(own)) if own else member.null()
+        return _named(conds)
+
+    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
+        for name, member in self.members.items():
+            own = {key: value for key, value in values.items() if self.owners[key] == name}
+            batch |= member.read(own) if own else {}
+        return batch
+
+    def parse(self, key: str, text: str) -> Any:
+        return self.members[self.owners[key]].parse(key, text)
+
+    def check_data(self, metadata: Mapping[str, Any]) -> None:
+        for member in self.members.values():
+            member.check_data(metadata)
+
+    def describe(self) -> dict[str, Any]:
+        return {key: about for member in self.members.values() for key, about in member.describe().items()}
+
+    def portable(self) -> tuple[dict[str, Any], dict[str, str]]:
+        nodes, files = {}, {}
+        for name, member in self.members.items():
+            params, own = member.portable()
+            renamed = {file: f"{name}_{file}" for file in own}
+            files |= {renamed[file]: text for file, text in own.items()}
+            params = {key: _renamed(value, renamed) for key, value in params.items()}
+            nodes[name] = {**self.nodes[name], "params": {**self.nodes[name].get("params", {}), **params}}
+        return {"conditioners": nodes}, files
+
+
+def _named(conds: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{name}/{part}": value for name, cond in conds.items() for part, value in cond.items()}
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    return f"./{names[value[2:]]}" if isinstance(value, str) and value[2:] in names and value[:2] == "./" else value
+
+
+def guidance_terms(
+    null: Mapping[str, Tensor], cond: Mapping[str, Tensor], scales: Mapping[str, float]
+) -> list[tuple[dict[str, Tensor], float]]:
+    """Terms for `ldm.diffusion.guidance.compose`: each condition alone, at its own scale.
+
+    scales: name -> scale; "class+text" guides by both jointly. Conditions that are not named have scale 1. Those that
+    equal their null add nothing and are left out.
+    """
+    names = list(dict.fromkeys(key.partition("/")[0] for key in null if "/" in key))
+    if not names:
+        raise UserError("guidance scales by name are for models of several conditions; give one number.")
+    groups = {name: tuple(name.split("+")) for name in scales}
+    for group in groups.values():
+        for name in group:
+            if name not in names:
+                raise UserError(f"the model has no condition '{name}' to guide by{suggest(name, names)}")
+    named = [name for group in groups.values() for name in group]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise UserError(f"'{twice[0]}' has two guidance scales; give one.")
+    terms = []
+    for group, scale in [(groups[key], float(scale)) for key, scale in scales.items()] + [
+        ((name,), 1.0) for name in names if name not in named
+    ]:
+        own = [key for key in null if key.partition("/")[0] in group]
+        if any(not torch.equal(cond[key], null[key].expand_as(cond[key])) for key in own):
+            terms.append(({key: null[key] for key in null if key not in own}, scale))
+    return terms
