@@ -9,9 +9,7 @@ where it stopped when the same command is given again; finished slides are skipp
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from ldm.data.cohort import patient_of, split_of
 from ldm.data.shards import WriterLock
 from ldm.data.slides import Slide, TissueMask, open_slide
 from ldm.data.tile_store import TileStore, TileStoreWriter
@@ -133,17 +132,6 @@ def _choose(
         )
     keep |= np.random.default_rng(seed).random(len(coords)) < keep_background
     return coords[keep], tissue[keep]
-
-
-def patient_of(slide: str) -> str:
-    """The patient a slide belongs to: the TCGA barcode's first 12 characters, or the file name without its ending."""
-    return slide[:12] if re.match(r"TCGA-\w{2}-\w{4}", slide) else Path(slide).stem
-
-
-def split_of(patient: str, validation: float, test: float) -> str:
-    """train, val or test by a hash of the patient: the slides of one stay together, however the cohort grows."""
-    place = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
-    return "test" if place < test else "val" if place < test + validation else "train"
 
 
 def held_out(coords: np.ndarray, side: float, box: Sequence[float]) -> np.ndarray:

@@ -162,9 +162,9 @@ class LatentDiffusion(pl.LightningModule):
     def condition(self, **given: Any) -> Cond:
         """The condition of what is given by name: `condition(score=0.7, class_="LUAD", features=array)`.
 
-        Each is a value, or a list or array of N: one value goes with N of another condition. `features` stands for the
-        SSL features (N,D), whatever their key; a trailing underscore (`class_`) is dropped. Conditions of the model that
-        are not given are null. UserError: an unknown name or value, numbers that do not go together.
+        Each is a value, or a list or array of N: one value goes with N of another condition. `features` stands for
+        the SSL features (N,D), whatever their key; a trailing underscore (`class_`) is dropped. Conditions of the model
+        that are not given are null. UserError: an unknown name or value, numbers that do not go together.
         """
         if self.cond_stage_model is None:
             raise UserError(f"the model is unconditional; it takes no {' or '.join(given) or 'condition'}.")

@@ -74,7 +74,7 @@ class ClassEmbedder(Conditioner):
             if name not in self._index:
                 raise UserError(
                     f"the data have the {self.keys[0]} '{name}', which the conditioner's `classes` "
-                    f"({', '.join(self.classes)}) lack. Add it there, or leave its tiles out with the dataset's `where`."
+                    f"({', '.join(self.classes)}) lack. Add it, or leave its tiles out with the dataset's `where`."
                 )
 
     def describe(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class ConditionerSet(Conditioner):
         for name, member in self.members.items():
             for key in member.keys:
                 if key in owners:
-                    raise UserError(f"conditioners '{owners[key]}' and '{name}' both read '{key}'; give one its own `key`.")
+                    raise UserError(f"conditioners '{owners[key]}' and '{name}' both read '{key}'; rename one's `key`.")
                 owners[key] = name
         self.keys = tuple(owners)
         self.owners = owners

@@ -22,7 +22,8 @@ def conditions_given(conditioner: Conditioner, given: Mapping[str, Any]) -> dict
         values[key] = value
     if not values:
         raise UserError(f"no condition is given; the model takes {', '.join(conditioner.keys)}.")
-    cond = conditioner.given(values) if isinstance(conditioner, ConditionerSet) else conditioner(conditioner.read(values))
+    composed = isinstance(conditioner, ConditionerSet)
+    cond = conditioner.given(values) if composed else conditioner(conditioner.read(values))
     counts = {len(value) for value in cond.values()} - {1}
     if len(counts) > 1:
         raise UserError(f"conditions of one call are one or equally many; got {', '.join(map(str, sorted(counts)))}.")

@@ -74,7 +74,7 @@ class TileStore:
         self.__init__(**state)
 
     def __repr__(self) -> str:
-        return f"TileStore({str(self.path)!r}, {len(self)} tiles of {self.tile_size} px at {self.mpp:g} um/px)"
+        return f"TileStore({str(self.path)!r}, {len(self)} tiles of {self.tile_size} px at {self.mpp} um/px)"
 
     def __len__(self) -> int:
         return int(self.attrs["rows"])
@@ -84,9 +84,9 @@ class TileStore:
         return str(self.attrs["slide"])
 
     @property
-    def mpp(self) -> float:
-        """Micrometres per tile pixel."""
-        return float(self.attrs["mpp"])
+    def mpp(self) -> float | None:
+        """Micrometres per tile pixel; None where they are unknown, as of a radiograph."""
+        return None if self.attrs["mpp"] is None else float(self.attrs["mpp"])
 
     @property
     def tile_size(self) -> int:
