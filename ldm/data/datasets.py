@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data import dihedral as d4
+from ldm.data.conditions import TileConditions, index_rows
 from ldm.data.slides import TissueMask, open_slide
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, suggest
@@ -68,7 +69,11 @@ class TileDataset(Dataset):
             `{split: [train, test]}`, `{tissue: {min: 0.5}}`.
         include: keeps tiles that lie wholly in one of these boxes; exclude: drops tiles that touch one of these boxes
             (x, y, width, height in level-0 pixels).
-        in_memory: hold features and latents in memory.
+        in_memory: hold tiles, features and latents in memory.
+        conditions: batch key -> where it comes from, see `ldm.data.conditions.TileConditions`:
+            `{class: disease, score: votes, mutation: omics/mutation, region: features/hipt-region}`.
+        missing: tiles that lack a condition are an `error`, or left out (`skip`).
+        gray: images are (1,H,W), the mean of the colours.
     Raises:
         UserError: anything named that is not there, rows that do not match, dimensions that differ between stores,
             latents that are not cached in eight orientations, no tile left.
@@ -85,12 +90,15 @@ class TileDataset(Dataset):
         include: Sequence[Box] | None = None,
         exclude: Sequence[Box] = (),
         in_memory: bool = False,
+        conditions: Mapping[str, str] | None = None,
+        missing: str = "error",
+        gray: bool = False,
     ) -> None:
         for key in keys:
             if key not in ("image", "ssl", "latent"):
                 raise UserError(f"a tile has no '{key}'{suggest(key, ('image', 'ssl', 'latent'))}")
         self.stores = open_cohort(stores)
-        self.keys, self.dihedral = tuple(keys), dihedral
+        self.keys, self.dihedral, self.gray = tuple(keys), dihedral, gray
         self.names = {}  # key -> name of its array in the store
         if "ssl" in keys:
             self.names["ssl"] = f"features/{feature}"
@@ -104,16 +112,22 @@ class TileDataset(Dataset):
             np.flatnonzero(_select(store, coords, where or {}, include, exclude))
             for store, coords in zip(self.stores, self._coords)
         ]
+        if clash := sorted(set(conditions or {}) & set(self.names)):
+            raise UserError(f"'{clash[0]}' is in `keys` and in `conditions`; leave it out of one of them")
+        self.conditions = TileConditions(self.stores, kept, conditions or {}, missing)
+        kept = self.conditions.rows
         self._store_of = np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
         self._row_of = np.concatenate(kept)
+        self._first = np.concatenate([[0], np.cumsum([len(rows) for rows in kept])])
         if not len(self._row_of):
-            given = {"where": where, "include": include, "exclude": exclude}
+            given = {"where": where, "include": include, "exclude": exclude, "missing": conditions and missing}
             chosen = ", ".join(f"{name}={value}" for name, value in given.items() if value)
             raise UserError(f"none of the {sum(map(len, self.stores))} tiles of {stores} is selected by {chosen}")
+        held = {**self.names, **({"image": "tiles"} if "image" in keys else {})}
         self._memory = {
             (i, key): np.asarray(store.array(name)[:])
             for i, store in enumerate(self.stores)
-            for key, name in self.names.items()
+            for key, name in held.items()
             if in_memory
         }
 
@@ -157,10 +171,13 @@ class TileDataset(Dataset):
         """What a model trained on these tiles must remember.
 
         mpp, tile_size; `slide_licence` where the stores know it (several, joined by "; "); `encoder`: the features'
-        attributes; `latents`: first stage, SHA-256 of its weights, and scale_factor = 1/std over all stores.
+        attributes; `latents`: first stage, SHA-256 of its weights, and scale_factor = 1/std over all stores;
+        `conditions`: see `TileConditions.metadata`.
         """
         store = self.stores[0]
-        known: dict[str, Any] = {"mpp": float(store.mpp), "tile_size": int(store.tile_size)}
+        known: dict[str, Any] = {"tile_size": int(store.tile_size)}
+        if store.mpp is not None:
+            known["mpp"] = store.mpp
         if licences := sorted({licence for store in self.stores if (licence := store.attrs.get("licence"))}):
             known["slide_licence"] = "; ".join(licences)
         if "ssl" in self.names:
@@ -174,6 +191,8 @@ class TileDataset(Dataset):
                 variance = np.average([each["std"] ** 2 for each in attrs], weights=counts)
                 latents["scale_factor"] = float(1 / max(variance**0.5, 1e-8))
             known["latents"] = latents
+        if self.conditions.sources:
+            known["conditions"] = self.conditions.metadata
         return known
 
     def _vector(self, store: int, key: str, row: int, variant: int) -> np.ndarray:
@@ -200,10 +219,21 @@ class TileDataset(Dataset):
             "coord": torch.from_numpy(self._coords[store][row].astype(np.int64)),
         }
         if "image" in self.keys:
-            item["image"] = to_tensor(self.stores[store].tile(row), variant)
+            held = self._memory.get((store, "image"))
+            item["image"] = to_tensor(self.stores[store].tile(row) if held is None else held[row], variant)
+            if self.gray:
+                item["image"] = item["image"].mean(0, keepdim=True)
         for name in self.names:
             item[name] = torch.from_numpy(self._vector(store, name, row, variant))
-        return item
+        return item | self.conditions.item(store, index - int(self._first[store]), variant)
+
+    def values(self, key: str) -> np.ndarray:
+        """The values (len(self),) of a condition that is text or a number."""
+        source = self.conditions.sources.get(key)
+        if source is None or "/" in source:
+            known = [name for name, where in self.conditions.sources.items() if "/" not in where]
+            raise UserError(f"tiles have no condition '{key}' that is one value each{suggest(key, known)}")
+        return np.concatenate(self.conditions.values[key])
 
 
 def _require(name: str | None, what: str, known: Sequence[str]) -> None:
@@ -225,7 +255,7 @@ def _select(
         keep &= np.any([_within(coords, side, box) for box in include], axis=0)
     for box in exclude:
         keep &= ~_overlaps(coords, side, box)
-    index = _index_rows(store) if set(where) - set(store.label_names) else pd.DataFrame()
+    index = index_rows(store) if set(where) - set(store.label_names) else pd.DataFrame()
     for column, wanted in where.items():
         if column in store.label_names:
             values = store.labels(column)
@@ -242,20 +272,6 @@ def _select(
         else:
             keep &= np.isin(values, wanted if isinstance(wanted, (list, tuple)) else [wanted])
     return keep
-
-
-def _index_rows(store: TileStore) -> pd.DataFrame:
-    """The rows of the cohort's index.parquet that are this store's, in its order; empty where there is no index."""
-    path = store.path.parent.parent / "index.parquet"
-    if not path.is_file():
-        return pd.DataFrame()
-    index = pd.read_parquet(path, filters=[("slide", "==", store.slide)]).sort_values("row")
-    if not np.array_equal(index["row"], np.arange(len(store))):
-        raise UserError(
-            f"{path} has {len(index)} rows for {store.slide} but its store has {len(store)} tiles; delete it "
-            "and run `python -m data_prep.tile_slides` again"
-        )
-    return index
 
 
 class RegionDataset(Dataset):

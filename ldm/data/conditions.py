@@ -1,0 +1,175 @@
+"""What conditions a tile: values of the cohort's table, features of its store, rows of its omics tables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from ldm.data.tile_store import TileStore
+from ldm.errors import UserError, suggest
+
+TAKEN = ("image", "latent", "row", "slide", "coord")
+NAMES_SHOWN = 1000
+
+
+class TileConditions:
+    """The conditions of chosen tiles of stores: batch key -> source.
+
+    A source is `<column>`, a label of the store or a column of the cohort's index.parquet (text stays text, a number
+    is a float32 scalar); `features/<name>`, an array of the store; or `omics/<source>`, the row of the cohort's table
+    whose index is the tile's `sample` (NaN is unknown).
+
+    Args:
+        rows: for each store the rows that are chosen.
+        missing: what becomes of tiles that lack a value: `error`, or `skip`, which leaves them out (`rows` has the
+            others).
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[TileStore],
+        rows: Sequence[np.ndarray],
+        sources: Mapping[str, str],
+        missing: str = "error",
+    ):
+        if missing not in ("error", "skip"):
+            raise UserError(f"`missing` is error or skip; got '{missing}'")
+        for key in sources:
+            if key in TAKEN:
+                raise UserError(f"a condition cannot be called '{key}', which tiles have anyway")
+        self.sources, self.stores = dict(sources), stores
+        self.tables: dict[str, OmicsTable] = {}
+        self.values: dict[str, list[np.ndarray]] = {key: [] for key in sources}  # per store, of the chosen rows
+        self.rows: list[np.ndarray] = []
+        self.skipped = 0
+        for store, chosen in zip(stores, rows):
+            columns = {key: self._column(store, key, source)[chosen] for key, source in sources.items()}
+            lacking = np.zeros(len(chosen), bool)
+            for key, values in columns.items():
+                none = pd.isna(values) if values.dtype == object else ~np.isfinite(values.astype(float))
+                if none.any() and missing == "error":
+                    raise UserError(
+                        f"{none.sum()} of {len(chosen)} tiles of {store.slide} have no {sources[key]} (the first is "
+                        f"row {chosen[none][0]}); fill it in, select others with `where`, or leave them out with "
+                        "`missing: skip`"
+                    )
+                lacking |= none
+            self.skipped += int(lacking.sum())
+            self.rows.append(chosen[~lacking])
+            for key, values in columns.items():
+                self.values[key].append(values[~lacking])
+
+    def _column(self, store: TileStore, key: str, source: str) -> np.ndarray:
+        """One value for every tile of a store: a label, a row of the store's array, or a row of an omics table."""
+        kind, _, name = source.partition("/")
+        if kind == "features" and name:
+            store.features(name)
+            return np.arange(len(store))
+        index = index_rows(store)
+        if kind == "omics" and name:
+            table = self.tables.setdefault(source, omics_table(str(cohort_of(store)), name))
+            if "sample" not in index:
+                raise UserError(f"{cohort_of(store)} has no column `sample`; run `python -m data_prep.join_omics`")
+            return table.index.get_indexer(index["sample"]).astype(float) + np.where(
+                index["sample"].isin(table.index), 0.0, np.nan
+            )
+        if source in store.label_names:
+            return store.labels(source)
+        if source not in index:
+            raise UserError(
+                f"the condition '{key}' is to come from '{source}', which tiles of {store.path} do not have"
+                f"{suggest(source, {*store.label_names, *index.columns})}"
+            )
+        column = index[source]
+        return column.to_numpy(float) if pd.api.types.is_numeric_dtype(column) else column.to_numpy(object)
+
+    def item(self, store: int, place: int, variant: int = 0) -> dict[str, Tensor | str]:
+        """The conditions of the place-th chosen tile of a store; arrays of eight orientations in `variant`."""
+        found: dict[str, Tensor | str] = {}
+        for key, source in self.sources.items():
+            value = self.values[key][store][place]
+            kind, _, name = source.partition("/")
+            if kind == "features" and name:
+                array = self.stores[store].features(name)
+                values = np.asarray(array[int(value)], np.float32)
+                found[key] = torch.from_numpy(values[variant] if array.attrs.get("dihedral") else values)
+            elif source in self.tables:
+                found[key] = torch.from_numpy(self.tables[source].values[int(value)])
+            else:
+                found[key] = value if isinstance(value, str) else torch.tensor(float(value))
+        return found
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """For each key: its source, and the names that text takes (up to a thousand), the genes and scalers of an omics
+        table, or the attributes of a feature."""
+        known: dict[str, Any] = {}
+        for key, source in self.sources.items():
+            about: dict[str, Any] = {"source": source}
+            kind, _, name = source.partition("/")
+            if kind == "features" and name:
+                array = self.stores[0].features(name)
+                about |= {"shape": list(array.shape[2 if array.attrs.get("dihedral") else 1 :]), **array.attrs.asdict()}
+            elif source in self.tables:
+                about |= self.tables[source].about
+            elif any(values.dtype == object for values in self.values[key]):
+                names = sorted({str(value) for values in self.values[key] for value in values})
+                about["names"] = names if len(names) <= NAMES_SHOWN else []
+            known[key] = about
+        return known
+
+
+class OmicsTable:
+    """cohort/omics/<source>.parquet in memory: index of samples, values (S,G) float32, what <source>.json says."""
+
+    def __init__(self, cohort: Path, source: str):
+        path = cohort / "omics" / f"{source}.parquet"
+        if not path.is_file():
+            known = sorted(p.stem for p in path.parent.glob("*.parquet"))
+            raise UserError(
+                f"there is no omics table at {path}{suggest(source, known)} `python -m data_prep.join_omics` makes them"
+            )
+        table = pd.read_parquet(path)
+        self.index = pd.Index(table.index.astype(str))
+        self.values = np.array(table, np.float32)
+        about = path.with_suffix(".json")
+        self.about = json.loads(about.read_text()) if about.is_file() else {}
+        self.about |= {"genes": [str(name) for name in table.columns]}
+
+
+@lru_cache(maxsize=8)
+def omics_table(cohort: str, source: str) -> OmicsTable:
+    """An omics table, read once however many stores of the cohort there are."""
+    return OmicsTable(Path(cohort), source)
+
+
+def cohort_of(store: TileStore) -> Path:
+    """The cohort folder that a store lies in."""
+    return store.path.parent.parent
+
+
+@lru_cache(maxsize=4)
+def _index_of(path: Path, changed: int) -> dict[str, pd.DataFrame]:
+    return {slide: rows.sort_values("row") for slide, rows in pd.read_parquet(path).groupby("slide", sort=False)}
+
+
+def index_rows(store: TileStore) -> pd.DataFrame:
+    """The rows of the cohort's index.parquet that are this store's, in its order; empty where there is no index."""
+    path = cohort_of(store) / "index.parquet"
+    if not path.is_file():
+        return pd.DataFrame()
+    index = _index_of(path, path.stat().st_mtime_ns).get(store.slide, pd.DataFrame({"row": []}))
+    if not np.array_equal(index["row"], np.arange(len(store))):
+        raise UserError(
+            f"{path} has {len(index)} rows for {store.slide} but its store has {len(store)} tiles; delete it "
+            "and run the command that wrote it again"
+        )
+    return index
