@@ -42,7 +42,18 @@ StepsOption = Annotated[int, typer.Option("--steps", min=1, help="Sampling steps
 SolverOption = Annotated[Solver, typer.Option("--solver", help="dpmpp_2m is the fastest to a good image.")]
 ScheduleOption = Annotated[Schedule, typer.Option("--schedule", help="Where the steps lie on the noise schedule.")]
 EtaOption = Annotated[float, typer.Option("--eta", min=0, max=1, help="Noise of ddim, euler_ancestral and the *_sde.")]
-GuidanceOption = Annotated[float, typer.Option("--guidance-scale", help="1 follows the condition without guidance.")]
+GuidanceOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--guidance-scale",
+        help="1 is no guidance, 2 the default; or name=scale for each condition, as class=3 (repeat).",
+        show_default=False,
+    ),
+]
+ConditionOption = Annotated[
+    list[str] | None,
+    typer.Option("--condition", help="name=value, as class=LUAD, mutation=TP53:1, score=0.7, text='...' (repeat)."),
+]
 SeedOption = Annotated[int, typer.Option("--seed", help="The same seed gives the same image at any batch size.")]
 BatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Tiles or windows per network call.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps.")]
@@ -52,33 +63,45 @@ PrecisionOption = Annotated[Precision, typer.Option("--precision", help="Of the 
 @app.command()
 def sample(
     model: ModelOption,
-    features: FeaturesOption,
     out: Annotated[Path, typer.Option("--out", help="Folder for the tiles, their list and a contact sheet.")],
+    condition: ConditionOption = None,
+    features: Annotated[
+        Path | None,
+        typer.Option("--features", help="Features (.npy, .h5, .pt), or a tile store: its conditions, tile by tile."),
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", help="CSV or TSV: a column per condition, a tile per row.")
+    ] = None,
     feature: FeatureOption = None,
     where: Annotated[
         list[str] | None, typer.Option("--where", help="Selection in a tile store, label=value, as split=val.")
     ] = None,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="At most this many, evenly chosen.")] = None,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="How many; evenly chosen where there are more.")
+    ] = None,
     steps: StepsOption = 20,
     solver: SolverOption = Solver.dpmpp_2m,
     schedule: ScheduleOption = Schedule.trailing,
     eta: EtaOption = 1.0,
-    guidance_scale: GuidanceOption = 2.0,
+    guidance_scale: GuidanceOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     precision: PrecisionOption = Precision.fp32,
 ) -> None:
-    """Generate one tile for each feature vector.
+    """Generate tiles under conditions by name, of a table, of a file of features, or of the tiles of a store.
 
-    Example: histoldm sample --model data/models/demo-ssl --features store.zarr --where split=val --out tiles
+    Examples: histoldm sample --model M --condition class=LUAD --condition score=0.7 --count 8 --out tiles;
+    histoldm sample --model data/models/demo-ssl --features store.zarr --where split=val --out tiles
     """
     from ldm.commands import sample_tiles
+    from ldm.requests import parse_guidance, parse_where
 
+    asked = {"features": features, "feature": feature, "where": parse_where(where or []), "table": table}
     sample_tiles(
-        model, features, out, feature, where or [], count, pick_device(device), steps=steps, solver=solver.value,
-        schedule=schedule.value, eta=eta, guidance_scale=guidance_scale, seed=seed, batch_size=batch_size,
-        precision=precision.value,
+        model, out, pick_device(device), batch_size, {**asked, "conditions": condition or [], "count": count},
+        steps=steps, solver=solver.value, schedule=schedule.value, eta=eta,
+        guidance_scale=parse_guidance(guidance_scale or []), seed=seed, precision=precision.value,
     )  # fmt: skip
 
 
@@ -89,6 +112,7 @@ def large_image(
     out: Annotated[
         list[Path], typer.Option("--out", help="Output file: .png, .tif (pyramid), .ome.zarr. May be repeated.")
     ],
+    condition: ConditionOption = None,
     feature: FeatureOption = None,
     region: Annotated[
         str | None, typer.Option("--region", help="x,y,width,height of the slide, level-0 px, for a tile store.")
@@ -104,7 +128,7 @@ def large_image(
     solver: SolverOption = Solver.dpmpp_2m,
     schedule: ScheduleOption = Schedule.trailing,
     eta: EtaOption = 1.0,
-    guidance_scale: GuidanceOption = 2.0,
+    guidance_scale: GuidanceOption = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
@@ -115,12 +139,14 @@ def large_image(
     Example: histoldm large-image --model M --features store.zarr --region 896,1472,1024,1024 --out image.tif
     """
     from ldm.commands import generate_large_image
+    from ldm.requests import parse_guidance
 
     generate_large_image(
         model, features, out, feature, _integers(region, 4, "--region", "x,y,width,height"),
-        _integers(size, 2, "--size", "height,width"), mpp, pick_device(device), mode=mode.value, stride=stride,
-        interpolation=interpolation.value, steps=steps, solver=solver.value, schedule=schedule.value, eta=eta,
-        guidance_scale=guidance_scale, seed=seed, batch_size=batch_size, precision=precision.value,
+        _integers(size, 2, "--size", "height,width"), mpp, condition or [], pick_device(device), mode=mode.value,
+        stride=stride, interpolation=interpolation.value, steps=steps, solver=solver.value, schedule=schedule.value, eta=eta,
+        guidance_scale=parse_guidance(guidance_scale or []), seed=seed, batch_size=batch_size,
+        precision=precision.value,
     )  # fmt: skip
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,43 +14,18 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm import inference
+from ldm.conditioners.given import parse_conditions
 from ldm.data.features import read_features
 from ldm.data.images_out import save_bigtiff, save_ome_zarr, save_png, to_uint8
 from ldm.data.tile_store import TileStore, open_cohort
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError
 from ldm.files import sha256, writable_folder, write_text
 from ldm.model_folder import load_model
+from ldm.requests import check_encoder, evenly, feature_dim, is_store, pick_feature, requested_tiles
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".ome.zarr")
 SHEET_TILES = 64
 FAR = 0.15  # relative difference of extent that tiles of model and store may have
-
-
-def is_store(path: Path) -> bool:
-    """Whether a path is a tile store or a folder of them rather than a feature file."""
-    return path.is_dir()
-
-
-def pick_feature(stores: Sequence[TileStore], feature: str | None, model: Any) -> str:
-    """The feature to read from stores: the one asked for, the model's own encoder, or the only one there is."""
-    names = stores[0].feature_names
-    wanted = feature or model.metadata.get("encoder", {}).get("encoder")
-    if wanted is None and len(names) == 1:
-        wanted = names[0]
-    if wanted not in names:
-        given = f"--feature '{wanted}'" if wanted else "several features"
-        raise UserError(f"{stores[0].path}: {given}{suggest(wanted or '', names)}")
-    return wanted
-
-
-def check_encoder(model: Any, attrs: dict[str, Any], source: Path) -> None:
-    """UserError if features were made by another encoder than the model's conditions were."""
-    own, other = model.metadata.get("encoder", {}), attrs
-    if own.get("weights_sha256") and other.get("weights_sha256") and own["weights_sha256"] != other["weights_sha256"]:
-        raise UserError(
-            f"{source} holds features of encoder '{other.get('encoder')}', but the model was trained on "
-            f"'{own.get('encoder')}' (weights {own['weights_sha256'][:12]}...); extract features with that one."
-        )
 
 
 def provenance(model_path: Path, model: Any, condition: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,73 +40,26 @@ def provenance(model_path: Path, model: Any, condition: str, settings: dict[str,
     }
 
 
-def parse_where(where: Sequence[str]) -> dict[str, str]:
-    """`label=value` selections."""
-    pairs = [item.partition("=") for item in where]
-    for item, (name, equals, value) in zip(where, pairs):
-        if not (name and equals and value):
-            raise UserError(f"--where takes label=value, as split=val; got '{item}'.")
-    return {name: value for name, _, value in pairs}
-
-
-def selected_tiles(
-    features: Path, feature: str | None, where: dict[str, str], count: int | None, model: Any
-) -> tuple[np.ndarray, list[dict[str, Any]], Callable[[int], np.ndarray] | None]:
-    """Feature vectors (N,D), what each is of, and a reader of the i-th tile (T,T,3) where tiles are at hand."""
-    if not is_store(features):
-        if where:
-            raise UserError(f"--where selects tiles of a store; {features} is a file of features.")
-        values = read_features(features, dim=feature_dim(model)).values
-        vectors = values.reshape(-1, values.shape[-1])
-        vectors = vectors[~np.isnan(vectors).any(1)]
-        rows = evenly(len(vectors), count)
-        return vectors[rows], [{"source": features.name, "row": int(row)} for row in rows], None
-    from ldm.data.datasets import TileDataset
-
-    stores = open_cohort(features)
-    name = pick_feature(stores, feature, model)
-    for store in stores:
-        check_encoder(model, dict(store.features(name).attrs), store.path)
-    paths = [str(store.path) for store in stores]
-    dataset, pictures = TileDataset(paths, ("ssl",), name, where=where), TileDataset(paths, ("image",), where=where)
-    rows = evenly(len(dataset), count)
-    items = [dataset[int(row)] for row in rows]
-    about = [
-        {"source": item["slide"], "row": item["row"], "x": int(item["coord"][0]), "y": int(item["coord"][1])}
-        for item in items
-    ]
-    return np.stack([item["ssl"].numpy() for item in items]), about, lambda i: to_uint8(pictures[int(rows[i])]["image"])
-
-
-def feature_dim(model: Any) -> int | None:
-    """Dimension of the features that the model is conditioned on."""
-    return getattr(model.cond_stage_model, "embed_dim", None)
-
-
-def evenly(total: int, count: int | None) -> np.ndarray:
-    """At most `count` of range(total), evenly spread."""
-    if count is None or count >= total:
-        return np.arange(total)
-    return np.linspace(0, total - 1, count).round().astype(int)
-
-
 def sample_tiles(
-    model_path: Path, features: Path, out: Path, feature: str | None, where: Sequence[str], count: int | None,
-    device: str, batch_size: int, **settings: Any,
-) -> None:  # fmt: skip
-    """`histoldm sample`: one PNG per feature vector, tiles.csv that says which is which, and a contact sheet.
+    model_path: Path, out: Path, device: str, batch_size: int, asked: Mapping[str, Any], **settings: Any
+) -> None:
+    """`histoldm sample`: one PNG per tile asked for, tiles.csv that says which is which, and a contact sheet.
+
+    asked: arguments of `requested_tiles`.
 
     Tiles are written as they are made. Those that an interrupted run of the same settings left are kept.
     """
     writable_folder(out)
     model = load_model(model_path, device)
-    vectors, about, real = selected_tiles(features, feature, parse_where(where), count, model)
+    tiles = requested_tiles(model, **asked)
     settings_of_all = settings | {"model_sha256": weights_of(model_path)}
-    paths = [out / f"{i:05d}.png" for i in range(len(vectors))]
+    paths = [out / f"{i:05d}.png" for i in range(len(tiles))]
+    fixed = {name: value for name, value in tiles.fixed.items() if name not in tiles.about[0]}
+    words = [" ".join(f"{k}={v}" for k, v in (row | fixed).items() if v != "") for row in tiles.about]
     texts = [
-        provenance(model_path, model, " ".join(f"{k}={v}" for k, v in row.items()), settings_of_all)
-        | {"condition_sha256": hashlib.sha256(vector.astype(np.float32).tobytes()).hexdigest(), "index": i}
-        for i, (vector, row) in enumerate(zip(vectors, about))
+        provenance(model_path, model, words[i], settings_of_all)
+        | {"condition_sha256": tiles.digest(i), "index": i}
+        for i in range(len(tiles))
     ]
     kept = kept_tiles(out, dict(zip(paths, texts)))
     with tqdm(total=len(paths), initial=len(kept), desc="sample", unit="tile") as bar:
@@ -141,23 +68,25 @@ def sample_tiles(
             missing = [i for i in chunk if paths[i] not in kept]
             if not missing:
                 continue
-            condition = model.condition(features=vectors[chunk.start : chunk.stop])
+            condition = model.condition(**tiles.given(chunk)) if model.cond_stage_model is not None else None
             images = to_uint8(
-                inference.sample(model, condition, batch_size=batch_size, first=start, progress=False, **settings)
+                inference.sample(
+                    model, condition, len(chunk), batch_size=batch_size, first=start, progress=False, **settings
+                )
             )
             for i in missing:
                 save_png(paths[i], images[i - start], texts[i])
             bar.update(len(missing))
     table = io.StringIO()
-    writer = csv.DictWriter(table, ["file", *about[0], "seed", "index"])
+    writer = csv.DictWriter(table, ["file", *tiles.about[0], "seed", "index"])
     writer.writeheader()
-    rows = zip(paths, about)
+    rows = zip(paths, tiles.about)
     writer.writerows({"file": p.name, **row, "seed": settings["seed"], "index": i} for i, (p, row) in enumerate(rows))
     write_text(out / "tiles.csv", table.getvalue())
     shown = evenly(len(paths), SHEET_TILES)
     made = np.stack([np.asarray(Image.open(paths[i]).convert("RGB")) for i in shown])
-    sheet = contact_sheet(made, None if real is None else np.stack([real(int(i)) for i in shown]))
-    save_png(out / "contact_sheet.png", sheet, provenance(model_path, model, str(features.name), settings_of_all))
+    sheet = contact_sheet(made, None if tiles.real is None else np.stack([tiles.real(int(i)) for i in shown]))
+    save_png(out / "contact_sheet.png", sheet, provenance(model_path, model, "see tiles.csv", settings_of_all))
     print(f"wrote {len(paths) - len(kept)} tiles to {out}, kept {len(kept)}; with tiles.csv and contact_sheet.png")
 
 
@@ -205,7 +134,7 @@ def contact_sheet(images: np.ndarray, real: np.ndarray | None, columns: int = 8)
 
 def generate_large_image(
     model_path: Path, features: Path, outs: Sequence[Path], feature: str | None, region: tuple[int, ...] | None,
-    size: tuple[int, ...] | None, mpp: float | None, device: str, **settings: Any,
+    size: tuple[int, ...] | None, mpp: float | None, conditions: Sequence[str], device: str, **settings: Any,
 ) -> None:  # fmt: skip
     """`histoldm large-image`: one image of any size, written in every format asked for."""
     for out in outs:
@@ -213,6 +142,7 @@ def generate_large_image(
             raise UserError(f"--out must end in {', '.join(IMAGE_SUFFIXES)}; got {out}.")
         writable_folder(out.parent)
     model = load_model(model_path, device)
+    given = parse_conditions(model.cond_stage_model, conditions)
     grid, condition, background = None, f"{features.name}", None
     if is_store(features):
         stores = open_cohort(features)
@@ -233,7 +163,8 @@ def generate_large_image(
     mpp = mpp or model.metadata.get("mpp")
     if mpp is None and any(out.suffix != ".png" for out in outs):
         raise UserError("the model does not know its micrometres per pixel; give --mpp for a TIFF or OME-Zarr.")
-    image = to_uint8(inference.large_image(model, grid, size=size, background=background, **settings))[0]
+    image = inference.large_image(model, grid, size=size, background=background, conditions=given, **settings)
+    image, condition = to_uint8(image)[0], " ".join([condition, *conditions])
     text = provenance(model_path, model, condition, settings | {"size": f"{image.shape[0]}x{image.shape[1]}"})
     for out in outs:
         if out.suffix == ".png":

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.autoencoder.autoencoder import IdentityFirstStage
 from ldm.autoencoder.model import AttnBlock
 from ldm.autoencoder.tiled_decode import decode_tiled
+from ldm.conditioners.compose import guidance_terms
 from ldm.conditioners.field import FeatureField
 from ldm.diffusion import samplers, schedules
-from ldm.diffusion.denoiser import Cond, Denoiser
-from ldm.diffusion.guidance import cfg, within
+from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser
+from ldm.diffusion.guidance import cfg, clip, compose, keep_variance, within
 from ldm.diffusion.tiled import shifted, tiled
 from ldm.errors import UserError
 from ldm.rng import canvas_noise, fold, sample_noise
@@ -30,6 +32,7 @@ MODES = ("shifted", "overlap")
 OVERLAPPING_STEPS = 2  # at the end of shifted sampling
 AT_ONCE = 1280 * 1280  # pixels that are decoded in one piece
 DECODE_TILE = 512  # pixels
+Guidance = float | Mapping[str, float]  # one scale, or one for each condition by name
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -50,27 +53,42 @@ def sampling_sigmas(model: LatentDiffusion, steps: int, schedule: str = "trailin
 
 def run_solver(
     solver: str, denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: samplers.Noise, eta: float,
-    progress: samplers.Callback,
+    progress: samplers.Callback, variance: float | None = 0.0,
 ) -> Tensor:  # fmt: skip
-    """One of SOLVERS by name."""
+    """One of SOLVERS by name. variance: of `ddpm`, see `sample_ddpm`."""
     if solver not in SOLVERS:
         raise UserError(f"solver must be one of {', '.join(SOLVERS)}; got '{solver}'.")
     run = getattr(samplers, f"sample_{'ddim' if solver == 'euler_ancestral' else solver}")  # the same in sigma
     if solver in STOCHASTIC:
         return run(denoiser, x, sigmas, cond, noise, eta, callback=progress)
     if solver == "ddpm":
-        return run(denoiser, x, sigmas, cond, noise, callback=progress)
+        return run(denoiser, x, sigmas, cond, noise, variance, callback=progress)
     return run(denoiser, x, sigmas, cond, callback=progress)
 
 
-def guided_denoiser(model: LatentDiffusion, guidance_scale: float, precision: str) -> Denoiser:
-    """The model's denoiser under classifier-free guidance."""
+def guided_denoiser(
+    model: LatentDiffusion, guidance: Guidance, precision: str = "fp32", cond: Cond | None = None, solver: str = ""
+) -> Denoiser | RangeDenoiser:
+    """The model's denoiser under classifier-free guidance, clipped if it works on pixels.
+
+    guidance: one scale, or a scale for each of the model's conditions by name (`guidance_terms`, of `cond`). For the
+    solver `ddpm` a model that learnt its variance returns that too.
+    """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; got '{precision}'.")
+    if guidance != 1.0 and model.cond_stage_model is None:
+        raise UserError(f"an unconditional model has no guidance; set the guidance scale to 1 (got {guidance}).")
+    null = model.null_condition()
+    terms = guidance_terms(null, cond or null, guidance) if isinstance(guidance, Mapping) else None
+
+    def guide(denoiser: Denoiser) -> Denoiser:
+        guided = cfg(denoiser, null, guidance) if terms is None else compose(denoiser, null, terms)
+        return clip(guided) if isinstance(model.first_stage_model, IdentityFirstStage) else guided
+
     denoiser = model.denoiser(PRECISIONS[precision])
-    if guidance_scale != 1.0 and model.cond_stage_model is None:
-        raise UserError(f"an unconditional model has no guidance; set the guidance scale to 1 (got {guidance_scale}).")
-    return cfg(denoiser, model.null_condition(), guidance_scale)
+    if solver == "ddpm" and model.learn_sigma:
+        return keep_variance(denoiser.with_variance, guide)
+    return guide(denoiser)
 
 
 @torch.no_grad()
@@ -80,7 +98,7 @@ def sample(
     count: int | None = None,
     steps: int = 20,
     solver: str = "dpmpp_2m",
-    guidance_scale: float = 2.0,
+    guidance_scale: Guidance = 2.0,
     seed: int = 0,
     batch_size: int = 16,
     schedule: str = "trailing",
@@ -92,8 +110,9 @@ def sample(
     """Sample tiles: (N,3,H,W) in [-1,1] on the CPU.
 
     cond: a condition of N samples, or of one that `count` samples share (None for unconditional models). Image i
-    depends on `seed`, `first` + i and its condition, not on batch_size (to rounding). eta: noise of the solvers in
-    STOCHASTIC, 0 for none.
+    depends on `seed`, `first` + i and its condition, not on batch_size (to rounding). guidance_scale: one number, or
+    one for each condition by name, `{"class": 3.0, "text": 1.5}`, "a+b" guiding by both jointly: each then adds its
+    own difference to the unconditional prediction. eta: noise of the solvers in STOCHASTIC, 0 for none.
     """
     if not cond:
         cond, guidance_scale = model.null_condition(), 1.0  # empty for an unconditional model
@@ -104,7 +123,8 @@ def sample(
     cond = {part: value.expand(count, *value.shape[1:]) for part, value in cond.items()}
     if batch_size < 1:
         raise UserError(f"batch size must be at least 1; got {batch_size}.")
-    denoiser = guided_denoiser(model, guidance_scale if cond else 1.0, precision)
+    denoiser = guided_denoiser(model, guidance_scale if cond else 1.0, precision, cond, solver)
+    variance = None if model.learn_sigma and solver == "ddpm" else 0.0
     sigmas = sampling_sigmas(model, steps, schedule)
     shape = (model.channels, model.image_size, model.image_size)
     images = []
@@ -116,7 +136,7 @@ def sample(
             x = sample_noise(seeds, shape).to(model.device) * sigmas[0]
             x = run_solver(
                 solver, denoiser, x, sigmas, part, _tile_noise(seeds, shape), eta,
-                lambda i, x, x0: bar.update(len(x)),
+                lambda i, x, x0: bar.update(len(x)), variance,
             )  # fmt: skip
             images.append(model.decode(x).clamp(-1, 1).cpu())
     return torch.cat(images)
@@ -134,7 +154,7 @@ def large_image(
     mode: str = "shifted",
     steps: int = 20,
     solver: str = "dpmpp_2m",
-    guidance_scale: float = 2.0,
+    guidance_scale: Guidance = 2.0,
     seed: int = 0,
     batch_size: int = 16,
     schedule: str = "trailing",
@@ -143,6 +163,7 @@ def large_image(
     interpolation: str = "linear",
     stride: int | None = None,
     background: Any = None,
+    conditions: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Tensor:
     """An image of any size from a grid of SSL features: (1,3,height,width) in [-1,1] on the CPU.
@@ -157,6 +178,7 @@ def large_image(
             `overlap`: windows every `stride` pixels, averaged (the published procedure; 16 times the work at the
             default stride of a quarter tile).
         interpolation: between the features of the grid: linear, slerp, nearest.
+        conditions: other conditions by name, the same everywhere: `{"class": "LUAD"}`.
     """
     factor, window = model.first_stage_model.downsampling, model.image_size
     tile = window * factor
@@ -180,9 +202,9 @@ def large_image(
     field = FeatureField(features, canvas, window, interpolation, background)
 
     def window_condition(corners: Sequence[tuple[int, int]]) -> Mapping[str, Tensor]:
-        return model.condition(features=field.at(corners))
+        return model.condition(features=field.at(corners), **(conditions or {}))
 
-    windows = guided_denoiser(model, guidance_scale, precision)
+    windows = guided_denoiser(model, guidance_scale, precision, window_condition([(0, 0)]))
     sigmas = sampling_sigmas(model, steps, schedule)
     if mode == "shifted":  # nothing comes after the last steps to even out their seams: there the windows overlap
         moving = shifted(windows, window, window_condition, batch_size, seed, model.device, blend="smooth")

@@ -15,9 +15,18 @@ from torch import Tensor, nn
 from ldm.conditioners.given import conditions_given
 from ldm.config import instantiate_from_config
 from ldm.diffusion import schedules
-from ldm.diffusion.denoiser import PARAMETERIZATIONS, Cond, Denoiser, EDMDenoiser, FlowDenoiser, TableDenoiser
+from ldm.diffusion.denoiser import (
+    DISCRETE,
+    PARAMETERIZATIONS,
+    Cond,
+    Denoiser,
+    EDMDenoiser,
+    FlowDenoiser,
+    TableDenoiser,
+    per_sample,
+)
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.losses import denoising_loss, error_scale, min_snr_scale
+from ldm.diffusion.losses import error_scale, min_snr_scale, scaled_error, variational_bound
 from ldm.diffusion.samplers import sample_dpmpp_2m
 from ldm.errors import UserError
 from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights, resolve_first_stage
@@ -50,6 +59,8 @@ class LatentDiffusion(pl.LightningModule):
         cond_stage_config: node of the conditioner, trained along; none for an unconditional model.
         parameterization: what the network predicts: eps, v, x0 (on the table below), edm or flow (continuous).
         beta_schedule, timesteps, linear_start, linear_end, cosine_s: the noise table (`ldm.diffusion.schedules`).
+        learn_sigma: the network has 2C outputs, the second half a learned variance (arXiv:2102.09672); it is trained by
+            the variational bound, and `ddpm` samples with it.
         loss_type: l2 or l1 on the network's error. min_snr_gamma: min-SNR weighting (arXiv:2303.09556).
         sigma_data, p_mean, p_std: EDM's data scale and its log-normal training noise (arXiv:2206.00364, table 1).
         scale_factor: multiplies first-stage latents. scale_by_std: set it to 1/std of the first training batch.
@@ -71,6 +82,7 @@ class LatentDiffusion(pl.LightningModule):
         linear_start: float = 1e-4,
         linear_end: float = 2e-2,
         cosine_s: float = 8e-3,
+        learn_sigma: bool = False,
         loss_type: str = "l2",
         min_snr_gamma: float | None = None,
         sigma_data: float = 1.0,
@@ -98,6 +110,9 @@ class LatentDiffusion(pl.LightningModule):
             raise UserError(f"loss_type must be l1 or l2; got '{loss_type}'.")
         if min_snr_gamma is not None and loss_type == "l1":
             raise UserError("min_snr_gamma weighs a squared error; use it with loss_type l2.")
+        if learn_sigma and parameterization not in DISCRETE:
+            raise UserError(f"a variance is learnt with one of {', '.join(DISCRETE)}; got '{parameterization}'.")
+        self.learn_sigma = learn_sigma
         self.parameterization, self.loss_type, self.min_snr_gamma = parameterization, loss_type, min_snr_gamma
         self.sigma_data, self.p_mean, self.p_std = sigma_data, p_mean, p_std
         self.weight_decay, self.warmup_steps, self.decay_steps = weight_decay, warmup_steps, decay_steps
@@ -159,13 +174,14 @@ class LatentDiffusion(pl.LightningModule):
         return self.make_denoiser(network)
 
     @torch.no_grad()
-    def condition(self, **given: Any) -> Cond:
+    def condition(self, features: Any = None, **given: Any) -> Cond:
         """The condition of what is given by name: `condition(score=0.7, class_="LUAD", features=array)`.
 
         Each is a value, or a list or array of N: one value goes with N of another condition. `features` stands for
         the SSL features (N,D), whatever their key; a trailing underscore (`class_`) is dropped. Conditions of the model
         that are not given are null. UserError: an unknown name or value, numbers that do not go together.
         """
+        given |= {} if features is None else {"features": features}
         if self.cond_stage_model is None:
             raise UserError(f"the model is unconditional; it takes no {' or '.join(given) or 'condition'}.")
         return conditions_given(self.cond_stage_model, given)
@@ -214,11 +230,18 @@ class LatentDiffusion(pl.LightningModule):
         sigma = self.training_sigmas(len(x0), rng)
         noise = torch.randn(x0.shape, generator=rng, device=self.device)
         scale = error_scale(self.parameterization, sigma, self.sigma_data)
-        losses = denoising_loss(
-            self.make_denoiser(self.model), x0, sigma, noise, self.condition_of(batch, drop), scale, self.loss_type
-        )
+        x, cond, place = x0 + per_sample(sigma, x0) * noise, self.condition_of(batch, drop), None
+        denoiser = self.make_denoiser(self.model)
+        if self.learn_sigma:
+            estimate, place = denoiser.with_variance(x, sigma, cond)
+        else:
+            estimate = denoiser(x, sigma, cond)
+        losses = scaled_error(estimate, x0, scale, self.loss_type)
         if self.min_snr_gamma is not None:
             losses = losses * min_snr_scale(sigma, self.min_snr_gamma, self.parameterization, self.sigma_data)
+        if place is not None:  # weighted as in arXiv:2102.09672: 1/1000 of the sum over the table
+            bound = variational_bound(x0, estimate.detach(), place, sigma, self.sigmas)
+            losses = losses + bound * len(self.sigmas) / 1000
         return losses
 
     def on_fit_start(self) -> None:

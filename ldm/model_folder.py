@@ -1,6 +1,6 @@
 """Model folders: what a user keeps and shares. `model.safetensors`, and `config.yaml` with everything else it needs.
 
-    model: {target, params}     builds the module; nothing in it points outside the folder
+    model: {target, params}     builds the module; paths in it begin with ./ and are files of the folder
     metadata: {...}             encoder and licence, mpp, tile size, training provenance
 
 Checkpoints (`.ckpt`) are for resuming; `export` makes a model folder of one.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ PREFIX = {"network": "model.", "first stage": "first_stage_model.", "conditioner
 
 def write_model_folder(
     folder: str | Path, node: Mapping[str, Any], state: Mapping[str, Tensor], metadata: Mapping[str, Any],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, files: Mapping[str, str] | None = None,
 ) -> Path:  # fmt: skip
     """Write a model folder whole or not at all; an existing model folder there is replaced.
 
+    files: name -> text of further files, which the node names as "./name".
     dtype: store floating tensors in this precision (float16 halves the file); they are read back as float32.
     """
     folder = Path(folder)
@@ -52,6 +54,8 @@ def write_model_folder(
         part.mkdir(parents=True)
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part / WEIGHTS)
         save_config({"model": dict(node), "metadata": dict(metadata)}, part / "config.yaml")
+        for name, text in (files or {}).items():
+            (part / name).write_text(text, encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
@@ -74,7 +78,20 @@ def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any
     config = load_config([folder / "config.yaml"])
     if "model" not in config:
         raise UserError(f"{folder / 'config.yaml'} has no `model: {{target, params}}`.")
-    return config["model"], config.get("metadata", {})
+    return _within(config["model"], folder), config.get("metadata", {})
+
+
+def _within(value: Any, folder: Path) -> Any:
+    """A config node whose paths ("./name") are those of files in `folder`."""
+    if isinstance(value, Mapping):
+        return {key: _within(child, folder) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_within(child, folder) for child in value]
+    if isinstance(value, str) and value.startswith("./"):
+        if "/" in value[2:] or not (folder / value).is_file():
+            raise UserError(f"{folder / 'config.yaml'} names {value}, which is no file of the folder; copy it whole.")
+        return str(folder / value)
+    return value
 
 
 def load_first_stage(folder: str) -> nn.Module:
@@ -111,12 +128,22 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
         raise UserError(f"model {path} does not exist.")
     checkpoint = path if path.is_file() else path / "checkpoints" / "last.ckpt"
     if checkpoint.is_file():
-        node, metadata, state = _of_checkpoint(checkpoint)
-    else:
-        node, metadata = read_model_folder(path)
-        if not (path / "model.safetensors").is_file():
-            raise UserError(f"{path} has no model.safetensors; copy the whole model folder, its weights too.")
-        state = read_state_dict(path)
+        node, metadata, state, files = _of_checkpoint(checkpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in files.items():
+                Path(folder, name).write_text(text, encoding="utf-8")
+            return _loaded(_within(node, Path(folder)), metadata, state, path, device)
+    node, metadata = read_model_folder(path)
+    if not (path / "model.safetensors").is_file():
+        raise UserError(f"{path} has no model.safetensors; copy the whole model folder, its weights too.")
+    return _loaded(node, metadata, read_state_dict(path), path, device)
+
+
+def _loaded(
+    node: Mapping[str, Any], metadata: dict[str, Any], state: Mapping[str, Tensor], path: Path,
+    device: str | torch.device,
+) -> nn.Module:  # fmt: skip
+    """The model of a node with its weights, ready to sample from."""
     with torch.device("meta"):
         model = instantiate_from_config(node)
     if not hasattr(model, "build_noise_table"):
@@ -145,11 +172,12 @@ def export(
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} does not exist; give a run folder or a .ckpt of this toolkit.")
+    files: dict[str, str] = {}
     if config is not None:
         node, recorded, state = _of_published_first_stage(checkpoint, config)
     else:
-        node, recorded, state = _of_checkpoint(checkpoint)
-    return write_model_folder(out, node, state, {**recorded, **(metadata or {})}, dtype)
+        node, recorded, state, files = _of_checkpoint(checkpoint)
+    return write_model_folder(out, node, state, {**recorded, **(metadata or {})}, dtype, files)
 
 
 def _of_published_first_stage(
@@ -164,8 +192,8 @@ def _of_published_first_stage(
     return node, {"started_from": checkpoint.name}, module.state_dict()
 
 
-def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """Model node, metadata and inference weights of a training checkpoint of this toolkit."""
+def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Model node, metadata, inference weights and further files of a training checkpoint of this toolkit."""
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
@@ -177,7 +205,7 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], di
     metadata = content.get("histoldm_metadata", {})
     if "first_stage" in node["params"]:  # a training of a first stage: the folder is of the autoencoder alone
         weights = {n.removeprefix(AUTOENCODER): v for n, v in state.items() if n.startswith(AUTOENCODER)}
-        return node["params"]["first_stage"], metadata, weights
+        return node["params"]["first_stage"], metadata, weights, {}
     params = dict(node["params"])
     for name in [name for name in state if name.startswith("model.")]:
         average = "model_ema." + name.removeprefix("model.").replace(".", "")
@@ -185,10 +213,12 @@ def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], di
     state = {name: value for name, value in state.items() if not name.startswith("model_ema.")}
     known = content.get("histoldm_first_stage")
     params["first_stage_config"] = known or resolve_first_stage(params["first_stage_config"])
+    if "histoldm_conditioner" in content:
+        params["cond_stage_config"] = content["histoldm_conditioner"]
     for key in TRAINING_ONLY:
         params.pop(key, None)
     params["use_ema"] = False
-    return {"target": node["target"], "params": params}, metadata, state
+    return {"target": node["target"], "params": params}, metadata, state, content.get("histoldm_files", {})
 
 
 def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = False) -> str:

@@ -29,7 +29,8 @@ _BLOCK = 2048  # rows and columns of the finer level that are halved at once
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """(3, H, W) in [-1, 1] -> (H, W, 3) uint8; a batch (B, 3, H, W) -> (B, H, W, 3)."""
+    """(3 or 1, H, W) in [-1, 1] -> (H, W, 3) uint8; a batch (B, 3 or 1, H, W) -> (B, H, W, 3)."""
+    image = image.expand(*image.shape[:-3], 3, *image.shape[-2:])
     scaled = image.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return scaled.movedim(-3, -1).cpu().numpy()
 

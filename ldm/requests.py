@@ -1,0 +1,245 @@
+"""Which tiles a user asks for: the conditions of each, by name, of a table, of a file of features or of a store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.conditioners.given import known_key, parse_conditions
+from ldm.data.features import read_features
+from ldm.data.images_out import to_uint8
+from ldm.data.tile_store import TileStore, open_cohort
+from ldm.errors import UserError, suggest
+
+
+@dataclass
+class Requests:
+    """N tiles to make.
+
+    Attributes:
+        about: for each, what it is of: source, row, conditions in words.
+        values: condition -> N values. fixed: condition -> the value of all.
+        real: a reader of the i-th real tile (T,T,3) uint8, where they come from real ones.
+    """
+
+    about: list[dict[str, Any]]
+    values: dict[str, Sequence[Any]] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    real: Callable[[int], np.ndarray] | None = None
+
+    def __len__(self) -> int:
+        return len(self.about)
+
+    def given(self, rows: range) -> dict[str, Any]:
+        """The conditions of a range of tiles, for `LatentDiffusion.condition`."""
+        own = {}
+        for name, values in self.values.items():
+            part = list(values[rows.start : rows.stop])
+            own[name] = np.stack(part) if isinstance(part[0], np.ndarray) else part
+        return own | self.fixed
+
+    def digest(self, row: int) -> str:
+        """SHA-256 of all conditions of one tile."""
+        known = hashlib.sha256(json.dumps(self.fixed, sort_keys=True, default=str).encode())
+        for name, values in sorted(self.values.items()):
+            value = values[row]
+            known.update(name.encode())
+            array = isinstance(value, np.ndarray)
+            known.update(value.astype(np.float32).tobytes() if array else str(value).encode())
+        return known.hexdigest()
+
+
+def requested_tiles(
+    model: Any,
+    features: Path | None = None,
+    feature: str | None = None,
+    where: Mapping[str, str] | None = None,
+    conditions: Sequence[str] = (),
+    table: Path | None = None,
+    count: int | None = None,
+) -> Requests:
+    """The tiles that a user asks for.
+
+    Args:
+        features: a file of features, one tile for each; or a cohort or store, one for each tile selected by `where`,
+            with all that the model is conditioned on as its training data had it.
+        conditions: "name=value", the same for every tile; they replace those of a store.
+        table: CSV or TSV with a column for each condition and a tile for each row.
+        count: how many; at most so many, evenly chosen, of features, store or table.
+    """
+    conditioner = model.cond_stage_model
+    fixed = parse_conditions(conditioner, conditions)
+    words = {name.partition("=")[0]: name.partition("=")[2] for name in conditions}
+    if features is not None and table is not None:
+        raise UserError("give features or a table of conditions, not both.")
+    if features is None and where:
+        raise UserError("a selection (--where) is of a tile store's tiles; name the store with --features.")
+    if table is not None:
+        return _of_table(conditioner, table, fixed, count)
+    if features is None:
+        if conditioner is not None and not fixed:
+            raise UserError(
+                f"say what the tiles shall show: --condition name=value ({', '.join(conditioner.keys)}), --features or "
+                "--table."
+            )
+        return Requests([{"source": "", **words} for _ in range(count or 1)], fixed=fixed)
+    if conditioner is None:
+        raise UserError("the model is unconditional; it takes no features.")
+    if not is_store(features):
+        return _of_file(model, features, where, fixed, count)
+    return _of_store(model, features, feature, where or {}, fixed, count)
+
+
+def _of_table(conditioner: Any, path: Path, fixed: dict[str, Any], count: int | None) -> Requests:
+    import pandas as pd
+
+    if not path.is_file():
+        raise UserError(f"there is no table of conditions at {path}.")
+    table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
+    if conditioner is None or table.empty:
+        raise UserError(f"{path} has no rows." if conditioner else "the model is unconditional; it takes no table.")
+    rows = evenly(len(table), count)
+    values = {}
+    for name in table:
+        key = known_key(conditioner, name)
+        column = [table[name].iloc[row].strip() for row in rows]
+        if "" in column:
+            raise UserError(f"{path}: row {column.index('') + 2} has no {name}; fill it in.")
+        values[key] = [conditioner.parse(key, text) for text in column]
+    about = [{"source": path.name, "row": int(row), **table.iloc[row].to_dict()} for row in rows]
+    return Requests(about, values, fixed)
+
+
+def _of_file(
+    model: Any, path: Path, where: Mapping[str, str] | None, fixed: dict[str, Any], count: int | None
+) -> Requests:
+    if where:
+        raise UserError(f"--where selects tiles of a store; {path} is a file of features.")
+    key = known_key(model.cond_stage_model, "features")
+    values = read_features(path, dim=feature_dim(model)).values
+    vectors = values.reshape(-1, values.shape[-1])
+    vectors = vectors[~np.isnan(vectors).any(1)]
+    rows = evenly(len(vectors), count)
+    return Requests([{"source": path.name, "row": int(row)} for row in rows], {key: list(vectors[rows])}, fixed)
+
+
+def _of_store(
+    model: Any, path: Path, feature: str | None, where: Mapping[str, str], fixed: dict[str, Any], count: int | None
+) -> Requests:
+    from ldm.data.datasets import TileDataset
+
+    stores = open_cohort(path)
+    paths, keys = [str(store.path) for store in stores], model.cond_stage_model.keys
+    recorded = model.metadata.get("conditions", {})
+    sources = {key: recorded[key]["source"] for key in keys if key in recorded and key not in fixed}
+    name = None
+    if "ssl" in keys and "ssl" not in fixed and "ssl" not in sources:
+        name = pick_feature(stores, feature, model)
+        for store in stores:
+            check_encoder(model, dict(store.features(name).attrs), store.path)
+    for key, source in sources.items():
+        if source.startswith("features/"):
+            for store in stores:
+                made = dict(store.features(source.removeprefix("features/")).attrs)
+                check_encoder(model, made, store.path, recorded[key])
+    if not sources and name is None:
+        raise UserError(f"the model's conditions ({', '.join(keys)}) are not in {path}; give them by --condition.")
+    dataset = TileDataset(paths, ("ssl",) if name else (), name, where=where, conditions=sources, missing="skip")
+    pictures = TileDataset(paths, ("image",), where=where, conditions=sources, missing="skip")
+    rows = evenly(len(dataset), count)
+    items = [dataset[int(row)] for row in rows]
+    about = [
+        {"source": item["slide"], "row": item["row"], "x": int(item["coord"][0]), "y": int(item["coord"][1])}
+        | {key: _in_words(item[key]) for key in sources if _in_words(item[key]) is not None}
+        for item in items
+    ]
+    values = {key: [_plain(item[key]) for item in items] for key in ([*sources, "ssl"] if name else sources)}
+    return Requests(about, values, fixed, lambda i: to_uint8(pictures[int(rows[i])]["image"]))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    return float(value) if value.ndim == 0 else value.numpy()
+
+
+def _in_words(value: Any) -> str | float | None:
+    plain = _plain(value)
+    return None if isinstance(plain, np.ndarray) else plain
+
+
+def is_store(path: Path) -> bool:
+    """Whether a path is a tile store or a folder of them rather than a feature file."""
+    return path.is_dir()
+
+
+def pick_feature(stores: Sequence[TileStore], feature: str | None, model: Any) -> str:
+    """The feature to read from stores: the one asked for, the model's own encoder, or the only one there is."""
+    names = stores[0].feature_names
+    wanted = feature or model.metadata.get("encoder", {}).get("encoder")
+    if wanted is None and len(names) == 1:
+        wanted = names[0]
+    if wanted not in names:
+        given = f"--feature '{wanted}'" if wanted else "several features"
+        raise UserError(f"{stores[0].path}: {given}{suggest(wanted or '', names)}")
+    return wanted
+
+
+def check_encoder(
+    model: Any, attrs: Mapping[str, Any], source: Path, recorded: Mapping[str, Any] | None = None
+) -> None:
+    """UserError if features (`attrs` of their array) were made by another encoder than the model's conditions were."""
+    own = recorded if recorded is not None else model.metadata.get("encoder", {})
+    for name, given in (("weights_sha256", "weights"), ("encoder", "name")):
+        if own.get(name) and attrs.get(name):
+            if own[name] != attrs[name]:
+                raise UserError(
+                    f"{source} holds features of encoder '{attrs.get('encoder')}', but the model was trained on "
+                    f"'{own.get('encoder')}' ({given} {own[name][:12]}); extract features with that one."
+                )
+            return
+
+
+def feature_dim(model: Any) -> int | None:
+    """Dimension of the features that the model is conditioned on."""
+    kinds = model.cond_stage_model.describe().values()
+    return next((about.get("dim") for about in kinds if about.get("kind") == "features"), None)
+
+
+def parse_where(where: Sequence[str]) -> dict[str, str]:
+    """`label=value` selections."""
+    pairs = [item.partition("=") for item in where]
+    for item, (name, equals, value) in zip(where, pairs):
+        if not (name and equals and value):
+            raise UserError(f"--where takes label=value, as split=val; got '{item}'.")
+    return {name: value for name, _, value in pairs}
+
+
+def parse_guidance(texts: Sequence[str]) -> float | dict[str, float]:
+    """One guidance scale ("2.0"), or one for each condition ("class=3", "text=1.5")."""
+    scales: dict[str, float] = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise UserError(f"a guidance scale is a number, or name=number, as class=3; got '{text}'.") from None
+        if not equals:
+            if len(texts) > 1:
+                raise UserError("give one guidance scale, or name=scale for each condition; got both.")
+            return value
+        scales[name] = value
+    return scales or 2.0
+
+
+def evenly(total: int, count: int | None) -> np.ndarray:
+    """At most `count` of range(total), evenly spread."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.linspace(0, total - 1, count).round().astype(int)
