@@ -1,0 +1,366 @@
+"""Cut annotated cells out of slides, with a score for one class, such as mitotic figures.
+
+    python -m data_prep.mitosis_cells --sqlite MITOS_WSI_CCMCT_ODAEL.sqlite --slides WSI --out cohort
+    python -m data_prep.mitosis_cells --midog MIDOG++.json --images images --out cohort
+    python -m data_prep.mitosis_cells --crops AtNorM-MD --votes votes.csv --positive Atypical --labels soft --out cohort
+
+writes a tile store per slide (one for a folder of crops) and cohort/index.parquet with the columns `score`, `class`,
+`votes` (how many), `patient`, `split`. A cell lies in the middle of its crop; beyond the slide's edge the crop goes on
+as its mirror image. An interrupted run goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from tqdm import tqdm
+
+from ldm.data.annotations import Cell, find_files, read_crops, read_midog, read_sliderunner
+from ldm.data.cohort import merge_index, patient_of, split_of, write_store
+from ldm.data.slides import Slide, open_slide
+from ldm.data.votes import LABELS, class_called, distribution, scores_of, without_surplus
+from ldm.errors import UserError, run_command
+
+_UNKNOWN = "unknown"  # the patient of crops that nothing says it of
+
+
+def cell_corner(x: float, y: float, extent: float) -> tuple[int, int]:
+    """Upper left corner, whole level-0 pixels, of the square of side `extent` around (x, y)."""
+    return math.floor(x - extent / 2 + 0.5), math.floor(y - extent / 2 + 0.5)
+
+
+def cut_cell(slide: Slide, x: float, y: float, size: int, downsample: float = 1.0) -> np.ndarray:
+    """The square of size * downsample level-0 pixels around (x, y) as (size, size, 3) uint8.
+
+    What lies beyond the slide is the mirror image of what lies inside, so that the cell stays in the middle.
+    """
+    extent = size * downsample
+    left, top = cell_corner(x, y, extent)
+    width, height = slide.dimensions
+    right, bottom = math.ceil(left + extent), math.ceil(top + extent)
+    if left >= 0 and top >= 0 and right <= width and bottom <= height:
+        return slide.read(left, top, extent, extent, (size, size))
+    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(right, width), min(bottom, height)
+    inside = slide.read(x0, y0, x1 - x0, y1 - y0)
+    around = np.pad(inside, ((y0 - top, bottom - y1), (x0 - left, right - x1), (0, 0)), mode="reflect")
+    if downsample == 1:
+        return around
+    return np.asarray(Image.fromarray(around).resize((size, size), Image.Resampling.LANCZOS, (0, 0, extent, extent)))
+
+
+def choose(
+    cells: Sequence[Cell],
+    positive: str,
+    labels: str,
+    validation: float,
+    test: float,
+    balance: bool,
+    negatives_per_slide: int | None,
+    seed: int,
+) -> pd.DataFrame:
+    """Cells to cut, as a table: slide, class, score, votes, patient, split, and `cell`: the place in `cells`.
+
+    A slide's cells are in one split; crops without a known patient are split one by one.
+    """
+    scores = scores_of(cells, positive, labels)
+    patients = [cell.patient or patient_of(Path(cell.slide).name) for cell in cells]
+    table = pd.DataFrame(
+        {
+            "cell": range(len(cells)),
+            "slide": [cell.slide for cell in cells],
+            "class": [cell.name for cell in cells],
+            "score": scores,
+            "votes": [len(cell.votes) for cell in cells],
+            "patient": patients,
+            "split": [split_of(patient, validation, test) for patient in patients],
+        }
+    )
+    if any(cell.domain for cell in cells):
+        table["domain"] = [cell.domain for cell in cells]
+    table = table[table["score"].notna()]
+    if negatives_per_slide is not None:
+        table = _thinned(table, cells, "slide", seed, negatives_per_slide)
+    if balance:
+        table = _thinned(table, cells, "split", seed)
+    return table.astype({"score": float}).reset_index(drop=True)
+
+
+def _thinned(
+    table: pd.DataFrame, cells: Sequence[Cell], group: str, seed: int, most: int | None = None
+) -> pd.DataFrame:
+    chosen = [cells[i] for i in table["cell"]]
+    return table.iloc[without_surplus(chosen, table["score"].tolist(), table[group].tolist(), seed, most)]
+
+
+def cut_slides(
+    cells: Sequence[Cell],
+    table: pd.DataFrame,
+    paths: dict[str, Path],
+    out: Path,
+    attrs: dict[str, object],
+    size: int,
+    mpp: float | None,
+    slide_mpp: float | None,
+) -> tuple[pd.DataFrame, list[Cell], int]:
+    """Write a store for each slide of `table`; the table of what was written, cells outside, and cells mirrored."""
+    stems: dict[str, Path] = {}
+    for path in paths.values():
+        if path.stem in stems:
+            raise UserError(f"{stems[path.stem]} and {path} would both become {path.stem}.zarr; rename one of them")
+        stems[path.stem] = path
+    written, outside, mirrored = [], [], 0
+    groups = list(table.groupby("slide", sort=True))
+    for name, rows in tqdm(groups, desc="slides", unit="slide"):
+        slide = open_slide(paths[name], slide_mpp)
+        downsample = _downsample(slide, mpp)
+        width, height = slide.dimensions
+        own = [cells[i] for i in rows["cell"]]
+        inside = np.array([0 <= cell.x < width and 0 <= cell.y < height for cell in own])
+        outside += [cell for cell, lies in zip(own, inside) if not lies]
+        if not inside.any():
+            continue
+        rows = rows[inside]
+        rows = rows.iloc[np.lexsort([[cells[i].x for i in rows["cell"]], [cells[i].y for i in rows["cell"]]])]
+        own = [cells[i] for i in rows["cell"]]
+        extent = size * downsample
+        coords = np.array([cell_corner(cell.x, cell.y, extent) for cell in own], np.int32)
+        mirrored += int(((coords < 0) | (coords + extent > slide.dimensions)).any(1).sum())
+        _write(
+            out, paths[name].stem, lambda i, s=slide, c=own, d=downsample: cut_cell(s, c[i].x, c[i].y, size, d), rows,
+            coords, own,
+            {
+                **attrs, "slide": name, "mpp": slide.mpp * downsample, "magnification": slide.magnification,
+                "tile_size": size, "level0_size": list(slide.dimensions), "downsample": downsample,
+            },
+        )  # fmt: skip
+        written.append(rows.assign(slide=name, row=range(len(rows))))
+    if not written:
+        raise UserError(f"all {len(outside)} annotations lie outside their slides, the first is {outside[0]}")
+    return pd.concat(written, ignore_index=True), outside, mirrored
+
+
+def cut_crops(
+    cells: Sequence[Cell],
+    table: pd.DataFrame,
+    folder: Path,
+    out: Path,
+    attrs: dict[str, object],
+    size: int,
+    mpp: float | None,
+    slide_mpp: float | None,
+) -> pd.DataFrame:
+    """Write the middle of each crop into one store; the table of what was written, with the column `file`."""
+    if mpp is not None and slide_mpp is None:
+        raise UserError("the crops' own resolution is not known, so --mpp needs it: give it by --slide-mpp")
+    downsample = mpp / slide_mpp if mpp else 1.0
+    if downsample < 0.99:
+        raise UserError(
+            f"the crops have {slide_mpp:g} um per pixel; cells of {mpp:g} would be blown up. Ask for more mpp"
+        )
+    own = [cells[i] for i in table["cell"]]
+    extent = math.ceil(size * downsample)
+    for cell in own:
+        if min(cell.x, cell.y) * 2 < extent:
+            raise UserError(
+                f"{folder / cell.slide} is {cell.x * 2:g} x {cell.y * 2:g} px, and a cell of {size} px takes {extent} "
+                "of them; ask for a smaller --size"
+            )
+
+    def image(i: int) -> np.ndarray:
+        return cut_cell(open_slide(folder / own[i].slide, slide_mpp or 1.0), own[i].x, own[i].y, size, downsample)
+
+    attrs = {**attrs, "tile_size": size, "mpp": slide_mpp * downsample if slide_mpp else None, "downsample": downsample}
+    name = folder.resolve().name
+    _write(out, name, image, table, np.zeros((len(own), 2), np.int32), own, attrs)
+    known = [cell.patient or _UNKNOWN for cell in own]
+    return table.rename(columns={"slide": "file"}).assign(slide=name, row=range(len(own)), patient=known)
+
+
+def _write(
+    out: Path,
+    name: str,
+    images: Callable[[int], np.ndarray],
+    rows: pd.DataFrame,
+    coords: np.ndarray,
+    cells: Sequence[Cell],
+    attrs: dict[str, object],
+) -> None:
+    """One store. Its attrs tell the choice of cells by a hash, so that it goes on only with the same."""
+    listed = "\n".join(f"{cell.slide} {cell.x:g} {cell.y:g}" for cell in cells)
+    attrs = {**attrs, "cells": hashlib.sha256(listed.encode()).hexdigest()}
+    write_store(out, name, images, len(rows), attrs=attrs, coords=coords, desc=name)
+
+
+def _downsample(slide: Slide, mpp: float | None) -> float:
+    if mpp is not None and mpp < slide.mpp * 0.99:
+        raise UserError(
+            f"{slide.path} has {slide.mpp:g} um per pixel; cells of {mpp:g} would be blown up. Ask for more mpp"
+        )
+    return mpp / slide.mpp if mpp else 1.0
+
+
+def report(
+    cells: Sequence[Cell],
+    index: pd.DataFrame,
+    positive: str,
+    missing: Sequence[str],
+    outside: Sequence[Cell],
+    mirrored: int,
+) -> str:
+    """What was read, what was cut, and what was left out and why."""
+    lines = [f"annotated: {len(cells)} cells: " + _counted(Counter(cell.name for cell in cells))]
+    votes = sorted(distribution(cells, positive).items())
+    if any(given for (_, given), _ in votes):
+        told = ", ".join(f"{count} of {given}: {cells}" for (count, given), cells in votes)
+        lines.append(f"votes for '{positive}': {told}")
+    lines.append(f"cut: {len(index)} cells: " + _counted(Counter(index["class"])))
+    lines.append("splits: " + _counted(Counter(index["split"])))
+    lines.append(f"score: mean {index['score'].mean():.4f}, {int((index['score'] >= 0.5).sum())} at 0.5 or above")
+    if missing:
+        lines.append(f"slides not found: {len(missing)}: " + ", ".join(missing))
+    if outside:
+        lines.append(f"outside their slides, left out: {len(outside)}, the first is {outside[0]}")
+    if mirrored:
+        lines.append(f"at the edge, filled up with their mirror image: {mirrored}")
+    return "\n".join(lines)
+
+
+def _counted(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+
+
+def prepare(
+    out: Path | str,
+    *,
+    sqlite: Path | str | None = None,
+    slides: Path | str | None = None,
+    midog: Path | str | None = None,
+    images: Path | str | None = None,
+    crops: Path | str | None = None,
+    votes: Path | str | None = None,
+    positive: str = "mitotic figure",
+    labels: str = "hard",
+    size: int = 64,
+    mpp: float | None = None,
+    slide_mpp: float | None = None,
+    classes: Sequence[str] = (),
+    annotators: Sequence[str] = (),
+    balance: bool = False,
+    negatives_per_slide: int | None = None,
+    validation: float = 0.0,
+    test: float = 0.0,
+    skip_missing: bool = False,
+    licence: str = "",
+    seed: int = 0,
+) -> str:
+    """Cut the cells of one source of annotations and return the report; see the options of the command."""
+    out = Path(out)
+    given = [name for name, path in {"sqlite": sqlite, "midog": midog, "crops": crops}.items() if path is not None]
+    if len(given) != 1:
+        raise UserError(f"give one of --sqlite, --midog and --crops; got {', '.join(given) or 'none'}")
+    folders = {"sqlite": ("slides", slides), "midog": ("images", images), "crops": ("votes", votes)}
+    for source, (option, path) in folders.items():
+        if path is not None and source != given[0]:
+            raise UserError(f"--{option} goes with --{source}, not with --{given[0]}")
+        if path is None and source == given[0] != "crops":
+            raise UserError(f"--{source} needs --{option}, the folder where its slides lie")
+    if size < 8:
+        raise UserError(f"size is at least 8 px, got {size}")
+    if min(validation, test) < 0 or validation + test > 1:
+        raise UserError(f"validation and test are fractions that sum to 1 at most; got {validation} and {test}")
+    if annotators and midog is not None:
+        raise UserError("a MIDOG file does not say whose votes it has; --annotators goes with --sqlite and --crops")
+    if negatives_per_slide is not None and (crops is not None or negatives_per_slide < 0):
+        raise UserError("--negatives-per-slide is 0 or more and goes with --sqlite and --midog")
+
+    notes = []
+    if sqlite is not None:
+        cells = read_sliderunner(sqlite, annotators)
+    elif midog is not None:
+        cells = read_midog(midog)
+    else:
+        cells, rest = read_crops(crops, votes, annotators)
+        notes += [f"{rest} rows of {votes} have no crop"] if rest else []
+    cells = _of_classes(cells, classes)
+    if not cells:
+        raise UserError(f"no cell is annotated in {sqlite or midog}")
+    positive = class_called(positive, cells)
+
+    paths, missing = {}, []
+    if crops is None:
+        names = {cell.slide for cell in cells}
+        paths = find_files(slides or images, names)
+        missing = sorted(names - set(paths))
+        if missing and (not skip_missing or not paths):
+            raise UserError(
+                f"{len(missing)} of {len(names)} annotated slides are not in {slides or images}: "
+                f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}; "
+                "--skip-missing goes on with the others"
+            )
+    present = [cell for cell in cells if crops is not None or cell.slide in paths]
+    table = choose(present, positive, labels, validation, test, balance, negatives_per_slide, seed)
+    if table.empty:
+        raise UserError("no cell is left to cut: all are undecided; --labels soft uses their votes")
+    undecided = sum(score is None for score in scores_of(present, positive, labels))
+    if undecided:
+        notes.append(f"{undecided} undecided cells have no hard label and are left out; --labels soft uses their votes")
+    attrs = {"licence": licence, "score": {"positive": positive, "labels": labels}}
+    outside, mirrored = [], 0
+    if crops is None:
+        index, outside, mirrored = cut_slides(present, table, paths, out, attrs, size, mpp, slide_mpp)
+    else:
+        index = cut_crops(present, table, Path(crops), out, attrs, size, mpp, slide_mpp)
+        if (index["patient"] == _UNKNOWN).any():
+            notes.append("patients are unknown: crops were split one by one, so a patient may be in several splits")
+    merge_index(out, index.drop(columns="cell"))
+    return "\n".join([report(cells, index, positive, missing, outside, mirrored), *(f"note: {note}" for note in notes)])
+
+
+def _of_classes(cells: list[Cell], classes: Sequence[str]) -> list[Cell]:
+    if not classes:
+        return cells
+    wanted = {class_called(name, cells) for name in classes}
+    return [cell for cell in cells if cell.name in wanted]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.mitosis_cells",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--sqlite", metavar="DB", help="SlideRunner database; --slides FOLDER holds its slides")
+    add("--slides", metavar="FOLDER", help="slides of --sqlite, also in subfolders")
+    add("--midog", metavar="JSON", help="MIDOG annotations; --images FOLDER holds their images")
+    add("--images", metavar="FOLDER", help="images of --midog, also in subfolders")
+    add("--crops", metavar="FOLDER", help="images of single cells, a subfolder per class")
+    add("--votes", metavar="CSV", help="votes of --crops: file name, a column per annotator, Majority")
+    add("--out", required=True, metavar="FOLDER", help="cohort folder to write")
+    add("--positive", default="mitotic figure", help="class that scores 1 (default '%(default)s')")
+    add("--labels", choices=LABELS, default="hard", help="the agreed class, or the fraction of votes (%(default)s)")
+    add("--size", type=int, default=64, help="px of a cell's crop (default %(default)s)")
+    add("--mpp", type=float, help="um per pixel of a crop (default: the slide's own)")
+    add("--slide-mpp", type=float, help="um per pixel of slides or crops, where their files lack it")
+    add("--classes", nargs="+", default=(), metavar="NAME", help="cells of these classes only (default: all)")
+    add("--annotators", nargs="+", default=(), metavar="NAME", help="whose votes count (default: all)")
+    add("--balance", action="store_true", help="in every split, only as many cells below score 0.5 as above")
+    add("--negatives-per-slide", type=int, metavar="N", help="most cells below score 0.5 of a slide (default: all)")
+    add("--validation", type=float, default=0.0, help="fraction of patients in split 'val' (default %(default)s)")
+    add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
+    add("--skip-missing", action="store_true", help="go on without slides that are not found")
+    add("--licence", default="", help="of the slides; recorded in the stores")
+    add("--seed", type=int, default=0, help="picks the negatives that stay (default %(default)s)")
+    print(prepare(**vars(parser.parse_args(argv))))
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
