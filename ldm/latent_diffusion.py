@@ -250,6 +250,9 @@ class LatentDiffusion(pl.LightningModule):
         self.metadata |= getattr(self.trainer.datamodule, "metadata", {})
         if self.cond_stage_model is not None:
             self.cond_stage_model.check_data(self.metadata)
+        for about in self.metadata.get("conditions", {}).values():  # known to the conditioner, or nobody's business
+            for name in ("names", "genes", "report"):
+                about.pop(name, None)
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         if self.measure_scale and self.trainer.fit_loop.total_batch_idx == 0:

@@ -12,7 +12,7 @@ from ldm.conditioners.field import FeatureField, slerp
 from ldm.diffusion import schedules
 from ldm.diffusion.denoiser import EDMDenoiser, FlowDenoiser, TableDenoiser
 from ldm.diffusion.guidance import cfg
-from ldm.diffusion.losses import denoising_loss, error_scale, min_snr_scale
+from ldm.diffusion.losses import denoising_loss, error_scale, min_snr_scale, variational_bound
 from ldm.diffusion.samplers import sample_ddim, sample_dpmpp_2m, sample_euler, sample_heun
 from ldm.diffusion.tiled import fixed_starts, shifted, shifted_starts, tiled
 from ldm.networks.unet import UNetModel
@@ -299,3 +299,29 @@ def test_guidance_commutes_with_the_batch_and_scale_one_is_free():
     guided = cfg(denoiser, null, 3.0)(x, sigma, cond)
     assert calls == [6]
     torch.testing.assert_close(guided, x + 3 * cond["crossattn"].mean((1, 2)).view(-1, 1, 1, 1))
+
+
+def test_the_variational_bound_is_the_divergence_of_the_two_gaussians():
+    table = schedules.sigmas_from_alphas_cumprod((1 - schedules.make_betas("linear", 50)).cumprod(0)).float()
+    x0, sigma = torch.rand(3, 3, 4, 4) * 2 - 1, table[[7, 30, 49]]
+    exact = variational_bound(x0, x0, torch.zeros_like(x0), sigma, table)
+    torch.testing.assert_close(exact, torch.zeros(3), atol=1e-6, rtol=0)
+    estimate, place = x0 + 0.1 * torch.randn_like(x0), torch.rand_like(x0)
+    found = variational_bound(x0, estimate, place, sigma, table)
+    for b, t in enumerate((7, 30, 49)):
+        s, t = table[t - 1].double(), table[t].double()
+        small, large = s**2 * (t**2 - s**2) / t**2, (t**2 - s**2) * (1 + s**2) / (1 + t**2)
+        width = (place[b] * large.log() + (1 - place[b]) * small.log()).exp().sqrt()
+        means = (x0[b] * (1 - s**2 / t**2), estimate[b] * (1 - s**2 / t**2))
+        true, model = torch.distributions.Normal(means[0], small.sqrt()), torch.distributions.Normal(means[1], width)
+        expected = torch.distributions.kl_divergence(true, model).mean() / math.log(2)
+        assert float(found[b]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_lowest_level_is_the_likelihood_of_pixels():
+    table = schedules.sigmas_from_alphas_cumprod((1 - schedules.make_betas("linear", 50)).cumprod(0)).float()
+    grays = (torch.arange(256.0) / 127.5 - 1).view(256, 1, 1, 1)
+    estimate, place = torch.full_like(grays, 0.11), torch.full_like(grays, 0.4)
+    bits = variational_bound(grays, estimate, place, table[:1].expand(256), table)
+    assert float((0.5**bits.double()).sum()) == pytest.approx(1.0, abs=1e-3)  # the 256 levels share all mass
+    assert int(bits.argmin()) == round((0.11 + 1) * 127.5)

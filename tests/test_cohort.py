@@ -1,0 +1,146 @@
+"""Cohorts of any images: stores, the table of tiles, and the conditions that tiles carry."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from ldm.data.balance import Balanced
+from ldm.data.cohort import merge_index, read_index, write_store
+from ldm.data.datasets import TileDataset
+from ldm.data.tile_store import ArrayWriter
+from ldm.errors import UserError
+
+TILES = np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8)
+
+
+def make(cohort, name: str, **index) -> None:
+    write_store(cohort, name, lambda i: TILES[i], 6, attrs={"tile_size": 16, "mpp": 0.5})
+    merge_index(cohort, pd.DataFrame({"slide": name, "row": range(6), **index}))
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    make(tmp_path, "a", **{"class": list("xxxxxy"), "score": np.linspace(0, 1, 6), "sample": "S1"})
+    make(tmp_path, "b", **{"class": list("xxxxxx"), "score": 0.5, "sample": "S2", "split": "val"})
+    (tmp_path / "omics").mkdir()
+    table = pd.DataFrame([[0, 1, np.nan], [1, 0, 0]], index=["S2", "S1"], columns=["TP53", "EGFR", "KRAS"])
+    table.to_parquet(tmp_path / "omics" / "mutation.parquet")
+    (tmp_path / "omics" / "mutation.json").write_text(json.dumps({"unit": "calls"}))
+    return tmp_path
+
+
+def test_an_interrupted_store_goes_on_without_asking_for_its_tiles_again(tmp_path):
+    asked = []
+
+    def image(i):
+        asked.append(i)
+        if i == 130 and asked.count(130) == 1:
+            raise KeyboardInterrupt
+        return TILES[i % 6]
+
+    def write():
+        return write_store(tmp_path, "big", image, 1100, attrs={"tile_size": 16})
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    store = write()
+    assert len(store) == 1100
+    assert asked.count(0) + asked.count(1050) <= 3  # nothing but the open shard is asked for twice
+    np.testing.assert_array_equal(store.tile(1099), TILES[1099 % 6])
+    assert store.mpp is None
+    with pytest.raises(UserError, match="other settings"):
+        write_store(tmp_path, "big", image, 1100, attrs={"tile_size": 16, "licence": "CC0"})
+
+
+def test_the_table_gains_columns_and_rows_and_keeps_the_others(cohort):
+    merge_index(cohort, pd.DataFrame({"slide": ["a", "b"], "row": [1, 5], "text": ["one", "two"], "score": [0.9, 0.8]}))
+    index = read_index(cohort).set_index(["slide", "row"])
+    assert len(index) == 12
+    assert index.loc[("a", 1), ["text", "score", "class"]].tolist() == ["one", 0.9, "x"]
+    assert index.loc[("a", 2), "score"] == 0.4
+    assert index["text"].notna().sum() == 2
+    assert index["split"].groupby("slide").first().to_dict() == {"a": "train", "b": "val"}
+    assert index["patient"].unique().tolist() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"slide": ["a", "a"], "row": [1, 1]}, "listed twice"),
+        ({"slide": ["c"], "row": [0]}, "no finished store of the slide 'c'"),
+        ({"slide": ["a"], "row": [6]}, "has 6 tiles"),
+        ({"slide": ["a"]}, "lacks row"),
+    ],
+)
+def test_a_table_that_does_not_fit_is_one_message(cohort, table, message):
+    with pytest.raises(UserError, match=message):
+        merge_index(cohort, pd.DataFrame(table))
+
+
+def test_tiles_carry_their_conditions(cohort):
+    with ArrayWriter(cohort / "slides" / "a.zarr", "features/f", (4,), "f4", {"encoder": "e"}) as writer:
+        writer.append(np.arange(24).reshape(6, 4))
+    sources = {"class": "class", "score": "score", "mutation": "omics/mutation", "region": "features/f"}
+    data = TileDataset(str(cohort / "slides" / "a.zarr"), conditions=sources, gray=True, in_memory=True)
+    batch = default_collate([data[2], data[5]])
+    assert batch["class"] == ["x", "y"]
+    torch.testing.assert_close(batch["score"], torch.tensor([0.4, 1.0]))
+    torch.testing.assert_close(batch["mutation"], torch.tensor([[1.0, 0, 0], [1, 0, 0]]))
+    torch.testing.assert_close(batch["region"][1], torch.arange(20.0, 24.0))
+    assert batch["image"].shape == (2, 1, 16, 16)
+    np.testing.assert_allclose(batch["image"][0, 0], TILES[2].mean(-1) / 127.5 - 1, atol=1e-6)
+    about = data.metadata["conditions"]
+    assert about["class"] == {"source": "class", "names": ["x", "y"]}
+    assert about["mutation"] == {"source": "omics/mutation", "unit": "calls", "genes": ["TP53", "EGFR", "KRAS"]}
+    assert about["region"] == {"source": "features/f", "shape": [4], "encoder": "e", "rows": 6}
+
+
+def test_unknown_calls_stay_unknown(cohort):
+    data = TileDataset(str(cohort), conditions={"mutation": "omics/mutation"}, where={"split": "val"})
+    assert data[0]["mutation"].isnan().tolist() == [False, False, True]
+
+
+def test_tiles_without_a_condition_are_an_error_or_left_out(cohort):
+    merge_index(cohort, pd.DataFrame({"slide": "a", "row": [1], "class": [None]}))
+    with pytest.raises(UserError, match=r"1 of 6 tiles of a have no class \(the first is row 1\)"):
+        TileDataset(str(cohort), conditions={"class": "class"})
+    data = TileDataset(str(cohort), conditions={"class": "class"}, missing="skip")
+    assert [data[i]["row"] for i in range(len(data))] == [0, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]
+    assert data[1]["image"].equal(TileDataset(str(cohort))[2]["image"])
+
+
+@pytest.mark.parametrize(
+    ("conditions", "message"),
+    [
+        ({"class": "clas"}, "did you mean 'class'"),
+        ({"mutation": "omics/mutations"}, "did you mean 'mutation'"),
+        ({"region": "features/none"}, "none"),
+        ({"image": "class"}, "which tiles have anyway"),
+    ],
+)
+def test_a_wrong_source_is_one_message(cohort, conditions, message):
+    with pytest.raises(UserError, match=message):
+        TileDataset(str(cohort), conditions=conditions)
+
+
+def test_rare_classes_are_shown_as_often_as_frequent_ones(cohort):
+    node = {
+        "target": "ldm.data.datasets.TileDataset",
+        "params": {"stores": str(cohort), "conditions": {"class": "class", "score": "score"}},
+    }
+    data = Balanced(node, by="class")
+    items = [data[(i, 31 * i)] for i in range(len(data))]
+    assert Counter(item["class"] for item in items) == {"x": 6, "y": 6}
+    assert len({(item["slide"], item["row"]) for item in items if item["class"] == "x"}) > 3
+    assert data[(4, 124)]["image"].equal(items[4]["image"])  # the draw decides
+    halves = Balanced(node, by="score", thresholds=[0.45])
+    assert Counter(float(halves[(i, i)]["score"]) >= 0.45 for i in range(12)) == {True: 6, False: 6}
+    with pytest.raises(UserError, match="nothing to balance"):
+        Balanced(node | {"params": {**node["params"], "where": {"split": "val"}}}, by="class")

@@ -1,0 +1,266 @@
+"""Conditions by name: classes, scores, sets of conditions, their guidance, and their way into a model folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import ldm
+from ldm.cli import app
+from ldm.conditioners.class_token import ClassEmbedder
+from ldm.conditioners.compose import ConditionerSet, guidance_terms
+from ldm.conditioners.given import conditions_given, parse_conditions
+from ldm.conditioners.score import ScoreEmbedder
+from ldm.config import instantiate_from_config
+from ldm.diffusion.guidance import cfg, compose
+from ldm.errors import UserError
+from ldm.inference import guided_denoiser
+from ldm.model_folder import write_model_folder
+
+CLASSES = ["LUAD", "LUSC", "HNSC"]
+UNET = dict(in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, attention_resolutions=[2],
+            channel_mult=[1, 2], num_heads=2, use_spatial_transformer=True, context_dim=24, image_size=16)  # fmt: skip
+
+
+def module(name: str, **params) -> dict:
+    return {"target": f"ldm.conditioners.{name}", "params": params}
+
+
+def three() -> dict:
+    members = {
+        "class": module("class_token.ClassEmbedder", classes=CLASSES, dim=24, dropout=0.2),
+        "score": module("score.ScoreEmbedder", dim=128, dropout=0.5),
+        "ssl": module("ssl.PatchEmbedder", embed_dim=5, context_dim=24, dropout=0.0),
+    }
+    return module("compose.ConditionerSet", conditioners=members)
+
+
+def model_node(conditioner: dict, **params) -> dict:
+    return {
+        "target": "ldm.latent_diffusion.LatentDiffusion",
+        "params": {
+            "unet_config": {"target": "ldm.networks.unet.UNetModel", "params": UNET | params.pop("unet", {})},
+            "first_stage_config": {"target": "ldm.autoencoder.autoencoder.IdentityFirstStage"},
+            "cond_stage_config": conditioner,
+            "use_ema": False,
+            **params,
+        },
+    }
+
+
+def build(conditioner: dict, **params) -> ldm.latent_diffusion.LatentDiffusion:
+    torch.manual_seed(0)
+    model = instantiate_from_config(model_node(conditioner, **params)).eval()
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(three())
+
+
+def test_class_names_and_indices_are_the_same_condition():
+    embedder = ClassEmbedder(CLASSES, dim=8)
+    by_name = embedder({"class": ["LUSC", "LUAD"]})["crossattn"]
+    torch.testing.assert_close(by_name, embedder({"class": torch.tensor([1, 0])})["crossattn"])
+    assert by_name.shape == (2, 1, 8)
+    dropped = embedder({"class": ["LUSC", "LUAD"]}, torch.tensor([True, False]))["crossattn"]
+    torch.testing.assert_close(dropped[:1], embedder.null()["crossattn"])
+    torch.testing.assert_close(dropped[1:], by_name[1:])
+    assert ClassEmbedder(CLASSES, 8, acts="vector")({"class": ["LUSC"]})["vector"].shape == (1, 8)
+
+
+def test_the_class_embedder_is_the_published_one(oracle):
+    io = torch.load(oracle / "more" / "pathldm_class_ckpt" / "io.pt", weights_only=True)
+    weights = torch.load(oracle / "more" / "pathldm_class_ckpt" / "model.ckpt", weights_only=True)["state_dict"]
+    embedder = ClassEmbedder(["a", "b", "c", "d"], dim=32, key="class_label")
+    own = {n.removeprefix("cond_stage_model."): v for n, v in weights.items() if n.startswith("cond_stage_model.")}
+    embedder.load_state_dict(own)
+    torch.testing.assert_close(embedder(io["batch"])["crossattn"], io["c"])
+    torch.testing.assert_close(embedder.null()["crossattn"].expand(2, 1, 32), io["uc"])
+
+
+def test_scores_lie_in_0_1_and_have_a_learned_null():
+    embedder = ScoreEmbedder(dim=6)
+    vectors = embedder({"score": torch.tensor([0.0, 0.5, 1.0])})["vector"]
+    torch.testing.assert_close(vectors[1], (vectors[0] + vectors[2]) / 2)  # linear, as published
+    dropped = embedder({"score": torch.tensor([0.0, 0.5])}, torch.tensor([True, False]))["vector"]
+    torch.testing.assert_close(dropped[0], embedder.null()["vector"][0])
+    for wrong in (1.2, -0.1, float("nan"), [0.5, 2.0]):
+        with pytest.raises(UserError, match=r"lies in \[0, 1\]"):
+            embedder.read({"score": wrong})
+    with pytest.raises(UserError, match="is a number"):
+        embedder.parse("score", "high")
+    assert ScoreEmbedder(6, acts="crossattn", hidden=4)({"score": torch.rand(2)})["crossattn"].shape == (2, 1, 6)
+
+
+@pytest.mark.parametrize("conditioner", [three(), three()["params"]["conditioners"]["class"]])
+def test_training_reaches_every_parameter_of_a_conditioner(conditioner):
+    model = build(conditioner)
+    batch = {
+        "image": torch.randn(6, 3, 16, 16).clamp(-1, 1), "class": ["LUAD", "LUSC", "HNSC"] * 2,
+        "score": torch.rand(6), "ssl": torch.randn(6, 5),
+    }  # fmt: skip
+    model.loss(batch, torch.Generator().manual_seed(1)).mean().backward()
+    for name, parameter in model.cond_stage_model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_each_condition_is_dropped_by_itself():
+    conditions = instantiate_from_config(three())
+    drops = conditions.draw(2000, torch.Generator().manual_seed(0))
+    assert drops.shape == (2000, 3)
+    assert [round(float(rate), 1) for rate in drops.float().mean(0)] == [0.2, 0.5, 0.0]
+    assert abs(float((drops[:, 0] & drops[:, 1]).float().mean()) - 0.1) < 0.03  # independently
+    batch = {"class": ["LUAD"] * 2, "score": torch.tensor([0.3, 0.3]), "ssl": torch.randn(2, 5)}
+    cond = conditions(batch, torch.tensor([[True, False, False], [False, True, False]]))
+    null = conditions.null()
+    assert list(cond) == list(null) == ["class/crossattn", "score/vector", "ssl/crossattn"]
+    torch.testing.assert_close(cond["class/crossattn"][0], null["class/crossattn"][0])
+    torch.testing.assert_close(cond["score/vector"][1], null["score/vector"][0])
+    assert not torch.equal(cond["score/vector"][0], cond["score/vector"][1])
+
+
+def test_conditions_not_given_are_null_and_one_goes_with_many(model):
+    cond, null = model.condition(score=[0.1, 0.9], class_="LUSC"), model.null_condition()
+    assert {len(value) for value in cond.values()} == {2}
+    torch.testing.assert_close(cond["ssl/crossattn"], null["ssl/crossattn"].expand(2, 1, 24))
+    assert not torch.equal(cond["score/vector"][0], cond["score/vector"][1])
+    features = torch.randn(2, 5)
+    torch.testing.assert_close(
+        model.condition(features)["ssl/crossattn"], model.condition(ssl=features.numpy())["ssl/crossattn"]
+    )
+
+
+def test_a_set_tells_the_network_what_its_parts_are(model):
+    seen = {}
+
+    def network(x, time, **inputs):
+        seen.update(inputs)
+        return x
+
+    cond = model.condition(score=0.3, class_="LUSC", ssl=torch.ones(5))
+    model.make_denoiser(network)(torch.randn(1, 3, 16, 16), torch.ones(1), cond)
+    torch.testing.assert_close(seen["context"], torch.cat([cond["class/crossattn"], cond["ssl/crossattn"]], 1))
+    torch.testing.assert_close(seen["vector"], cond["score/vector"])
+
+
+def test_three_scales_are_three_network_calls_combined_by_hand(model):
+    x, sigma = 3 * torch.randn(2, 3, 16, 16), torch.full((2,), 3.0)
+    cond = model.condition(score=[0.1, 0.9], class_=["LUSC", "LUAD"], ssl=torch.randn(2, 5))
+    null = {key: value.expand(2, *value.shape[1:]) for key, value in model.null_condition().items()}
+    scales, calls = {"class": 3.0, "score": 1.5, "ssl": 0.5}, []
+    plain = model.denoiser()
+
+    def counted(x, sigma, cond):
+        calls.append(len(x))
+        return plain(x, sigma, cond)
+
+    terms = guidance_terms(model.null_condition(), cond, scales)
+    together = compose(counted, model.null_condition(), terms)(x, sigma, cond)
+    assert calls == [8]  # one call; the null once
+    base = plain(x, sigma, null)
+    by_hand = base.clone()
+    for name, scale in scales.items():
+        alone = null | {key: value for key, value in cond.items() if key.startswith(f"{name}/")}
+        by_hand += scale * (plain(x, sigma, alone) - base)
+    near = {"rtol": 0.0, "atol": 1e-5 * float(by_hand.detach().abs().max())}
+    torch.testing.assert_close(together, by_hand, **near)
+    jointly = compose(plain, null, guidance_terms(null, cond, {"class+score+ssl": 2.0}))(x, sigma, cond)
+    torch.testing.assert_close(jointly, cfg(plain, null, 2.0)(x, sigma, cond), **near)
+    image = guided_denoiser(model, scales, cond=cond)(x, sigma, cond)
+    torch.testing.assert_close(image, by_hand.clamp(-1, 1), **near)  # pixels are clipped
+
+
+def test_a_condition_that_is_not_given_costs_no_network_call(model):
+    cond = model.condition(score=0.5)
+    terms = guidance_terms(model.null_condition(), cond, {"score": 3.0, "class": 2.0})
+    assert [scale for _, scale in terms] == [3.0]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"clas": "LUAD"}, "no condition 'clas'; did you mean 'class'"),
+        ({"class": "LUAT"}, "no class 'LUAT'; did you mean 'LUAD'"),
+        ({"score": 1.5}, r"lies in \[0, 1\]; got 1.5"),
+        ({"score": [0.1, 0.2], "class": ["LUAD"] * 3}, "got 2, 3"),
+        ({"ssl": np.zeros((1, 7))}, "dimension 5"),
+        ({}, "takes class, score, ssl"),
+    ],
+)
+def test_a_wrong_condition_is_one_message(model, given, message):
+    with pytest.raises(UserError, match=message):
+        conditions_given(model.cond_stage_model, given)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [(["score"], "name=value"), (["score=0.1", "score=0.2"], "given twice"), (["ssl=1"], "no text stands for")],
+)
+def test_a_wrong_command_line_condition_is_one_message(model, texts, message):
+    with pytest.raises(UserError, match=message):
+        parse_conditions(model.cond_stage_model, texts)
+
+
+@pytest.mark.parametrize(
+    ("scales", "message"),
+    [({"clas": 2.0}, "did you mean 'class'"), ({"class": 2.0, "class+ssl": 1.0}, "two guidance scales")],
+)
+def test_a_wrong_guidance_scale_is_one_message(model, scales, message):
+    with pytest.raises(UserError, match=message):
+        guidance_terms(model.null_condition(), model.condition(score=0.2), scales)
+
+
+def test_two_conditioners_of_one_key_are_refused():
+    members = three()["params"]["conditioners"]
+    with pytest.raises(UserError, match="both read 'score'"):
+        ConditionerSet({"a": members["score"], "b": members["score"]})
+
+
+def test_data_with_a_class_that_the_model_lacks_are_refused():
+    embedder = ClassEmbedder(CLASSES, 4)
+    embedder.check_data({"conditions": {"class": {"names": ["LUAD"]}}})
+    with pytest.raises(UserError, match="'BRCA'"):
+        embedder.check_data({"conditions": {"class": {"names": ["LUAD", "BRCA"]}}})
+
+
+def test_a_moved_model_folder_samples_by_names_as_before(model, tmp_path):
+    node = model_node(three())
+    write_model_folder(tmp_path / "a", node, model.state_dict(), {})
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    loaded = ldm.load_model(tmp_path / "b")
+    assert loaded.cond_stage_model.describe()["class"]["names"] == CLASSES
+    given = {"class": "LUSC", "score": 0.7}
+    settings = {"count": 2, "steps": 3, "progress": False, "guidance_scale": {"class": 2.0, "score": 3.0}}
+    expected = ldm.sample(model, model.condition(**given), **settings)
+    torch.testing.assert_close(ldm.sample(loaded, loaded.condition(**given), **settings), expected)
+
+    def run(*args) -> None:
+        call = ["sample", "--model", tmp_path / "b", "--steps", 3, "--device", "cpu", *args]
+        CliRunner().invoke(app, [str(arg) for arg in call], catch_exceptions=False)
+
+    scales = ["--guidance-scale", "class=2", "--guidance-scale", "score=3"]
+    words = ["--condition", "class=LUSC", "--condition", "score=0.7", "--count", 2]
+    run(*words, *scales, "--out", tmp_path / "out")
+    made = np.asarray(Image.open(tmp_path / "out" / "00000.png"))
+    alone = ldm.to_uint8(ldm.sample(loaded, loaded.condition(**given), first=0, **settings))[0]
+    assert np.abs(made.astype(int) - alone).max() <= 1
+    about = json.loads(Image.open(tmp_path / "out" / "00001.png").text["SYNTHETIC"])
+    assert about["condition"] == "class=LUSC score=0.7"
+    (tmp_path / "table.csv").write_text("class,score\nLUSC,0.7\nLUAD,0.1\n")
+    run("--table", tmp_path / "table.csv", *scales, "--out", tmp_path / "table")
+    by_table = np.asarray(Image.open(tmp_path / "table" / "00000.png"))
+    assert np.abs(made.astype(int) - by_table).max() <= 1  # the same seed and condition
+    with pytest.raises(UserError, match="did you mean 'LUAD'"):
+        run("--condition", "class=LUAT", "--out", tmp_path / "none")
