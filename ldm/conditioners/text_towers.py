@@ -1,0 +1,301 @@
+"""Text towers, from token ids to one vector per token: CLIP's (open_clip's, transformers') and BERTs, from disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ldm.conditioners.text_registry import REGISTRY, TextModel
+from ldm.errors import UserError, suggest
+from ldm.interop.text_names import is_transformers, open_clip_config, to_open_clip
+from ldm.metrics.encoders import weights_home
+
+LAYERS = ("last", "penultimate")
+CONFIGS = ("open_clip_config.json", "config.json")
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+# of open_clip's text settings: those that shape the tower, and those of the pooling after it, which is not used
+SHAPE = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value"}
+POOLING = {"pool_type", "proj_type", "proj_bias", "pad_id", "eos_id", "output_tokens", "final_ln_after_pool"}
+
+
+@dataclass(frozen=True)
+class TowerSource:
+    """A text model on disk: its config (as open_clip's model configs; of a BERT, its own as `hf_config`), files, terms.
+
+    weights is None where none are to be read: a bare config, or a model that is built to be filled afterwards.
+    """
+
+    name: str
+    licence: str
+    config: dict[str, Any]
+    weights: Path | None = None
+    tokenizer: Path | None = None
+
+    @property
+    def is_bert(self) -> bool:
+        return bool(self.config["text_cfg"].get("hf_model_name"))
+
+    def as_json(self) -> str:
+        """The config with name and licence, as one JSON file that `find_tower` reads."""
+        about = {"name": self.name, "licence": self.licence}
+        return json.dumps(about | {key: value for key, value in self.config.items() if key != "vision_cfg"}, indent=2)
+
+
+def find_tower(model: str, weights: str | None = None, tokenizer: str | None = None) -> TowerSource:
+    """What `model` is: a name of REGISTRY, a folder, a JSON model config, or an open_clip architecture.
+
+    weights: a weight file, or a folder that holds it. Nothing is downloaded, and on the meta device no weights are
+    looked for. Raises UserError: unknown name, missing files (it says what they are, where to get them, their licence
+    and where to put them), a config that is none of a CLIP.
+    """
+    known, folder = REGISTRY.get(model), None
+    if model.endswith(".json"):
+        config, name = read_config(Path(model)), Path(model).stem
+    elif known or Path(model).is_dir():
+        folder = weights_home() / model if known else Path(model)
+        folder = Path(weights) if weights and Path(weights).is_dir() else folder
+        config, name = _folder_config(folder, known), folder.name
+    elif model in open_clip.list_models():
+        config, name = open_clip.get_model_config(model), model
+        if not (weights or torch.empty(0).is_meta):
+            raise UserError(
+                f"the text model '{model}' is an architecture; `weights` names its checkpoint on disk (open_clip's "
+                "names, or transformers'). Nothing is downloaded."
+            )
+    else:
+        raise UserError(
+            f"'{model}' is no folder, no JSON file, no architecture of open_clip (such as ViT-L-14) and no text model "
+            f"known by name{suggest(model, REGISTRY)}"
+        )
+    place = Path(weights) if weights else folder
+    file = None if place is None or torch.empty(0).is_meta else _weight_file(place, model, known)
+    words = None
+    if config["text_cfg"].get("hf_model_name"):  # CLIP's own words are in open_clip
+        words = Path(tokenizer) if tokenizer else (folder or Path()) / "tokenizer.json"
+        if not words.is_file():
+            raise UserError(f"the text model '{model}' needs a tokenizer.json; none is at {words}.{_where(known)}")
+    if known:
+        return TowerSource(known.name, known.licence, config, file, words)
+    return TowerSource(config.pop("name", name), config.pop("licence", "unknown"), config, file, words)
+
+
+def _where(known: TextModel | None) -> str:
+    if known is None:
+        return ""
+    files = ", ".join(file.replace("|", " or ") for file in known.files)
+    return (
+        f" Get {files} from {known.source} (licence: {known.licence}) and put them into {weights_home() / known.name}, "
+        "or say where they are (`weights`; $HISTOLDM_WEIGHTS replaces the folder of all weights)."
+    )
+
+
+def _weight_file(place: Path, model: str, known: TextModel | None) -> Path:
+    if place.is_file():
+        return place
+    found = next((place / name for name in WEIGHTS if (place / name).is_file()), None)
+    if found is None:
+        what = f"{place} has none of {', '.join(WEIGHTS)}" if place.is_dir() else f"{place} does not exist"
+        raise UserError(f"the text model '{model}' has no weights: {what}.{_where(known)}")
+    return found
+
+
+def _folder_config(folder: Path, known: TextModel | None) -> dict[str, Any]:
+    found = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    if found:
+        return read_config(found)
+    if not (known and known.arch):
+        raise UserError(f"the text model's folder {folder} has none of {', '.join(CONFIGS)}.{_where(known)}")
+    return open_clip.get_model_config(known.arch)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model config as open_clip has them, of its own files, of open_clip_config.json or of transformers' CLIP."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the text model's config {path}: {error}") from error
+    config = config.get("model_cfg", config)
+    if "text_cfg" not in config:
+        config = open_clip_config(config)
+    if config["text_cfg"].get("hf_model_name") and "hf_config" not in config:
+        bert = path.with_name("config.json")
+        if not bert.is_file():
+            raise UserError(
+                f"{path} names the text tower {config['text_cfg']['hf_model_name']}, whose own config is not beside "
+                f"it: put its config.json into {path.parent}, and its tokenizer.json."
+            )
+        config = {**config, "hf_config": json.loads(bert.read_text(encoding="utf-8"))}
+    return config
+
+
+def build_tower(source: TowerSource, layer: str = "last") -> ClipTower | BertTower:
+    """The text tower of a model with its weights, in eval mode; layer `penultimate` leaves its last block out."""
+    if layer not in LAYERS:
+        raise UserError(f"`layer` of a text model is one of {', '.join(LAYERS)}; got '{layer}'.")
+    tower = (BertTower if source.is_bert else ClipTower)(source.config)
+    if source.weights is not None:
+        load_tower(tower, source)
+    if layer == "penultimate":
+        del tower.blocks[-1]
+    return tower.eval()
+
+
+class ClipTower(nn.Module):
+    """The text tower of a CLIP: ids (B,L) -> (B,L,D), after the final norm. Names are those of open_clip.
+
+    L is any multiple of `context_length`: positions start anew in every chunk, attention looks back over all of L.
+    """
+
+    layers, probe = "transformer.resblocks.", "ln_final.weight"
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        text = dict(config["text_cfg"])
+        for key, value in text.items():
+            if key not in SHAPE | POOLING and value:
+                raise UserError(f"text towers with `{key}` in their config are not supported; it is {value!r}.")
+        text = {key: value for key, value in text.items() if key in SHAPE}
+        act = QuickGELU if config.get("quick_gelu") else nn.GELU
+        full = TextTransformer(**text, output_dim=None, act_layer=act, norm_layer=LayerNorm)
+        self.token_embedding, self.positional_embedding = full.token_embedding, full.positional_embedding
+        self.transformer, self.ln_final = full.transformer, full.ln_final
+        self.width, self.heads, self.context_length = full.width, full.heads, full.context_length
+        self.bos, self.eos = full.vocab_size - 2, full.vocab_size - 1
+        self.vocab_size = full.vocab_size
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.transformer.resblocks
+
+    @property
+    def inner(self) -> nn.Module:
+        """What a checkpoint's names are the names of."""
+        return self
+
+    def forward(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+        """keep (B,L) bool: tokens that others may look at; None is all."""
+        length = ids.shape[1]
+        positions = self.positional_embedding.repeat(length // self.context_length, 1)  # (L,D)
+        x = self.token_embedding(ids) + positions
+        mask = torch.full((length, length), float("-inf"), device=ids.device).triu(1)
+        if keep is not None:
+            hidden = torch.zeros(keep.shape, device=ids.device).masked_fill(~keep, float("-inf"))
+            mask = (mask + hidden[:, None]).repeat_interleave(self.heads, 0)  # (B*heads,L,L)
+        return self.ln_final(self.transformer(x, attn_mask=mask))
+
+
+class BertTower(nn.Module):
+    """A BERT as text tower (BiomedCLIP): ids (B,L), keep (B,L) -> last hidden states (B,L,D). Needs `transformers`."""
+
+    layers, probe = "encoder.layer.", "embeddings.word_embeddings.weight"
+
+    def __init__(self, config: Mapping[str, Any]):
+        super().__init__()
+        try:
+            from transformers import AutoConfig, AutoModel
+        except ImportError:
+            raise UserError(
+                f"the text tower {config['text_cfg']['hf_model_name']} needs the package transformers: "
+                "`pip install transformers`."
+            ) from None
+        own = dict(config["hf_config"])
+        kind = own.pop("model_type", None)
+        if kind != "bert":
+            raise UserError(f"the text tower's config.json is of a '{kind}' model; a BERT is supported.")
+        settings = AutoConfig.for_model(kind, **own)
+        self.bert = AutoModel.from_config(settings, add_pooling_layer=False)
+        self.width, self.vocab_size = settings.hidden_size, settings.vocab_size
+        self.context_length = config["text_cfg"].get("context_length", 77)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.bert.encoder.layer
+
+    @property
+    def inner(self) -> nn.Module:
+        return self.bert
+
+    def forward(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
+        place = torch.arange(ids.shape[1], device=ids.device) % self.context_length
+        keep = torch.ones_like(ids) if keep is None else keep.long()
+        out = self.bert(
+            input_ids=ids, attention_mask=keep, position_ids=place.expand_as(ids), token_type_ids=torch.zeros_like(ids)
+        )
+        return out.last_hidden_state
+
+
+def load_tower(tower: ClipTower | BertTower, source: TowerSource) -> None:
+    """Fill a tower from a checkpoint that holds it under any prefix, in open_clip's or transformers' names."""
+    path, state = source.weights, read_tensors(source.weights)
+    if isinstance(tower, ClipTower) and is_transformers(state):
+        _check_settings(source)
+        state = to_open_clip(state)
+    prefixes = [name.removesuffix(tower.probe) for name in state if name.endswith(tower.probe)]
+    prefix = min((p for p in prefixes if p == "" or p.endswith(".")), key=len, default=None)
+    wanted = tower.inner.state_dict()
+    misfit = f"{path} does not fit the text model '{source.name}'"
+    if prefix is None:
+        raise UserError(f"{misfit}: it holds no {tower.probe}.")
+    given = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    missing = [name for name in wanted if name not in given]
+    surplus = [name for name in given if name.startswith(tower.layers) and name not in wanted]
+    if missing or surplus:
+        what = f"{missing[0]} is missing" if missing else f"{surplus[0]} is more than its config has"
+        raise UserError(f"{misfit}: {what}. Is it of another model?")
+    for name, value in wanted.items():
+        if given[name].shape != value.shape:
+            shapes = f"{tuple(given[name].shape)}, expected {tuple(value.shape)}"
+            raise UserError(f"{misfit}: {name} is {shapes}. Is it of another model?")
+    tower.inner.load_state_dict({name: given[name].float() for name in wanted})
+
+
+def _check_settings(source: TowerSource) -> None:
+    """UserError where the config.json beside a transformers checkpoint contradicts the config: weights cannot tell."""
+    beside = source.weights.with_name("config.json")
+    if not beside.is_file():
+        return
+    told = read_config(beside)
+    pairs = {"quick_gelu": (bool(told["quick_gelu"]), bool(source.config.get("quick_gelu")))}
+    pairs["heads"] = (told["text_cfg"]["heads"], source.config["text_cfg"].get("heads", 8))
+    for name, (theirs, ours) in pairs.items():
+        if theirs != ours:
+            raise UserError(
+                f"{beside} says {name}: {theirs}, the text model '{source.name}' has {ours}. Give the folder as "
+                "`model`, or the architecture that fits (such as ViT-L-14-quickgelu for OpenAI's weights)."
+            )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a .safetensors file or of a pickled checkpoint, whose pickle runs no code."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot read weights from {path}: {reason}. Give a state dict (.safetensors, .bin, .pt), no TorchScript."
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else {}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def tower_sha256(tower: nn.Module) -> str:
+    """SHA-256 of a tower's weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tower.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
