@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +19,40 @@ SUFFIXES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".zarr")
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where tiles lie on a slide.
+
+    Attributes:
+        coords: (N, 2) level-0 x, y of the tiles' top-left corners.
+        extent: level-0 pixels that a tile covers along each side; step: between neighbouring tiles; size: pixels of a
+            tile as it was cut. None where the file does not say.
+    """
+
+    coords: np.ndarray
+    extent: float | None = None
+    step: float | None = None
+    size: int | None = None
+
+
+@dataclass(frozen=True)
 class Features:
     """Features of tiles.
 
     Attributes:
         values: (N, D) of tiles, or (rows, cols, D) of a grid where NaN rows are holes; float32.
-        coords: (N, 2) level-0 x, y of the tiles' top-left corners, or None where the file has none.
-        step: level-0 pixels between neighbouring tiles, where the file says.
+        places: where the tiles are, or None where the file does not say.
     """
 
     values: np.ndarray
-    coords: np.ndarray | None = None
-    step: float | None = None
+    places: Places | None = None
+
+    @property
+    def coords(self) -> np.ndarray | None:
+        return None if self.places is None else self.places.coords
+
+    @property
+    def step(self) -> float | None:
+        return None if self.places is None else self.places.step
 
     def grid(self) -> tuple[np.ndarray, np.ndarray]:
         """The features as a grid (rows, cols, D) and its mask (rows, cols); see `features_to_grid`."""
@@ -82,13 +106,23 @@ def _from_h5(path: Path) -> Features:
         if name is None:
             raise UserError(f"{path} has no {', '.join(H5_NAMES)}; it holds {', '.join(file) or 'nothing'}")
         values = _unbatched(_floats(file[name][()], path))
-        coords, step = None, None
-        if "coords" in file:
-            coords = np.asarray(file["coords"][()])
-            attrs = {**file.attrs, **file["coords"].attrs}
-            size, overlap = attrs.get("patch_size_level0"), attrs.get("overlap_level0", 0)  # TRIDENT
-            step = float(size - overlap) if size is not None else None
-    return Features(values, coords, step)
+        places = _places(file)
+    return Features(values, places)
+
+
+def _places(file: h5py.File) -> Places | None:
+    """`coords` of a CLAM or TRIDENT file and what its attributes say of the tiles."""
+    if "coords" not in file:
+        return None
+    attrs = {**file.attrs, **file["coords"].attrs}
+    size = int(attrs["patch_size"]) if "patch_size" in attrs else None
+    extent, step = attrs.get("patch_size_level0"), None
+    if extent is not None:  # TRIDENT; `overlap` is in pixels of a tile
+        overlap = attrs.get("overlap_level0", attrs.get("overlap", 0) * (float(extent) / size if size else 1.0))
+        step = float(extent) - float(overlap)
+    elif size is not None and ("downsample" in attrs or int(attrs.get("patch_level", 0)) == 0):  # CLAM
+        extent = size * float(np.ravel(attrs.get("downsample", 1.0))[0])
+    return Places(np.asarray(file["coords"][()]), None if extent is None else float(extent), step, size)
 
 
 def _from_pt(path: Path) -> Features:
@@ -105,7 +139,7 @@ def _from_pt(path: Path) -> Features:
     if not isinstance(content, torch.Tensor):
         raise UserError(f"{path} holds {type(content).__name__}, not a tensor of features")
     values = _unbatched(_floats(content.float().numpy(), path))
-    return Features(values, None if coords is None else np.asarray(coords))
+    return Features(values, None if coords is None else Places(np.asarray(coords)))
 
 
 def _from_store(path: Path, feature: str | None) -> Features:
@@ -116,7 +150,8 @@ def _from_store(path: Path, feature: str | None) -> Features:
         feature = store.feature_names[0]
     values = np.asarray(store.features(feature)[:])
     values = values[:, 0] if values.ndim == 3 else values
-    return Features(values.astype(np.float32), store.coords, store.stride * store.downsample)
+    extent, step = store.tile_size * store.downsample, store.stride * store.downsample
+    return Features(values.astype(np.float32), Places(store.coords, extent, step, store.tile_size))
 
 
 def _floats(values: np.ndarray, path: Path) -> np.ndarray:
@@ -191,3 +226,162 @@ def features_to_grid(
     mask = np.zeros(rows * cols, bool)
     mask[flat] = True
     return grid.reshape(rows, cols, -1), mask.reshape(rows, cols)
+
+
+# --- the files of a slide: CLAM's and TRIDENT's folders ---------------------------------------------------------------
+
+_ENDS = re.compile(r"[_-](patches|features|feats|embeddings|coords)$", re.IGNORECASE)
+_PLAIN = ("patches", "features", "feats", "embeddings", "coords")  # files of these names are called like their folder
+
+
+@dataclass
+class SlideFiles:
+    """The files of one slide: its features, and the coordinates of its tiles where those are in another file."""
+
+    name: str
+    features: Path | None = None
+    coords: Path | None = None
+
+    @property
+    def source(self) -> Path:
+        """The file that messages name."""
+        return self.features or self.coords
+
+    def read(self) -> tuple[np.ndarray | None, Places]:
+        """Features (N, D), None where there are only coordinates, and their places.
+
+        UserError: an unreadable file, no coordinates, another number of them than of features.
+        """
+        places = None if self.coords is None else read_places(self.coords)
+        if self.features is None:
+            return None, places
+        found = read_features(self.features)
+        if found.values.ndim != 2:
+            raise UserError(f"{self.features} has features of shape {found.values.shape}; expected (N, D)")
+        if found.places is None and places is None:
+            raise UserError(
+                f"{self.features} has no coordinates, and no .h5 file with `coords` of slide '{self.name}' was found; "
+                "give the folder that holds both (CLAM: patches/ and pt_files/; TRIDENT: patches/ and features_*/)"
+            )
+        if places is not None and len(places.coords) != len(found.values):
+            raise UserError(
+                f"{self.features} has {len(found.values)} features but {self.coords} has {len(places.coords)} "
+                "coordinates; they are of different runs"
+            )
+        if found.places is None:
+            return found.values, places
+        same = places is not None and found.places.extent is None and np.array_equal(places.coords, found.coords)
+        return found.values, places if same else found.places
+
+
+def read_places(path: Path) -> Places:
+    """Where the tiles of a CLAM or TRIDENT coordinate file are. UserError: unreadable, none in it, of another shape."""
+    try:
+        with h5py.File(path, "r") as file:
+            places = _places(file)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
+    if places is None:
+        raise UserError(f"{path} has no `coords`")
+    if places.coords.ndim != 2 or places.coords.shape[1] != 2 or not len(places.coords):
+        raise UserError(f"{path} has coords of shape {places.coords.shape}; expected (N, 2)")
+    return places
+
+
+def find_slide_files(paths: Sequence[Path | str]) -> dict[str, SlideFiles]:
+    """The files of each slide by the slide's name, from files and folders of CLAM, TRIDENT or alike.
+
+    Names are the files' without endings such as `_patches` and `_features`. A file that has both features and
+    coordinates is preferred to a tensor (.pt), whose coordinates are then looked for beside its folder.
+    UserError: no file, a broken one, two files of features for one slide.
+    """
+    files: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"there are no features at {path}")
+        inside = path.rglob("*") if path.is_dir() else [path]
+        files += sorted(p for p in inside if p.suffix in (".h5", ".hdf5", ".pt", ".pth"))
+    for path in [path for path in files if path.suffix in (".pt", ".pth")]:
+        near = [path.parent.parent / folder / f"{path.stem}{end}.h5"
+                for folder in ("h5_files", "patches") for end in ("", "_patches")]  # fmt: skip
+        files += [p for p in near if p.is_file() and p not in files]
+    if not files:
+        raise UserError(f"no .h5 or .pt file in {', '.join(map(str, paths))}")
+    kinds: dict[str, dict[str, list[Path]]] = {}
+    for path in files:
+        kinds.setdefault(_slide_name(path), {}).setdefault(_kind(path), []).append(path)
+    slides = {}
+    for name, own in sorted(kinds.items()):
+        features = own.get("both") or own.get("features") or []
+        if len(features) > 1:
+            listed = ", ".join(map(str, features))
+            raise UserError(f"slide '{name}' has several files of features ({listed}); give those of one encoder")
+        coords = own.get("coords", [])
+        if not features and len(coords) > 1:
+            listed = ", ".join(map(str, coords))
+            raise UserError(f"slide '{name}' has several files of coordinates ({listed}); give one")
+        if features or coords:
+            slides[name] = SlideFiles(name, features[0] if features else None, coords[0] if coords else None)
+    if not slides:
+        raise UserError(f"{', '.join(map(str, paths))}: no file has {', '.join(H5_NAMES)} or coords")
+    return slides
+
+
+def _slide_name(path: Path) -> str:
+    stem = path.parent.name if path.stem.lower() in _PLAIN else path.stem
+    return _ENDS.sub("", stem)
+
+
+def _kind(path: Path) -> str:
+    if path.suffix in (".pt", ".pth"):
+        return "features"
+    try:
+        with h5py.File(path, "r") as file:
+            has_features, has_coords = any(name in file for name in H5_NAMES), "coords" in file
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
+    return {(True, True): "both", (True, False): "features", (False, True): "coords"}.get(
+        (has_features, has_coords), "other"
+    )
+
+
+def files_of(slide: str, found: Mapping[str, SlideFiles]) -> SlideFiles | None:
+    """The files of a slide: those of its name, else of the one name that begins it or that it begins, up to `.` or `_`.
+
+    TCGA's slides, say, go by their barcode with and without the long identifier after it.
+    """
+    if slide in found:
+        return found[slide]
+    near = [name for name in found if _begins(name, slide) or _begins(slide, name)]
+    if len(near) > 1:
+        raise UserError(f"slide '{slide}' could be {' or '.join(sorted(near))} by name; name the files like the slide")
+    return found[near[0]] if near else None
+
+
+def _begins(short: str, long: str) -> bool:
+    return long.startswith(short) and long[len(short) : len(short) + 1] in (".", "_")
+
+
+def nearest_tiles(points: np.ndarray, coords: np.ndarray, reach: float) -> np.ndarray:
+    """For each point (n, 2) the index of the nearest of `coords` (N, 2), -1 where none is within `reach` in x and y."""
+    points, coords = np.asarray(points, float), np.asarray(coords, float)
+    low = np.minimum(points.min(0), coords.min(0)) - 2 * reach
+    wide = int((max(points.max(), coords.max()) - low.min()) // reach) + 4
+
+    def bucket(xy: np.ndarray, dx: int = 0, dy: int = 0) -> np.ndarray:
+        cells = ((xy - low) // reach).astype(np.int64)
+        return (cells[:, 0] + dx) * wide + cells[:, 1] + dy
+
+    order = np.argsort(bucket(coords), kind="stable")
+    keys = bucket(coords)[order]
+    best, distance = np.full(len(points), -1), np.full(len(points), np.inf)
+    for dx, dy in [(dx, dy) for dx in (-1, 0, 1) for dy in (-1, 0, 1)]:
+        wanted = bucket(points, dx, dy)
+        first, last = np.searchsorted(keys, wanted), np.searchsorted(keys, wanted, "right")
+        for step in range(int((last - first).max())):
+            here = np.flatnonzero(first + step < last)
+            found = order[first[here] + step]
+            far = np.abs(points[here] - coords[found]).max(1)
+            nearer = far < distance[here]
+            best[here[nearer]], distance[here[nearer]] = found[nearer], far[nearer]
+    return np.where(distance <= reach, best, -1)

@@ -1,0 +1,366 @@
+"""Features, and tiles, from the files of CLAM, TRIDENT or alike.
+
+    python -m data_prep.import_features --store cohort --files TRIDENT_JOB --name uni
+    python -m data_prep.import_features --slides slides/*.svs --files TRIDENT_JOB --out cohort --name uni
+
+The first gives the tiles of a cohort the features of the same places. The second cuts the tiles of slides where the
+files say, as large as they say, and gives them their features; with files of coordinates alone it only cuts.
+
+Slides and files belong together by name, tiles and features by level-0 coordinates, within half a tile pixel. A folder
+of pictures named by their coordinates ("Tile_(512,1024).jpg", "a_512_1024.png") is a slide, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from data_prep.tile_slides import find_slides, update_index
+from ldm.data.cohort import merge_index, read_index, write_store
+from ldm.data.features import Places, SlideFiles, files_of, find_slide_files, nearest_tiles
+from ldm.data.slides import TissueMask, open_slide
+from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.errors import UserError, run_command
+from ldm.metrics.encoder_registry import REGISTRY
+
+_PLACE = re.compile(r"\((\d+)\s*,\s*(\d+)\)|(?:^|[_-])x?_?(\d+)[_-]y?_?(\d+)$", re.IGNORECASE)
+_PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
+
+
+# --- features -> tiles that are there ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Match:
+    """What a store and the files of its slide have in common.
+
+    Attributes:
+        rows: (N,) the feature of each tile, -1 for none. shape: (number, dimension) of the file's features.
+    """
+
+    store: TileStore
+    files: SlideFiles | None
+    rows: np.ndarray
+    shape: tuple[int, int] = (0, 0)
+
+    @property
+    def without(self) -> int:
+        return int((self.rows < 0).sum())
+
+    def report(self) -> str:
+        unused = self.shape[0] - len(np.unique(self.rows[self.rows >= 0]))
+        return (
+            f"{self.store.slide}: {len(self.rows) - self.without} of {len(self.rows)} tiles have a feature, "
+            f"{self.without} have none; {unused} of {self.shape[0]} features have no tile"
+        )
+
+
+def match(store: TileStore, files: SlideFiles | None) -> Match:
+    """Find the feature of every tile of a store. UserError: tiles of another size, none in common."""
+    if files is None:
+        return Match(store, None, np.full(len(store), -1))
+    values, places = files.read()
+    if values is None:
+        raise UserError(f"{files.source} has coordinates but no features; --slides cuts tiles there")
+    extent = store.tile_size * store.downsample
+    if places.extent is not None and abs(places.extent / extent - 1) > 0.01:
+        raise UserError(
+            f"{files.source} is of tiles that cover {places.extent:g} level-0 px, but tiles of {store.path} cover "
+            f"{extent:g}; cut tiles of their size with --slides, or with data_prep.tile_slides --mpp"
+        )
+    _check_distinct(places, files)
+    rows = nearest_tiles(store.coords, places.coords, max(0.5, store.downsample / 2))
+    if (rows < 0).all():
+        own, other = (tuple(np.asarray(coords[0]).tolist()) for coords in (store.coords, places.coords))
+        raise UserError(
+            f"no tile of {store.path} lies where {files.source} has one: its first is at {own}, the file's at {other}. "
+            "Is it the same slide, tiled with the same step? --slides cuts tiles where the file says"
+        )
+    return Match(store, files, rows, values.shape)
+
+
+def _check_distinct(places: Places, files: SlideFiles) -> None:
+    if twice := len(places.coords) - len(np.unique(places.coords, axis=0)):
+        raise UserError(f"{files.source} has {twice} coordinates more than once")
+
+
+def pair(names: Sequence[str], found: dict[str, SlideFiles]) -> list[SlideFiles | None]:
+    """The files of each slide. One slide and one file belong together whatever their names."""
+    files = [files_of(name, found) for name in names]
+    if files == [None] and len(found) == 1:
+        return list(found.values())
+    if not any(files):
+        raise UserError(
+            f"none of the slides ({', '.join(names[:3])}{', ...' * (len(names) > 3)}) has a file of its name; the "
+            f"files are of {', '.join(list(found)[:3])}{', ...' * (len(found) > 3)}"
+        )
+    return files
+
+
+def import_features(
+    stores: Sequence[TileStore], found: dict[str, SlideFiles], name: str, licence: str = "", drop_to: Path | None = None
+) -> list[TileStore]:
+    """Write `features/<name>` into stores, and return them; everything is checked first.
+
+    Args:
+        drop_to: a new cohort for the tiles that have a feature; None is an error where a tile has none.
+    Raises:
+        UserError: tiles without a feature, see also `match`, features made otherwise before.
+    """
+    files = pair([store.path.stem for store in stores], found)
+    matches = [match(store, own) for store, own in zip(stores, tqdm(files, desc="matching", unit="slide"))]
+    for each in matches:
+        tqdm.write(each.report())
+    without = sum(each.without for each in matches)
+    if without and drop_to is None:
+        bare = sum(each.without == len(each.rows) for each in matches)
+        raise UserError(
+            f"{without} of {sum(map(len, stores))} tiles have no feature, among them all tiles of {bare} slides. Leave "
+            "them out with --missing drop --out NEW_COHORT, or cut tiles where the features are with --slides. "
+            "(data_prep.tile_slides keeps some background, which CLAM and TRIDENT do not.)"
+        )
+    dims = sorted({each.shape[1] for each in matches if each.files})
+    if len(dims) > 1:
+        raise UserError(f"the files have features of {' and '.join(map(str, dims))} values; give those of one encoder")
+    attrs = encoder_attrs(name, dims[0], licence)
+    done = []
+    for each in tqdm(matches, desc=f"features {name}", unit="slide"):
+        if each.files is None:
+            continue
+        store = each.store if drop_to is None else _kept(each, drop_to)
+        write_features(store, name, each.files.read()[0][each.rows[each.rows >= 0]], attrs)
+        done.append(store)
+    return done
+
+
+def _kept(each: Match, cohort: Path) -> TileStore:
+    """A copy of a store with the tiles that have a feature, in another cohort."""
+    store, kept = each.store, np.flatnonzero(each.rows >= 0)
+    own = {k: v for k, v in store.attrs.items() if k not in ("version", "count", "rows", "complete")}
+    labels = {name: store.labels(name)[kept] for name in store.label_names}
+    new = write_store(
+        cohort, store.path.stem, lambda i: store.tile(int(kept[i])), len(kept), attrs=own, labels=labels,
+        coords=store.coords[kept], desc=f"keeping {store.path.stem}",
+    )  # fmt: skip
+    index = store.path.parent.parent / "index.parquet"
+    if index.is_file():
+        table = read_index(index.parent)
+        table = table[table["slide"] == store.slide].set_index("row").loc[kept]
+        merge_index(cohort, table.assign(row=np.arange(len(kept))).reset_index(drop=True))
+    return new
+
+
+def encoder_attrs(name: str, dim: int, licence: str) -> dict[str, Any]:
+    """What a feature array says of its encoder: from the list of published ones, or what the user says."""
+    attrs: dict[str, Any] = {"encoder": name, "dim": dim, "imported": True}
+    spec = REGISTRY.get(name)
+    if spec is not None and spec.dim != dim:
+        raise UserError(f"encoder '{name}' has {spec.dim} values, the files have {dim}; give another --name")
+    if spec is not None:
+        attrs |= {key: getattr(spec, key) for key in ("licence", "non_commercial", "source")}
+    if licence:
+        attrs["licence"] = licence
+    if "licence" not in attrs:
+        print(f"note: the licence of encoder '{name}' is not known; record it with --encoder-licence.", file=sys.stderr)
+    return attrs
+
+
+def write_features(store: TileStore, name: str, values: np.ndarray, attrs: dict[str, Any]) -> None:
+    """Write values (N,D) as features/<name>, float16. Other values under that name are a UserError."""
+    rows = values.astype(np.float16)
+    if not np.isfinite(rows).all():
+        raise UserError(f"{store.slide}: float16 cannot hold features of up to {np.abs(values).max():g}")
+    own = {**attrs, "rows_sha256": hashlib.sha256(rows.tobytes()).hexdigest()}
+    with ArrayWriter(store.path, f"features/{name}", rows.shape[1:], "f2", own) as writer:
+        if not writer.finished:
+            writer.append(rows[writer.rows :])
+
+
+# --- tiles where the files say ----------------------------------------------------------------------------------------
+
+
+class PictureFolder:
+    """A folder of square tiles whose names hold their level-0 x, y."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        found = [(_PLACE.search(p.stem), p) for p in sorted(path.iterdir()) if p.suffix.lower() in _PICTURES]
+        found = [(place, p) for place, p in found if place]
+        self.files = [p for _, p in found]
+        self.coords = np.array([[int(n) for n in place.groups() if n] for place, _ in found]).reshape(-1, 2)
+        if not self.files:
+            raise UserError(f"{path} has no pictures that are named by coordinates, as Tile_(512,1024).jpg")
+        with Image.open(self.files[0]) as image:
+            self.size = image.width
+
+    def read(self, i: int, size: int) -> np.ndarray:
+        """Picture i as (size,size,3) uint8."""
+        with Image.open(self.files[i]) as image:
+            if image.size != (self.size, self.size):
+                raise UserError(f"{self.files[i]} is {image.size} px; the others are {self.size} x {self.size}")
+            image = image.convert("RGB")
+        return np.asarray(image if size == self.size else image.resize((size, size), Image.Resampling.LANCZOS))
+
+
+def is_picture_folder(path: Path) -> bool:
+    """Whether a path is a folder in which most pictures are named by coordinates."""
+    if not path.is_dir():
+        return False
+    names = [p.stem for p in path.iterdir() if p.suffix.lower() in _PICTURES]
+    return bool(names) and sum(bool(_PLACE.search(name)) for name in names) > len(names) / 2
+
+
+def cut(
+    path: Path, files: SlideFiles, out: Path, name: str | None, *, tile_size: int | None = None,
+    patch_size: float | None = None, licence: str = "", slide_mpp: float | None = None, encoder_licence: str = "",
+) -> TileStore:  # fmt: skip
+    """Cut the tiles of a slide where its files say, and write their features.
+
+    Args:
+        tile_size: pixels of a tile; None is what the files say. patch_size: level-0 pixels that a tile covers, where
+            the files do not say.
+        others: as in `main`.
+    Raises:
+        UserError: extent unknown, coordinates outside the slide, see also `SlideFiles.read` and `open_slide`.
+    """
+    values, places = files.read()
+    if values is not None and name is None:
+        raise UserError(f"{files.features} has features; give them a --name, as --name uni")
+    _check_distinct(places, files)
+    if path.is_dir():
+        folder = PictureFolder(path)
+        extent = places.extent or patch_size or float(folder.size)
+        tile_size = tile_size or folder.size
+        rows = nearest_tiles(folder.coords, places.coords, 0.5)
+        if (rows < 0).any():
+            lost = folder.files[int(np.flatnonzero(rows < 0)[0])]
+            raise UserError(f"{(rows < 0).sum()} pictures are where {files.source} has no tile; the first is {lost}")
+        print(f"{path.name}: {len(rows)} pictures; {len(places.coords) - len(rows)} places of the file have none")
+        coords, mpp, magnification, level0, labels = folder.coords, slide_mpp, None, None, {}
+
+        def read(i: int) -> np.ndarray:
+            return folder.read(i, tile_size)
+    else:
+        slide = open_slide(path, slide_mpp)
+        extent = places.extent or patch_size
+        if extent is None:
+            raise UserError(
+                f"{files.source} does not say how large its tiles are; give --patch-size in level-0 "
+                "pixels, or the folder with the coordinate files (patches/), too"
+            )
+        tile_size = tile_size or places.size or round(extent)
+        coords, rows, level0 = np.rint(places.coords).astype(np.int64), np.arange(len(places.coords)), slide.dimensions
+        if (coords < 0).any() or (coords >= level0).any():
+            raise UserError(
+                f"{files.source} has coordinates up to {tuple(coords.max(0).tolist())}, but {path} is {level0[0]} x "
+                f"{level0[1]} px; is it the file of another slide?"
+            )
+        mpp, magnification = slide.mpp, slide.magnification
+        labels = {"tissue": TissueMask(slide).fraction(coords, extent).astype(np.float32)}
+
+        def read(i: int) -> np.ndarray:
+            return slide.read(*coords[i].tolist(), extent, extent, (tile_size, tile_size))
+
+    downsample = extent / tile_size
+    attrs = {
+        "slide": path.name, "mpp": None if mpp is None else mpp * downsample, "magnification": magnification,
+        "tile_size": tile_size, "stride": max(1, round((places.step or _gap(places.coords) or extent) / downsample)),
+        "level0_size": None if level0 is None else list(level0), "downsample": downsample, "licence": licence,
+        "coords_sha256": hashlib.sha256(np.ascontiguousarray(coords).tobytes()).hexdigest(),
+    }  # fmt: skip
+    if path.is_file():
+        attrs["slide_bytes"] = path.stat().st_size
+    stem = path.name if path.is_dir() else path.stem
+    store = write_store(out, stem, read, len(coords), attrs=attrs, coords=coords, labels=labels, desc=f"tiling {stem}")
+    if values is not None:
+        write_features(store, name, values[rows], encoder_attrs(name, values.shape[1], encoder_licence))
+    return store
+
+
+def _gap(coords: np.ndarray) -> float:
+    """The least distance of neighbours in x or y, 0 for a single tile."""
+    gaps = np.concatenate([np.diff(np.unique(axis)) for axis in np.asarray(coords).T])
+    return float(gaps.min()) if len(gaps) else 0.0
+
+
+def slide_paths(paths: Sequence[Path]) -> list[Path]:
+    """Slides, the slides in folders, and folders of pictures as they are."""
+    folders = [path for path in paths if is_picture_folder(path)]
+    others = [path for path in paths if path not in folders]
+    return folders + (find_slides(others) if others else [])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.import_features",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--store", type=Path, nargs="+", help="tile stores, or cohorts, that get features")
+    add("--slides", type=Path, nargs="+", metavar="PATH", help="slides, or folders of them, to cut where the files say")
+    add("--files", type=Path, nargs="+", required=True, metavar="PATH",
+        help=".h5 and .pt files of CLAM or TRIDENT, or their folders")  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", help="cohort to write (with --slides, or --missing drop)")
+    add("--name", help="name of the features, best that of their encoder: uni, conch_v15")
+    add("--encoder-licence", default="", help="of the features' encoder; recorded with them")
+    add("--missing", choices=("error", "drop"), default="error",
+        help="tiles without a feature: an error, or left out of a new cohort --out (default %(default)s)")  # fmt: skip
+    add("--tile-size", type=int, help="px of a tile to cut (default: what the files say)")
+    add("--patch-size", type=float, help="level-0 px that a tile covers, where the files do not say")
+    add("--licence", default="", help="of the slides; recorded in the stores")
+    add("--slide-mpp", type=float, help="um per level-0 px, where the slides lack it")
+    add("--validation", type=float, default=0.0, help="fraction of patients in split 'val' (default %(default)s)")
+    add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
+    args = parser.parse_args(argv)
+    if bool(args.store) == bool(args.slides):
+        raise UserError("give either --store, tiles that get features, or --slides, to cut tiles where the files say")
+    found = find_slide_files(args.files)
+    if args.store:
+        if not args.name:
+            raise UserError("give the features a --name, as --name uni")
+        if (args.missing == "drop") != (args.out is not None):
+            raise UserError("--missing drop and --out go together: the tiles that have a feature become a new cohort")
+        stores = import_features(open_cohort(args.store), found, args.name, args.encoder_licence, args.out)
+    else:
+        if args.out is None:
+            raise UserError("--slides needs --out, the cohort to write")
+        stores = cut_all(args, found)
+    features = f" with features/{args.name}" if args.name else ""
+    print(f"{sum(map(len, stores))} tiles{features} in {len(stores)} store{'s' * (len(stores) != 1)}")
+
+
+def cut_all(args: argparse.Namespace, found: dict[str, SlideFiles]) -> list[TileStore]:
+    """Cut all slides that have files; the others are named. UserError if one of them cannot be cut."""
+    slides = slide_paths(args.slides)
+    stores, failures = [], []
+    for path, files in zip(slides, pair([path.name if path.is_dir() else path.stem for path in slides], found)):
+        try:
+            if files is None:
+                raise UserError(f"{path} has no file of its name among --files")
+            stores.append(
+                cut(path, files, args.out, args.name, tile_size=args.tile_size, patch_size=args.patch_size,
+                    licence=args.licence, slide_mpp=args.slide_mpp, encoder_licence=args.encoder_licence)
+            )  # fmt: skip
+        except UserError as error:
+            failures.append(str(error))
+    if stores:
+        update_index(args.out, args.validation, args.test)
+    if failures:
+        listed = "".join(f"\n  {failure}" for failure in failures)
+        raise UserError(f"{len(failures)} of {len(slides)} slides could not be cut:{listed}")
+    return stores
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_command(main))
