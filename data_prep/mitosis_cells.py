@@ -100,6 +100,43 @@ def _thinned(
     return table.iloc[without_surplus(chosen, table["score"].tolist(), table[group].tolist(), seed, most)]
 
 
+def slides_of(cells: Sequence[Cell], folder: Path | str, skip_missing: bool) -> tuple[dict[str, Path], list[str]]:
+    """The cells' slides in a folder, by name, and the names that are not there, which only `skip_missing` allows."""
+    names = {cell.slide for cell in cells}
+    paths = find_files(folder, names)
+    missing = sorted(names - set(paths))
+    if missing and (not skip_missing or not paths):
+        raise UserError(
+            f"{len(missing)} of {len(names)} annotated slides are not in {folder}: {', '.join(missing[:10])}"
+            f"{', ...' if len(missing) > 10 else ''}; --skip-missing goes on with the others"
+        )
+    return paths, missing
+
+
+def within_slides(
+    cells: Sequence[Cell], paths: dict[str, Path], slide_mpp: float | None, mpp: float | None
+) -> tuple[list[Cell], list[Cell]]:
+    """Cells of the slides in `paths` that lie inside them, and those outside. UserError for slides of no use."""
+    stems: dict[str, Path] = {}
+    for path in paths.values():
+        if path.stem in stems:
+            raise UserError(f"{stems[path.stem]} and {path} would both become {path.stem}.zarr; rename one of them")
+        stems[path.stem] = path
+    sizes = {}
+    for name, path in tqdm(paths.items(), desc="opening slides", unit="slide", leave=False):
+        slide = open_slide(path, slide_mpp)
+        _downsample(slide, mpp)
+        sizes[name] = slide.dimensions
+    inside, outside = [], []
+    for cell in cells:
+        if cell.slide in sizes:
+            width, height = sizes[cell.slide]
+            (inside if 0 <= cell.x < width and 0 <= cell.y < height else outside).append(cell)
+    if not inside:
+        raise UserError(f"all {len(outside)} annotations lie outside their slides, the first is {outside[0]}")
+    return inside, outside
+
+
 def cut_slides(
     cells: Sequence[Cell],
     table: pd.DataFrame,
@@ -109,42 +146,27 @@ def cut_slides(
     size: int,
     mpp: float | None,
     slide_mpp: float | None,
-) -> tuple[pd.DataFrame, list[Cell], int]:
-    """Write a store for each slide of `table`; the table of what was written, cells outside, and cells mirrored."""
-    stems: dict[str, Path] = {}
-    for path in paths.values():
-        if path.stem in stems:
-            raise UserError(f"{stems[path.stem]} and {path} would both become {path.stem}.zarr; rename one of them")
-        stems[path.stem] = path
-    written, outside, mirrored = [], [], 0
-    groups = list(table.groupby("slide", sort=True))
-    for name, rows in tqdm(groups, desc="slides", unit="slide"):
+) -> tuple[pd.DataFrame, int]:
+    """Write a store for each slide of `table`; the table of what was written, and how many crops were mirrored."""
+    written, mirrored = [], 0
+    for name, rows in tqdm(list(table.groupby("slide")), desc="slides", unit="slide"):
         slide = open_slide(paths[name], slide_mpp)
         downsample = _downsample(slide, mpp)
-        width, height = slide.dimensions
-        own = [cells[i] for i in rows["cell"]]
-        inside = np.array([0 <= cell.x < width and 0 <= cell.y < height for cell in own])
-        outside += [cell for cell, lies in zip(own, inside) if not lies]
-        if not inside.any():
-            continue
-        rows = rows[inside]
-        rows = rows.iloc[np.lexsort([[cells[i].x for i in rows["cell"]], [cells[i].y for i in rows["cell"]]])]
+        x, y = (np.array([getattr(cells[i], axis) for i in rows["cell"]]) for axis in "xy")
+        rows = rows.iloc[np.lexsort([x, y])]  # neighbours one after the other: slides are read faster
         own = [cells[i] for i in rows["cell"]]
         extent = size * downsample
         coords = np.array([cell_corner(cell.x, cell.y, extent) for cell in own], np.int32)
         mirrored += int(((coords < 0) | (coords + extent > slide.dimensions)).any(1).sum())
-        _write(
-            out, paths[name].stem, lambda i, s=slide, c=own, d=downsample: cut_cell(s, c[i].x, c[i].y, size, d), rows,
-            coords, own,
-            {
-                **attrs, "slide": name, "mpp": slide.mpp * downsample, "magnification": slide.magnification,
-                "tile_size": size, "level0_size": list(slide.dimensions), "downsample": downsample,
-            },
-        )  # fmt: skip
-        written.append(rows.assign(slide=name, row=range(len(rows))))
-    if not written:
-        raise UserError(f"all {len(outside)} annotations lie outside their slides, the first is {outside[0]}")
-    return pd.concat(written, ignore_index=True), outside, mirrored
+
+        def image(i: int, slide=slide, own=own, downsample=downsample) -> np.ndarray:
+            return cut_cell(slide, own[i].x, own[i].y, size, downsample)
+
+        about = {"slide": name, "mpp": slide.mpp * downsample, "magnification": slide.magnification}
+        about |= {"tile_size": size, "level0_size": list(slide.dimensions), "downsample": downsample}
+        _write(out, paths[name].stem, image, coords, own, {**attrs, **about})
+        written.append(rows.assign(row=range(len(rows))))
+    return pd.concat(written, ignore_index=True), mirrored
 
 
 def cut_crops(
@@ -179,7 +201,7 @@ def cut_crops(
 
     attrs = {**attrs, "tile_size": size, "mpp": slide_mpp * downsample if slide_mpp else None, "downsample": downsample}
     name = folder.resolve().name
-    _write(out, name, image, table, np.zeros((len(own), 2), np.int32), own, attrs)
+    _write(out, name, image, np.zeros((len(own), 2), np.int32), own, attrs)
     known = [cell.patient or _UNKNOWN for cell in own]
     return table.rename(columns={"slide": "file"}).assign(slide=name, row=range(len(own)), patient=known)
 
@@ -188,7 +210,6 @@ def _write(
     out: Path,
     name: str,
     images: Callable[[int], np.ndarray],
-    rows: pd.DataFrame,
     coords: np.ndarray,
     cells: Sequence[Cell],
     attrs: dict[str, object],
@@ -196,7 +217,7 @@ def _write(
     """One store. Its attrs tell the choice of cells by a hash, so that it goes on only with the same."""
     listed = "\n".join(f"{cell.slide} {cell.x:g} {cell.y:g}" for cell in cells)
     attrs = {**attrs, "cells": hashlib.sha256(listed.encode()).hexdigest()}
-    write_store(out, name, images, len(rows), attrs=attrs, coords=coords, desc=name)
+    write_store(out, name, images, len(cells), attrs=attrs, coords=coords, desc=name)
 
 
 def _downsample(slide: Slide, mpp: float | None) -> float:
@@ -262,50 +283,36 @@ def prepare(
     seed: int = 0,
 ) -> str:
     """Cut the cells of one source of annotations and return the report; see the options of the command."""
-    out = Path(out)
-    given = [name for name, path in {"sqlite": sqlite, "midog": midog, "crops": crops}.items() if path is not None]
-    if len(given) != 1:
-        raise UserError(f"give one of --sqlite, --midog and --crops; got {', '.join(given) or 'none'}")
-    folders = {"sqlite": ("slides", slides), "midog": ("images", images), "crops": ("votes", votes)}
-    for source, (option, path) in folders.items():
-        if path is not None and source != given[0]:
-            raise UserError(f"--{option} goes with --{source}, not with --{given[0]}")
-        if path is None and source == given[0] != "crops":
-            raise UserError(f"--{source} needs --{option}, the folder where its slides lie")
+    sources = {"sqlite": sqlite, "midog": midog, "crops": crops}
+    source = _source(sources, {"slides": slides, "images": images, "votes": votes})
     if size < 8:
         raise UserError(f"size is at least 8 px, got {size}")
     if min(validation, test) < 0 or validation + test > 1:
         raise UserError(f"validation and test are fractions that sum to 1 at most; got {validation} and {test}")
-    if annotators and midog is not None:
+    if annotators and source == "midog":
         raise UserError("a MIDOG file does not say whose votes it has; --annotators goes with --sqlite and --crops")
-    if negatives_per_slide is not None and (crops is not None or negatives_per_slide < 0):
+    if negatives_per_slide is not None and (source == "crops" or negatives_per_slide < 0):
         raise UserError("--negatives-per-slide is 0 or more and goes with --sqlite and --midog")
 
-    notes = []
-    if sqlite is not None:
+    notes, paths, missing = [], {}, []
+    if source == "sqlite":
         cells = read_sliderunner(sqlite, annotators)
-    elif midog is not None:
+    elif source == "midog":
         cells = read_midog(midog)
     else:
         cells, rest = read_crops(crops, votes, annotators)
         notes += [f"{rest} rows of {votes} have no crop"] if rest else []
-    cells = _of_classes(cells, classes)
     if not cells:
         raise UserError(f"no cell is annotated in {sqlite or midog}")
-    positive = class_called(positive, cells)
-
-    paths, missing = {}, []
-    if crops is None:
-        names = {cell.slide for cell in cells}
-        paths = find_files(slides or images, names)
-        missing = sorted(names - set(paths))
-        if missing and (not skip_missing or not paths):
-            raise UserError(
-                f"{len(missing)} of {len(names)} annotated slides are not in {slides or images}: "
-                f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}; "
-                "--skip-missing goes on with the others"
-            )
-    present = [cell for cell in cells if crops is not None or cell.slide in paths]
+    if classes:
+        wanted = {class_called(name, cells, "classes") for name in classes}
+        cells = [cell for cell in cells if cell.name in wanted]
+    positive = class_called(positive, cells, "positive")
+    present, outside, mirrored = cells, [], 0
+    if source != "crops":
+        paths, missing = slides_of(cells, slides or images, skip_missing)
+        present, outside = within_slides(cells, paths, slide_mpp, mpp)
+    out = Path(out)
     table = choose(present, positive, labels, validation, test, balance, negatives_per_slide, seed)
     if table.empty:
         raise UserError("no cell is left to cut: all are undecided; --labels soft uses their votes")
@@ -313,9 +320,8 @@ def prepare(
     if undecided:
         notes.append(f"{undecided} undecided cells have no hard label and are left out; --labels soft uses their votes")
     attrs = {"licence": licence, "score": {"positive": positive, "labels": labels}}
-    outside, mirrored = [], 0
-    if crops is None:
-        index, outside, mirrored = cut_slides(present, table, paths, out, attrs, size, mpp, slide_mpp)
+    if source != "crops":
+        index, mirrored = cut_slides(present, table, paths, out, attrs, size, mpp, slide_mpp)
     else:
         index = cut_crops(present, table, Path(crops), out, attrs, size, mpp, slide_mpp)
         if (index["patient"] == _UNKNOWN).any():
@@ -324,11 +330,17 @@ def prepare(
     return "\n".join([report(cells, index, positive, missing, outside, mirrored), *(f"note: {note}" for note in notes)])
 
 
-def _of_classes(cells: list[Cell], classes: Sequence[str]) -> list[Cell]:
-    if not classes:
-        return cells
-    wanted = {class_called(name, cells) for name in classes}
-    return [cell for cell in cells if cell.name in wanted]
+def _source(sources: dict[str, Path | str | None], folders: dict[str, Path | str | None]) -> str:
+    """Which of the sources is given, after checking that its folder is too and that nothing of the others is."""
+    given = [name for name, path in sources.items() if path is not None]
+    if len(given) != 1:
+        raise UserError(f"give one of --sqlite, --midog and --crops; got {', '.join(given) or 'none'}")
+    for source, (option, path) in zip(sources, folders.items()):
+        if path is not None and source != given[0]:
+            raise UserError(f"--{option} goes with --{source}, not with --{given[0]}")
+        if path is None and source == given[0] != "crops":
+            raise UserError(f"--{source} needs --{option}, the folder where its slides lie")
+    return given[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -66,7 +66,7 @@ def test_soft_scores_are_the_fraction_of_the_chosen_votes(tmp_path, demo_slide, 
     assert index["class"][768] == "undecided"
     prepare(tmp_path / "two", **given, annotators=["Ada", "Ben"])
     assert read_index(tmp_path / "two").set_index("x")["score"].to_dict() == {468: 1, 1168: 0.5, 2187: 1, 768: 0.5}
-    with pytest.raises(UserError, match=r"4 of 5 cells have no votes.*\(500, 700\)"):
+    with pytest.raises(UserError, match=r"3 of 4 cells have no votes.*\(500, 700\)"):
         prepare(tmp_path / "none", **given, annotators=["detector"])
     assert not (tmp_path / "none").exists()
 
@@ -113,6 +113,8 @@ def test_cells_of_a_midog_file(tmp_path, demo_slide):
     assert sorted(chosen["score"]) == [0, 1]
     main([*given, str(tmp_path / "again"), "--balance"])
     assert read_index(tmp_path / "again").equals(chosen)
+    report = prepare(tmp_path / "one", midog=file, images=demo_slide.parent, classes=["Mitotic figure"])
+    assert "cut: 1 cells: 1 mitotic figure" in report
     main([*given, str(tmp_path / "few"), "--negatives-per-slide", "2"])
     assert sorted(read_index(tmp_path / "few")["score"]) == [0, 0, 1]
     with pytest.raises(UserError, match="does not say whose votes"):
@@ -191,7 +193,7 @@ def test_crops_mistakes(tmp_path):
         prepare(tmp_path / "out", crops=folder, positive="Yes", size=32)
     with pytest.raises(UserError, match=r"3 of 3 cells have no votes.*No/1.png"):
         prepare(tmp_path / "out", crops=folder, positive="Yes", size=16, labels="soft")
-    with pytest.raises(UserError, match=r"no cell was called 'mitotic figure'.*Known: No, Yes"):
+    with pytest.raises(UserError, match=r"no cell is called 'mitotic figure', which --positive names.*Known: No, Yes"):
         prepare(tmp_path / "out", crops=folder, size=16)
     with pytest.raises(UserError, match="give it by --slide-mpp"):
         prepare(tmp_path / "out", crops=folder, positive="Yes", size=16, mpp=0.5)

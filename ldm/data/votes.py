@@ -12,12 +12,15 @@ from ldm.errors import UserError, suggest
 LABELS = ("hard", "soft")
 
 
-def class_called(name: str, cells: Sequence[Cell]) -> str:
-    """The class of the cells or votes that is called `name`, in upper or lower case. UserError if there is none."""
-    known = {cell.name for cell in cells} | {vote for cell in cells for vote in cell.votes}
+def class_called(name: str, cells: Sequence[Cell], option: str) -> str:
+    """The class of cells or votes that is called `name`, given by the option; upper and lower case are the same.
+
+    UserError if there is none.
+    """
+    known = {name for cell in cells for name in (cell.name, *cell.votes)} - {UNDECIDED}
     found = [other for other in sorted(known) if other.casefold() == name.casefold()]
     if not found:
-        raise UserError(f"no cell was called '{name}'{suggest(name, known)} --positive names the class that scores 1")
+        raise UserError(f"no cell is called '{name}', which --{option} names{suggest(name, known)}")
     return name if name in found else found[0]
 
 
