@@ -119,7 +119,7 @@ def _sliderunner_cells(
     kept = " AND (deleted IS NULL OR deleted = 0)" if can_delete else ""
     cells = []
     for uid, slide, agreed in database.execute(
-        f"SELECT uid, slide, agreedClass FROM Annotations WHERE type <> {_WHOLE_IMAGE}{kept} ORDER BY uid"
+        f"SELECT uid, slide, agreedClass FROM Annotations WHERE type IS NOT {_WHOLE_IMAGE}{kept} ORDER BY uid"
     ):
         if uid not in places:
             raise UserError(f"annotation {uid} of {path} has no coordinates; delete it in SlideRunner")
