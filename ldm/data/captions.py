@@ -1,0 +1,255 @@
+"""Caption tables: which image a caption is of, and of what modality.
+
+Two forms are read, and told apart by their content:
+
+    CSV         any columns under a header, captions quoted where they hold commas; also with ; or tabs between
+    unquoted    `path, Text` or `path, Text, modality`: commas inside captions are not quoted, so the path is what
+                stands before the first comma, the modality what stands after the last
+
+Rows that cannot be used are collected, each with its line and the reason.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from ldm.errors import UserError, suggest
+
+# names by which columns are found, in any case
+KNOWN = {
+    "path": ("path", "image_path", "image", "filename", "file_name", "file"),
+    "text": ("text", "caption", "report", "description", "prompt"),
+    "modality": ("modality", "modal"),
+}
+RESIZES = ("shorter", "pad")
+_DEEP = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}  # PIL's modes of more than 8 bits
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A row of a table. line: where it stands; image: its file; path: as the table names it; modality, patient: ""
+    where the table has none."""
+
+    line: int
+    image: Path
+    path: str
+    text: str
+    modality: str = ""
+    patient: str = ""
+
+
+@dataclass
+class CaptionTable:
+    """What a caption table holds. form: how it was read, in words; problems: (line, reason) of rows that are no use."""
+
+    path: Path
+    form: str
+    captions: list[Caption] = field(default_factory=list)
+    problems: list[tuple[int, str]] = field(default_factory=list)
+
+    @property
+    def has_modality(self) -> bool:
+        return any(caption.modality for caption in self.captions)
+
+
+def read_captions(
+    path: Path | str,
+    images: Path | str | None = None,
+    path_column: str | None = None,
+    text_column: str | None = None,
+    modality_column: str | None = None,
+    patient_column: str | None = None,
+) -> CaptionTable:
+    """Read a caption table and check its rows: fields, captions, duplicates, images that are not there.
+
+    Args:
+        images: folder that relative image paths start from; None is the table's own.
+        path_column, text_column, modality_column: names of columns, in any case; by default those of KNOWN are found.
+        patient_column: who the image is of, where the table says so.
+    Raises:
+        UserError: no such file, no text in UTF-8, no such columns, no rows.
+    """
+    path = Path(path)
+    try:
+        content = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 ({error.reason}, byte {error.start}); save it as such") from None
+    except OSError as error:
+        raise UserError(f"cannot read the caption table {path}: {error.strerror}") from None
+    lines = content.split("\n")
+    if not lines[0].strip():
+        raise UserError(f"{path} is empty or begins with an empty line; the first line names its columns")
+    delimiter = max(",;\t", key=lines[0].count)
+    header = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter, skipinitialspace=True))]
+    given = {"path": path_column, "text": text_column, "modality": modality_column, "patient": patient_column}
+    places = {kind: _place(path, header, kind, name) for kind, name in given.items()}
+    rows = _quoted(lines, delimiter, len(header))
+    plain = list(places.values())[: len(header)] == list(range(len(header))) and 2 <= len(header) <= 3
+    if rows is None and delimiter == "," and plain:
+        last = ", the modality last" if len(header) > 2 else ""
+        table = CaptionTable(path, f"unquoted captions with commas: the path first{last}")
+        found = _unquoted(table, lines, len(header))
+    else:
+        named = ", ".join(f"{kind} in '{header[place]}'" for kind, place in places.items() if place is not None)
+        table = CaptionTable(path, f"CSV with {len(header)} columns: {named}")
+        found = iter(rows) if rows is not None else _counted(table, lines, delimiter, len(header))
+    _collect(table, found, places, Path(images) if images else path.parent)
+    if not (table.captions or table.problems):
+        raise UserError(f"{path} has a header and no rows")
+    return table
+
+
+def _place(path: Path, header: Sequence[str], kind: str, given: str | None) -> int | None:
+    """The place of a column; None where an optional one is not there."""
+    lower = [name.lower() for name in header]
+    if given is not None:
+        if given.strip().lower() not in lower:
+            raise UserError(f"{path} has no column '{given}'{suggest(given, header)}")
+        return lower.index(given.strip().lower())
+    for name in KNOWN.get(kind, ()):
+        if name in lower:
+            return lower.index(name)
+    if kind in ("path", "text"):
+        raise UserError(
+            f"{path} has no column that is known to hold the {'image path' if kind == 'path' else 'caption'}: it has "
+            f"{', '.join(header)}. Name it with --{kind}-column"
+        )
+    return None
+
+
+def _quoted(lines: Sequence[str], delimiter: str, count: int) -> list[tuple[int, list[str]]] | None:
+    """(line, fields) of all rows if the whole file is CSV with `count` fields in each row, else None."""
+    reader = csv.reader(_ended(lines), delimiter=delimiter, skipinitialspace=True, strict=True)
+    rows, line = [], 1
+    try:
+        for fields in reader:
+            if fields and len(fields) != count:
+                return None
+            if fields:
+                rows.append((line, fields))
+            line = reader.line_num + 1
+    except csv.Error:
+        return None
+    return rows[1:]
+
+
+def _unquoted(table: CaptionTable, lines: Sequence[str], count: int) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of lines that are path, caption, perhaps modality; a line that is proper CSV is read as such."""
+    for number, line in enumerate(lines[1:], 2):
+        if not line.strip():
+            continue
+        try:
+            fields = next(csv.reader([line], skipinitialspace=True, strict=True))
+        except csv.Error:
+            fields = []
+        if len(fields) == count:
+            yield number, fields
+            continue
+        parts = line.split(",")
+        if len(parts) < count:
+            table.problems.append((number, f"{_fields(len(parts))}, expected {count}"))
+            continue
+        last = len(parts) - (count - 2)
+        yield number, [parts[0], ",".join(parts[1:last]), *parts[last:]]
+
+
+def _counted(
+    table: CaptionTable, lines: Sequence[str], delimiter: str, count: int
+) -> Iterator[tuple[int, list[str]]]:
+    """(line, fields) of the rows of a CSV that have `count` fields; the others are problems."""
+    reader = csv.reader(_ended(lines), delimiter=delimiter, skipinitialspace=True)
+    next(reader)
+    line = reader.line_num + 1
+    for fields in reader:
+        if fields and len(fields) != count:
+            table.problems.append((line, f"{_fields(len(fields))}, expected {count}; captions with commas need quotes"))
+        elif fields:
+            yield line, fields
+        line = reader.line_num + 1
+
+
+def _ended(lines: Sequence[str]) -> Iterator[str]:
+    return (line + "\n" for line in lines)
+
+
+def _fields(count: int) -> str:
+    return f"{count} field{'s' * (count != 1)}"
+
+
+def _collect(
+    table: CaptionTable, rows: Iterator[tuple[int, list[str]]], places: dict[str, int | None], folder: Path
+) -> None:
+    seen: dict[tuple[str, str], int] = {}
+    for line, fields in rows:
+        values = {kind: fields[place].strip() if place is not None else "" for kind, place in places.items()}
+        name, text = values["path"].replace("\\", "/"), values["text"]
+        image = folder / name  # an absolute path stays one
+        if not name:
+            reason = "no image path"
+        elif not text:
+            reason = f"the caption of {name} is empty"
+        elif (name, text) in seen:
+            reason = f"{name} with the same caption stands in line {seen[name, text]} already"
+        elif not image.is_file():
+            reason = f"there is no image {image}"
+        else:
+            seen[name, text] = line
+            table.captions.append(Caption(line, image, name, text, values["modality"], values["patient"]))
+            continue
+        table.problems.append((line, reason))
+    table.problems.sort()
+
+
+def drop_unreadable(table: CaptionTable, workers: int = 8) -> None:
+    """Decode every image; those that cannot be read become problems."""
+    images = sorted({caption.image for caption in table.captions})
+    with ThreadPoolExecutor(workers) as pool:
+        checked = pool.map(_unreadable, images)
+        found = tqdm(checked, desc="checking images", total=len(images), unit="image", leave=False)
+        reasons = {image: reason for image, reason in zip(images, found) if reason}
+    bad = [caption for caption in table.captions if caption.image in reasons]
+    table.problems += [(caption.line, reasons[caption.image]) for caption in bad]
+    table.problems.sort()
+    table.captions = [caption for caption in table.captions if caption.image not in reasons]
+
+
+def _unreadable(path: Path) -> str:
+    """Why an image cannot be read; "" if it can."""
+    try:
+        open_image(path).close()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def open_image(path: Path) -> Image.Image:
+    """An image of 8 bits per channel as RGB, upright. UserError if it cannot be read, or has more bits."""
+    try:
+        with Image.open(path) as image:
+            if image.mode in _DEEP:
+                raise UserError(f"the image {path} has more than 8 bits per pixel; window it and save it with 8")
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except UserError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"the image {path} cannot be read: {error}") from None
+
+
+def square(image: Image.Image, size: int, resize: str = "shorter") -> np.ndarray:
+    """An image as (size, size, 3) uint8.
+
+    resize: shorter: scaled so that its shorter side is `size`, and its middle cut out; pad: the longer side, and the
+    rest is black.
+    """
+    if resize not in RESIZES:
+        raise UserError(f"resize is one of {', '.join(RESIZES)}; got '{resize}'")
+    fit = ImageOps.fit if resize == "shorter" else ImageOps.pad
+    return np.asarray(fit(image, (size, size), Image.Resampling.BICUBIC))
