@@ -13,12 +13,15 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import import_features
-from data_prep.tile_slides import update_index
+from data_prep import grid_features, import_features
+from data_prep.tile_slides import tile_slide, update_index
+from ldm.conditioners.grid import GridEmbedder
+from ldm.data import dihedral
+from ldm.data.cohort import write_store
 from ldm.data.datasets import TileDataset
 from ldm.data.features import files_of, find_slide_files, nearest_tiles, read_features
 from ldm.data.slides import open_slide
-from ldm.data.tile_store import TileStore
+from ldm.data.tile_store import ArrayWriter, TileStore
 from ldm.errors import UserError, run_command
 
 NAME = "CMU-1-Small-Region"
@@ -181,8 +184,9 @@ def test_the_nearest_tile_is_found_however_they_lie():
     rng = np.random.default_rng(0)
     coords, points = rng.uniform(-100, 900, (300, 2)), rng.uniform(-150, 950, (200, 2))
     for reach in (0.5, 20.0, 300.0):
-        far = np.abs(points[:, None] - coords[None]).max(2)
-        want = np.where(far.min(1) <= reach, far.argmin(1), -1)
+        apart = np.abs(points[:, None] - coords[None])
+        far = np.where(apart.max(2) <= reach, np.hypot(apart[..., 0], apart[..., 1]), np.inf)
+        want = np.where(np.isfinite(far.min(1)), far.argmin(1), -1)
         assert np.array_equal(nearest_tiles(points, coords, reach), want)
         assert reach == 0.5 or (want >= 0).any()
 
@@ -247,3 +251,138 @@ def test_mistakes_are_told(cohort: Path, demo_slide: Path, tmp_path: Path, case:
         name, target = "uni", ("--slides", demo_slide, "--out", tmp_path / "out")
     assert run_command(lambda: command(*target, "--files", job, "--name", name)) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+# --- grids from another magnification ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def magnifications(demo_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo slide at 5x and at 20x, cohorts of that name; glass is kept at 5x, and a little at 20x."""
+    folder, mpp = tmp_path_factory.mktemp("magnifications"), open_slide(demo_slide).mpp
+    tile_slide(demo_slide, folder / "5x", mpp=4 * mpp, tile_size=64, stride=64, keep_background=1.0)
+    tile_slide(demo_slide, folder / "20x", mpp=mpp, tile_size=64, stride=64, keep_background=0.02)
+    for cohort in ("5x", "20x"):
+        update_index(folder / cohort)
+    return folder
+
+
+def two_magnifications(base: Path, folder: Path, turned: bool = False) -> tuple[Path, Path]:
+    """A copy of both cohorts; features of 20x tiles are their column and row, and the variant where turned."""
+    low, high = (shutil.copytree(base / name, folder / name) for name in ("5x", "20x"))
+    store = TileStore.open(high / "slides" / f"{NAME}.zarr")
+    values = store.coords / 64
+    if turned:
+        variants = np.broadcast_to(np.arange(8.0)[None, :, None], (len(values), 8, 1))
+        values = np.concatenate([np.repeat(values[:, None], 8, 1), variants], 2)
+    attrs = {"encoder": "place", "dihedral": turned}
+    with ArrayWriter(store.path, "features/place", values.shape[1:], "f2", attrs) as writer:
+        writer.append(values)
+    return low, high
+
+
+def lattice(cohort: Path, extent: int, size: tuple[int, int]) -> TileStore:
+    """A store of blank tiles side by side over size (width, height); their feature `place` is their column and row."""
+    x, y = (axis.ravel() for axis in np.meshgrid(np.arange(0, size[0], extent), np.arange(0, size[1], extent)))
+    coords = np.stack([x, y], 1)
+    store = write_store(cohort, "a", lambda i: np.zeros((8, 8, 3), np.uint8), len(coords), coords=coords,
+                        attrs={"tile_size": 8, "downsample": extent / 8, "mpp": extent / 128})  # fmt: skip
+    with ArrayWriter(store.path, "features/place", (2,), "f2", {}) as writer:
+        writer.append(coords / extent)
+    return store
+
+
+def test_grids_hold_the_feature_of_each_part(magnifications: Path, tmp_path: Path, capsys):
+    low, high = two_magnifications(magnifications, tmp_path)
+    shutil.rmtree(high / "slides" / f"{NAME}.zarr" / "labels" / "tissue")  # nothing says what is glass
+    given = ["--store", str(low), "--from", str(high), "--feature", "place"]
+    grid_features.main([*given, "--out-name", "grid"])
+    grid_features.main([*given, "--out-name", "mean", "--mean"])
+    store, part = (TileStore.open(cohort / "slides" / f"{NAME}.zarr") for cohort in (low, high))
+    grids, means = np.asarray(store.features("grid")[:], float), np.asarray(store.features("mean")[:], float)
+    assert grids.shape == (len(store), 2, 4, 4)
+    there = {tuple(xy) for xy in (part.coords // 64).tolist()}
+    holes = 0
+    for i, (x, y) in enumerate((store.coords // 64).tolist()):
+        cells = [(x + col, y + row) for row in range(4) for col in range(4)]
+        known = [cell for cell in cells if cell in there]
+        holes += 16 - len(known)
+        for (row, col), cell in zip(np.ndindex(4, 4), cells):
+            if cell in there:
+                assert tuple(grids[i, :, row, col]) == cell
+        if known:
+            assert means[i] == pytest.approx(np.mean(known, 0), abs=0.02)
+    assert 0 < holes < 16 * len(store)
+    report = capsys.readouterr().out
+    assert f"{16 * len(store) - holes} of {16 * len(store)} cells have a tile" in report
+    assert "the others got the nearest tile's feature" in report
+    assert set(pd.read_parquet(low / "index.parquet")["magnification"]) == {"5x"}
+    conditions = {"ssl": "features/grid", "magnification": "magnification"}
+    dataset = TileDataset(str(low), ("image",), conditions=conditions)
+    model = GridEmbedder(2, 16, ["20x", "10x", "5x"], hidden=16, depth=1, heads=2, mlp=16).eval()
+    model.check_data(dataset.metadata)
+    batch = torch.utils.data.default_collate([dataset[0], dataset[1]])
+    assert model(batch)["crossattn"].shape == (2, 65, 16)
+
+
+def test_the_other_way_gives_the_region_around(tmp_path: Path):
+    region, store = lattice(tmp_path / "low", 64, (192, 128)), lattice(tmp_path / "high", 16, (208, 128))
+    given = ["--store", str(tmp_path / "high"), "--from", str(tmp_path / "low"), "--feature", "place"]
+    grid_features.main([*given, "--out-name", "region"])
+    want = store.coords // 64
+    want[want[:, 0] == 3, 0] = 2  # beyond the last region: the nearest
+    assert np.array_equal(store.features("region")[:], want)
+    assert len(region) == 6
+
+
+def test_glass_and_orientations(magnifications: Path, tmp_path: Path, capsys):
+    low, high = two_magnifications(magnifications, tmp_path, turned=True)
+    given = ["--store", str(low), "--from", str(high), "--feature", "place"]
+    grid_features.main([*given, "--out-name", "grid"])
+    assert "the mean feature of background tiles" in capsys.readouterr().out
+    store, part = (TileStore.open(cohort / "slides" / f"{NAME}.zarr") for cohort in (low, high))
+    array = store.features("grid")
+    assert array.shape == (len(store), 8, 3, 4, 4)
+    assert array.attrs["dihedral"]
+    glass = np.asarray(part.features("place")[:], np.float32)[part.labels("tissue") <= 0.01][:, 0].mean(0)
+    grids = np.asarray(array[:], np.float32)
+    there = {tuple(xy) for xy in (part.coords // 64).tolist()}
+    empty = [i for i, (x, y) in enumerate((store.coords // 64).tolist()) if (x, y) not in there]
+    assert np.allclose(grids[empty[0], 0, :2, 0, 0], glass[:2], rtol=1e-2)
+    for variant in range(8):  # the layout turns, and each cell has the feature of its turned tile
+        assert np.array_equal(grids[:, variant, :2], dihedral.apply(grids[:, 0, :2], variant))
+        assert (grids[:, variant, 2] == variant).all()
+
+
+def test_large_grids_are_averaged(tmp_path: Path):
+    low, _ = lattice(tmp_path / "low", 128, (256, 128)), lattice(tmp_path / "high", 8, (256, 128))
+    given = ["--store", str(tmp_path / "low"), "--from", str(tmp_path / "high"), "--feature", "place"]
+    grid_features.main([*given, "--out-name", "grid"])
+    grids = np.asarray(low.features("grid")[:], float)
+    assert grids.shape == (2, 2, 8, 8)
+    assert grids[1, 0, 3] == pytest.approx(16 + 2 * np.arange(8) + 0.5)
+    assert grids[1, 1, :, 3] == pytest.approx(2 * np.arange(8) + 0.5)
+    assert pd.read_parquet(tmp_path / "low" / "index.parquet")["magnification"].tolist() == ["10x", "10x"]
+
+
+def test_grid_mistakes_are_told(cohort: Path, tmp_path: Path):
+    for extent in (8, 16, 24):
+        lattice(tmp_path / str(extent), extent, (48, 48))
+
+    def make(store: Path, other: Path, feature: str) -> None:
+        grid_features.main(["--store", str(store), "--from", str(other), "--feature", feature, "--out-name", "grid"])
+
+    with pytest.raises(UserError, match="no features 'plaice'; did you mean 'place'"):
+        make(tmp_path / "16", tmp_path / "8", "plaice")
+    with pytest.raises(UserError, match=r"1\.5 times those of .*a whole number"):
+        make(tmp_path / "24", tmp_path / "16", "place")
+    with pytest.raises(UserError, match=r"no store of slide 'CMU-1-Small-Region\.svs' in --from"):
+        make(cohort, tmp_path / "8", "place")
+    make(tmp_path / "16", tmp_path / "8", "place")
+    with pytest.raises(UserError, match=r"features/grid of .* are no vectors"):
+        make(tmp_path / "24", tmp_path / "16", "grid")
+
+
+def test_magnifications_have_their_usual_names():
+    found = [grid_features.magnification(mpp) for mpp in (0.25, 0.499, 2, 64, 0.7)]
+    assert found == ["40x", "20x", "5x", "0.15625x", "14.3x"]

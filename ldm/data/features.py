@@ -363,7 +363,8 @@ def _begins(short: str, long: str) -> bool:
 
 
 def nearest_tiles(points: np.ndarray, coords: np.ndarray, reach: float) -> np.ndarray:
-    """For each point (n, 2) the index of the nearest of `coords` (N, 2), -1 where none is within `reach` in x and y."""
+    """For each point (n, 2) the index of the nearest of those `coords` (N, 2) that are within `reach` in x and in y, or
+    -1 where none is."""
     points, coords = np.asarray(points, float), np.asarray(coords, float)
     low = np.minimum(points.min(0), coords.min(0)) - 2 * reach
     wide = int((max(points.max(), coords.max()) - low.min()) // reach) + 4
@@ -381,7 +382,8 @@ def nearest_tiles(points: np.ndarray, coords: np.ndarray, reach: float) -> np.nd
         for step in range(int((last - first).max())):
             here = np.flatnonzero(first + step < last)
             found = order[first[here] + step]
-            far = np.abs(points[here] - coords[found]).max(1)
+            apart = np.abs(points[here] - coords[found])
+            far = np.where(apart.max(1) <= reach, np.hypot(*apart.T), np.inf)
             nearer = far < distance[here]
             best[here[nearer]], distance[here[nearer]] = found[nearer], far[nearer]
-    return np.where(distance <= reach, best, -1)
+    return best
