@@ -5,6 +5,10 @@
 reads `path, Text, modality` tables (commas inside captions need no quotes) and CSV with any columns, see
 `ldm.data.captions`. It writes cohort/slides/<table>.zarr and, into cohort/index.parquet, the columns text, modality
 (where the table has it) and source (the image's path). An interrupted run goes on where it stopped.
+
+    python -m data_prep.import_captions --table reports.csv --of-slides --out cohort
+
+reads captions of slides, or of patients, that `cohort` has tiles of, and writes them into its index for every tile.
 """
 
 from __future__ import annotations
@@ -19,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldm.data.captions import RESIZES, CaptionTable, drop_unreadable, open_image, read_captions, square
-from ldm.data.cohort import merge_index, split_of, write_store
+from ldm.data.captions import RESIZES, Caption, CaptionTable, drop_unreadable, open_image, read_captions, square
+from ldm.data.cohort import merge_index, read_index, split_of, write_store
 from ldm.errors import UserError, run_command
 
 LISTED = 20  # problems that are printed
@@ -68,6 +72,52 @@ def import_table(
     return rows
 
 
+def caption_slides(table: CaptionTable, out: Path | str) -> str:
+    """Give the captions of a table that names slides or patients to all their tiles in the index of `out`.
+
+    A name is that of the slide file, with or without its ending, or the patient's. Returns a report.
+    Raises UserError: a slide that gets two captions, or none that gets any.
+    """
+    index = read_index(out)
+    names = index[["slide", "patient"]].drop_duplicates()
+    names = names.assign(stem=names["slide"].map(lambda slide: Path(slide).stem))
+    owner: dict[str, Caption] = {}
+    unknown = []
+    for caption in table.captions:
+        match = names[(names[["slide", "stem", "patient"]] == caption.path).any(axis=1)]
+        if match.empty:
+            unknown.append(caption.path)
+        for slide in match["slide"]:
+            if slide in owner:
+                raise UserError(
+                    f"{slide} gets a caption from line {owner[slide].line} and from line {caption.line} of "
+                    f"{table.path}; leave one"
+                )
+            owner[slide] = caption
+    if not owner:
+        shown = ", ".join(unknown[:3])
+        raise UserError(
+            f"none of the {len(unknown)} names in {table.path} ({shown}, ...) is a slide or patient of {out}, which "
+            f"has {', '.join(names['slide'][:3])}, ... of {', '.join(names['patient'][:3])}, ..."
+        )
+    rows = index.loc[index["slide"].isin(owner), ["slide", "row"]]
+    rows["text"] = rows["slide"].map(lambda slide: owner[slide].text)
+    if table.has_modality:
+        rows["modality"] = rows["slide"].map(lambda slide: owner[slide].modality)
+    merge_index(out, rows)
+    bare = sorted(set(names["slide"]) - set(owner))
+    report = [f"{len(rows)} tiles of {len(owner)} slides have captions now"]
+    if unknown:
+        report.append(f"  {len(unknown)} captions are of no slide of {out}: {_some(unknown)}")
+    if bare:
+        report.append(f"  {len(bare)} slides have no caption: {_some(bare)}; `missing: skip` leaves them out")
+    return "\n".join(report)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
+
+
 def list_problems(table: CaptionTable) -> str:
     """The rows that cannot be used, a line each."""
     shown = [f"\n  line {line}: {reason}" for line, reason in table.problems[:LISTED]]
@@ -101,6 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--table", nargs="+", required=True, type=Path, metavar="CSV", help="caption tables; each becomes a store")
     add("--out", required=True, type=Path, metavar="FOLDER", help="cohort folder to write")
+    add("--of-slides", action="store_true", help="the table names slides or patients of --out instead of images")
     add("--images", type=Path, metavar="FOLDER", help="where relative image paths start (default: the table's folder)")
     add("--size", type=int, default=256, help="side of the tiles in px (default %(default)s)")
     add("--resize", choices=RESIZES, default="shorter",
@@ -121,10 +172,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError("two tables have the same name, which is that of their store; rename one of them")
     tables = []
     for path in args.table:
-        table = read_captions(
-            path, args.images, args.path_column, args.text_column, args.modality_column, args.patient_column
-        )
-        drop_unreadable(table)
+        columns = (args.path_column, args.text_column, args.modality_column, args.patient_column)
+        table = read_captions(path, args.images, *columns, of_files=not args.of_slides)
+        if not args.of_slides:
+            drop_unreadable(table)
         total = len(table.captions) + len(table.problems)
         print(f"{path}: {table.form}; {len(table.captions)} of {total} rows can be used")
         if not table.captions:
@@ -138,6 +189,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"left out:{list_problems(table)}")
         tables.append(table)
     for table in tables:
+        if args.of_slides:
+            print(caption_slides(table, args.out))
+            continue
         rows = import_table(table, args.out, args.size, args.resize, args.validation, args.test, args.licence)
         print(f"{len(rows)} tiles in {args.out / 'slides' / table.path.stem}.zarr\n{report(rows)}")
     print(f"table of all tiles: {args.out / 'index.parquet'}")

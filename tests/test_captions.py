@@ -16,7 +16,7 @@ from data_prep.encode_captions import main as encode_captions
 from data_prep.import_captions import main as import_captions
 from ldm.conditioners.text import TextEmbedder
 from ldm.data.captions import drop_unreadable, open_image, read_captions, square
-from ldm.data.cohort import read_index
+from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.datasets import TileDataset
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
@@ -177,6 +177,33 @@ def test_captions_of_a_patient_share_a_split(folder):
     index = read_index(folder / "d")
     assert index.groupby("source")["split"].nunique().max() == 1  # several captions of one image
     assert set(index["patient"]) == {f"image/{i}.png" for i in range(4)}
+
+
+def test_captions_of_slides(folder, capsys):
+    """Reports of slides or patients go to all their tiles, as PathLDM conditions on them."""
+    cohort = folder / "cohort"
+    for name, slide in (("a", "TCGA-A1-0001-01Z.svs"), ("b", "TCGA-A1-0002-01Z.svs"), ("c", "other.svs")):
+        attrs = {"tile_size": 16, "slide": slide}
+        write_store(cohort, name, lambda i: np.full((16, 16, 3), i, np.uint8), 2, attrs=attrs)
+        merge_index(cohort, pd.DataFrame({"slide": slide, "row": [0, 1]}))
+    text = "path,text\nTCGA-A1-0001,high grade, ductal\nTCGA-A1-0002-01Z,low grade\nTCGA-A1-0009,lost\n"
+    path = table(folder, text, "reports.csv")
+    import_captions(["--table", str(path), "--of-slides", "--out", str(cohort)])
+    index = read_index(cohort).set_index("slide")
+    assert index.loc["TCGA-A1-0001-01Z.svs", "text"].tolist() == ["high grade, ductal"] * 2
+    assert index.loc["TCGA-A1-0002-01Z.svs", "text"].tolist() == ["low grade"] * 2
+    assert index.loc["other.svs", "text"].isna().all()
+    printed = capsys.readouterr().out
+    for words in ("4 tiles of 2 slides", "1 captions are of no", "TCGA-A1-0009", "1 slides have no caption: other"):
+        assert words in printed
+    dataset = TileDataset(str(cohort), conditions={"text": "text"}, missing="skip")
+    assert [dataset[i]["text"] for i in range(len(dataset))] == ["high grade, ductal"] * 2 + ["low grade"] * 2
+    twice = table(folder, "path,text\nTCGA-A1-0001,x\nTCGA-A1-0001-01Z.svs,y\n", "twice.csv")
+    with pytest.raises(UserError, match="from line 2 and from line 3"):
+        import_captions(["--table", str(twice), "--of-slides", "--out", str(cohort)])
+    none = table(folder, "path,text\nTCGA-XX,x\n", "none.csv")
+    with pytest.raises(UserError, match="none of the 1 names"):
+        import_captions(["--table", str(none), "--of-slides", "--out", str(cohort)])
 
 
 def test_captions_encoded_into_the_store_train_like_captions(folder, capsys):

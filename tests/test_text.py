@@ -14,11 +14,13 @@ from ldm.conditioners.given import conditions_given
 from ldm.conditioners.text import TextEmbedder
 from ldm.conditioners.text_registry import REGISTRY
 from ldm.conditioners.text_tokens import lay_out
-from ldm.config import instantiate_from_config
+from ldm.config import instantiate_from_config, load_config, validate
 from ldm.errors import UserError
 from ldm.interop.text_names import is_transformers, open_clip_config, to_open_clip
+from main import CALLBACKS
 
-CONFIG = Path(__file__).parent / "configs" / "tiny_clip.json"
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "tests" / "configs" / "tiny_clip.json"
 LONG = "tumour cells with necrosis and lymphocytes " * 30  # far more than 77 tokens
 
 
@@ -358,3 +360,21 @@ def test_a_deeper_checkpoint_is_refused(clip, tmp_path):
     torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, tmp_path / "deep.pt")
     with pytest.raises(UserError, match="more than its config has"):
         TextEmbedder(str(CONFIG), str(tmp_path / "deep.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "tokens", "width"), [("pathldm_text", 400, 154, 512), ("minim_text", 859.520964, 77, 768)]
+)
+def test_published_configs(name, millions, tokens, width):
+    """They are valid, and network and text tower fit each other and the published sizes."""
+    callbacks = {"callbacks": {name: {"target": target} for name, target in CALLBACKS.items()}}
+    config = load_config([ROOT / "configs" / "latent-diffusion" / f"{name}.yaml"], defaults={"lightning": callbacks})
+    validate(config)
+    params = config["model"]["params"]
+    with torch.device("meta"):
+        network = instantiate_from_config(params["unet_config"])
+        text = instantiate_from_config(params["cond_stage_config"])
+    assert (text.length, text.tower.width) == (tokens, width)
+    assert network.context_dim == width
+    assert abs(sum(p.numel() for p in network.parameters()) / 1e6 - millions) < 1
+    assert set(config["data"]["params"]["train"]["params"]["conditions"]) == set(text.keys)

@@ -67,10 +67,12 @@ def read_captions(
     text_column: str | None = None,
     modality_column: str | None = None,
     patient_column: str | None = None,
+    of_files: bool = True,
 ) -> CaptionTable:
     """Read a caption table and check its rows: fields, captions, duplicates, images that are not there.
 
     Args:
+        of_files: paths are those of files, which must be there; else names of something else, such as slides.
         images: folder that relative image paths start from; None is the table's own.
         path_column, text_column, modality_column: names of columns, in any case; by default those of KNOWN are found.
         patient_column: who the image is of, where the table says so.
@@ -101,7 +103,7 @@ def read_captions(
         named = ", ".join(f"{kind} in '{header[place]}'" for kind, place in places.items() if place is not None)
         table = CaptionTable(path, f"CSV with {len(header)} columns: {named}")
         found = iter(rows) if rows is not None else _counted(table, lines, delimiter, len(header))
-    _collect(table, found, places, Path(images) if images else path.parent)
+    _collect(table, found, places, Path(images) if images else path.parent, of_files)
     if not (table.captions or table.problems):
         raise UserError(f"{path} has a header and no rows")
     return table
@@ -185,8 +187,9 @@ def _fields(count: int) -> str:
 
 
 def _collect(
-    table: CaptionTable, rows: Iterator[tuple[int, list[str]]], places: dict[str, int | None], folder: Path
-) -> None:
+    table: CaptionTable, rows: Iterator[tuple[int, list[str]]], places: dict[str, int | None], folder: Path,
+    of_files: bool,
+) -> None:  # fmt: skip
     seen: dict[tuple[str, str], int] = {}
     for line, fields in rows:
         values = {kind: fields[place].strip() if place is not None else "" for kind, place in places.items()}
@@ -198,7 +201,7 @@ def _collect(
             reason = f"the caption of {name} is empty"
         elif (name, text) in seen:
             reason = f"{name} with the same caption stands in line {seen[name, text]} already"
-        elif not image.is_file():
+        elif of_files and not image.is_file():
             reason = f"there is no image {image}"
         else:
             seen[name, text] = line
