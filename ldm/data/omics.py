@@ -1,0 +1,438 @@
+"""Omics of a cohort: tables joined to slides, their values made fit for a model, and a report of what joined.
+
+    <cohort>/omics/<source>.parquet    a row per joined sample (index `sample`), a column per gene (symbol), float32:
+                                       mutation 0, 1; expression in [0, 1]; NaN is unknown
+    <cohort>/omics/<source>.json       source, genes, entrez, unit, scaler (low and high by gene), level,
+                                       n, licence, file, sha256, report (numbers only)
+    <cohort>/index.parquet             column `sample`: which row a tile has
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ldm.data.cohort import merge_index, read_index
+from ldm.data.genes import (
+    QUANTILES,
+    GeneNames,
+    GeneTable,
+    are_ids,
+    barcode,
+    gene_ranges,
+    named_by_spreadsheet,
+    read_gene_table,
+    to_log2,
+)
+from ldm.errors import UserError, suggest
+from ldm.files import sha256, whole, write_text
+
+LEVELS = ("auto", "patient", "sample")
+DUPLICATES = ("error", "first", "mean")
+_SHOWN = 10
+
+
+@dataclass
+class JoinReport:
+    """What became of one table. Lists hold names, in the order of the table or of the cohort."""
+
+    source: str
+    file: str
+    layout: str
+    how: str
+    unit: str
+    samples: int
+    genes: int
+    joined: list[str] = field(default_factory=list)  # slides
+    not_joined: list[str] = field(default_factory=list)
+    other_tissue: list[str] = field(default_factory=list)  # slides joined to another sample of their patient
+    unused: list[str] = field(default_factory=list)  # samples of the table that no slide has
+    merged: list[str] = field(default_factory=list)  # samples and genes that the table had more than once
+    unknown_genes: list[str] = field(default_factory=list)  # that --genes does not know
+    lacking_genes: list[str] = field(default_factory=list)  # of --gene-list
+    nameless_genes: list[str] = field(default_factory=list)
+    empty_genes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.source}: {self.file}, {self.samples} samples x {self.genes} genes; {self.layout}",
+            f"  values: {self.unit}",
+            f"  joined by {self.how}",
+            f"  slides joined: {_some(self.joined)}",
+            f"  slides not joined: {_some(self.not_joined)}",
+            f"  samples of the table that no slide has: {_some(self.unused, 3)}",
+        ]
+        for what, names in {
+            "slides joined to another sample of their patient (another tissue?)": self.other_tissue,
+            "more than once in the table, made one": self.merged,
+            "genes that --genes does not know (ids of them are left out)": self.unknown_genes,
+            "genes of --gene-list that the table lacks, unknown in every sample": self.lacking_genes,
+            "genes without a symbol, left out": self.nameless_genes,
+            "genes without a known value, left out": self.empty_genes,
+        }.items():
+            lines += [f"  {what}: {_some(names)}"] if names else []
+        return "\n".join(lines)
+
+    def counts(self) -> dict[str, int]:
+        """The report in numbers, without names of slides and samples: it travels with models."""
+        return {
+            name: len(value) if isinstance(value, list) else value
+            for name, value in vars(self).items()
+            if isinstance(value, (list, int))
+        }
+
+
+def join_omics(
+    cohort: Path | str,
+    mutation: Path | str | None = None,
+    expression: Path | str | None = None,
+    *,
+    genes: Path | str | None = None,
+    gene_list: Path | str | None = None,
+    top_variable: int | None = None,
+    level: str = "auto",
+    orient: str = "auto",
+    unit: str = "auto",
+    samples: str | None = None,
+    duplicates: str = "error",
+    licence: str = "",
+) -> dict[str, JoinReport]:
+    """Join tables of mutations and expression to the slides of a cohort, and write them beside it.
+
+    Args:
+        mutation, expression: tables as `ldm.data.genes.read_gene_table` takes them.
+        genes: table with a column `symbol` and columns of gene ids.
+        gene_list: file with a gene per line: these, in this order; those that a table lacks are unknown everywhere.
+        top_variable: only so many genes, those of the largest variance over training samples.
+        level: which part of a TCGA barcode joins: patient (12 characters), sample (15) or, where all have it, sample.
+        orient: what the tables' rows are: samples, genes or auto. unit: of the expression, one of UNITS.
+        samples: where a slide's sample is named: a column of the index, or a CSV with columns slide, sample.
+        duplicates: what becomes of a sample or gene that a table has twice with different values: error, first, mean
+            (of mutations: mutated in either).
+        licence: of the tables; recorded.
+    Raises:
+        UserError: whatever cannot be joined or read without guessing; nothing is written then.
+    """
+    paths = {"mutation": mutation, "expression": expression}
+    paths = {source: Path(path) for source, path in paths.items() if path is not None}
+    if not paths:
+        raise UserError("give a table: --mutation, --expression or both.")
+    index = read_index(cohort)
+    slides = index.drop_duplicates("slide").set_index("slide")
+    names = GeneNames(genes) if genes is not None else None
+    wanted = None if gene_list is None else _gene_list(gene_list)
+    known = {*slides.index, *(Path(slide).stem for slide in slides.index), *slides["patient"].astype(str)}
+    mapped = None if samples is None else _mapped(slides, index, samples)
+    known |= set() if mapped is None else {name for name in mapped.values() if name}
+    tables = {source: read_gene_table(path, source, orient, known, names) for source, path in paths.items()}
+    ids, by = _slide_ids(slides, tables, mapped)
+    level, key, how = _level(ids, tables, level)
+    sample_of = {slide: key(name) if name else None for slide, name in ids.items()}
+    held_out = index[index["split"].isin(["val", "test"])]["slide"].unique()
+    held = {name for slide in held_out for name in (sample_of[slide], slides["patient"][slide]) if name}
+    made = {
+        source: _Join(source, paths[source], key, level, f"{how}; {by}", duplicates).of(
+            table, sample_of, held, names, wanted, top_variable, unit, ids
+        )
+        for source, table in tables.items()
+    }
+    _check_other_sources(Path(cohort), index, sample_of, set(made))
+    folder = Path(cohort) / "omics"
+    folder.mkdir(exist_ok=True)
+    for source, (frame, about, report) in made.items():
+        with whole(folder / f"{source}.parquet") as part:
+            frame.to_parquet(part)
+        origin = {"licence": licence, "file": paths[source].name, "sha256": sha256(paths[source])}
+        write_text(folder / f"{source}.json", json.dumps(about | origin | {"report": report.counts()}, indent=1))
+    column = index[["slide", "row"]].assign(sample=index["slide"].map(sample_of))
+    merge_index(cohort, column[column["sample"].notna()])
+    return {source: report for source, (_, _, report) in made.items()}
+
+
+@dataclass
+class _Join:
+    """One table on its way into a cohort."""
+
+    source: str
+    path: Path
+    key: Callable[[str], str | None]
+    level: str
+    how: str
+    duplicates: str
+
+    def of(
+        self, table: GeneTable, sample_of: Mapping[str, str | None], held: set[str], names: GeneNames | None,
+        wanted: Sequence[str] | None, top_variable: int | None, unit: str, ids: Mapping[str, str | None],
+    ) -> tuple[pd.DataFrame, dict[str, Any], JoinReport]:  # fmt: skip
+        """Values of joined samples, what the JSON file says, and the report."""
+        report = JoinReport(
+            self.source, self.path.name, table.layout, self.how, "", len(table.samples), len(table.genes)
+        )
+        if self.source == "mutation":
+            self._check_mutations(table)
+        slides_of = defaultdict(list)
+        for slide, sample in sample_of.items():
+            slides_of[sample].append(slide)
+        values, raw, keys = self._one_row_each(table, set(slides_of) - {None}, report)
+        values, genes, entrez = self._named(table, values, names, report)
+        joined = np.array([k is not None and k in slides_of for k in keys])
+        self._report_joins(report, sample_of, raw, keys, joined, ids)
+        training = np.array([k not in held and (barcode(r) or (r,))[0] not in held for r, k in zip(raw, keys)])
+        if self.source == "expression":
+            values, unit, report.unit = to_log2(values, unit, self.path.name)
+        else:
+            unit, report.unit = "calls", f"{int(np.nansum(values))} mutated, {int(np.isnan(values).sum())} unknown"
+        frame = pd.DataFrame(values, index=pd.Index(keys, name="sample", dtype=object), columns=genes)
+        frame = self._chosen(frame, training, wanted, top_variable, report)
+        scaler = None
+        if self.source == "expression" and unit != "unit":
+            if training.sum() < 3:
+                raise UserError(
+                    f"{self.path}: only {training.sum()} samples are not of the splits val and test; the range of a "
+                    "gene is learnt from 3 or more. Give the whole table, or values in [0, 1] as --unit unit."
+                )
+            low, high = gene_ranges(frame.to_numpy()[training])
+            frame = ((frame - low) / (high - low)).clip(0, 1)
+            scaler = {"low": [float(f"{x:.6g}") for x in low], "high": [float(f"{x:.6g}") for x in high]}
+            report.unit += (
+                f"; scaled to [0, 1] between the {QUANTILES[0]:.0%} and {QUANTILES[1]:.0%} quantiles of "
+                f"{training.sum()} samples (all but those of val and test)"
+            )
+        frame = frame[joined].astype(np.float32)
+        number = dict(zip(genes, entrez))
+        about = {
+            "source": self.source,
+            "genes": frame.columns.tolist(),
+            "entrez": [number.get(gene) or (names.entrez(gene) if names else None) for gene in frame.columns],
+            "unit": unit,
+            "scaler": scaler,
+            "level": self.level,
+            "n": len(frame),
+        }
+        return frame, about, report
+
+    def _check_mutations(self, table: GeneTable) -> None:
+        wrong = ~(np.isnan(table.values) | (table.values == 0) | (table.values == 1))
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            raise UserError(
+                f"{self.path}: the mutation of {table.genes[column]} in {table.samples[row]} is "
+                f"{table.values[row, column]:g}; a mutation is 1, 0, or empty where it is unknown "
+                f"({int(wrong.sum())} of {wrong.size} values are others). Is it a table of expression or of counts?"
+            )
+
+    def _one_row_each(
+        self, table: GeneTable, joining: set[str], report: JoinReport
+    ) -> tuple[np.ndarray, list[str], list[str | None]]:
+        """Values, names in the table and join keys of samples, each that joins once."""
+        keys = [self.key(name) for name in table.samples]
+        groups = defaultdict(list)
+        for row, (name, key) in enumerate(zip(table.samples, keys)):
+            groups[key if key in joining else ("not joined", name)].append(row)
+        kept = [rows[0] for rows in groups.values()]
+        values = table.values[kept]
+        for at, (rows, key) in enumerate(zip(groups.values(), groups)):
+            if len(rows) > 1:
+                called = list(dict.fromkeys(table.samples[row] for row in rows))
+                several = f"{', '.join(called)}, which are all {key},"
+                what = f"the sample {called[0]} {len(rows)} times" if len(called) == 1 else several
+                values[at] = self._one(table.values[rows], what)
+                report.merged.append(called[0] if len(called) == 1 else str(key))
+        return values, [table.samples[row] for row in kept], [keys[row] for row in kept]
+
+    def _one(self, rows: np.ndarray, what: str) -> np.ndarray:
+        """One row of several: they are the same, or `duplicates` says which."""
+        if self.duplicates == "error" and any(not np.array_equal(rows[0], row, equal_nan=True) for row in rows[1:]):
+            raise UserError(
+                f"{self.path} has {what} with different values. Say --duplicates first to take the first of them, or "
+                "--duplicates mean."
+            )
+        if self.duplicates != "mean":
+            return rows[0]
+        frame = pd.DataFrame(rows)
+        return (frame.max() if self.source == "mutation" else frame.mean()).to_numpy()
+
+    def _named(
+        self, table: GeneTable, values: np.ndarray, names: GeneNames | None, report: JoinReport
+    ) -> tuple[np.ndarray, list[str], list[str | None]]:
+        """Values by symbols, each once."""
+        ids = are_ids(table.genes)
+        if ids and names is None:
+            raise UserError(
+                f"{self.path} names genes by ids, as {table.genes[0]}, and models name them by symbols: give --genes, "
+                "a table with a column of these ids and a column `symbol`."
+            )
+        symbols: list[str] = []
+        for gene, found in zip(table.genes, names.of(table.genes) if names else table.genes):
+            symbol = gene if found is None and not ids else found or ""
+            symbols.append("" if named_by_spreadsheet([symbol]) else symbol)
+            if found is None:
+                report.unknown_genes.append(gene)
+            elif not symbols[-1]:
+                report.nameless_genes.append(gene or "?")
+        if not any(symbols):
+            raise UserError(f"{names.path} knows no gene of {self.path}, which are called {table.genes[0]}, ...")
+        groups = defaultdict(list)
+        for column, symbol in enumerate(symbols):
+            groups[symbol].append(column)
+        groups.pop("", None)
+        firsts = [columns[0] for columns in groups.values()]
+        kept = values[:, firsts]
+        for at, (symbol, columns) in enumerate(groups.items()):
+            if len(columns) > 1:
+                kept[:, at] = self._one(values[:, columns].T, f"the gene {symbol} {len(columns)} times")
+                report.merged.append(symbol)
+        entrez = [table.entrez[c] or (table.genes[c] if table.genes[c].isdigit() else None) for c in firsts]
+        return kept, list(groups), entrez
+
+    def _report_joins(
+        self, report: JoinReport, sample_of: Mapping[str, str | None], raw: Sequence[str],
+        keys: Sequence[str | None], joined: np.ndarray, ids: Mapping[str, str | None],
+    ) -> None:  # fmt: skip
+        own = {key: name for key, name, used in zip(keys, raw, joined) if used}
+        if not own:
+            slide, sample = next(iter(sample_of.items()))
+            named = f" ({sample})" if sample and sample != slide else ""
+            patients = {found[0] for name in ids.values() if name and (found := barcode(name))}
+            hint = (
+                " Their patients are in it: --level patient would join them."
+                if patients & {found[0] for name in raw if (found := barcode(name))}
+                else " Name the slides' samples with --samples."
+            )
+            raise UserError(
+                f"no slide is in {self.path}: a slide is called {slide}{named}, a sample of the table {raw[0]}.{hint}"
+            )
+        report.joined = [slide for slide, sample in sample_of.items() if sample in own]
+        report.not_joined = [slide for slide, sample in sample_of.items() if sample not in own]
+        report.unused = [name for name, used in zip(raw, joined) if not used]
+        for slide in report.joined:
+            mine, its = barcode(ids[slide] or ""), barcode(own[sample_of[slide]])
+            if mine and its and mine[1] and its[1] and mine[1] != its[1]:
+                report.other_tissue.append(slide)
+
+    def _chosen(
+        self, frame: pd.DataFrame, training: np.ndarray, wanted: Sequence[str] | None, top_variable: int | None,
+        report: JoinReport,
+    ) -> pd.DataFrame:  # fmt: skip
+        """The genes that are asked for."""
+        if wanted is not None:
+            lacking = [gene for gene in wanted if gene not in frame.columns]
+            if len(lacking) == len(wanted):
+                raise UserError(f"{self.path} has none of the genes of --gene-list{suggest(wanted[0], frame.columns)}")
+            near = {gene: get_close_matches(gene, frame.columns, 1, 0.8) for gene in lacking[:_SHOWN]}
+            report.lacking_genes = [f"{gene} (is it {near[gene][0]}?)" if near.get(gene) else gene for gene in lacking]
+            return frame.reindex(columns=wanted)
+        empty = frame.columns[frame[training].isna().all()]
+        report.empty_genes = empty.tolist()
+        frame = frame.drop(columns=empty)
+        if top_variable is not None:
+            if not 2 <= top_variable <= frame.shape[1]:
+                raise UserError(f"--top-variable lies in 2..{frame.shape[1]}, the genes there are; got {top_variable}.")
+            top = set(frame[training].var().nlargest(top_variable).index)
+            frame = frame[[gene for gene in frame.columns if gene in top]]
+        return frame
+
+
+def _slide_ids(
+    slides: pd.DataFrame, tables: Mapping[str, GeneTable], mapped: Mapping[str, str | None] | None
+) -> tuple[dict[str, str | None], str]:
+    """The name by which each slide is looked for in the tables, and where it is from."""
+    if mapped is not None:
+        return dict(mapped), "samples as --samples names them"
+    patients = slides["patient"].astype(str)
+    if any(barcode(name) for name in [*slides.index, *patients]):
+        named = {s: s if barcode(s) else patients[s] if barcode(patients[s]) else None for s in slides.index}
+        return named, "TCGA barcodes"
+    found = {name for table in tables.values() for name in table.samples}
+    choices = {
+        "names of slides": {slide: slide for slide in slides.index},
+        "names of slides without their ending": {slide: Path(slide).stem for slide in slides.index},
+        "patients": patients.to_dict(),
+    }
+    by = max(choices, key=lambda name: sum(sample in found for sample in choices[name].values()))
+    return choices[by], by
+
+
+def _mapped(slides: pd.DataFrame, index: pd.DataFrame, samples: str) -> dict[str, str | None]:
+    """Slide -> sample, of a column of the index or of a CSV with columns slide, sample."""
+    if samples in index.columns:
+        several = index.groupby("slide")[samples].nunique()
+        if (several > 1).any():
+            raise UserError(f"'{samples}' differs between tiles of {several.idxmax()}; a slide has one sample.")
+        values = slides[samples]
+        return {slide: None if pd.isna(values[slide]) else str(values[slide]) for slide in slides.index}
+    path = Path(samples)
+    if not path.is_file():
+        raise UserError(
+            f"--samples is a column of the index or a CSV file; '{samples}' is neither{suggest(samples, index.columns)}"
+        )
+    frame = pd.read_csv(path, dtype=str, sep=None, engine="python")
+    if not {"slide", "sample"} <= set(frame.columns):
+        raise UserError(f"{path} needs the columns slide and sample; it has {', '.join(frame.columns)}.")
+    if frame["slide"].duplicated().any():
+        raise UserError(f"{path} names the slide {frame['slide'][frame['slide'].duplicated()].iloc[0]} twice.")
+    given = dict(zip(frame["slide"], frame["sample"].where(frame["sample"].notna(), None)))
+    return {slide: given.get(slide, given.get(Path(slide).stem)) or None for slide in slides.index}
+
+
+def _level(
+    ids: Mapping[str, str | None], tables: Mapping[str, GeneTable], level: str
+) -> tuple[str, Callable[[str], str | None], str]:
+    """The level, how names become join keys at it, and why it is that one."""
+    names = [name for name in ids.values() if name]
+    if not (any(map(barcode, names)) and all(any(map(barcode, table.samples)) for table in tables.values())):
+        if level != "auto":
+            raise UserError(f"--level {level} is a part of TCGA barcodes, which the slides or the tables do not have.")
+        return "name", lambda name: name, "names as they are"
+    everything: Iterable[str] = (name for source in (names, *(t.samples for t in tables.values())) for name in source)
+    short = next((name for name in everything if (found := barcode(name)) and found[1] is None), None)
+    why = "as told"
+    if level == "auto":
+        level = "sample" if short is None else "patient"
+        why = "all barcodes have a sample" if short is None else f"{short} names no sample"
+    part = LEVELS.index(level) - 1
+    how = f"{level} (the first {'12' if level == 'patient' else '15'} characters; {why})"
+    return level, lambda name: (barcode(name) or (None, None))[part], how
+
+
+def _gene_list(path: Path | str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --gene-list {path}: {error}.") from error
+    genes = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if len(genes) < 2 or len(set(genes)) < len(genes):
+        raise UserError(f"--gene-list is a file of two or more different genes, one per line; {path} has {len(genes)}.")
+    return genes
+
+
+def _check_other_sources(
+    cohort: Path, index: pd.DataFrame, sample_of: Mapping[str, str | None], given: set[str]
+) -> None:
+    """UserError if slides would get other samples than those by which tables of earlier runs know them."""
+    if "sample" not in index:
+        return
+    for path in sorted((cohort / "omics").glob("*.parquet")):
+        if path.stem in given:
+            continue
+        joined = set(pd.read_parquet(path, columns=[]).index)
+        before = index.drop_duplicates("slide").set_index("slide")["sample"]
+        for slide, sample in before.items():
+            if sample in joined and sample_of[slide] not in (sample, None):
+                raise UserError(
+                    f"{path} knows {slide} as {sample}, and it would become {sample_of[slide]}. Give both tables in "
+                    "one command, or the same --level and --samples as then."
+                )
+
+
+def _some(names: Sequence[str], shown: int = _SHOWN) -> str:
+    listed = ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
+    return f"{len(names)} ({listed})" if names else "none"
