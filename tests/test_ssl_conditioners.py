@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from published import load, relative
 
+from ldm import config
 from ldm.conditioners.grid import GridEmbedder, GridTokens
 from ldm.conditioners.ssl import GridPatchEmbedder, PatchEmbedder, SSLEmbedder, with_noise
+from ldm.data.module import collate
 from ldm.errors import UserError
 
 
@@ -244,3 +247,33 @@ def test_features_of_another_size_are_told_before_training(model):
     if len(model.keys) == 2 and model.keys[1] == "magnification":
         with pytest.raises(UserError, match="no magnification '40x'"):
             model.check_data({"conditions": {"magnification": {"names": ["40x"]}}})
+
+
+# --- configs and batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("brca_20x_region", 2), ("zoomldm_brca", 65)])
+def test_the_published_configs_hold(name, tokens):
+    import main
+
+    defaults = {"lightning": {"callbacks": {name: {"target": target} for name, target in main.CALLBACKS.items()}}}
+    cfg = config.load_config([ROOT / "configs" / "latent-diffusion" / f"{name}.yaml"], (), defaults)
+    config.validate(cfg)
+    params = cfg["model"]["params"]
+    model = config.instantiate_from_config(params["cond_stage_config"])
+    train = cfg["data"]["params"]["train"]["params"]
+    dataset = train.get("dataset", {}).get("params", train)
+    assert set(model.keys) <= {*dataset["keys"], *dataset["conditions"]}
+    assert model.null()["crossattn"].shape == (1, tokens, params["unet_config"]["params"]["context_dim"])
+
+
+def test_grids_of_several_sizes_make_one_batch():
+    model = tiny_grid(magnifications=["20x", "10x"])
+    items = [{"ssl": torch.randn(12, k, k), "magnification": m, "row": 0} for k, m in ((1, "20x"), (2, "10x"))]
+    batch = collate(items)
+    assert [grid.shape[-1] for grid in batch["ssl"]] == [1, 2]
+    assert batch["row"].tolist() == [0, 0]
+    both = model(batch)["crossattn"]
+    for i, item in enumerate(items):
+        torch.testing.assert_close(both[i : i + 1], model(collate([item]))["crossattn"])
+    assert collate(items[:1] * 3)["ssl"].shape == (3, 12, 1, 1)

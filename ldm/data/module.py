@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.config import instantiate_from_config
 from ldm.data.sampler import ResumableBatchSampler, ResumableDataLoader, evaluation_batches, ignore_interrupts
 from ldm.errors import UserError
+
+
+def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of items; tensors that differ in shape from item to item, as grids of features may, stay a list."""
+    ragged = [
+        key for key, value in items[0].items()
+        if isinstance(value, Tensor) and len({item[key].shape for item in items}) > 1
+    ]  # fmt: skip
+    batch = default_collate([{key: value for key, value in item.items() if key not in ragged} for item in items])
+    return batch | {key: [item[key] for item in items] for key in ragged}
 
 
 class TileDataModule(pl.LightningDataModule):
@@ -49,6 +60,7 @@ class TileDataModule(pl.LightningDataModule):
 
     def _workers(self) -> dict[str, Any]:
         return {
+            "collate_fn": collate,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
