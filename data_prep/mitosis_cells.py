@@ -240,7 +240,7 @@ def report(
     lines = [f"annotated: {len(cells)} cells: " + _counted(Counter(cell.name for cell in cells))]
     votes = sorted(distribution(cells, positive).items())
     if any(given for (_, given), _ in votes):
-        told = ", ".join(f"{count} of {given}: {cells}" for (count, given), cells in votes)
+        told = ", ".join(f"{count} of {given}: {number}" for (count, given), number in votes)
         lines.append(f"votes for '{positive}': {told}")
     lines.append(f"cut: {len(index)} cells: " + _counted(Counter(index["class"])))
     lines.append("splits: " + _counted(Counter(index["split"])))
