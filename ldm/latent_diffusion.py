@@ -31,6 +31,7 @@ from ldm.diffusion.samplers import sample_dpmpp_2m
 from ldm.errors import UserError
 from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights, resolve_first_stage
 from ldm.networks.ema import EMA
+from ldm.networks.unet import UNetModel
 from ldm.rng import generator, sample_noise, training_generator
 
 VALIDATION_STREAM = 0x76616C
@@ -125,6 +126,7 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
         self.cond_stage_node = cond_stage_config
+        self._check_parts()
         self.image_size = self.model.diffusion_model.image_size
         if self.image_size is None:
             raise UserError("unet_config.params needs image_size, the side of a tile's latent; samples have that size.")
@@ -146,6 +148,40 @@ class LatentDiffusion(pl.LightningModule):
                 self.model_ema = EMA(self.model, ema_decay)
         if self.model_ema is not None:  # every rank keeps its own, equal average: nothing to broadcast
             self._ddp_params_and_buffers_to_ignore = [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
+
+    def _check_parts(self) -> None:
+        """UserError if the network has no place for what the conditioner tells it, or waits for what it does not."""
+        network = self.model.diffusion_model
+        if next(network.parameters()).is_meta or not isinstance(network, UNetModel):
+            return
+        with torch.no_grad():
+            null = {} if self.cond_stage_model is None else self.cond_stage_model.null()
+        parts: dict[str, list[Tensor]] = {}
+        for key, value in null.items():
+            parts.setdefault(key.rpartition("/")[2], []).append(value)
+        for name, dim, param in (
+            ("crossattn", network.context_dim, "context_dim"),
+            ("vector", 4 * network.model_channels if "vector" in parts else None, "4*model_channels"),
+        ):
+            for value in parts.get(name, ()):
+                if value.shape[-1] != dim:
+                    raise UserError(
+                        f"the conditioner gives {name} of dimension {value.shape[-1]}, the UNet's {param} is {dim}; "
+                        "make them equal."
+                    )
+        if network.context_dim is not None and "crossattn" not in parts:
+            raise UserError("the UNet has a context_dim, but no conditioner acts by crossattn; leave one of them out.")
+        extra = sum(value.shape[1] for value in parts.get("concat", ()))
+        if network.in_channels != self.first_stage_model.channels + extra:
+            raise UserError(
+                f"the UNet's in_channels is {network.in_channels}; the latent has {self.first_stage_model.channels} "
+                f"channels and the conditioner adds {extra}."
+            )
+        if network.out_channels != self.first_stage_model.channels * (1 + self.learn_sigma):
+            raise UserError(
+                f"the UNet's out_channels is {network.out_channels}; the latent has {self.first_stage_model.channels} "
+                f"channels{', twice with learn_sigma' if self.learn_sigma else ''}."
+            )
 
     def build_noise_table(self) -> None:
         """Compute `sigmas` (timesteps,), the ascending noise levels of the training schedule; checkpoints lack them."""

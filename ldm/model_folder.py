@@ -149,6 +149,8 @@ def _loaded(
     if not hasattr(model, "build_noise_table"):
         raise UserError(f"{path} is a {type(model).__name__}, a first stage; give the folder of a diffusion model.")
     _check_names(state, model.state_dict(), path)
+    lost = {name for name, _ in model.named_buffers()} - model.state_dict().keys() - {"sigmas"}
+    assert not lost, f"buffers that weights do not hold are empty after loading: {', '.join(sorted(lost))}"
     model.to_empty(device="cpu")
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
     model.build_noise_table()

@@ -210,7 +210,7 @@ class GridTokens(FeatureGrid):
             raise UserError(f"grid is at least 1 and embed_dim a multiple of 4; got {grid} and {embed_dim}.")
         self.grid = grid
         self.uncond_embedding = nn.Parameter(torch.randn(grid * grid, embed_dim) * embed_dim**-0.5)
-        self.register_buffer("positions", sincos_2d(embed_dim, grid), persistent=False)
+        self.register_buffer("positions", sincos_2d(embed_dim, grid))
         layers = [nn.Linear(embed_dim, context_dim)]
         if hidden is not None:
             layers = [nn.Linear(embed_dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, context_dim)]

@@ -31,7 +31,7 @@ class SourceImage(Conditioner):
     def __init__(self, size: int, channels: int = 1, dropout: float = 0.0, key: str = "image"):
         super().__init__(dropout)
         self.size, self.channels, self.keys = size, channels, (key,)
-        self.register_buffer("blank", torch.zeros(1, channels, size, size), persistent=False)
+        self.register_buffer("blank", torch.zeros(1, channels, size, size))
 
     def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
         images = torch.as_tensor(self._value(batch, self.keys[0])).to(self.blank)
