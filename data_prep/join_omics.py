@@ -1,20 +1,69 @@
-"""Join tables of mutations and gene expression to the slides of a cohort.
+"""Join tables of mutations, gene expression and labels of samples to the slides of a cohort.
 
     python -m data_prep.join_omics --cohort cohort --mutation mutation.tsv --expression expression.tsv --genes genes.tsv
+    python -m data_prep.join_omics --cohort cohort --labels samples.tsv --columns acronym
 
 writes cohort/omics/mutation.parquet and expression.parquet, what they are (.json), and the column `sample` of
-cohort/index.parquet; it prints what joined and what did not. Tables: csv, tsv, parquet, h5ad; samples x genes or genes
-x samples; UCSC Xena's, cBioPortal's, lists of mutations (MAF). Slides and samples of TCGA join by their barcodes.
+cohort/index.parquet; labels become columns of that index. It prints what joined and what did not. Tables: csv, tsv,
+parquet, h5ad; samples x genes or genes x samples; UCSC Xena's, cBioPortal's, lists of mutations (MAF). Slides and
+samples of TCGA join by their barcodes.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from ldm.data.genes import ORIENTATIONS, UNITS
-from ldm.data.omics import DUPLICATES, LEVELS, join_omics
-from ldm.errors import run_command
+import pandas as pd
+
+from ldm.data.cohort import merge_index, read_index
+from ldm.data.genes import ORIENTATIONS, UNITS, text_table
+from ldm.data.omics import DUPLICATES, LEVELS, join_keys, join_omics, some
+from ldm.errors import UserError, run_command, suggest
+
+
+def join_labels(
+    cohort: Path | str, labels: Path | str, columns: Sequence[str], level: str = "auto", samples: str | None = None
+) -> str:
+    """Bring columns of a table of samples or patients (its first column names them) into the cohort's index.
+
+    Text stays text; a column of numbers becomes numbers. Returns the report.
+
+    Raises:
+        UserError: an unknown column, a sample with two values, no slide in the table.
+    """
+    labels, frame, index = Path(labels), text_table(Path(labels)), read_index(cohort)
+    for column in columns:
+        if column not in frame.columns:
+            raise UserError(f"{labels} has no column '{column}'{suggest(column, frame.columns)}")
+        if column in ("slide", "row", "x", "y", "patient", "split", "sample"):
+            raise UserError(f"'{column}' is a column that every cohort has; rename the one of {labels}.")
+    if not columns:
+        raise UserError(f"name the --columns of {labels} to take: {', '.join(frame.columns[1:])}.")
+    frame = frame.dropna(subset=[frame.columns[0]])
+    ids, key, _, how = join_keys(index, [frame.iloc[:, 0].tolist()], level, samples)
+    known = frame[list(columns)].assign(key=frame.iloc[:, 0].map(key)).dropna(subset=["key"]).drop_duplicates()
+    sample_of = {slide: key(name) for slide, name in ids.items() if name}
+    known = known[known["key"].isin(set(sample_of.values()))].set_index("key")
+    if known.index.has_duplicates:
+        raise UserError(f"{labels} has different labels of {known.index[known.index.duplicated()][0]}.")
+    joined = {slide: sample for slide, sample in sample_of.items() if sample in known.index}
+    if not joined:
+        slide = next(iter(ids))
+        raise UserError(f"no slide is in {labels}: a slide is called {slide}, a row {frame.iloc[0, 0]}. See --samples.")
+    table = index.loc[index["slide"].isin(joined), ["slide", "row"]]
+    lines = [f"labels: {labels.name}; joined by {how}"]
+    for column in columns:
+        values = known[column]
+        numbers = pd.to_numeric(values, errors="coerce")
+        values = numbers if (numbers.notna() | values.isna()).all() else values
+        table[column] = table["slide"].map({slide: values[sample] for slide, sample in joined.items()})
+        counts = table.drop_duplicates("slide")[column].value_counts()
+        lines.append(f"  {column}: {some([f'{name} {count}' for name, count in counts.items()])}")
+    merge_index(cohort, table)
+    others = [slide for slide in ids if slide not in joined]
+    return "\n".join([*lines, f"  slides joined: {some(list(joined))}", f"  slides not joined: {some(others)}"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--cohort", required=True, metavar="FOLDER", help="cohort folder with tiles")
     add("--mutation", metavar="TABLE", help="1 mutated, 0 not, empty unknown; or a MAF list")
     add("--expression", metavar="TABLE", help="scaled to [0, 1] by gene, over all samples but those of val and test")
+    add("--labels", metavar="TABLE", help="labels of samples or patients; its first column names them")
+    add("--columns", nargs="+", default=(), metavar="NAME", help="columns of --labels to bring into the index")
     add("--genes", metavar="TABLE", help="gene ids (Entrez, Ensembl) to symbols: a column `symbol`, and columns of ids")
     add("--gene-list", metavar="FILE", help="only these genes, in this order: one symbol per line")
     add("--top-variable", type=int, metavar="N", help="only the N genes of the largest variance")
@@ -36,8 +87,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--samples", metavar="COLUMN|CSV", help="slides' samples: a column of the index, or a CSV of slide, sample")
     add("--duplicates", choices=DUPLICATES, default="error", help="samples or genes given twice (default %(default)s)")
     add("--licence", default="", help="of the tables; recorded with them")
-    for report in join_omics(**vars(parser.parse_args(argv))).values():
-        print(report)
+    args = vars(parser.parse_args(argv))
+    labels, columns = args.pop("labels"), args.pop("columns")
+    if args["mutation"] or args["expression"] or not labels:
+        for report in join_omics(**args).values():
+            print(report)
+    if labels:
+        print(join_labels(args["cohort"], labels, columns, args["level"], args["samples"]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from data_prep.join_omics import main
+from data_prep.join_omics import join_labels, main
 from ldm.conditioners.omics import OmicsEmbedder
 from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.datasets import TileDataset
@@ -411,7 +411,7 @@ def test_a_mutation_matrix_of_all_genes(tmp_path, real):
 
 
 def test_what_is_asked_for_must_be_there(plain, tmp_path):
-    with pytest.raises(UserError, match="give a table"):
+    with pytest.raises(UserError, match="give a table: --mutation, --expression or both"):
         join_omics(plain)
     with pytest.raises(UserError, match=r"there is no table at .*none.csv"):
         join_omics(plain, mutation=tmp_path / "none.csv")
@@ -432,3 +432,28 @@ def test_h5ad_without_its_package_says_what_to_install(plain, tmp_path, monkeypa
     (tmp_path / "t.h5ad").touch()
     with pytest.raises(UserError, match="needs the package anndata: pip install anndata"):
         join_omics(plain, expression=tmp_path / "t.h5ad")
+
+
+def test_labels_of_samples_become_columns_of_the_index(cohort, real, tmp_path, capsys):
+    labels = ["--labels", str(real / "samples.tsv"), "--columns", "acronym", "age_diagnosed"]
+    main(["--cohort", str(cohort), *labels])
+    out = capsys.readouterr().out
+    assert "acronym: 2 (HNSC 1, LGG 1)" in out
+    assert f"slides joined: 2 ({HEAD}, {BRAIN})\n  slides not joined: 2 ({NORMAL}, {OTHER})" in out
+    rows = read_index(cohort).drop_duplicates("slide").set_index("slide")
+    raw = pd.read_csv(real / "samples.tsv", sep="\t", index_col=0)
+    assert rows.loc[HEAD, "acronym"] == raw.loc["TCGA-CR-7395-01", "acronym"] == "HNSC"
+    assert rows.loc[BRAIN, "age_diagnosed"] == raw.loc["TCGA-FG-6692-01", "age_diagnosed"]
+    assert rows.loc[[NORMAL, OTHER], "acronym"].isna().all()
+    with pytest.raises(UserError, match="no column 'acronim'; did you mean 'acronym'"):
+        join_labels(cohort, real / "samples.tsv", ["acronim"])
+    with pytest.raises(UserError, match="name the --columns"):
+        join_labels(cohort, real / "samples.tsv", [])
+    (tmp_path / "l.csv").write_text("case,grade,split\nTCGA-CR-7395-01,1,x\nTCGA-CR-7395-01,2,x\n")
+    with pytest.raises(UserError, match="different labels of TCGA-CR-7395-01"):
+        join_labels(cohort, tmp_path / "l.csv", ["grade"])
+    with pytest.raises(UserError, match="'split' is a column that every cohort has"):
+        join_labels(cohort, tmp_path / "l.csv", ["split"])
+    (tmp_path / "l.csv").write_text("case,grade\nTCGA-XX-7395-01,1\n")
+    with pytest.raises(UserError, match=f"no slide is in .*: a slide is called {HEAD}, a row TCGA-XX-7395-01"):
+        join_labels(cohort, tmp_path / "l.csv", ["grade"])

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from published import guided_diffusion_unet, load, relative
 
 from ldm.conditioners.given import conditions_given, parse_conditions
 from ldm.conditioners.omics import GeneSetEmbedder, OmicsEmbedder
-from ldm.config import instantiate_from_config
+from ldm.config import instantiate_from_config, load_config, validate
 from ldm.errors import UserError
 
 MUTATION = ["TP53", "EGFR", "KRAS"]
@@ -305,3 +306,27 @@ def test_bad_gene_sets(tmp_path):
         gene_sets().read({"expression": {"VIM": 1.0}})
     with pytest.raises(UserError, match=r"both sources .* read 'omics'"):
         gene_sets(mutation_key="omics", expression_key="omics")
+
+
+def test_the_published_config_holds(tmp_path):
+    import main
+
+    callbacks = {name: {"target": target} for name, target in main.CALLBACKS.items()}
+    path = Path(__file__).parents[1] / "configs" / "latent-diffusion" / "tcga_omics.yaml"
+    config = load_config([path], (), {"lightning": {"callbacks": callbacks}})
+    validate(config)
+    params = config["model"]["params"]
+    members = params["cond_stage_config"]["params"]["conditioners"]
+    for kind, genes in {"mutation": MUTATION, "expression": EXPRESSION}.items():
+        (tmp_path / f"{kind}.json").write_text(json.dumps({"genes": genes}))
+        members["omics"]["params"][f"{kind}_genes"] = str(tmp_path / f"{kind}.json")
+    model = instantiate_from_config(params["cond_stage_config"])
+    train = config["data"]["params"]["train"]["params"]["dataset"]["params"]
+    assert set(train["conditions"]) == {key for key in model.keys if not key.endswith("_multiplier")}
+    width = 4 * params["unet_config"]["params"]["model_channels"]
+    assert {key: tuple(value.shape) for key, value in model.null().items()} == {
+        "class/vector": (1, width), "omics/vector": (1, width),
+    }  # fmt: skip
+    with torch.device("meta"):
+        net = instantiate_from_config(params["unet_config"])
+    assert sum(p.numel() for p in net.parameters()) == 420_505_606

@@ -52,7 +52,7 @@ class GeneNames:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        frame = _text_table(self.path)
+        frame = text_table(self.path)
         named = {name.lower(): name for name in frame.columns}
         symbol = next((named[name] for name in _SYMBOL_COLUMNS if name in named), None)
         if symbol is None:
@@ -245,7 +245,7 @@ def _from_cbioportal(
 
 def _from_maf(path: Path, suffix: str) -> GeneTable:
     """Mutations as 0 and 1 of a list of them; samples with silent ones only have 0 everywhere."""
-    frame = pd.read_parquet(path).astype(str) if suffix == ".parquet" else _text_table(path)
+    frame = pd.read_parquet(path).astype(str) if suffix == ".parquet" else text_table(path)
     by = {name.lower(): name for name in frame.columns}
     if "variant_classification" not in by:
         raise UserError(f"{path} has no column Variant_Classification, so silent mutations cannot be left out.")
@@ -285,7 +285,7 @@ def _header(path: Path) -> tuple[list[str], int, str]:
     return [name.strip() for name in header], number, separator
 
 
-def _text_table(path: Path) -> pd.DataFrame:
+def text_table(path: Path) -> pd.DataFrame:
     """A whole table as text, by its column names."""
     header, number, separator = _header(path)
     return _pandas(path, header, number, separator, dtype=str).set_axis(header, axis=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -66,9 +66,9 @@ class JoinReport:
             f"{self.source}: {self.file}, {self.samples} samples x {self.genes} genes; {self.layout}",
             f"  values: {self.unit}",
             f"  joined by {self.how}",
-            f"  slides joined: {_some(self.joined)}",
-            f"  slides not joined: {_some(self.not_joined)}",
-            f"  samples of the table that no slide has: {_some(self.unused, 3)}",
+            f"  slides joined: {some(self.joined)}",
+            f"  slides not joined: {some(self.not_joined)}",
+            f"  samples of the table that no slide has: {some(self.unused, 3)}",
         ]
         for what, names in {
             "slides joined to another sample of their patient (another tissue?)": self.other_tissue,
@@ -78,7 +78,7 @@ class JoinReport:
             "genes without a symbol, left out": self.nameless_genes,
             "genes without a known value, left out": self.empty_genes,
         }.items():
-            lines += [f"  {what}: {_some(names)}"] if names else []
+            lines += [f"  {what}: {some(names)}"] if names else []
         return "\n".join(lines)
 
     def counts(self) -> dict[str, int]:
@@ -126,20 +126,19 @@ def join_omics(
     if not paths:
         raise UserError("give a table: --mutation, --expression or both.")
     index = read_index(cohort)
-    slides = index.drop_duplicates("slide").set_index("slide")
+    slides = one_row_each(index)
     names = GeneNames(genes) if genes is not None else None
     wanted = None if gene_list is None else _gene_list(gene_list)
     known = {*slides.index, *(Path(slide).stem for slide in slides.index), *slides["patient"].astype(str)}
-    mapped = None if samples is None else _mapped(slides, index, samples)
-    known |= set() if mapped is None else {name for name in mapped.values() if name}
+    if samples is not None:
+        known |= {name for name in _mapped(slides, index, samples).values() if name}
     tables = {source: read_gene_table(path, source, orient, known, names) for source, path in paths.items()}
-    ids, by = _slide_ids(slides, tables, mapped)
-    level, key, how = _level(ids, tables, level)
+    ids, key, level, how = join_keys(index, [table.samples for table in tables.values()], level, samples)
     sample_of = {slide: key(name) if name else None for slide, name in ids.items()}
     held_out = index[index["split"].isin(["val", "test"])]["slide"].unique()
     held = {name for slide in held_out for name in (sample_of[slide], slides["patient"][slide]) if name}
     made = {
-        source: _Join(source, paths[source], key, level, f"{how}; {by}", duplicates).of(
+        source: _Join(source, paths[source], key, level, how, duplicates).of(
             table, sample_of, held, names, wanted, top_variable, unit, ids
         )
         for source, table in tables.items()
@@ -341,8 +340,27 @@ class _Join:
         return frame
 
 
+def one_row_each(index: pd.DataFrame) -> pd.DataFrame:
+    """The index's first row of every slide, by slide."""
+    return index.drop_duplicates("slide").set_index("slide")
+
+
+def join_keys(
+    index: pd.DataFrame, tables: Sequence[Sequence[str]], level: str = "auto", samples: str | None = None
+) -> tuple[dict[str, str | None], Callable[[str], str | None], str, str]:
+    """How slides meet the samples that tables name.
+
+    Returns: slide -> the name by which it is looked for, name -> the part of it that joins, the level, and how all this
+    was decided.
+    """
+    slides = one_row_each(index)
+    ids, by = _slide_ids(slides, tables, None if samples is None else _mapped(slides, index, samples))
+    level, key, why = _level(ids, tables, level)
+    return ids, key, level, f"{why}; {by}"
+
+
 def _slide_ids(
-    slides: pd.DataFrame, tables: Mapping[str, GeneTable], mapped: Mapping[str, str | None] | None
+    slides: pd.DataFrame, tables: Sequence[Sequence[str]], mapped: Mapping[str, str | None] | None
 ) -> tuple[dict[str, str | None], str]:
     """The name by which each slide is looked for in the tables, and where it is from."""
     if mapped is not None:
@@ -351,7 +369,7 @@ def _slide_ids(
     if any(barcode(name) for name in [*slides.index, *patients]):
         named = {s: s if barcode(s) else patients[s] if barcode(patients[s]) else None for s in slides.index}
         return named, "TCGA barcodes"
-    found = {name for table in tables.values() for name in table.samples}
+    found = {name for table in tables for name in table}
     choices = {
         "names of slides": {slide: slide for slide in slides.index},
         "names of slides without their ending": {slide: Path(slide).stem for slide in slides.index},
@@ -384,15 +402,15 @@ def _mapped(slides: pd.DataFrame, index: pd.DataFrame, samples: str) -> dict[str
 
 
 def _level(
-    ids: Mapping[str, str | None], tables: Mapping[str, GeneTable], level: str
+    ids: Mapping[str, str | None], tables: Sequence[Sequence[str]], level: str
 ) -> tuple[str, Callable[[str], str | None], str]:
     """The level, how names become join keys at it, and why it is that one."""
     names = [name for name in ids.values() if name]
-    if not (any(map(barcode, names)) and all(any(map(barcode, table.samples)) for table in tables.values())):
+    if not (any(map(barcode, names)) and all(any(map(barcode, table)) for table in tables)):
         if level != "auto":
             raise UserError(f"--level {level} is a part of TCGA barcodes, which the slides or the tables do not have.")
         return "name", lambda name: name, "names as they are"
-    everything: Iterable[str] = (name for source in (names, *(t.samples for t in tables.values())) for name in source)
+    everything = (name for source in (names, *tables) for name in source)
     short = next((name for name in everything if (found := barcode(name)) and found[1] is None), None)
     why = "as told"
     if level == "auto":
@@ -424,8 +442,7 @@ def _check_other_sources(
         if path.stem in given:
             continue
         joined = set(pd.read_parquet(path, columns=[]).index)
-        before = index.drop_duplicates("slide").set_index("slide")["sample"]
-        for slide, sample in before.items():
+        for slide, sample in one_row_each(index)["sample"].items():
             if sample in joined and sample_of[slide] not in (sample, None):
                 raise UserError(
                     f"{path} knows {slide} as {sample}, and it would become {sample_of[slide]}. Give both tables in "
@@ -433,6 +450,6 @@ def _check_other_sources(
                 )
 
 
-def _some(names: Sequence[str], shown: int = _SHOWN) -> str:
+def some(names: Sequence[str], shown: int = _SHOWN) -> str:
     listed = ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
     return f"{len(names)} ({listed})" if names else "none"
