@@ -330,3 +330,11 @@ def test_a_known_region_of_a_canvas(small):
     canvas = known_region(shifted(small, 16), known, mask)
     out = samplers.sample_dpmpp_2m(canvas, known + canvas_noise(0, 3, 24, 40) * sigmas[0], sigmas, cond)
     torch.testing.assert_close(out[..., 20:], known[..., 20:], rtol=0, atol=1e-4)
+
+
+def test_parts_of_a_composed_condition_are_windowed_like_their_own():
+    corners, maps, field = [(0, 0), (16, 5)], torch.randn(1, 2, 32, 32), torch.randn(1, 3, 3, 4)
+    plain = window_conds({"concat": maps, "vector": field}, [0, 0], corners, (32, 32), 16)
+    named = window_conds({"mask/concat": maps, "class/vector": field}, [0, 0], corners, (32, 32), 16)
+    assert torch.equal(named["mask/concat"], plain["concat"])
+    assert torch.equal(named["class/vector"], plain["vector"])

@@ -23,7 +23,7 @@ class ScoreEmbedder(Conditioner):
     Args:
         dim: size of the embedding: the UNet's 4*model_channels (vector) or its context_dim (crossattn).
         acts: vector: added to the time embedding, {"vector": (B,dim)}; crossattn: {"crossattn": (B,1,dim)}.
-        hidden: width of the layer between; None is a single linear map of the score, as published.
+        hidden: width of the layer between; None is a single linear map of the score.
         key: batch key, and the name under which users give the score.
     """
 

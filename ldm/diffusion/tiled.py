@@ -127,9 +127,10 @@ def window_conds(
     """The condition of K windows, given by image and corner, from that of the canvas (see above)."""
     conds = {}
     for part, value in cond.items():
-        if part == "concat":
+        kind = part.rpartition("/")[2]  # of a composed condition, "name/kind"
+        if kind == "concat":
             conds[part] = torch.stack([_cut(value[i], corner, window, border) for i, corner in zip(images, corners)])
-        elif value.ndim == AXES[part] + 2:
+        elif value.ndim == AXES[kind] + 2:
             conds[part] = read_field(value, images, corners, size, window)
         else:
             conds[part] = value[list(images)]
