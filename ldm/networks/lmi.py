@@ -6,7 +6,8 @@ other, not by their grey levels, so a model trained on the target modality alone
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ldm.errors import UserError
 EPS = 1e-10
 TAIL = 1e-8  # of a level's largest kernel value: what is smaller is left out of the joint histograms
 FLOOR = 1e-18  # kernel values below count as 0: nothing beside EPS, and their products would be slow, denormal numbers
+SEEN = 0.01  # sum of a level's kernel: a patch of one such level tells nothing of a pixel of such a level
 ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}  # of joint histograms in memory at a time
 
 
@@ -35,7 +37,7 @@ def lmi_map(
     are no plain shifts of the patch, zeros around the image, and 2 where both patches are far outside the range).
 
     Each pixel needs histograms only over the bins that its two patches reach; pixels with windows of the same size
-    are computed together, few at a time.
+    are computed together, few at a time. A source patch of one grey level, as on black ground, tells nothing: 0.
 
     Args:
         source, target: (B,C,H,W) around [0, 1]; any device, the same one. Colours are taken one by one, then always
@@ -56,7 +58,7 @@ def lmi_map(
     with torch.autocast(source.device.type, enabled=False):
         table = _Kernels(bins, sigma, source.device)
         images = [table.levels(image.reshape(-1, *size[2:])) for image in (source, target)]  # 2 x (BC,H,W)
-        found = _largest(*images, table, patch, normalized or size[1] > 1).view(size)
+        found = _largest(images, table, patch, normalized or size[1] > 1).view(size)
     if colour_of_gray:
         low, high = found.amin((1, 2, 3), keepdim=True), found.amax((1, 2, 3), keepdim=True)
         found = (found - low) / (high - low).clamp(min=EPS)
@@ -93,10 +95,10 @@ class _Kernels:
         return self._windows[width].index_select(0, rows.flatten()).view(*levels.shape, width)
 
 
-def _largest(source: Tensor, target: Tensor, table: _Kernels, patch: int, normalized: bool) -> Tensor:
-    """The map (N,H,W) of levels (N,H,W)."""
-    (n, h, w), device, half = source.shape, source.device, patch // 2
-    around = [F.pad(image, [half] * 4, value=table.reach) for image in (source, target)]  # zeros around the image
+def _largest(images: Sequence[Tensor], table: _Kernels, patch: int, normalized: bool) -> Tensor:
+    """The map (N,H,W) of the levels (N,H,W) of source and target."""
+    (n, h, w), device, half = images[0].shape, images[0].device, patch // 2
+    around = [F.pad(image, [half] * 4, value=table.reach) for image in images]  # zeros around the image
     side = w + 2 * half
     base = torch.arange(n, device=device).view(n, 1, 1) * (h + 2 * half) * side
 
@@ -113,11 +115,14 @@ def _largest(source: Tensor, target: Tensor, table: _Kernels, patch: int, normal
     cols = torch.arange(patch, device=device) + torch.arange(w, device=device)[:, None]
     own = (base.view(-1, 1, 1, 1, 1) + rows[:, None, :, None] * side + cols[None, :, None, :]).view(n * h * w, -1)
     rows, cols = (candidates(length, patch, device) for length in (h, w))                    # (H,P,P): pixel, candidate
+    flat = around[0].float()
+    plain = F.max_pool2d(flat, patch, 1) == -F.max_pool2d(-flat, patch, 1)
+    plain &= (table.sums[images[0]] > SEEN) & (table.sums[images[1]] > SEEN)
     source, target = (image.flatten() for image in around)
-    place = torch.arange(n * h * w, device=device)
-    found = torch.empty(n * h * w, device=device)
-    for chosen, first, second in _groups(width1, width2, patch):
-        y, x = place[chosen] // w % h, place[chosen] % w
+    found = torch.zeros(n * h * w, device=device)
+    scratch = _Scratch(device)
+    for chosen, first, second in _groups(width1, width2, patch, (~plain).flatten().nonzero()[:, 0]):
+        y, x = chosen // w % h, chosen % w
         pairs = (
             base.flatten()[chosen // (h * w)].view(-1, 1, 1, 1, 1)
             + rows[y][:, :, None, :, None] * side
@@ -126,7 +131,7 @@ def _largest(source: Tensor, target: Tensor, table: _Kernels, patch: int, normal
         levels1, levels2 = source[own[chosen]], target[pairs]
         k1 = table.window(levels1, low1[chosen], first)                                      # (n,pixel,w1)
         k2 = table.window(levels2, low2[chosen], second)                                     # (n,pixel,candidate,w2)
-        found[chosen] = _information(k1, k2, table.sums[levels1], table.sums[levels2], normalized).amax(1)
+        found[chosen] = _information(k1, k2, table.sums[levels1], table.sums[levels2], normalized, scratch).amax(1)
     return found
 
 
@@ -144,10 +149,25 @@ def candidates(length: int, patch: int, device: torch.device | str = "cpu") -> T
     return torch.where(inside, spread // patch + spread % patch, 0)
 
 
-def _groups(width1: Tensor, width2: Tensor, patch: int) -> Iterator[tuple[Tensor, int, int]]:
-    """Pixels whose patches reach equally many bins, few at a time: their indices, bins of source and of target."""
+class _Scratch:
+    """Two pieces of memory that all parts of the work use one after the other."""
+
+    def __init__(self, device: torch.device):
+        self.memory = torch.empty(2, 0, device=device)
+
+    def take(self, *shape: int) -> tuple[Tensor, Tensor]:
+        size = math.prod(shape)
+        if self.memory.shape[1] < size:
+            self.memory = self.memory.new_empty(2, size)
+        first, second = self.memory[:, :size].view(2, *shape)
+        return first, second
+
+
+def _groups(width1: Tensor, width2: Tensor, patch: int, which: Tensor) -> Iterator[tuple[Tensor, int, int]]:
+    """Pixels of `which` whose patches reach equally many bins, few at a time: indices, bins of source and of target."""
     budget = ELEMENTS["cpu" if width1.device.type == "cpu" else "cuda"]
-    keys, order = (width1 * 1024 + width2).sort()
+    keys, order = (width1 * 1024 + width2)[which].sort()
+    order = which[order]
     found, counts = keys.unique_consecutive(return_counts=True)
     for key, members in zip(found.tolist(), order.split(counts.tolist())):
         first, second = divmod(key, 1024)
@@ -155,7 +175,9 @@ def _groups(width1: Tensor, width2: Tensor, patch: int) -> Iterator[tuple[Tensor
             yield chosen, first, second
 
 
-def _information(k1: Tensor, k2: Tensor, sums1: Tensor, sums2: Tensor, normalized: bool) -> Tensor:
+def _information(
+    k1: Tensor, k2: Tensor, sums1: Tensor, sums2: Tensor, normalized: bool, scratch: _Scratch
+) -> Tensor:
     """Mutual information (n,candidate) of paired pixels.
 
     Args:
@@ -163,20 +185,17 @@ def _information(k1: Tensor, k2: Tensor, sums1: Tensor, sums2: Tensor, normalize
     """
     n, pixels, count, width = k2.shape
     joint_sum = (sums1[..., None] * sums2).sum(1) + EPS                                      # (n,candidate)
-    k2 = k2 / joint_sum[:, None, :, None]
+    k2 /= joint_sum[:, None, :, None]
     first = torch.cat([k1, torch.ones_like(k1[..., :1])], 2)                                 # its last row gives p2
-    joint = torch.bmm(first.transpose(1, 2), k2.view(n, pixels, count * width))              # (n,w1+1,candidate*w2)
+    joint, logs = scratch.take(n, first.shape[2], count * width)
+    torch.bmm(first.transpose(1, 2), k2.view(n, pixels, count * width), out=joint)           # (n,w1+1,candidate*w2)
     p2 = joint[:, -1].view(n, count, width) * (joint_sum / (sums2.sum(1) + pixels * EPS))[..., None]
     p1 = k1.sum(1) / (sums1.sum(1, keepdim=True) + pixels * EPS)
-    h1, h2 = _entropy(p1).sum(1, keepdim=True), _entropy(p2).sum(2)
-    h12 = _entropy(joint[:, :-1]).sum(1).view(n, count, width).sum(2)
-    information = h1 + h2 - h12
-    return 2 * (information + EPS) / (h1 + h2 + EPS) if normalized else information
-
-
-def _entropy(p: Tensor) -> Tensor:
-    """-p log2 p, elementwise."""
-    return (p + EPS).log2_().mul_(p).neg_()
+    h1, h2 = (-(p * (p + EPS).log2()).sum(-1) for p in (p1, p2))
+    torch.add(joint, EPS, out=logs).log2_().mul_(joint)
+    h12 = -logs[:, :-1].sum(1).view(n, count, width).sum(2)
+    information = h1[:, None] + h2 - h12
+    return 2 * (information + EPS) / (h1[:, None] + h2 + EPS) if normalized else information
 
 
 class LMIUNet(nn.Module):
