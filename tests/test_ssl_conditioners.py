@@ -65,6 +65,18 @@ def test_without_a_region_its_token_is_that_of_zeros():
     assert torch.equal(dropped[[0, 2]], model.null()["crossattn"].expand(2, 2, 8))
 
 
+def test_features_as_users_give_them():
+    model = SSLEmbedder(6, 10, 8).eval()
+    patch, region = torch.randn(2, 6), torch.randn(2, 10)
+    want = model({"ssl": patch, "region": region})["crossattn"]
+    for as_given in (torch.Tensor.numpy, torch.Tensor.tolist, list, lambda rows: [row.numpy() for row in rows]):
+        given = model.read({"ssl": as_given(patch), "region": as_given(region)})
+        assert torch.equal(model(given)["crossattn"], want)
+    one = model(model.read({"ssl": patch.numpy(), "region": region[0].tolist()}))["crossattn"]
+    torch.testing.assert_close(one[0], want[0])
+    assert torch.equal(one[1, 1], one[0, 1])  # one region for all
+
+
 def test_the_region_alone_is_dropped_in_training_only():
     model = SSLEmbedder(6, 10, 8, region_dropout=0.5)
     batch = {"ssl": torch.randn(64, 6), "region": torch.randn(64, 10)}

@@ -195,8 +195,9 @@ def checked_noise(noise: float) -> float:
 
 def as_rows(value: Any) -> Tensor:
     """One feature (D,), or several (N,D), as (N,D) float32."""
-    features = torch.as_tensor(value, dtype=torch.float32)
-    return features[None] if features.ndim == 1 else features
+    several = isinstance(value, (list, tuple)) and value and hasattr(value[0], "ndim")
+    features = torch.stack([torch.as_tensor(row) for row in value]) if several else torch.as_tensor(value)
+    return features.float()[None] if features.ndim == 1 else features.float()
 
 
 def checked_features(values: Any, dim: int) -> Tensor:
