@@ -121,8 +121,8 @@ def join_omics(
     Raises:
         UserError: whatever cannot be joined or read without guessing; nothing is written then.
     """
-    paths = {"mutation": mutation, "expression": expression}
-    paths = {source: Path(path) for source, path in paths.items() if path is not None}
+    given = {"mutation": mutation, "expression": expression}
+    paths = {source: Path(path) for source, path in given.items() if path is not None}
     if not paths:
         raise UserError("give a table: --mutation, --expression or both.")
     index = read_index(cohort)
@@ -138,10 +138,10 @@ def join_omics(
     held_out = index[index["split"].isin(["val", "test"])]["slide"].unique()
     held = {name for slide in held_out for name in (sample_of[slide], slides["patient"][slide]) if name}
     made = {
-        source: _Join(source, paths[source], key, level, how, duplicates).of(
-            table, sample_of, held, names, wanted, top_variable, unit, ids
+        source: _Join(source, path, key, level, how, duplicates).of(
+            tables[source], sample_of, held, names, wanted, top_variable, unit, ids
         )
-        for source, table in tables.items()
+        for source, path in paths.items()
     }
     _check_other_sources(Path(cohort), index, sample_of, set(made))
     folder = Path(cohort) / "omics"
@@ -199,13 +199,15 @@ class _Join:
                     "gene is learnt from 3 or more. Give the whole table, or values in [0, 1] as --unit unit."
                 )
             low, high = gene_ranges(frame.to_numpy()[training])
-            frame = ((frame - low) / (high - low)).clip(0, 1)
+            frame = ((frame[joined] - low) / (high - low)).clip(0, 1)
             scaler = {"low": [float(f"{x:.6g}") for x in low], "high": [float(f"{x:.6g}") for x in high]}
             report.unit += (
                 f"; scaled to [0, 1] between the {QUANTILES[0]:.0%} and {QUANTILES[1]:.0%} quantiles of "
                 f"{training.sum()} samples (all but those of val and test)"
             )
-        frame = frame[joined].astype(np.float32)
+        else:
+            frame = frame[joined]
+        frame = frame.astype(np.float32)
         number = dict(zip(genes, entrez))
         about = {
             "source": self.source,
@@ -237,7 +239,7 @@ class _Join:
         for row, (name, key) in enumerate(zip(table.samples, keys)):
             groups[key if key in joining else ("not joined", name)].append(row)
         kept = [rows[0] for rows in groups.values()]
-        values = table.values[kept]
+        values = table.values if len(kept) == len(keys) else table.values[kept]
         for at, (rows, key) in enumerate(zip(groups.values(), groups)):
             if len(rows) > 1:
                 called = list(dict.fromkeys(table.samples[row] for row in rows))
@@ -306,9 +308,8 @@ class _Join:
                 if patients & {found[0] for name in raw if (found := barcode(name))}
                 else " Name the slides' samples with --samples."
             )
-            raise UserError(
-                f"no slide is in {self.path}: a slide is called {slide}{named}, a sample of the table {raw[0]}.{hint}"
-            )
+            meets = f"a slide is called {slide}{named}, a sample of the table {raw[0]}"
+            raise UserError(f"no slide is in {self.path}: {meets}.{hint}")
         report.joined = [slide for slide, sample in sample_of.items() if sample in own]
         report.not_joined = [slide for slide, sample in sample_of.items() if sample not in own]
         report.unused = [name for name, used in zip(raw, joined) if not used]
