@@ -308,13 +308,14 @@ def test_bad_gene_sets(tmp_path):
         gene_sets(mutation_key="omics", expression_key="omics")
 
 
-def test_the_published_config_holds(tmp_path):
+def test_the_configs_hold(tmp_path):
     import main
 
     callbacks = {name: {"target": target} for name, target in main.CALLBACKS.items()}
-    path = Path(__file__).parents[1] / "configs" / "latent-diffusion" / "tcga_omics.yaml"
-    config = load_config([path], (), {"lightning": {"callbacks": callbacks}})
-    validate(config)
+    for name in ("demo/omics.yaml", "latent-diffusion/tcga_omics.yaml"):
+        path = Path(__file__).parents[1] / "configs" / name
+        config = load_config([path], (), {"lightning": {"callbacks": callbacks}})
+        validate(config)
     params = config["model"]["params"]
     members = params["cond_stage_config"]["params"]["conditioners"]
     for kind, genes in {"mutation": MUTATION, "expression": EXPRESSION}.items():
