@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -264,3 +265,43 @@ def test_a_moved_model_folder_samples_by_names_as_before(model, tmp_path):
     assert np.abs(made.astype(int) - by_table).max() <= 1  # the same seed and condition
     with pytest.raises(UserError, match="did you mean 'LUAD'"):
         run("--condition", "class=LUAT", "--out", tmp_path / "none")
+
+
+def test_a_training_becomes_a_model_folder_that_needs_nothing_else(tmp_path):
+    """Genes, gene sets, class names and the text tower travel; the files they came from may be gone."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "genes.txt").write_text("TP53\nKRAS\nEGFR\n")
+    (sources / "sets.gmt").write_text("growth\tx\tKRAS\tEGFR\nguard\tx\tTP53\n")
+    shutil.copy(ROOT / "tests" / "configs" / "tiny_clip.json", sources / "tower.json")
+    members = {
+        "class": module("class_token.ClassEmbedder", classes=CLASSES, dim=24),
+        "omics": module("omics.OmicsEmbedder", mutation_genes=str(sources / "genes.txt"), dim=128),
+        "sets": module(
+            "omics.GeneSetEmbedder", gene_sets=str(sources / "sets.gmt"), dim=24,
+            expression_genes=str(sources / "genes.txt"),
+        ),
+        "text": module("text.TextEmbedder", model=str(sources / "tower.json"), trainable=True, context_dim=24),
+    }  # fmt: skip
+    node = model_node(module("compose.ConditionerSet", conditioners=members))
+    torch.manual_seed(0)
+    model = instantiate_from_config(node).eval()
+    checkpoint = {"state_dict": model.state_dict(), "histoldm_config": {"model": node}}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    given = {
+        "class": "LUSC", "mutation": {"TP53": 1}, "expression": {"KRAS": 0.9}, "text": "a section of lung",
+    }  # fmt: skip
+    expected = model.condition(**given)
+    ldm.export(tmp_path / "last.ckpt", tmp_path / "made")
+    shutil.rmtree(sources)
+    for path in (shutil.move(tmp_path / "made", tmp_path / "elsewhere"), tmp_path / "last.ckpt"):
+        cond = ldm.load_model(path).condition(**given)
+        assert list(cond) == list(expected)
+        for key, value in expected.items():
+            torch.testing.assert_close(cond[key], value, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="did you mean 'KRAS'"):
+        model.condition(mutation={"KRASS": 1})
+    (tmp_path / "elsewhere" / "omics_mutation_genes.txt").unlink()
+    with pytest.raises(UserError, match="which is no file of the folder"):
+        ldm.load_model(tmp_path / "elsewhere")
