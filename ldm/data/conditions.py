@@ -109,8 +109,8 @@ class TileConditions:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """For each key: its source, and the names that text takes (up to a thousand), the genes and scalers of an omics
-        table, or the attributes of a feature."""
+        """For each key: its source, and the names that text takes (up to a thousand), what the stores say of a number,
+        the genes and scalers of an omics table, or the attributes of a feature."""
         known: dict[str, Any] = {}
         for key, source in self.sources.items():
             about: dict[str, Any] = {"source": source}
@@ -123,6 +123,9 @@ class TileConditions:
             elif any(values.dtype == object for values in self.values[key]):
                 names = sorted({str(value) for values in self.values[key] for value in values})
                 about["names"] = names if len(names) <= NAMES_SHOWN else []
+            else:  # what the stores say of a number: which class a score of 1 is, how it was made
+                said = self.stores[0].attrs.get(source)
+                about |= said if isinstance(said, dict) else {}
             known[key] = about
         return known
 
