@@ -98,7 +98,7 @@ class TileConditions:
             value = self.values[key][store][place]
             kind, _, name = source.partition("/")
             if kind == "features" and name:
-                array = self.stores[store].features(name)
+                array = self.stores[store].array(source)
                 values = np.asarray(array[int(value)], np.float32)
                 found[key] = torch.from_numpy(values[variant] if array.attrs.get("dihedral") else values)
             elif source in self.tables:
