@@ -151,6 +151,19 @@ def large_image(
 
 
 @app.command()
+def describe(
+    model: Annotated[Path, typer.Argument(help="Model folder (or a training run's folder).")],
+) -> None:
+    """Say what a model is and which conditions it takes, by name.
+
+    Example: histoldm describe data/models/demo-ssl
+    """
+    from ldm.commands import describe_model
+
+    describe_model(model)
+
+
+@app.command()
 def export(
     run: Annotated[
         Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or a checkpoint of one.")

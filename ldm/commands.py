@@ -44,6 +44,35 @@ def provenance(model_path: Path, model: Any, condition: str, settings: dict[str,
     }
 
 
+def describe_model(model_path: Path) -> None:
+    """`histoldm describe`: what a model is, and every condition that it takes with an example of how to give it."""
+    model = load_model(model_path)
+    side = model.image_size * model.first_stage_model.downsampling
+    count = sum(p.numel() for p in model.model.parameters()) / 1e6
+    first = type(model.first_stage_model).__name__
+    print(f"{model_path}: tiles of {side} px; UNet of {count:.1f} M parameters over {first}, {model.parameterization}")
+    for name in ("mpp", "licence", "slide_licence"):
+        if name in model.metadata:
+            print(f"  {name}: {model.metadata[name]}")
+    if "encoder" in model.metadata:
+        encoder = model.metadata["encoder"]
+        print(f"  features: {encoder.get('encoder')} ({encoder.get('licence', 'licence not recorded')})")
+    conditioner = model.cond_stage_model
+    print("conditions:" if conditioner is not None else "  unconditional")
+    for key, about in ({} if conditioner is None else conditioner.describe()).items():
+        names = about.get("names") or about.get("genes")
+        listed = f": {some(names)}" if names else ""
+        rest = {k: v for k, v in about.items() if k not in ("kind", "names", "genes") and v not in (None, "")}
+        words = ", ".join(f"{k} {v}" for k, v in rest.items())
+        print(f"  {key:<12} {about.get('kind', '')}{' (' + words + ')' if words else ''}{listed}")
+
+
+def some(names: Sequence[str], shown: int = 12) -> str:
+    """The first names of a list and how many there are."""
+    more = f", ... ({len(names)})" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
 def sample_tiles(
     model_path: Path, out: Path, device: str, batch_size: int, asked: Mapping[str, Any], **settings: Any
 ) -> None:

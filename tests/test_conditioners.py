@@ -263,6 +263,9 @@ def test_a_moved_model_folder_samples_by_names_as_before(model, tmp_path):
     run("--table", tmp_path / "table.csv", *scales, "--out", tmp_path / "table")
     by_table = np.asarray(Image.open(tmp_path / "table" / "00000.png"))
     assert np.abs(made.astype(int) - by_table).max() <= 1  # the same seed and condition
+    said = CliRunner().invoke(app, ["describe", str(tmp_path / "b")], catch_exceptions=False).output
+    assert "class        class: LUAD, LUSC, HNSC" in said
+    assert "score        score (range [0, 1])" in said
     with pytest.raises(UserError, match="did you mean 'LUAD'"):
         run("--condition", "class=LUAT", "--out", tmp_path / "none")
 
