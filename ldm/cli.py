@@ -144,8 +144,8 @@ def large_image(
     generate_large_image(
         model, features, out, feature, _integers(region, 4, "--region", "x,y,width,height"),
         _integers(size, 2, "--size", "height,width"), mpp, condition or [], pick_device(device), mode=mode.value,
-        stride=stride, interpolation=interpolation.value, steps=steps, solver=solver.value, schedule=schedule.value, eta=eta,
-        guidance_scale=parse_guidance(guidance_scale or []), seed=seed, batch_size=batch_size,
+        stride=stride, interpolation=interpolation.value, steps=steps, solver=solver.value, schedule=schedule.value,
+        eta=eta, guidance_scale=parse_guidance(guidance_scale or []), seed=seed, batch_size=batch_size,
         precision=precision.value,
     )  # fmt: skip
 
