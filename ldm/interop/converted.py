@@ -1,0 +1,29 @@
+"""What a reader of published weights gives: everything that a model folder holds, and an account of every tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass
+class Converted:
+    """A published model in this toolkit's terms.
+
+    Attributes:
+        node: `{target, params}` that builds the module, targets of this toolkit alone.
+        state: its weights by the module's own names; averaged weights where the file has any and they were asked for.
+        metadata: class names, encoder, licence, mpp, scheduler settings: what sampling needs and is no weight.
+        files: name -> text of further files that the node names as "./name".
+        unused: name of a tensor of the source -> why it is not needed. Every tensor is in `state` or here.
+        notes: what was guessed or is to be known, in sentences.
+    """
+
+    node: dict[str, Any]
+    state: dict[str, Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    unused: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
