@@ -36,8 +36,50 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype != torch.float64:  # the CPU kernel keeps float32 statistics by itself
-            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+            slow = x.dtype != torch.float32 and x.shape[-2:].numel() < 1024 and not x.is_contiguous()
+            if not slow:  # its form for small channels_last maps is slow but in float32
+                return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
         return F.group_norm(x.float(), self.num_groups, self.weight, self.bias, self.eps).to(x.dtype)
+
+
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution that keeps the size."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        if x.device.type == "cpu" and self.out_channels > 2 * batch * height * width:
+            return self._product(x)  # weights that outweigh the maps are not laid out anew
+        return super().forward(x)
+
+    def _product(self, x: Tensor) -> Tensor:
+        batch, channels, height, width = x.shape
+        x = F.pad(x, (1, 1, 1, 1))
+        shifted = [x[:, :, row : row + height, col : col + width] for row in range(3) for col in range(3)]
+        columns = torch.stack(shifted).permute(2, 0, 1, 3, 4).reshape(9 * channels, -1)     # (9C,BHW)
+        out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)              # (out,BHW)
+        return out.view(-1, batch, height, width).transpose(0, 1).contiguous()
+
+
+class PointwiseConv(nn.Conv2d):
+    """1x1 convolution."""
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
+            return self.tokens(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        if x.device.type == "cpu" and x.shape[-2:].numel() >= self.in_channels:  # where maps outweigh the weights
+            weight = self.weight.flatten(1).expand(len(x), -1, -1)              # (B,out,in)
+            return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(-1, x.shape[-2:])
+        return super().forward(x)
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """The same of tokens: (...,in) -> (...,out)."""
+        return F.linear(x, self.weight.flatten(1), self.bias)
 
 
 class Upsample(nn.Module):
@@ -48,7 +90,10 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, out_channels or channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2, mode="nearest")
+        if x.device.type == "cpu" and x.is_contiguous():
+            x = x.repeat_interleave(2, -1).repeat_interleave(2, -2)  # several times as fast there
+        else:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
         return x if self.conv is None else self.conv(x)
 
 
@@ -85,7 +130,7 @@ class ResBlock(nn.Module):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), nn.Conv2d(channels, out_channels, 3, padding=1)
+            GroupNorm32(channels), nn.SiLU(), Conv3x3(channels, out_channels)
         )
         self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else None
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (1 + use_scale_shift_norm)))
@@ -93,10 +138,10 @@ class ResBlock(nn.Module):
             GroupNorm32(out_channels),
             nn.SiLU(),
             nn.Dropout(dropout),
-            zero_module(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zero_module(Conv3x3(out_channels, out_channels)),
         )
         self.skip_connection = (
-            nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+            nn.Identity() if channels == out_channels else PointwiseConv(channels, out_channels)
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -111,19 +156,24 @@ class ResBlock(nn.Module):
             h = self.out_layers[0](h) * (1 + scale) + shift
             h = self.out_layers[1:](h)
         else:
-            h = self.out_layers(h + emb)
-        return self.skip_connection(x) + h
+            h = self.out_layers(h.add_(emb))
+        return h.add_(self.skip_connection(x))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Multi-head scaled dot-product attention: q (B,N,C), k and v (B,M,C) -> (B,N,C)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B,heads,N or M,C/heads)
-    if q.device.type == "cpu" and q.requires_grad and q.shape[2] * k.shape[2] <= 1024**2:
-        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)   # (B,heads,N,M)
-        out = weights.to(v.dtype) @ v  # the CPU's fused kernel is slower than this, mostly backwards
+    if q.device.type == "cpu" and q.requires_grad and k.dtype != torch.float32 and q.shape[2] * k.shape[2] <= 1024**2:
+        out = _attend_plainly(q, k, v)  # below float32 the CPU's fused kernel is several times slower backwards
     else:
         out = F.scaled_dot_product_attention(q, k, v)
     return out.transpose(1, 2).flatten(2)
+
+
+def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v, size = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), q.shape
+    weights = torch.baddbmm(q.new_zeros(()), q, k.transpose(1, 2), beta=0, alpha=size[-1] ** -0.5).softmax(-1)
+    return torch.bmm(weights.to(v.dtype), v).view(size)                         # (B,heads,N,C/heads)
 
 
 class AttentionBlock(nn.Module):
@@ -166,10 +216,14 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(context_dim or query_dim, inner, bias=False)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
+    def ignores_query(self, context: Tensor) -> bool:
+        """Is the output (B,1,C) for any x? A single key has weight 1 whatever the query."""
+        return context.shape[1] == 1 and not (self.training and self.to_out[1].p)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        if context.shape[1] == 1 and not self.training:  # one key has weight 1 whatever the query
-            return self.to_out(self.to_v(context))                              # (B,1,C), broadcast over N
+        if not self.training and self.ignores_query(context):
+            return self.to_out(self.to_v(context))
         return self.to_out(attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads))
 
 
@@ -208,7 +262,8 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), context)
+        asking = x[:, :1] if context is not None and self.attn2.ignores_query(context) else x
+        x = x + self.attn2(self.norm2(asking), context)
         return x + self.ff(self.norm3(x))
 
 
@@ -221,16 +276,15 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         inner = heads * dim_head
         self.norm = GroupNorm32(channels, eps=1e-6)
-        self.proj_in = nn.Conv2d(channels, inner, 1)
+        self.proj_in = PointwiseConv(channels, inner)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, heads, dim_head, context_dim, dropout) for _ in range(depth)
         )
-        self.proj_out = zero_module(nn.Conv2d(inner, channels, 1))
+        self.proj_out = zero_module(PointwiseConv(inner, channels))
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        height, width = x.shape[-2:]
-        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)               # (B,N,C)
+        h = self.proj_in.tokens(self.norm(x).flatten(2).transpose(1, 2))        # (B,N,C)
         for block in self.transformer_blocks:
             h = block(h, context)
-        h = h.transpose(1, 2).unflatten(-1, (height, width))                    # (B,C,H,W)
-        return x + self.proj_out(h)
+        h = self.proj_out.tokens(h)
+        return x + h.transpose(1, 2).unflatten(-1, x.shape[-2:])                # (B,C,H,W)
