@@ -12,15 +12,17 @@ from tqdm import tqdm
 
 from ldm.autoencoder.autoencoder import IdentityFirstStage
 from ldm.autoencoder.model import AttnBlock
-from ldm.autoencoder.tiled_decode import decode_tiled
+from ldm.autoencoder.tiled_decode import decode_tiles
 from ldm.conditioners.compose import guidance_terms
 from ldm.conditioners.field import FeatureField
+from ldm.data.images_out import to_uint8
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser
 from ldm.diffusion.guidance import cfg, clip, compose, keep_variance, within
 from ldm.diffusion.tiled import shifted, tiled
 from ldm.errors import UserError
 from ldm.rng import canvas_noise, fold, sample_noise
+from ldm.transfers import send
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -31,7 +33,9 @@ SCHEDULES = ("trailing", "uniform", "karras", "exponential", "optimised")
 MODES = ("shifted", "overlap")
 OVERLAPPING_STEPS = 2  # at the end of shifted sampling
 AT_ONCE = 1280 * 1280  # pixels that are decoded in one piece
-DECODE_TILE = 512  # pixels
+DECODE_TILE = 1024  # pixels
+ATTENDED_TILE = 512  # pixels, of decoders with attention
+HALO = 12  # latents about a tile that is decoded: more changes no grey level
 Guidance = float | Mapping[str, float]  # one scale, or one for each condition by name
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -164,8 +168,11 @@ def large_image(
     stride: int | None = None,
     background: Any = None,
     conditions: Mapping[str, Any] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    offload: bool = False,
+    out: Any = None,
     progress: bool = True,
-) -> Tensor:
+) -> Tensor | Any:
     """An image of any size from a grid of SSL features: (1,3,height,width) in [-1,1] on the CPU.
 
     features (rows, cols, D): the entry at [row, col] conditions the image there. The first tile of the grid lies in
@@ -179,6 +186,11 @@ def large_image(
             default stride of a quarter tile).
         interpolation: between the features of the grid: linear, slerp, nearest.
         conditions: other conditions by name, the same everywhere: `{"class": "LUAD"}`.
+        guidance_interval: (low, high) noise levels; steps at low < sigma <= high are guided, others follow the
+            condition alone and cost half (arXiv:2404.07724). None guides all of them.
+        offload: keep the canvas in main memory while windows visit the GPU: for one larger than the GPU holds.
+        out: (height, width, 3) uint8, assigned to by slices (a memory map, a zarr array): takes the image tile by tile
+            as it is decoded, and is returned in its place.
     """
     factor, window = model.first_stage_model.downsampling, model.image_size
     tile = window * factor
@@ -196,46 +208,62 @@ def large_image(
         raise UserError(f"mode must be one of {', '.join(MODES)}; got '{mode}'.")
     if stride is not None and (mode != "overlap" or stride % factor or not factor <= stride <= tile):
         raise UserError(f"stride goes with mode 'overlap' and is a multiple of {factor} px up to {tile}; got {stride}.")
+    if out is not None and (tuple(out.shape) != (height, width, 3) or out.dtype != np.uint8):
+        raise UserError(f"out must be ({height}, {width}, 3) uint8, as the image; got {tuple(out.shape)} {out.dtype}.")
     canvas = (height // factor, width // factor)
     if background is not None:
         background = torch.as_tensor(np.asarray(background), dtype=torch.float32)
     field = FeatureField(features, canvas, window, interpolation, background)
 
     def window_condition(corners: Sequence[tuple[int, int]]) -> Mapping[str, Tensor]:
-        return model.condition(features=field.at(corners), **(conditions or {}))
+        return model.condition(features=send(field.at(corners), model.device), **(conditions or {}))
 
-    windows = guided_denoiser(model, guidance_scale, precision, window_condition([(0, 0)]))
     sigmas = sampling_sigmas(model, steps, schedule)
-    if mode == "shifted":  # nothing comes after the last steps to even out their seams: there the windows overlap
+
+    def over_canvas(windows: Denoiser) -> Denoiser:
+        if mode == "overlap":
+            step = (stride or tile // 4) // factor
+            return tiled(windows, window, step, window_condition, batch_size, model.device)
         moving = shifted(windows, window, window_condition, batch_size, seed, model.device, blend="smooth")
         settled = tiled(windows, window, window // 2, window_condition, batch_size, model.device, blend="smooth")
-        denoiser = within(settled, moving, 0.0, float(sigmas[-OVERLAPPING_STEPS - 1]))
-    else:
-        step = (stride or tile // 4) // factor
-        denoiser = tiled(windows, window, step, window_condition, batch_size, model.device)
+        # nothing comes after the last steps to even out their seams: there the windows overlap
+        return within(settled, moving, 0.0, float(sigmas[-OVERLAPPING_STEPS - 1]))
+
+    cond = window_condition([(0, 0)])
+    denoiser = over_canvas(guided_denoiser(model, guidance_scale, precision, cond))
+    if guidance_interval is not None:
+        denoiser = within(denoiser, over_canvas(guided_denoiser(model, 1.0, precision, cond)), *guidance_interval)
 
     def noise(step: int) -> Tensor:
         return canvas_noise(seed, model.channels, *canvas, stream=step + 1)
 
-    x = canvas_noise(seed, model.channels, *canvas).to(model.device) * sigmas[0]
+    home = torch.device("cpu") if offload else model.device
+    x = canvas_noise(seed, model.channels, *canvas).mul_(sigmas[0].cpu()).to(home)
     with tqdm(total=steps, desc="large image", unit="step", disable=not progress) as bar:
         x = run_solver(solver, denoiser, x, sigmas, {}, noise, eta, lambda i, x, x0: bar.update())
-    return decode_canvas(model, x, progress).clamp(-1, 1).cpu()
+    return decode_canvas(model, x, progress, out)
 
 
-def decode_canvas(model: LatentDiffusion, latents: Tensor, progress: bool = True) -> Tensor:
-    """The image (1,3,H,W) of a canvas of scaled latents (1,C,h,w): at once if it is small, else in tiles of 512 px.
+def decode_canvas(model: LatentDiffusion, latents: Tensor, progress: bool = True, out: Any = None) -> Tensor | Any:
+    """The image of a canvas of scaled latents (1,C,h,w): at once if it is small, else in tiles.
 
-    A decoder with attention, which is quadratic in the canvas and was trained on tiles, decodes no more than a tile at
-    once.
+    Returns (1,3,H,W) in [-1,1] on the CPU; or `out`, an array (H,W,3) uint8 that can be assigned to by slices (a memory
+    map, a zarr array), where tiles go as they are made, so that the image needs no memory. Latents may lie on the CPU
+    while the model is on a GPU. A decoder with attention, which is quadratic in the canvas and was trained on tiles,
+    decodes no more than 512 px at once.
     """
-    factor = model.first_stage_model.downsampling
+    first_stage, factor = model.first_stage_model, model.first_stage_model.downsampling
     height, width = (side * factor for side in latents.shape[-2:])
-    attends = any(isinstance(layer, AttnBlock) for layer in model.first_stage_model.modules())
-    if height * width <= (DECODE_TILE**2 if attends else AT_ONCE):
-        return model.decode(latents)
-    tile = max(DECODE_TILE // factor, 1)
-    total = -(-height // (tile * factor)) * -(-width // (tile * factor))
-    with tqdm(total=total, desc="decode", unit="tile", disable=not progress) as bar:
-        return decode_tiled(model.first_stage_model, latents / model.scale_factor, tile, progress=bar.update)
-
+    attends = any(isinstance(layer, AttnBlock) for layer in first_stage.modules())
+    tile = ATTENDED_TILE if attends else DECODE_TILE
+    if height * width <= (ATTENDED_TILE**2 if attends else AT_ONCE):
+        tile = max(height, width)
+    image = torch.empty(1, 3, height, width) if out is None else None
+    total = -(-height // tile) * -(-width // tile)
+    tiles = decode_tiles(first_stage, latents / model.scale_factor, max(tile // factor, 1), HALO)
+    for rows, cols, part in tqdm(tiles, desc="decode", unit="tile", total=total, disable=not progress or total == 1):
+        if out is None:
+            image[..., rows, cols] = part.clamp_(-1, 1)
+        else:
+            out[rows, cols] = to_uint8(part)[0]
+    return image if out is None else out

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ldm.autoencoder.autoencoder import AutoencoderKL
-from ldm.autoencoder.tiled_decode import decode_tiled, joint_group_norm
+from ldm.autoencoder.tiled_decode import decode_tiled, decode_tiles, joint_group_norm, sampled_spans
 
 DDCONFIG = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2],
                 num_res_blocks=1, attn_resolutions=[], dropout=0.0)  # fmt: skip
@@ -53,3 +53,28 @@ def test_joint_statistics_of_one_image_are_its_own_and_the_layers_are_given_back
         with joint_group_norm(model, {}):
             torch.testing.assert_close(model.decode(z), plain, rtol=1e-4, atol=1e-4)
         assert torch.equal(model.decode(z), plain)
+
+
+def test_tiles_cover_the_image_once_and_come_as_they_are_made():
+    model, z, calls = first_stage(), canvas(), []
+    decode = model.decode
+    model.decode = lambda z: calls.append(tuple(z.shape[-2:])) or decode(z)
+    covered = torch.zeros(128, 192)
+    tiles = decode_tiles(model, z, tile=32, halo=8)
+    next(tiles)
+    assert len(calls) == 3  # the statistics, the tile, and the next one, under way meanwhile
+    for rows, cols, part in decode_tiles(model, z, tile=32, halo=8):
+        covered[rows, cols] += 1
+        assert part.shape == (1, 3, 64, 64)
+    assert (covered == 1).all()
+
+
+def test_the_statistics_are_taken_from_few_pixels_of_a_large_canvas():
+    for size in (512, 1024):
+        spans_ = sampled_spans(size, 24, 8, 4)
+        assert [span.tile.stop - span.tile.start for span in spans_] == [24] * 4
+        assert spans_[0].tile.start == 0
+        assert spans_[-1].tile.stop == spans_[-1].window.stop == size
+        assert all(span.window.stop - span.window.start == 40 for span in spans_)
+    (whole,) = sampled_spans(20, 24, 8, 4)
+    assert whole.tile == whole.window == slice(0, 20)

@@ -8,12 +8,15 @@ latents, which is cut away with what the convolutions' borders did to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ldm.transfers import receive, send
 
 
 class Span(NamedTuple):
@@ -81,35 +84,55 @@ def joint_group_norm(
             del norm.forward
 
 
-@torch.no_grad()
-def decode_tiled(
-    first_stage: nn.Module,
-    z: Tensor,
-    tile: int = 64,
-    halo: int = 16,
-    samples: int = 8,
-    progress: Callable[[int], object] = lambda count: None,
-) -> Tensor:
-    """Decode latents z (1,C,h,w) of any size to an image (1,3,H,W), tile by tile.
+def sampled_spans(size: int, side: int, halo: int, count: int) -> list[Span]:
+    """At most `count` tiles of an axis, evenly spread from end to end, without overlap where they are few enough."""
+    side = min(side, size)
+    count = min(count, -(-size // side))
+    starts = [round(i * (size - side) / max(count - 1, 1)) for i in range(count)]
+    reach = min(side + 2 * halo, size)
+    windows = [min(max(start - halo, 0), size - reach) for start in starts]
+    return [
+        Span(slice(window, window + reach), slice(start, start + side)) for window, start in zip(windows, starts)
+    ]
 
-    tile, halo: in latents. samples: tiles over which the statistics are taken, evenly spread over the canvas. A canvas
-    of one tile is decoded as it is.
+
+@torch.no_grad()
+def decode_tiles(
+    first_stage: nn.Module, z: Tensor, tile: int = 64, halo: int = 16, samples: int = 4, sample_side: int = 24
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Decode latents z (1,C,h,w) of any size tile by tile: rows and columns of the image (1,3,H,W), and what is there.
+
+    z may lie in main memory while the first stage is on a GPU; the tiles come where z is.
+
+    Args:
+        tile, halo: in latents. A canvas of one tile is decoded as it is.
+        samples, sample_side: the statistics are those of a lattice of samples x samples tiles, evenly spread over the
+            canvas, of so many latents a side, with half the halo; fewer where the canvas holds no more.
     """
-    tiles = [(rows, cols) for rows in spans(z.shape[-2], tile, halo) for cols in spans(z.shape[-1], tile, halo)]
-    if len(tiles) == 1:
-        image = first_stage.decode(z)
-        progress(1)
-        return image
-    chosen = [tiles[i] for i in sorted({round(i * (len(tiles) - 1) / max(samples - 1, 1)) for i in range(samples)})]
+    factor, device = first_stage.downsampling, next((p.device for p in first_stage.parameters()), z.device)
+    down, across = (spans(side, tile, halo) for side in z.shape[-2:])
+    if len(down) == len(across) == 1:
+        whole = slice(0, z.shape[-2] * factor), slice(0, z.shape[-1] * factor)
+        yield *whole, first_stage.decode(z.to(device)).to(z.device)
+        return
+    chosen = list(product(*(sampled_spans(side, sample_side, halo // 2, samples) for side in z.shape[-2:])))
     statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    factor = first_stage.downsampling
-    image = z.new_empty(1, 3, z.shape[-2] * factor, z.shape[-1] * factor)
     with joint_group_norm(first_stage, statistics, chosen):
-        first_stage.decode(torch.cat([z[..., rows.window, cols.window] for rows, cols in chosen]))
-        for rows, cols in tiles:
-            part = first_stage.decode(z[..., rows.window, cols.window])
-            image[..., rows.outside(factor), cols.outside(factor)] = (
-                part[..., rows.inside(factor), cols.inside(factor)]
-            )
-            progress(1)
+        first_stage.decode(torch.cat([z[..., rows.window, cols.window] for rows, cols in chosen]).to(device))
+    under_way = None  # while the device decodes a tile, the one before comes home
+    for rows, cols in product(down, across):
+        with joint_group_norm(first_stage, statistics):
+            part = first_stage.decode(send(z[..., rows.window, cols.window], device))
+        part = part[..., rows.inside(factor), cols.inside(factor)]
+        if under_way:
+            yield *under_way[:2], under_way[2]()
+        under_way = rows.outside(factor), cols.outside(factor), receive(part, z.device)
+    yield *under_way[:2], under_way[2]()
+
+
+def decode_tiled(first_stage: nn.Module, z: Tensor, tile: int = 64, halo: int = 16) -> Tensor:
+    """The image (1,3,H,W) of latents z (1,C,h,w), decoded tile by tile (`decode_tiles`)."""
+    image = z.new_empty(1, 3, *(side * first_stage.downsampling for side in z.shape[-2:]))
+    for rows, cols, part in decode_tiles(first_stage, z, tile, halo):
+        image[..., rows, cols] = part
     return image

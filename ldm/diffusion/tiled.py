@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Cond, Denoiser
 from ldm.rng import fold
+from ldm.transfers import receive, send
 
 Corner = tuple[int, int]
 WindowCondition = Callable[[Sequence[Corner]], Cond]
@@ -142,31 +144,42 @@ def _over_windows(
     condition: WindowCondition | None, batch_size: int, device: torch.device | None, border: str, smooth: bool,
 ) -> Tensor:  # fmt: skip
     """Denoise every window of the canvas x (B,C,H,W), at most batch_size at a time, and average where they overlap."""
-    device, size = device or x.device, (x.shape[-2], x.shape[-1])
+    device, size = torch.device(device or x.device), (x.shape[-2], x.shape[-1])
 
-    def blend(corner: Corner) -> Tensor:                                        # (1,window,window)
-        if not smooth:
-            return torch.ones(1, window, window).to(x)
-        sides = border == "inward"
-        down, across = (
-            smooth_weight(window, sides and start == 0, sides and start + window == side)
-            for start, side in zip(corner, size)
-        )
+    @cache
+    def weights(*ends: tuple[bool, bool]) -> Tensor:                            # (1,window,window)
+        down, across = (smooth_weight(window, *end) for end in ends)
         return (down[:, None] * across).to(x)[None]
 
+    def blend(corner: Corner) -> Tensor:
+        if border != "inward":
+            return weights((False, False), (False, False))
+        return weights(*((start == 0, start + window == side) for start, side in zip(corner, size)))
+
     total, weight = torch.zeros_like(x), torch.zeros_like(x[0, :1])
+    whole = torch.ones_like(x[0, :1, :window, :window])
     for corner in corners:
-        _add(weight, blend(corner), corner, border)
+        _add(weight, blend(corner) if smooth else whole, corner, border)
+
+    def add(images: Sequence[int], chunk: Sequence[Corner], x0: Tensor) -> None:
+        for image, corner, part in zip(images, chunk, x0):
+            _add(total[image], part * blend(corner) if smooth else part, corner, border)
+
     jobs = [(image, corner) for image in range(len(x)) for corner in corners]
+    under_way = None  # while the device denoises a chunk, the one before comes home
     for start in range(0, len(jobs), batch_size):
         images, chunk = zip(*jobs[start : start + batch_size])
         windows = torch.stack([_cut(x[image], corner, window, border) for image, corner in zip(images, chunk)])
         conds = window_conds(cond, images, chunk, size, window, border)
-        conds = {**(condition(chunk) if condition else {}), **{name: part.to(device) for name, part in conds.items()}}
-        x0 = denoiser(windows.to(device), sigma[list(images)].to(device), conds).to(total)
-        for image, corner, part in zip(images, chunk, x0):
-            _add(total[image], part * blend(corner) if smooth else part, corner, border)
-    return total / weight
+        conds = {
+            **(condition(chunk) if condition else {}), **{name: send(part, device) for name, part in conds.items()}
+        }  # fmt: skip
+        x0 = denoiser(send(windows, device), send(sigma[list(images)], device), conds).to(total.dtype)
+        if under_way:
+            add(*under_way[:2], under_way[2]())
+        under_way = images, chunk, receive(x0, x.device)
+    add(*under_way[:2], under_way[2]())
+    return total.div_(weight)
 
 
 def tiled(
