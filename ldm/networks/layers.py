@@ -126,16 +126,17 @@ class ResBlock(nn.Module):
         use_scale_shift_norm: bool = False,
         up: bool = False,
         down: bool = False,
+        norm_groups: int = 32,
     ):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.in_layers = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), Conv3x3(channels, out_channels)
+            GroupNorm32(channels, norm_groups), nn.SiLU(), Conv3x3(channels, out_channels)
         )
         self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else None
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (1 + use_scale_shift_norm)))
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
+            GroupNorm32(out_channels, norm_groups),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero_module(Conv3x3(out_channels, out_channels)),
@@ -182,11 +183,13 @@ class AttentionBlock(nn.Module):
     `new_attention_order` tells how the 3C outputs of `qkv` are laid out: (q,k,v) x heads, or heads x (q,k,v) (legacy).
     """
 
-    def __init__(self, channels: int, num_heads: int = 1, new_attention_order: bool = False):
+    def __init__(
+        self, channels: int, num_heads: int = 1, new_attention_order: bool = False, norm_groups: int = 32
+    ):
         super().__init__()
         self.num_heads = num_heads
         self.new_attention_order = new_attention_order
-        self.norm = GroupNorm32(channels)
+        self.norm = GroupNorm32(channels, norm_groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
@@ -271,11 +274,12 @@ class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, with cross-attention to a context (arXiv:2112.10752)."""
 
     def __init__(
-        self, channels: int, heads: int, dim_head: int, depth: int, context_dim: int | None, dropout: float = 0.0
-    ):
+        self, channels: int, heads: int, dim_head: int, depth: int, context_dim: int | None, dropout: float = 0.0,
+        norm_groups: int = 32,
+    ):  # fmt: skip
         super().__init__()
         inner = heads * dim_head
-        self.norm = GroupNorm32(channels, eps=1e-6)
+        self.norm = GroupNorm32(channels, norm_groups, eps=1e-6)
         self.proj_in = PointwiseConv(channels, inner)
         self.transformer_blocks = nn.ModuleList(
             BasicTransformerBlock(inner, heads, dim_head, context_dim, dropout) for _ in range(depth)

@@ -44,7 +44,7 @@ class UNetModel(nn.Module):
 
     Args:
         in_channels, out_channels: channels of the input (with concatenated conditions) and of the prediction.
-        model_channels: width of the first level; every level's width must be a multiple of 32.
+        model_channels: width of the first level; every level's width must be a multiple of norm_groups.
         num_res_blocks: residual blocks per level (one more on the way up).
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention is applied.
         channel_mult: width of each level in units of model_channels.
@@ -54,6 +54,7 @@ class UNetModel(nn.Module):
         use_scale_shift_norm, resblock_updown, use_new_attention_order: guided-diffusion's options.
         use_checkpoint: trade compute for memory while training.
         image_size: recorded, as published configs do; the network takes any size that its levels divide.
+        norm_groups: groups of every group normalisation; 32 in the published models.
     """
 
     def __init__(
@@ -77,14 +78,15 @@ class UNetModel(nn.Module):
         use_new_attention_order: bool = False,
         use_checkpoint: bool = False,
         image_size: int | None = None,
+        norm_groups: int = 32,
     ):
         super().__init__()
         if (num_heads == -1) == (num_head_channels == -1):
             raise UserError("the UNet takes num_heads or num_head_channels, exactly one of them.")
         if use_spatial_transformer != (context_dim is not None):
             raise UserError("the UNet's use_spatial_transformer and context_dim go together: give both or neither.")
-        if any((width := model_channels * mult) % 32 for mult in channel_mult):
-            raise UserError(f"every level's width must be a multiple of 32 (group normalisation); got {width}.")
+        if any((width := model_channels * mult) % norm_groups for mult in (1, *channel_mult)):
+            raise UserError(f"every level's width must be a multiple of {norm_groups} (norm_groups); got {width}.")
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
         self.image_size, self.context_dim, self.num_classes = image_size, context_dim, num_classes
         self.divisor = 2 ** (len(channel_mult) - 1)
@@ -96,11 +98,13 @@ class UNetModel(nn.Module):
             if channels % heads:
                 raise UserError(f"{heads} attention heads do not divide a level of {channels} channels.")
             if use_spatial_transformer:
-                return SpatialTransformer(channels, heads, channels // heads, transformer_depth, context_dim, dropout)
-            return AttentionBlock(channels, heads, use_new_attention_order)
+                return SpatialTransformer(
+                    channels, heads, channels // heads, transformer_depth, context_dim, dropout, norm_groups
+                )
+            return AttentionBlock(channels, heads, use_new_attention_order, norm_groups)
 
         def res(channels: int, out: int, **resample: bool) -> ResBlock:
-            return ResBlock(channels, emb, out, dropout, use_scale_shift_norm, **resample)
+            return ResBlock(channels, emb, out, dropout, use_scale_shift_norm, norm_groups=norm_groups, **resample)
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         if num_classes is not None:
@@ -144,7 +148,7 @@ class UNetModel(nn.Module):
                 self.output_blocks.append(TimestepEmbedSequential(*layers))
 
         self.out = nn.Sequential(
-            GroupNorm32(channels), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+            GroupNorm32(channels, norm_groups), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
 
     def forward(
