@@ -119,7 +119,7 @@ class TileConditions:
                 array = self.stores[0].features(name)
                 about |= {"shape": list(array.shape[2 if array.attrs.get("dihedral") else 1 :]), **array.attrs.asdict()}
             elif source in self.tables:
-                about |= self.tables[source].about
+                about = {**self.tables[source].about, **about}
             elif any(values.dtype == object for values in self.values[key]):
                 names = sorted({str(value) for values in self.values[key] for value in values})
                 about["names"] = names if len(names) <= NAMES_SHOWN else []
