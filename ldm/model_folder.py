@@ -78,15 +78,15 @@ def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any
     config = load_config([folder / "config.yaml"])
     if "model" not in config:
         raise UserError(f"{folder / 'config.yaml'} has no `model: {{target, params}}`.")
-    return _within(config["model"], folder), config.get("metadata", {})
+    return within(config["model"], folder), config.get("metadata", {})
 
 
-def _within(value: Any, folder: Path) -> Any:
+def within(value: Any, folder: Path) -> Any:
     """A config node whose paths ("./name") are those of files in `folder`."""
     if isinstance(value, Mapping):
-        return {key: _within(child, folder) for key, child in value.items()}
+        return {key: within(child, folder) for key, child in value.items()}
     if isinstance(value, list):
-        return [_within(child, folder) for child in value]
+        return [within(child, folder) for child in value]
     if isinstance(value, str) and value.startswith("./"):
         if "/" in value[2:] or not (folder / value).is_file():
             raise UserError(f"{folder / 'config.yaml'} names {value}, which is no file of the folder; copy it whole.")
@@ -101,7 +101,7 @@ def load_first_stage(folder: str) -> nn.Module:
     if any(name.startswith(inner) for name in state):
         state = {name.removeprefix(inner): value for name, value in state.items() if name.startswith(inner)}
     module = instantiate_from_config(node)
-    _check_names(state, module.state_dict(), folder)
+    check_names(state, module.state_dict(), folder)
     module.load_state_dict({name: value.float() for name, value in state.items()})
     return module.eval().requires_grad_(False)
 
@@ -132,7 +132,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
         with tempfile.TemporaryDirectory() as folder:
             for name, text in files.items():
                 Path(folder, name).write_text(text, encoding="utf-8")
-            return _loaded(_within(node, Path(folder)), metadata, state, path, device)
+            return _loaded(within(node, Path(folder)), metadata, state, path, device)
     node, metadata = read_model_folder(path)
     if not (path / "model.safetensors").is_file():
         raise UserError(f"{path} has no model.safetensors; copy the whole model folder, its weights too.")
@@ -148,7 +148,7 @@ def _loaded(
         model = instantiate_from_config(node)
     if not hasattr(model, "build_noise_table"):
         raise UserError(f"{path} is a {type(model).__name__}, a first stage; give the folder of a diffusion model.")
-    _check_names(state, model.state_dict(), path)
+    check_names(state, model.state_dict(), path)
     lost = {name for name, _ in model.named_buffers()} - model.state_dict().keys() - {"sigmas"}
     assert not lost, f"buffers that weights do not hold are empty after loading: {', '.join(sorted(lost))}"
     model.to_empty(device="cpu")
@@ -242,7 +242,7 @@ def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = Fal
         given = {name: value for name, value in state.items() if name.startswith(prefix)}
         fits = {n: v.shape for n, v in given.items()} == {n: v.shape for n, v in wanted.items()}
         if part == "network":
-            _check_names(given, wanted, path)
+            check_names(given, wanted, path)
         fits = fits and not (part == "first stage" and own_first_stage)
         if fits and wanted:
             model.load_state_dict({name: value.float() for name, value in given.items()}, strict=False)
@@ -255,7 +255,7 @@ def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = Fal
     return f"weights of {path}: {', '.join(report)}"
 
 
-def _check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:
+def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:
     """UserError unless names and shapes agree, saying which do not."""
     missing = [name for name in wanted if name not in state]
     surplus = [name for name in state if name not in wanted]
