@@ -85,6 +85,8 @@ def sample_tiles(
     writable_folder(out)
     model = load_model(model_path, device)
     tiles = requested_tiles(model, **asked)
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = inference.default_guidance(model)
     settings_of_all = settings | {"model_sha256": weights_of(model_path)}
     paths = [out / f"{i:05d}.png" for i in range(len(tiles))]
     fixed = {name: value for name, value in tiles.fixed.items() if name not in tiles.about[0]}
@@ -176,6 +178,8 @@ def generate_large_image(
         writable_folder(out.parent)
     model = load_model(model_path, device)
     given = parse_conditions(model.cond_stage_model, conditions)
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = inference.default_guidance(model)
     grid, condition, background = None, f"{features.name}", None
     if is_store(features):
         stores = open_cohort(features)

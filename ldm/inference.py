@@ -70,16 +70,24 @@ def run_solver(
     return run(denoiser, x, sigmas, cond, callback=progress)
 
 
+def default_guidance(model: LatentDiffusion) -> float:
+    """2 for models that were trained to do without their condition, 1 for others."""
+    return 2.0 if model.cond_stage_model is not None and model.cond_stage_model.dropout else 1.0
+
+
 def guided_denoiser(
-    model: LatentDiffusion, guidance: Guidance, precision: str = "fp32", cond: Cond | None = None, solver: str = ""
-) -> Denoiser | RangeDenoiser:
+    model: LatentDiffusion, guidance: Guidance | None, precision: str = "fp32", cond: Cond | None = None,
+    solver: str = "",
+) -> Denoiser | RangeDenoiser:  # fmt: skip
     """The model's denoiser under classifier-free guidance, clipped if it works on pixels.
 
-    guidance: one scale, or a scale for each of the model's conditions by name (`guidance_terms`, of `cond`). For the
-    solver `ddpm` a model that learnt its variance returns that too.
+    guidance: one scale, or a scale for each of the model's conditions by name (`guidance_terms`, of `cond`); None is
+    `default_guidance`. For the solver `ddpm` a model that learnt its variance returns that too.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; got '{precision}'.")
+    if guidance is None:
+        guidance = default_guidance(model)
     if guidance != 1.0 and model.cond_stage_model is None:
         raise UserError(f"an unconditional model has no guidance; set the guidance scale to 1 (got {guidance}).")
     null = model.null_condition()
@@ -102,7 +110,7 @@ def sample(
     count: int | None = None,
     steps: int = 20,
     solver: str = "dpmpp_2m",
-    guidance_scale: Guidance = 2.0,
+    guidance_scale: Guidance | None = None,
     seed: int = 0,
     batch_size: int = 16,
     schedule: str = "trailing",
@@ -116,7 +124,8 @@ def sample(
     cond: a condition of N samples, or of one that `count` samples share (None for unconditional models). Image i
     depends on `seed`, `first` + i and its condition, not on batch_size (to rounding). guidance_scale: one number, or
     one for each condition by name, `{"class": 3.0, "text": 1.5}`, "a+b" guiding by both jointly: each then adds its
-    own difference to the unconditional prediction. eta: noise of the solvers in STOCHASTIC, 0 for none.
+    own difference to the unconditional prediction; by default `default_guidance`. eta: noise of the solvers in
+    STOCHASTIC, 0 for none.
     """
     if not cond:
         cond, guidance_scale = model.null_condition(), 1.0  # empty for an unconditional model
@@ -158,7 +167,7 @@ def large_image(
     mode: str = "shifted",
     steps: int = 20,
     solver: str = "dpmpp_2m",
-    guidance_scale: Guidance = 2.0,
+    guidance_scale: Guidance | None = None,
     seed: int = 0,
     batch_size: int = 16,
     schedule: str = "trailing",

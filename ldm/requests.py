@@ -221,8 +221,8 @@ def parse_where(where: Sequence[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def parse_guidance(texts: Sequence[str]) -> float | dict[str, float]:
-    """One guidance scale ("2.0"), or one for each condition ("class=3", "text=1.5")."""
+def parse_guidance(texts: Sequence[str]) -> float | dict[str, float] | None:
+    """One guidance scale ("2.0"), or one for each condition ("class=3", "text=1.5"); None for none given."""
     scales: dict[str, float] = {}
     for text in texts:
         name, equals, number = text.rpartition("=")
@@ -235,7 +235,7 @@ def parse_guidance(texts: Sequence[str]) -> float | dict[str, float]:
                 raise UserError("give one guidance scale, or name=scale for each condition; got both.")
             return value
         scales[name] = value
-    return scales or 2.0
+    return scales or None
 
 
 def evenly(total: int, count: int | None) -> np.ndarray:

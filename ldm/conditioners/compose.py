@@ -38,8 +38,8 @@ class ConditionerSet(Conditioner):
                 if key in owners:
                     raise UserError(f"conditioners '{owners[key]}' and '{name}' both read '{key}'; rename one's `key`.")
                 owners[key] = name
-        self.keys = tuple(owners)
-        self.owners = owners
+        self.keys, self.owners = tuple(owners), owners
+        self.dropout = max(member.dropout for member in self.members.values())  # 0: no null was ever trained
 
     def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
         """The condition of a batch; sample b loses condition k where drop (B,K) is true."""
