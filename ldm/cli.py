@@ -46,7 +46,7 @@ GuidanceOption = Annotated[
     list[str] | None,
     typer.Option(
         "--guidance-scale",
-        help="1: no guidance; default 2 (1 of models without a null); or name=scale of a condition, as class=3 (repeat).",
+        help="1: no guidance; default 2 (1 of models without a null); or name=scale, as class=3 (repeat).",
         show_default=False,
     ),
 ]
