@@ -11,7 +11,7 @@ from torch import Tensor
 from ldm.conditioners.field import FeatureField
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import TableDenoiser
-from ldm.diffusion.guidance import cfg, known_region
+from ldm.diffusion.guidance import cfg, compose, known_region, within
 from ldm.diffusion.tiled import fixed_starts, read_field, shifted, shifted_starts, smooth_weight, tiled, window_conds
 from ldm.networks.unet import UNetModel
 from ldm.rng import canvas_noise
@@ -132,6 +132,23 @@ def test_guidance_and_tiling_commute(small, make):
     torch.testing.assert_close(
         samplers.sample_euler(make(inside), x, sigmas, cond), outside, rtol=1e-4, atol=1e-4 * float(outside.abs().max())
     )
+
+
+@pytest.mark.parametrize("make", [lambda d: tiled(d, 16, 8), lambda d: shifted(d, 16)], ids=["tiled", "shifted"])
+def test_scales_of_their_own_and_intervals_commute_with_tiling(small, make):
+    cond, sigmas = canvas_cond(1, 24, 40), sigmas_of(small)
+    cond.pop("concat")
+    narrow = TableDenoiser(lambda x, t, **kw: small.network(torch.cat([x, x[:, :2]], 1), t, **kw), small.table)
+    null = {"crossattn": torch.zeros(1, 1, 8), "vector": torch.zeros(1, 128)}
+    terms = [({"vector": null["vector"]}, 3.0), ({"crossattn": null["crossattn"]}, 1.5)]
+    x, (low, high) = canvas_noise(3, 3, 24, 40) * sigmas[0], (float(sigmas[2]), float(sigmas[1]))
+    spread = {"crossattn": null["crossattn"].expand(1, 2, 3, 1, 8), "vector": null["vector"]}
+    spread_terms = [({"vector": spread["vector"]}, 3.0), ({"crossattn": spread["crossattn"]}, 1.5)]
+    outside = within(compose(make(narrow), spread, spread_terms), make(narrow), low - 1e-3, high + 1e-3)
+    inside = make(within(compose(narrow, null, terms), narrow, low - 1e-3, high + 1e-3))
+    a, b = (samplers.sample_euler(denoiser, x, sigmas, cond) for denoiser in (outside, inside))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
+    assert not torch.allclose(a, samplers.sample_euler(make(narrow), x, sigmas, cond), rtol=1e-2)
 
 
 @pytest.mark.parametrize(

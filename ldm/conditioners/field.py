@@ -76,7 +76,8 @@ def fill_holes(features: Tensor, background: Tensor | None) -> Tensor:
     if holes.all():
         raise UserError("the grid of features is empty: every entry is a hole.")
     known, missing = (~holes).nonzero(), holes.nonzero()
-    nearest = known[torch.cdist(missing.float(), known.float()).argmin(1)]
+    chunks = missing.float().split(max(2**22 // len(known), 1))  # all pairs of a whole slide's grid are too many
+    nearest = known[torch.cat([torch.cdist(chunk, known.float()).argmin(1) for chunk in chunks])]
     filled = features.clone()
     filled[missing[:, 0], missing[:, 1]] = features[nearest[:, 0], nearest[:, 1]]
     return filled
