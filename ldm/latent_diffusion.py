@@ -30,6 +30,7 @@ from ldm.diffusion.losses import error_scale, min_snr_scale, scaled_error, varia
 from ldm.diffusion.samplers import sample_dpmpp_2m
 from ldm.errors import UserError
 from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights, resolve_first_stage
+from ldm.networks.cache import CastNetwork, CompiledNetwork, DeepCache
 from ldm.networks.ema import EMA
 from ldm.networks.unet import UNetModel
 from ldm.rng import generator, sample_noise, training_generator
@@ -198,16 +199,28 @@ class LatentDiffusion(pl.LightningModule):
             return FlowDenoiser(network)
         return TableDenoiser(network, self.sigmas, self.parameterization)
 
-    def denoiser(self, precision: torch.dtype = torch.float32) -> Denoiser:
-        """The model as denoiser(x, sigma, cond) -> x0; below float32 the network runs under autocast."""
+    def denoiser(
+        self, precision: torch.dtype = torch.float32, compile: bool = False, cache: int = 1
+    ) -> Denoiser:
+        """The model as denoiser(x, sigma, cond) -> x0; below float32 the network runs under autocast.
+
+        compile: through torch.compile, for batches of one size. cache: compute the network's deep features at every
+        `cache`-th step only (`DeepCache`; approximate); such a denoiser is for one sampling run after another.
+        """
+        if compile and cache > 1:
+            raise UserError("a network is either compiled or keeps its deep features; leave one of them out.")
+        if cache > 1 and not isinstance(self.model.diffusion_model, UNetModel):
+            kind = type(self.model.diffusion_model).__name__
+            raise UserError(f"only a UNetModel keeps its deep features; this network is a {kind}.")
+
+        def wrap(model: nn.Module) -> Callable[..., Tensor]:
+            if cache > 1:
+                return DeepCache(model.diffusion_model, cache)
+            return CompiledNetwork(model) if compile else model
+
         if precision == torch.float32:
-            return self.make_denoiser(self.model)
-
-        def network(*args: Tensor, **kwargs: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, dtype=precision):
-                return self.model(*args, **kwargs).float()
-
-        return self.make_denoiser(network)
+            return self.make_denoiser(wrap(self.model))
+        return self.make_denoiser(CastNetwork(self.model, precision, wrap))
 
     @torch.no_grad()
     def condition(self, features: Any = None, **given: Any) -> Cond:
@@ -370,7 +383,7 @@ class LatentDiffusion(pl.LightningModule):
         cond = self.condition_of(batch)
         with self.averaged_weights():
             images["samples"] = self.decode(sample_dpmpp_2m(plain, start, sigmas, cond))
-            if cond:
+            if cond and self.cond_stage_model.dropout:
                 guided = cfg(plain, self.null_condition(), 2.0)
                 images["samples_guided"] = self.decode(sample_dpmpp_2m(guided, start, sigmas, cond))
         return images

@@ -161,29 +161,49 @@ class UNetModel(nn.Module):
     ) -> Tensor:
         """Predict (B,out_channels,H,W) from x (B,in_channels,H,W) and timesteps (B,), integer or fractional.
 
+        Timesteps (1,) are those of all samples, embedded once.
+
         context (B,L,context_dim) is attended to, y (B,) is a class label, vector (B,4*model_channels) is added to
         the time embedding.
         """
+        return self.run(x, timesteps, context, y, vector)[0]
+
+    def run(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        vector: Tensor | None = None,
+        shallow: int = 1,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and the features (B,C',H',W') that reach the last `shallow` blocks; given as `deep`, they are
+        taken as they are and only the first and the last `shallow` blocks run."""
         if x.shape[-1] % self.divisor or x.shape[-2] % self.divisor:
             raise ValueError(f"height and width must be multiples of {self.divisor}; got {tuple(x.shape[-2:])}")
         if (y is not None) != (self.num_classes is not None):
             raise ValueError("class labels y must be given if and only if the UNet has num_classes")
         if (context is not None) != (self.context_dim is not None):
             raise ValueError("a context must be given if and only if the UNet has a context_dim")
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))   # (B,E)
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))   # (B or 1,E)
         if y is not None:
             emb = emb + self.label_emb(y)
         if vector is not None:
             emb = emb + vector
 
         skips: list[Tensor] = []
-        for block in self.input_blocks:
+        for block in self.input_blocks if deep is None else self.input_blocks[:shallow]:
             x = self._run(block, x, emb, context)
             skips.append(x)
-        x = self._run(self.middle_block, x, emb, context)
-        for block in self.output_blocks:
+        if deep is None:
+            deep = self._run(self.middle_block, x, emb, context)
+            for block in self.output_blocks[:-shallow]:
+                deep = self._run(block, torch.cat([deep, skips.pop()], dim=1), emb, context)
+        x = deep
+        for block in self.output_blocks[-shallow:]:
             x = self._run(block, torch.cat([x, skips.pop()], dim=1), emb, context)
-        return self.out(x)
+        return self.out(x), deep
 
     def _run(self, block: nn.Module, x: Tensor, emb: Tensor, context: Tensor | None) -> Tensor:
         if self.use_checkpoint and self.training and torch.is_grad_enabled():
