@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +20,7 @@ from ldm.errors import UserError, suggest
 from ldm.files import write_text
 
 ALLOWED = ("ldm.", "torch.optim.", "torch.nn.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.")
+_ALSO_ALLOWED: ContextVar[tuple[str, ...]] = ContextVar("also_allowed", default=())
 TOP_LEVEL = {"model", "data", "lightning", "name", "seed"}
 LIGHTNING = {"trainer", "callbacks", "modelcheckpoint", "logger"}
 MODEL_NODE = {"target", "params", "base_learning_rate"}
@@ -143,9 +146,19 @@ def _parse_node(node: Any, where: str, allow: Iterable[str]) -> tuple[Callable[.
         raise error if where == node["target"] else UserError(f"{where}.target: {error}") from error.__cause__
 
 
+@contextmanager
+def allowing(prefixes: Iterable[str]) -> Iterator[None]:
+    """Within it targets that begin with one of these prefixes are allowed too, in nodes however deep."""
+    token = _ALSO_ALLOWED.set((*_ALSO_ALLOWED.get(), *prefixes))
+    try:
+        yield
+    finally:
+        _ALSO_ALLOWED.reset(token)
+
+
 def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Callable[..., Any]:
     """The class or function that a dotted name means. Nothing outside the allowed prefixes is imported."""
-    allowed = (*ALLOWED, *allow)
+    allowed = (*ALLOWED, *allow, *_ALSO_ALLOWED.get())
     if not target.startswith(allowed):
         raise UserError(f"'{target}' is not allowed; a target must start with one of: {', '.join(allowed)}")
     parts = target.split(".")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -14,55 +14,88 @@ import torch
 from torch import Tensor, nn
 
 from ldm import model_folder
-from ldm.config import instantiate_from_config
+from ldm.config import allowing, instantiate_from_config
+from ldm.diffusion.schedules import make_betas
 from ldm.errors import UserError, suggest
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
+from ldm.metrics.encoder_registry import REGISTRY
 
 # Families of published models, the first that recognises a source reads it: name -> (recogniser, reader).
 #   recogniser(path, content) -> bool; content is what `read_checkpoint` gives of a file, None of a folder
 #   reader(path, content, *, <options that it takes>) -> Converted; options are those of `read_published`, each passed
 #   only where the user gave it
 FAMILIES = {
-    "mitotic-figure DPM": ("ldm.interop.mitotic.is_mitotic", "ldm.interop.mitotic.read_mitotic"),
-    "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
-    "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),
-    "Stable Diffusion": (
-        "ldm.interop.stable_diffusion.is_stable_diffusion", "ldm.interop.stable_diffusion.read_stable_diffusion",
-    ),
+    # "mitotic-figure DPM": ("ldm.interop.mitotic.is_mitotic", "ldm.interop.mitotic.read_mitotic"),
+    # "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
+    # "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),
+    # "Stable Diffusion": (
+    #     "ldm.interop.stable_diffusion.is_stable_diffusion", "ldm.interop.stable_diffusion.read_stable_diffusion",
+    # ),
     "latent-diffusion": ("ldm.interop.compvis.is_compvis", "ldm.interop.compvis.read_compvis"),
-    "guided-diffusion": ("ldm.interop.guided.is_guided", "ldm.interop.guided.read_guided"),
+    # "guided-diffusion": ("ldm.interop.guided.is_guided", "ldm.interop.guided.read_guided"),
 }  # fmt: skip
-# Forms that model folders are written in: name -> writer(model folder, out, half) -> notes
+# Forms that model folders are written in: name -> writer(model folder, out, half) -> what to say
 EXPORTS = {
     "diffusers": "ldm.interop.export.to_diffusers",
     "compvis": "ldm.interop.export.to_compvis",
 }
-SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
-NOT_LOADED = "is no checkpoint of this toolkit and none whose form is known"
+OWN = "histoldm_config"  # in checkpoints of this toolkit's own trainings
 
 
 def convert(
     source: str | Path,
     out: str | Path,
     half: bool = False,
-    metadata: Mapping[str, Any] | None = None,
+    encoder: str | None = None,
+    mpp: float | None = None,
+    licence: str | None = None,
     say: Callable[[str], None] = print,
     **options: Any,
 ) -> Path:
     """Make a model folder of a published model; say what was guessed and what became of every tensor.
 
-    source: a checkpoint, or a folder of diffusers. half: store the weights in float16. metadata: is added to what the
-    source tells. options: those of `read_published`.
+    source: a checkpoint, or a folder of diffusers. half: store the weights in float16. encoder, mpp, licence: what its
+    features were made with, micrometres per pixel, terms: recorded in the folder. options: those of `read_published`.
     """
-    found = read_published(source, **options)
-    check(found, source)
+    with allowing(options.get("allow_target") or ()):
+        found = read_published(source, **options)
+        found.metadata |= facts(found, encoder, mpp, licence) | {"converted_from": Path(source).name}
+        check(found, source)
     for line in account(found):
         say(line)
-    about = {**found.metadata, **(metadata or {}), "converted_from": Path(source).name}
     return model_folder.write_model_folder(
-        out, found.node, _apart(found.state), about, torch.float16 if half else None, found.files
+        out, found.node, _apart(found.state), found.metadata, torch.float16 if half else None, found.files
     )
+
+
+def export_as(form: str, folder: str | Path, out: str | Path, half: bool = False) -> list[str]:
+    """Write a model folder in the form of others, one of EXPORTS; gives what is to be said of it."""
+    if form not in EXPORTS:
+        raise UserError(f"'{form}' is no form that models are written in{suggest(form, EXPORTS)}")
+    model_folder.read_model_folder(folder)
+    return _of(EXPORTS[form])(Path(folder), Path(out), half)
+
+
+def load_model(
+    path: str | Path, device: str | torch.device = "cpu", allow_target: Iterable[str] = (), **options: Any
+) -> nn.Module:
+    """A LatentDiffusion in eval mode from a model folder, a run folder, or a checkpoint of this toolkit or of others.
+
+    options: of a published checkpoint, those of `read_published`; its project YAML is found where it lies beside it.
+    allow_target: prefixes of targets outside of this package that a config may name.
+    """
+    path = Path(path)
+    with allowing(allow_target):
+        if not _is_published(path):
+            if options:
+                raise UserError(f"{_flag(next(iter(options)))} goes with a published checkpoint, which {path} is not.")
+            return model_folder.load_model(path, device)
+        found = read_published(path, allow_target=tuple(allow_target), **options)
+        check(found, path)
+        with tempfile.TemporaryDirectory() as folder:
+            node = _with_files(found, Path(folder))
+            return model_folder.loaded(node, found.metadata, found.state, path, device)
 
 
 def read_published(source: str | Path, **options: Any) -> Converted:
@@ -81,32 +114,87 @@ def read_published(source: str | Path, **options: Any) -> Converted:
     if not source.exists():
         raise UserError(f"{source} does not exist.")
     content = None if source.is_dir() else read_checkpoint(source)
+    if isinstance(content, dict) and OWN in content:
+        raise UserError(f"{source} is a checkpoint of this toolkit; make a model folder of it with `histoldm export`.")
+    given = {name: value for name, value in options.items() if value not in (None, False, (), [])}
     for family, (recognises, reader) in FAMILIES.items():
         if _of(recognises)(source, content):
             read = _of(reader)
-            given = {name: value for name, value in options.items() if value not in (None, False, (), [])}
             takes = list(inspect.signature(read).parameters)[2:]
             for name in given:
                 if name not in takes:
                     raise UserError(f"{source} is a model of the family {family}, which takes no {_flag(name)}.")
             return read(source, content, **given)
     kind = "folder" if content is None else "file"
-    raise UserError(f"{source} {NOT_LOADED}: the {kind} fits none of {', '.join(FAMILIES)}.")
+    raise UserError(f"{source} is no model whose form is known: the {kind} fits none of {', '.join(FAMILIES)}.")
+
+
+def facts(found: Converted, encoder: str | None, mpp: float | None, licence: str | None) -> dict[str, Any]:
+    """Metadata of what the user says of a model that its checkpoint does not."""
+    about: dict[str, Any] = {}
+    if licence:
+        about["licence"] = licence
+    if mpp is not None:
+        if not mpp > 0:
+            raise UserError(f"--mpp is micrometres per pixel, above 0; got {mpp}.")
+        about["mpp"] = mpp
+    if encoder:
+        spec = REGISTRY.get(encoder)
+        about["encoder"] = {"encoder": encoder, "licence": spec.licence if spec else "not recorded"}
+        dim = found.node.get("params", {}).get("cond_stage_config", {}).get("params", {}).get("embed_dim")
+        if dim is None:
+            raise UserError("the model is not conditioned on features; leave --encoder out.")
+        if spec is None:
+            found.notes.append(f"the encoder '{encoder}' is not one that is known by name: its licence is not recorded")
+        elif spec.dim != dim:
+            raise UserError(f"features of {encoder} have {spec.dim} values, the model takes {dim}: another encoder's.")
+    return about
 
 
 def check(found: Converted, source: str | Path) -> None:
-    """UserError unless the weights are, by name and shape, those of the module that their node builds."""
-    wanted = build(found).state_dict()
-    model_folder.check_names(found.state, wanted, source)
+    """UserError unless weights and noise schedule are, name by name, those of the module that the node builds."""
+    model_folder.check_names(found.state, build(found).state_dict(), source)
+    if not found.schedule:
+        return
+    params = found.node["params"]
+    names = ("timesteps", "linear_start", "linear_end", "cosine_s")
+    told = {name: params[name] for name in names if name in params}
+    betas = make_betas(params.get("beta_schedule", "linear"), **told)
+    for name, wanted in schedule_buffers(betas).items():
+        held = found.schedule.get(name)
+        if held is None:
+            continue
+        if held.shape != wanted.shape:
+            raise UserError(f"{source} was trained with {len(held)} noise levels, its config says {len(wanted)}.")
+        wrong = ~torch.isclose(held.double(), wanted, rtol=max(1e-4, 4 * torch.finfo(held.dtype).eps), atol=1e-6)
+        if wrong.any():
+            at = int(wrong.nonzero()[-1])
+            raise UserError(
+                f"the noise schedule in {source} is not that of its config: {name} at step {at} is "
+                f"{float(held[at]):.6g}, the config gives {float(wanted[at]):.6g}. Correct beta_schedule, timesteps, "
+                "linear_start and linear_end in the YAML."
+            )
+
+
+def schedule_buffers(betas: Tensor) -> dict[str, Tensor]:
+    """The buffers of CompVis' models that follow from betas (T,) alone, in float64."""
+    cumprod = (1 - betas).cumprod(0)
+    return {
+        "betas": betas,
+        "alphas_cumprod": cumprod,
+        "alphas_cumprod_prev": torch.cat([torch.ones_like(cumprod[:1]), cumprod[:-1]]),
+        "sqrt_alphas_cumprod": cumprod.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - cumprod).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - cumprod).log(),
+        "sqrt_recip_alphas_cumprod": (1 / cumprod).sqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / cumprod - 1).sqrt(),
+    }
 
 
 def build(found: Converted) -> nn.Module:
     """The module of a converted model, without its weights, on the meta device."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in found.files.items():
-            Path(folder, name).write_text(text, encoding="utf-8")
-        with torch.device("meta"):
-            return instantiate_from_config(model_folder.within(found.node, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        return instantiate_from_config(_with_files(found, Path(folder)))
 
 
 def account(found: Converted) -> list[str]:
@@ -114,11 +202,27 @@ def account(found: Converted) -> list[str]:
     lines = [f"note: {note}" for note in found.notes]
     count = sum(value.numel() for value in found.state.values())
     lines.append(f"{len(found.state)} tensors taken, {count / 1e6:.2f} M values")
-    reasons = Counter(found.unused.values())
-    for reason, number in reasons.items():
+    for reason, number in Counter(found.unused.values()).items():
         first = next(name for name, why in found.unused.items() if why == reason)
         lines.append(f"{number} left: {reason} ({first}{', ...' if number > 1 else ''})")
     return lines
+
+
+def _with_files(found: Converted, folder: Path) -> dict[str, Any]:
+    """The node of a converted model, whose files are written to `folder`."""
+    for name, text in found.files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return model_folder.within(found.node, folder)
+
+
+def _is_published(path: Path) -> bool:
+    """Whether a path is none of this toolkit's own: no model folder, no run folder, no checkpoint of a training."""
+    if path.is_dir():
+        return not ((path / "config.yaml").is_file() or (path / "checkpoints").is_dir())
+    if not path.is_file():
+        return False
+    content = read_checkpoint(path)
+    return not (isinstance(content, dict) and OWN in content)
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -132,14 +132,14 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
         with tempfile.TemporaryDirectory() as folder:
             for name, text in files.items():
                 Path(folder, name).write_text(text, encoding="utf-8")
-            return _loaded(within(node, Path(folder)), metadata, state, path, device)
+            return loaded(within(node, Path(folder)), metadata, state, path, device)
     node, metadata = read_model_folder(path)
     if not (path / "model.safetensors").is_file():
         raise UserError(f"{path} has no model.safetensors; copy the whole model folder, its weights too.")
-    return _loaded(node, metadata, read_state_dict(path), path, device)
+    return loaded(node, metadata, read_state_dict(path), path, device)
 
 
-def _loaded(
+def loaded(
     node: Mapping[str, Any], metadata: dict[str, Any], state: Mapping[str, Tensor], path: Path,
     device: str | torch.device,
 ) -> nn.Module:  # fmt: skip

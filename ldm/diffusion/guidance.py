@@ -18,7 +18,15 @@ def cat_conds(*conds: Cond) -> dict[str, Tensor]:
     for cond in conds:
         if set(cond) != set(conds[0]):
             raise ValueError(f"conditions to batch have parts {sorted(conds[0])} and {sorted(cond)}; they must agree")
-    return {part: torch.cat([cond[part] for cond in conds]) for part in conds[0]}
+    return {part: torch.cat(_as_large([cond[part] for cond in conds])) for part in conds[0]}
+
+
+def _as_large(values: list[Tensor]) -> list[Tensor]:
+    """The values; maps (B,C,1,1) of one value, such as a null, as large as the others."""
+    if values[0].ndim != 4:
+        return values
+    size = max(value.shape[2:] for value in values)
+    return [value.expand(-1, -1, *size) if value.shape[2:] == (1, 1) else value for value in values]
 
 
 def expand_cond(cond: Cond, count: int) -> dict[str, Tensor]:

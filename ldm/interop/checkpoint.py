@@ -54,7 +54,7 @@ class Inert:
 def read_checkpoint(path: str | Path) -> Any:
     """The content of a .safetensors file or of a torch file of any age: containers, plain values, tensors on the CPU.
 
-    Tensors are mapped from the file, not copied, wherever it is laid out for that. Objects of other classes are `Inert`.
+    Tensors are mapped from the file, not copied, wherever it is laid out for that. Other objects are `Inert`.
     UserError: no such file, a damaged or truncated one, another kind of file.
     """
     path = Path(path)
@@ -80,7 +80,7 @@ def read_checkpoint(path: str | Path) -> Any:
 
 
 def state_dict_of(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint's content: its `state_dict`, or the content itself. UserError: there are none."""
+    """The named tensors of a checkpoint's content: its `state_dict`, or itself. UserError: there are none."""
     if isinstance(content, Mapping):
         inner = content.get("state_dict", content)
         state = inner if isinstance(inner, Mapping) else {}
@@ -244,7 +244,7 @@ def _read_legacy(path: Path, stream: IO[bytes]) -> Any:
     except Exception as error:
         raise UserError(f"{path} is no checkpoint of torch; give a .ckpt, .pt, .pth, .bin or .safetensors.") from error
     if magic != LEGACY_MAGIC:
-        raise UserError(f"{path} is a pickle that torch.save did not write; load it with its code and save a state dict.")
+        raise UserError(f"{path} is a pickle that torch.save did not write; load it with its own code, then save it so.")
     _Unpickler(stream).load()
     system = _Unpickler(stream).load()
     if isinstance(system, dict) and system.get("little_endian") is False:

@@ -1,0 +1,328 @@
+"""Checkpoints of CompVis latent-diffusion, taming first stages, Large-Image-Diffusion, PathLDM and ZoomLDM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm.errors import UserError, suggest
+from ldm.interop import targets
+from ldm.interop.checkpoint import state_dict_of
+from ldm.interop.clip_config import tower_config
+from ldm.interop.converted import Converted
+from ldm.interop.text_names import to_open_clip
+
+NETWORK, FIRST_STAGE, CONDITIONER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+AVERAGE = "model_ema."
+SCHEDULE = (
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
+)  # fmt: skip
+POSTERIOR = ("posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2")
+LEFTOVERS = {  # beginning of a name -> why the model does without it
+    "inception.": "the Inception network that measured FID while training",
+    "loss.": "of the training loss",
+    "logvar": "of the training loss",
+    "lvlb_weights": "of the training loss",
+    "colorize": "colours for pictures of segmentations",
+}
+FIRST_STAGE_NAMES = {"encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"}
+
+
+def is_compvis(path: Path, content: Any) -> bool:
+    """Whether a checkpoint's tensors have the names of CompVis' diffusion models or first stages."""
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    names = {str(name).removeprefix("module.") for name in state} if isinstance(state, Mapping) else set()
+    return any(name.startswith(NETWORK) for name in names) or names >= FIRST_STAGE_NAMES
+
+
+def read_compvis(
+    path: Path, content: Any, *, config: str | Path | None = None, raw_weights: bool = False,
+    classes: Sequence[str] | None = None, allow_target: Iterable[str] = (),
+) -> Converted:  # fmt: skip
+    """A diffusion model or a first stage with its project YAML.
+
+    classes: names of the classes; of the magnifications, where the model is conditioned on these.
+    UserError: no config, targets or parameters that are not known, tensors that have no place.
+    """
+    project = Path(config) if config else targets.find_project(path)
+    if project is None:
+        raise UserError(f"{path} does not say its architecture: give the project YAML that it came with, --config.")
+    node, _ = targets.read_project(project)
+    found = Converted({}, {})
+    if config is None:
+        found.notes.append(f"the config is {project.name}, which lies beside the checkpoint")
+    rest = _Rest(state_dict_of(content, path), found)
+    if node["target"] in targets.FIRST_STAGES:
+        _read_first_stage(node, rest, found, raw_weights, allow_target)
+        _none_for("classes", classes)
+    elif node["target"] in targets.DIFFUSION_TARGETS:
+        _read_diffusion(node, rest, found, path, raw_weights, classes, allow_target)
+    else:
+        known = [*targets.DIFFUSION_TARGETS, *targets.FIRST_STAGES]
+        raise UserError(f"{project}: model.target '{node['target']}' is not known{suggest(node['target'], known)}")
+    for beginning, why in LEFTOVERS.items():
+        rest.leave(beginning, why)
+    if rest.tensors:
+        names = list(rest.tensors)
+        listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise UserError(f"{len(names)} tensors of {path} have no place in the model of {project}: {listed}.")
+    return found
+
+
+class _Rest:
+    """The tensors of a checkpoint that are not accounted for yet."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], found: Converted):
+        module = all(name.startswith("module.") for name in tensors)  # of DataParallel
+        self.tensors = {name.removeprefix("module.") if module else name: value for name, value in tensors.items()}
+        self.unused = found.unused
+
+    def take(self, beginning: str) -> dict[str, Tensor]:
+        """Tensors whose names begin so, by the rest of their names."""
+        names = [name for name in self.tensors if name.startswith(beginning)]
+        return {name.removeprefix(beginning): self.tensors.pop(name) for name in names}
+
+    def leave(self, beginning: str, why: str) -> None:
+        """Note why tensors whose names begin so are not needed."""
+        for name in self.take(beginning):
+            self.unused[beginning + name] = why
+
+
+def _read_diffusion(
+    node: Mapping[str, Any], rest: _Rest, found: Converted, path: Path, raw_weights: bool,
+    classes: Sequence[str] | None, allow: Iterable[str],
+) -> None:  # fmt: skip
+    given = node["params"]
+    params = targets.diffusion_params(given, found.notes)
+    if "unet_config" not in given:
+        raise UserError("model.params of the config has no unet_config.")
+    unet = targets.unet_node(given["unet_config"], allow, given.get("image_size"))
+    if targets.DIFFUSION_TARGETS[node["target"]]:
+        channels = given.get("channels", 3)
+        first_stage = {"target": targets.FIRST_STAGES["ldm.models.autoencoder.IdentityFirstStage"],
+                       "params": {"channels": channels}}  # fmt: skip
+    else:
+        first_stage = targets.first_stage_node(given.get("first_stage_config"), allow)
+    _read_schedule(rest, found)
+    network = _averaged(rest, found, "model.", raw_weights)
+    if not network:
+        raise UserError(f"{path} holds no network (no {NETWORK}*); is it a first stage? Then give its own config.")
+    _read_scale(rest, found, params)
+    rest.leave(FIRST_STAGE + "loss.", "of the first stage's training loss")
+    rest.leave(FIRST_STAGE + AVERAGE, "averages of the first stage, which its diffusion model does not use")
+    rest.leave(FIRST_STAGE + "colorize", LEFTOVERS["colorize"])
+    found.state |= {FIRST_STAGE + name: value for name, value in rest.take(FIRST_STAGE).items()}
+
+    members = {}
+    label = unet["params"].pop("num_classes", None)
+    if label is not None:
+        weights = {"embedding.weight": network.pop("diffusion_model.label_emb.weight")}
+        published = targets.Conditioning(
+            "class", {"target": targets.CLASS_EMBEDDER, "params": {"dim": weights["embedding.weight"].shape[1],
+                                                                   "acts": "vector"}}, {"rows": label})  # fmt: skip
+        members["class"] = class_embedder(published, weights, classes, found.notes, has_null=False)
+    found.state |= {"model." + name: value for name, value in network.items()}
+    if not targets.DIFFUSION_TARGETS[node["target"]]:
+        told = targets.conditioning(given, allow)
+        weights = rest.take(CONDITIONER)
+        if told is not None:
+            members[_member(told)] = _READ[told.kind](told, weights, classes, found, path)
+        elif weights:
+            raise UserError(f"{path} holds a conditioner (cond_stage_model.*), the config says none.")
+    if given.get("conditioning_key") == "hybrid":
+        channels = unet["params"]["in_channels"] - unet["params"]["out_channels"]
+        members["map"] = (targets.hybrid_map(channels), _blank(channels))
+    if classes is not None and not members.keys() & {"class", "grid"}:
+        _none_for("classes", classes)
+    cond_stage = compose(members, found.state)
+    found.node = {
+        "target": targets.LATENT_DIFFUSION,
+        "params": {
+            **params,
+            "use_ema": False,
+            "unet_config": unet,
+            "first_stage_config": first_stage,
+            **({"cond_stage_config": cond_stage} if cond_stage else {}),
+        },
+    }
+
+
+def _read_first_stage(
+    node: Mapping[str, Any], rest: _Rest, found: Converted, raw_weights: bool, allow: Iterable[str]
+) -> None:
+    found.node = targets.first_stage_node(node, allow)
+    if any(name.startswith(FIRST_STAGE) for name in rest.tensors):  # of a diffusion model: its first stage alone
+        own = rest.take(FIRST_STAGE)
+        rest.leave("", "of the diffusion model around the first stage")
+        rest.tensors = own
+    rest.leave("loss.", LEFTOVERS["loss."])
+    rest.leave(AVERAGE + "loss", LEFTOVERS["loss."])
+    rest.leave("quantize.used", "of training")
+    found.state = _averaged(rest, found, "", raw_weights)
+
+
+def _read_schedule(rest: _Rest, found: Converted) -> None:
+    for name in SCHEDULE:
+        if name in rest.tensors:
+            found.schedule[name] = rest.tensors[name]
+            rest.leave(name, "of the noise schedule, which the config gives")
+    for name in POSTERIOR:
+        rest.leave(name, "of the noise schedule, which the config gives")
+
+
+def _averaged(rest: _Rest, found: Converted, beginning: str, raw_weights: bool) -> dict[str, Tensor]:
+    """Weights whose names begin so; the averaged ones where there are any, unless the raw ones are asked for."""
+    average = rest.take(AVERAGE)
+    raw = rest.take(beginning) if beginning else rest.tensors.copy()
+    if not beginning:
+        rest.tensors.clear()
+    for name in ("decay", "num_updates"):
+        if average.pop(name, None) is not None:
+            found.unused[AVERAGE + name] = "counts of the averaging"
+    names = {name.replace(".", ""): name for name in raw}
+    if len(names) < len(raw):
+        raise UserError("names of the averaged weights stand for more than one weight; give --raw-weights.")
+    if strange := [name for name in average if name not in names]:
+        raise UserError(f"{len(strange)} averaged weights are of no weight of the model (first: {strange[0]}).")
+    if raw_weights:
+        found.unused |= dict.fromkeys((AVERAGE + name for name in average), "averaged weights; raw ones were asked for")
+        return raw
+    replaced = {names[name]: value for name, value in average.items()}
+    for name in replaced:
+        found.unused[beginning + name] = "weights of the last step; the averaged ones are taken (--raw-weights: these)"
+    return {name: replaced.get(name, value) for name, value in raw.items()}
+
+
+def _read_scale(rest: _Rest, found: Converted, params: dict[str, Any]) -> None:
+    """scale_factor: a buffer where it was measured, else in the config."""
+    measured = rest.tensors.pop("scale_factor", None)
+    if measured is None:
+        if params.pop("scale_by_std", False):
+            raise UserError("the config says scale_by_std, but the checkpoint has no scale_factor.")
+        return
+    if params.get("scale_by_std"):
+        params.pop("scale_factor", None)
+        found.state["scale_factor"] = measured
+        return
+    value, told = float(measured), params.get("scale_factor", 1.0)
+    if value != told:
+        found.notes.append(f"scale_factor is the checkpoint's {value:g}; the config says {told:g}")
+    params["scale_factor"] = value
+    found.unused["scale_factor"] = "stands in the config of the model folder"
+
+
+# --- conditioners: published node and weights -> node and weights, by our names ---------------------------------
+
+Member = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def class_embedder(
+    told: targets.Conditioning, weights: dict[str, Tensor], classes: Sequence[str] | None, notes: list[str],
+    has_null: bool | None = None,
+) -> Member:  # fmt: skip
+    """A ClassEmbedder of an embedding's weights.
+
+    has_null: whether the last embedding is the unconditional one; None is told by the number of names. A model without
+    has a null of zeros in its place.
+    """
+    weight = weights.get("embedding.weight")
+    if weight is None or set(weights) != {"embedding.weight"}:
+        raise UserError(f"a class condition has one tensor, embedding.weight; got {', '.join(weights) or 'none'}.")
+    rows = len(weight)
+    if has_null is None:
+        has_null = classes is None or len(classes) == rows - 1
+    count = rows - has_null
+    if classes is not None and len(classes) != count:
+        allowed = f"{rows - 1} (without the unconditional one, the last) or {rows}" if count == rows else str(count)
+        raise UserError(f"the model has {rows} class embeddings; give {allowed} names, got {len(classes)}.")
+    if classes is None:
+        last = "; the last of its embeddings is taken as the unconditional one" if has_null else ""
+        notes.append(f"the classes have no names: they are 0 to {count - 1}{last}. --classes names them")
+    if not has_null:
+        notes.append("the model was not trained without a class: sample it with guidance scale 1")
+        weight = torch.cat([weight, torch.zeros_like(weight[:1])])
+    params = {
+        "classes": [str(name) for name in (classes if classes is not None else range(count))],
+        **told.node["params"],
+        "dropout": 0.1 if has_null else 0.0,
+    }
+    return {"target": told.node["target"], "params": params}, {"embedding.weight": weight}
+
+
+def _class(told: Any, weights: dict[str, Tensor], classes: Sequence[str] | None, found: Converted, _: Path) -> Member:
+    return class_embedder(told, weights, classes, found.notes)
+
+
+def _same(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, path: Path) -> Member:
+    return told.node, weights
+
+
+def _grid(told: Any, weights: dict[str, Tensor], classes: Sequence[str] | None, found: Converted, _: Path) -> Member:
+    levels = told.published["levels"]
+    if classes is not None and len(classes) != levels:
+        raise UserError(f"the model has {levels} magnifications; --classes gives {len(classes)} names.")
+    if classes is None:
+        found.notes.append(f"the magnifications have no names: they are 0 to {levels - 1}. --classes names them")
+    params = {**told.node["params"], "magnifications": list(classes) if classes is not None else levels}
+    return {"target": told.node["target"], "params": params}, weights
+
+
+def _rescaler(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, _: Path) -> Member:
+    return told.node, weights | _blank(told.node["params"]["in_channels"])
+
+
+def _clip(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, path: Path) -> Member:
+    positions = [name for name in weights if name.endswith("position_ids")]
+    for name in positions:
+        found.unused[CONDITIONER + name] = "0, 1, 2, ..."
+        del weights[name]
+    tower = to_open_clip(weights)
+    merged = 2 * sum("attn.in_proj" in name for name in tower)  # query, key and value are one tensor
+    if len(weights) != len(tower) + merged:
+        raise UserError("the checkpoint's text tower holds tensors that a CLIP text tower does not have.")
+    text, source = tower_config(tower, told.published["version"], path)
+    found.files["text_model.json"] = text
+    found.notes.append(f"heads and activation of the text tower are those of {source}")
+    asks = "does not look" if told.node["params"]["mask_padding"] else "looks"
+    found.notes.append(f"the text tower {asks} at padding, as the published code whose config this is")
+    params = {"model": "./text_model.json", **told.node["params"]}
+    return {"target": told.node["target"], "params": params}, {f"tower.{name}": value for name, value in tower.items()}
+
+
+_READ: dict[str, Callable[..., Member]] = {
+    "allowed": _same, "same": _same, "class": _class, "grid": _grid, "rescaler": _rescaler, "clip": _clip,
+}  # fmt: skip
+
+
+def compose(members: Mapping[str, Member], state: dict[str, Tensor]) -> dict[str, Any] | None:
+    """The node of one conditioner or of a set of them; their weights go to `state`."""
+    if not members:
+        return None
+    if len(members) == 1:
+        ((node, weights),) = members.values()
+        state |= {CONDITIONER + name: value for name, value in weights.items()}
+        return node
+    for member, (_, weights) in members.items():
+        state |= {f"{CONDITIONER}members.{member}.{name}": value for name, value in weights.items()}
+    return {
+        "target": targets.CONDITIONER_SET,
+        "params": {"conditioners": {name: node for name, (node, _) in members.items()}},
+    }
+
+
+def _member(told: targets.Conditioning) -> str:
+    return {"class": "class", "grid": "grid", "rescaler": "map", "clip": "text"}.get(told.kind, "condition")
+
+
+def _blank(channels: int) -> dict[str, Tensor]:
+    return {"blank": torch.zeros(1, channels, 1, 1)}
+
+
+def _none_for(option: str, value: Any) -> None:
+    if value is not None:
+        raise UserError(f"the model has no {option} to name; leave --{option} out.")
