@@ -128,6 +128,26 @@ class IdentityFirstStage(nn.Module):
         return z
 
 
+class UnitFirstStage(nn.Module):
+    """The first stage of a pixel-space model that works on [0, 1], as published models of medical slices do: the
+    latent is the image's intensity. Nothing is clipped on the way from noise to image."""
+
+    downsampling = 1
+
+    def __init__(self, channels: int = 1):
+        super().__init__()
+        self.channels = channels
+
+    def encode(self, x: Tensor) -> Tensor:
+        return (x + 1) / 2
+
+    def latent(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return self.encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return 2 * z - 1
+
+
 def _check_size(x: Tensor, downsampling: int) -> None:
     if x.shape[-2] % downsampling or x.shape[-1] % downsampling:
         raise ValueError(f"image sides {tuple(x.shape[-2:])} must be multiples of {downsampling} px.")

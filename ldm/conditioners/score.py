@@ -15,35 +15,18 @@ from ldm.errors import UserError
 ACTS = ("vector", "crossattn")
 
 
-class ScoreEmbedder(Conditioner):
-    """A scalar in [0, 1] with a learned null.
+class Score(Conditioner):
+    """A scalar in [0, 1]: how users give it, and what training data hold of it.
 
     Reads batch[key] (B,) or (B,1): soft labels such as the fraction of experts who voted for a class, or hard ones.
 
     Args:
-        dim: size of the embedding: the UNet's 4*model_channels (vector) or its context_dim (crossattn).
-        acts: vector: added to the time embedding, {"vector": (B,dim)}; crossattn: {"crossattn": (B,1,dim)}.
-        hidden: width of the layer between; None is a single linear map of the score.
         key: batch key, and the name under which users give the score.
     """
 
-    def __init__(
-        self, dim: int, acts: str = "vector", hidden: int | None = None, dropout: float = 0.5, key: str = "score"
-    ):
+    def __init__(self, dropout: float, key: str):
         super().__init__(dropout)
-        if acts not in ACTS:
-            raise UserError(f"a score acts as one of {', '.join(ACTS)}; got '{acts}'.")
-        self.keys, self.acts = (key,), acts
-        layers = [nn.Linear(1, dim)] if hidden is None else [nn.Linear(1, hidden), nn.SiLU(), nn.Linear(hidden, dim)]
-        self.score_fc = nn.Sequential(*layers)
-        self.null_score = nn.Parameter(torch.randn(dim) * dim**-0.5)
-
-    def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
-        scores = self.scores(self._value(batch, self.keys[0]))                  # (B,1)
-        return self._act(where_kept(self.score_fc(scores), self.null_score, drop))
-
-    def null(self) -> dict[str, Tensor]:
-        return self._act(self.null_score[None])
+        self.keys = (key,)
 
     def scores(self, values: Any) -> Tensor:
         """Scores (B,1), checked."""
@@ -55,7 +38,7 @@ class ScoreEmbedder(Conditioner):
         wrong = ~((scores >= 0) & (scores <= 1))  # NaN too
         if wrong.any():
             raise UserError(f"a {self.keys[0]} lies in [0, 1]; got {float(scores[wrong][0]):g}.")
-        return scores.to(self.null_score)
+        return scores.to(next(self.parameters()))
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         (value,) = values.values()
@@ -73,5 +56,55 @@ class ScoreEmbedder(Conditioner):
     def describe(self) -> dict[str, Any]:
         return {self.keys[0]: {"kind": "score", "range": [0, 1]}}
 
+
+class ScoreEmbedder(Score):
+    """A score with a learned null.
+
+    Args:
+        dim: size of the embedding: the UNet's 4*model_channels (vector) or its context_dim (crossattn).
+        acts: vector: added to the time embedding, {"vector": (B,dim)}; crossattn: {"crossattn": (B,1,dim)}.
+        hidden: width of the layer between; None is a single linear map of the score.
+    """
+
+    def __init__(
+        self, dim: int, acts: str = "vector", hidden: int | None = None, dropout: float = 0.5, key: str = "score"
+    ):
+        super().__init__(dropout, key)
+        if acts not in ACTS:
+            raise UserError(f"a score acts as one of {', '.join(ACTS)}; got '{acts}'.")
+        self.acts = acts
+        layers = [nn.Linear(1, dim)] if hidden is None else [nn.Linear(1, hidden), nn.SiLU(), nn.Linear(hidden, dim)]
+        self.score_fc = nn.Sequential(*layers)
+        self.null_score = nn.Parameter(torch.randn(dim) * dim**-0.5)
+
+    def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
+        scores = self.scores(self._value(batch, self.keys[0]))                  # (B,1)
+        return self._act(where_kept(self.score_fc(scores), self.null_score, drop))
+
+    def null(self) -> dict[str, Tensor]:
+        return self._act(self.null_score[None])
+
     def _act(self, vectors: Tensor) -> dict[str, Tensor]:
         return {"vector": vectors} if self.acts == "vector" else {"crossattn": vectors[:, None]}
+
+
+class LucidrainsScore(Score):
+    """The score as `ldm.networks.lucidrains.LucidrainsUNet` takes it, under the names of the published weights:
+    {"vector": (B,4*dim)}. The score's embedding, or the null in its place, goes through two layers.
+
+    Args:
+        dim: the network's.
+    """
+
+    def __init__(self, dim: int, dropout: float = 0.5, key: str = "score"):
+        super().__init__(dropout, key)
+        self.classes_emb = nn.Linear(1, dim)
+        self.null_classes_emb = nn.Parameter(torch.randn(dim))
+        self.classes_mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim))
+
+    def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
+        scores = self.scores(self._value(batch, self.keys[0]))                  # (B,1)
+        return {"vector": self.classes_mlp(where_kept(self.classes_emb(scores), self.null_classes_emb, drop))}
+
+    def null(self) -> dict[str, Tensor]:
+        return {"vector": self.classes_mlp(self.null_classes_emb[None])}

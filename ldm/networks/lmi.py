@@ -21,6 +21,7 @@ EPS = 1e-10
 TAIL = 1e-8  # of a level's largest kernel value: what is smaller is left out of the joint histograms
 FLOOR = 1e-18  # kernel values below count as 0: nothing beside EPS, and their products would be slow, denormal numbers
 SEEN = 0.01  # sum of a level's kernel: a patch of one such level tells nothing of a pixel of such a level
+ROUNDING = 2.0**-25  # of float32 in [-1, 1]
 ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 25}  # of joint histograms in memory at a time
 
 
@@ -203,11 +204,11 @@ class LMIUNet(nn.Module):
 
     Its input is x_t and, after it, the source image (`ldm.conditioners.source_image.SourceImage` gives it as "concat"),
     both in [-1, 1]. The UNet gets x_t, LMI(source, x_t) and LMI(source, source); no gradient goes through the maps.
-    The published network works on images in [0, 1], so its x_t of much noise is further from them than here.
 
     Args:
         unet: node of the network; its in_channels are three times the image's channels (1 or 3).
         patch, bins, sigma, normalized: as `lmi_map`'s.
+        unit: x_t is of images in [0, 1], as the published network's (first stage `UnitFirstStage`); the source is not.
 
     Attributes:
         unet: the network. image_size, out_channels: its own; in_channels: of x_t and the source together.
@@ -220,8 +221,10 @@ class LMIUNet(nn.Module):
         bins: int = 27,
         sigma: float = 2.0,
         normalized: bool = True,
+        unit: bool = False,
     ):
         super().__init__()
+        self.unit = unit
         self.unet = instantiate_from_config(unet)
         self.image_size, self.out_channels = self.unet.image_size, self.unet.out_channels
         self.channels, rest = divmod(self.unet.in_channels, 3)
@@ -242,7 +245,8 @@ class LMIUNet(nn.Module):
                 f"{x.shape[1]} together. Condition it on a source image alone (SourceImage)."
             )
         image, source = x.split(self.channels, dim=1)
-        maps = [lmi_map(_unit(source), _unit(image), **self.settings), self.map_of_itself(source)]
+        seen = image.detach().float() if self.unit else _unit(image)
+        maps = [lmi_map(_unit(source), seen, **self.settings), self.map_of_itself(source)]
         return self.unet(torch.cat([image, *(found.to(image.dtype) for found in maps)], dim=1), timesteps, **condition)
 
     def map_of_itself(self, source: Tensor) -> Tensor:
@@ -257,5 +261,5 @@ class LMIUNet(nn.Module):
 
 
 def _unit(image: Tensor) -> Tensor:
-    """[-1, 1] to [0, 1]."""
-    return (image.detach().float() + 1) / 2
+    """[-1, 1] to [0, 1], and a little up: the way to [-1, 1] and back must not put a grey level below itself."""
+    return (image.detach().float() + 1) / 2 + ROUNDING
