@@ -304,7 +304,7 @@ def test_a_published_first_stage_becomes_a_model_folder(tmp_path):
     assert torch.equal(load_first_stage(folder).quant_conv.weight, published.quant_conv.weight)
 
 
-def test_the_windows_of_the_last_two_steps_overlap(tmp_path):
+def test_every_step_costs_little_more_than_its_window_areas(tmp_path):
     model, _ = model_folder(tmp_path)
     windows: dict[float, int] = {}
 
@@ -313,7 +313,5 @@ def test_the_windows_of_the_last_two_steps_overlap(tmp_path):
         windows[float(time[0])] = windows.get(float(time[0]), 0) + len(x)
 
     model.model.register_forward_pre_hook(count)
-    ldm.large_image(model, torch.randn(4, 4, 24), steps=5, guidance_scale=1.0, progress=False)
-    moving, settled = list(windows.values())[:3], list(windows.values())[3:]
-    assert max(moving) <= 25  # 16 window areas, and one more row and column where the offset is not 0
-    assert settled == [49, 49]  # every half window
+    ldm.large_image(model, torch.randn(4, 4, 24), steps=3, guidance_scale=1.0, progress=False)
+    assert list(windows.values()) == [25, 25, 25]  # of 16 areas: 5/4 along each side

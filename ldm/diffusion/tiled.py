@@ -16,6 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -48,16 +49,36 @@ def fixed_starts(size: int, window: int, stride: int, border: str = "inward") ->
     return sorted({min(start, size - window) for start in range(0, size - window + stride, stride)})
 
 
-def shifted_starts(size: int, window: int, offset: int, border: str = "inward") -> list[int]:
-    """Starts of adjoining windows moved by -offset (0 <= offset < window).
+def shifted_starts(size: int, window: int, offset: int, border: str = "circular") -> list[int]:
+    """Starts of adjoining windows moved by -offset (0 <= offset < window) on an axis without an inner end.
 
-    Outer windows are moved inwards, run on at the other end (`circular`), or hang over the ends (`replicate`).
+    Outer windows run on at the other end (`circular`), or hang over the ends (`replicate`).
     """
     _check(size, window, border)
     if border == "circular":
         return [start % size for start in range(-offset, size - offset, window)]
-    starts = range(-offset, size, window)
-    return list(starts) if border == "replicate" else sorted({min(max(s, 0), size - window) for s in starts})
+    return list(range(-offset, size, window))
+
+
+def drawn_starts(size: int, window: int, *seed: int) -> list[int]:
+    """Starts of windows from end to end of an axis at places drawn from `seed`, neighbours overlapping.
+
+    As many as overlap by 3/16 of a window on average, or more where that is no whole number, so the work grows as the
+    axis does. Each overlaps by 1/8 at least; the rest falls to neighbours at random, half a window at most to any.
+    """
+    _check(size, window, "inward")
+    span, least = size - window, window // 8
+    count = -(-span // (window - 3 * window // 16))
+    if count <= 1:
+        return [0, span] if span else [0]
+    free = count * (window - least) - span
+    cuts = sorted(fold(*seed, index) % (free + 1) for index in range(count - 1))
+    extra = [high - low for low, high in pairwise([0, *cuts, free])]
+    for index in [*range(count)] * 2:
+        surplus = max(extra[index] - (window + 1) // 2, 0)
+        extra[index] -= surplus
+        extra[(index + 1) % count] += surplus
+    return [0, *accumulate(window - least - more for more in extra)]
 
 
 def _check(size: int, window: int, border: str) -> None:
@@ -207,24 +228,24 @@ def tiled(
 
 def shifted(
     denoiser: Denoiser, window: int, condition: WindowCondition | None = None, batch_size: int = 16, seed: int = 0,
-    device: torch.device | None = None, border: str = "inward", blend: str = "uniform",
+    device: torch.device | None = None, border: str = "inward", blend: str = "smooth",
 ) -> Denoiser:  # fmt: skip
-    """Adjoining windows at an offset drawn anew at every noise level: one evaluation per window area and step.
+    """Windows at places drawn anew at every noise level: little more than one evaluation per window area and step.
 
-    The offset is a function of seed and sigma, so the denoiser keeps no state. With the `inward` border windows overlap
-    only at the canvas' sides, where outer ones are moved inwards, and a canvas of one window is denoised as it would be
-    without tiling. The outermost windows thus end at the same place in every step; `smooth` weights hide that end under
-    the window that overlaps it, and change nothing where windows adjoin. Borders are those of `tiled`; a `circular`
-    canvas of whole windows has no overlap at all.
+    At the `inward` border they overlap a little (`drawn_starts`), and smooth weights lead from one to the next; at
+    others, which are those of `tiled`, they adjoin at a drawn offset. The places are a function of seed and sigma, so
+    the denoiser keeps no state. A canvas of one window is denoised as it would be without tiling.
     """
     _check_blend(blend)
 
+    def starts(size: int, *draw: int) -> list[int]:
+        if border == "inward":
+            return drawn_starts(size, window, seed, *draw)
+        return shifted_starts(size, window, fold(seed, *draw) % window, border)
+
     def canvas(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         bits = struct.unpack("<I", struct.pack("<f", float(sigma[0])))[0]
-        rows, cols = (
-            shifted_starts(size, window, fold(seed, bits, axis) % window, border)
-            for axis, size in enumerate(x.shape[-2:])
-        )
+        rows, cols = (starts(size, bits, axis) for axis, size in enumerate(x.shape[-2:]))
         corners = [(row, col) for row in rows for col in cols]
         return _over_windows(
             denoiser, x, sigma, cond, corners, window, condition, batch_size, device, border, blend == "smooth"
