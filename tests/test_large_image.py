@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ class Stub:
     def __init__(self, paint, first_stage: nn.Module | None = None):
         self.first_stage_model = first_stage or IdentityFirstStage()
         self.channels, self.image_size, self.scale_factor = self.first_stage_model.channels, WINDOW, 1.0
-        self.device, self.cond_stage_model, self.learn_sigma = torch.device("cpu"), object(), False
+        self.device, self.cond_stage_model, self.learn_sigma = torch.device("cpu"), SimpleNamespace(dropout=0.1), False
         betas = schedules.make_betas("linear", 1000, 0.0015, 0.0195)
         self.sigmas = schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0)).float()
         self.paint, self.rows = paint, []  # rows: windows of each call
