@@ -248,7 +248,8 @@ def caching(options: argparse.Namespace) -> None:
         print(f"\n{options.model}, {steps} steps of DPM-Solver++(2M), guidance 2, bf16, {len(places)} tiles")
         for n in INTERVALS[1:]:
             difference = float((results[n] - results[1]).norm() / results[1].norm())
-            print(f"cache={n}: {taken[1] / taken[n]:.2f} times as fast, relative difference {difference:.3f}", flush=True)
+            speed = taken[1] / taken[n]
+            print(f"cache={n}: {speed:.2f} times as fast, relative difference {difference:.3f}", flush=True)
 
 
 def main() -> None:
