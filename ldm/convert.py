@@ -28,12 +28,12 @@ from ldm.metrics.encoder_registry import REGISTRY
 FAMILIES = {
     # "mitotic-figure DPM": ("ldm.interop.mitotic.is_mitotic", "ldm.interop.mitotic.read_mitotic"),
     # "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
-    # "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),
+    "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),
     # "Stable Diffusion": (
     #     "ldm.interop.stable_diffusion.is_stable_diffusion", "ldm.interop.stable_diffusion.read_stable_diffusion",
     # ),
     "latent-diffusion": ("ldm.interop.compvis.is_compvis", "ldm.interop.compvis.read_compvis"),
-    # "guided-diffusion": ("ldm.interop.guided.is_guided", "ldm.interop.guided.read_guided"),
+    "guided-diffusion": ("ldm.interop.guided.is_guided", "ldm.interop.guided.read_guided"),
 }  # fmt: skip
 # Forms that model folders are written in: name -> writer(model folder, out, half) -> what to say
 EXPORTS = {

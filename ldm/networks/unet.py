@@ -55,6 +55,7 @@ class UNetModel(nn.Module):
         use_checkpoint: trade compute for memory while training.
         image_size: recorded, as published configs do; the network takes any size that its levels divide.
         norm_groups: groups of every group normalisation; 32 in the published models.
+        stem_channels: width of the first convolution; None is model_channels, guided-diffusion has the first level's.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class UNetModel(nn.Module):
         model_channels: int,
         num_res_blocks: int,
         attention_resolutions: Sequence[int],
-        channel_mult: Sequence[int] = (1, 2, 4, 8),
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
         dropout: float = 0.0,
         conv_resample: bool = True,
         num_heads: int = -1,
@@ -79,14 +80,16 @@ class UNetModel(nn.Module):
         use_checkpoint: bool = False,
         image_size: int | None = None,
         norm_groups: int = 32,
+        stem_channels: int | None = None,
     ):
         super().__init__()
         if (num_heads == -1) == (num_head_channels == -1):
             raise UserError("the UNet takes num_heads or num_head_channels, exactly one of them.")
         if use_spatial_transformer != (context_dim is not None):
             raise UserError("the UNet's use_spatial_transformer and context_dim go together: give both or neither.")
-        if any((width := model_channels * mult) % norm_groups for mult in (1, *channel_mult)):
-            raise UserError(f"every level's width must be a multiple of {norm_groups} (norm_groups); got {width}.")
+        widths, stem = [int(mult * model_channels) for mult in channel_mult], stem_channels or model_channels
+        if wrong := [width for width in (stem, *widths) if width % norm_groups]:
+            raise UserError(f"every level's width must be a multiple of {norm_groups} (norm_groups); got {wrong[0]}.")
         self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
         self.image_size, self.context_dim, self.num_classes = image_size, context_dim, num_classes
         self.divisor = 2 ** (len(channel_mult) - 1)
@@ -110,20 +113,20 @@ class UNetModel(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb)
 
-        channels = model_channels
+        channels = stem
         self.input_blocks = nn.ModuleList(
             [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
         )
         skips, factor = [channels], 1
-        for level, mult in enumerate(channel_mult):
+        for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res(channels, mult * model_channels)]
-                channels = mult * model_channels
+                layers: list[nn.Module] = [res(channels, width)]
+                channels = width
                 if factor in attention_resolutions:
                     layers.append(attention(channels))
                 self.input_blocks.append(TimestepEmbedSequential(*layers))
                 skips.append(channels)
-            if level != len(channel_mult) - 1:
+            if level != len(widths) - 1:
                 down = res(channels, channels, down=True) if resblock_updown else Downsample(channels, conv_resample)
                 self.input_blocks.append(TimestepEmbedSequential(down))
                 skips.append(channels)
@@ -134,10 +137,10 @@ class UNetModel(nn.Module):
         )
 
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for block in range(num_res_blocks + 1):
-                layers = [res(channels + skips.pop(), mult * model_channels)]
-                channels = mult * model_channels
+                layers = [res(channels + skips.pop(), width)]
+                channels = width
                 if factor in attention_resolutions:
                     layers.append(attention(channels))
                 if level and block == num_res_blocks:
