@@ -1,4 +1,4 @@
-"""Names and settings of transformers' CLIP text tower (CLIPTextModel, CLIPModel) as those of open_clip's."""
+"""Names and settings of transformers' CLIP text tower (CLIPTextModel, CLIPModel) as those of open_clip's, and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ldm.errors import UserError
 
-MARK = "text_model."  # all that follows it, under whatever prefix, is the text tower
+MARK = "text_model."  # stands before the names of the text tower, under whatever prefix, but in transformers 5
+NORM, TOKENS = "final_layer_norm.weight", "embeddings.token_embedding.weight"  # a tower has both
 WHOLE = {
     "embeddings.token_embedding.weight": "token_embedding.weight",
     "embeddings.position_embedding.weight": "positional_embedding",
@@ -39,7 +40,13 @@ DEFAULTS = {
 
 def is_transformers(state: Mapping[str, Tensor]) -> bool:
     """Whether a checkpoint holds a CLIP text tower under transformers' names."""
-    return any(name.endswith(MARK + "final_layer_norm.weight") for name in state)
+    return bool(_prefixes(state))
+
+
+def _prefixes(state: Mapping[str, Tensor]) -> set[str]:
+    """What stands before the names of each text tower in a checkpoint."""
+    ends = {name.removesuffix(NORM) for name in state if name.endswith(NORM)}
+    return {prefix for prefix in ends if prefix + TOKENS in state and (not prefix or prefix.endswith("."))}
 
 
 def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -48,13 +55,13 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Query, key and value of a layer become one matrix; position_ids, the image tower and the projection are left out.
     UserError: the checkpoint holds no such tower, or more than one.
     """
-    prefixes = {name.partition(MARK)[0] for name in state if name.endswith(MARK + "final_layer_norm.weight")}
+    prefixes = _prefixes(state)
     if len(prefixes) != 1:
         raise UserError(
             f"the checkpoint holds {len(prefixes) or 'no'} CLIP text towers; expected names as "
             f"{MARK}encoder.layers.0.self_attn.q_proj.weight under one prefix."
         )
-    prefix = prefixes.pop() + MARK
+    prefix = prefixes.pop()
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     named = {}
     for name, value in own.items():
@@ -71,6 +78,71 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
+def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of `to_open_clip`: the tower's tensors under transformers' names, after MARK."""
+    whole = {ours: name for name, ours in WHOLE.items()}
+    block = {ours: name for name, ours in BLOCK.items()}
+    named = {}
+    for name, value in state.items():
+        layer = re.fullmatch(r"transformer\.resblocks\.(\d+)\.(.+)[._](weight|bias)", name)
+        if name in whole:
+            named[MARK + whole[name]] = value
+        elif layer and layer[2] == "attn.in_proj":
+            for part, third in zip("qkv", value.chunk(3)):
+                named[f"{MARK}encoder.layers.{layer[1]}.self_attn.{part}_proj.{layer[3]}"] = third
+        else:
+            assert layer, f"a CLIP text tower has no {name}"
+            named[f"{MARK}encoder.layers.{layer[1]}.{block[layer[2]]}.{layer[3]}"] = value
+    return named
+
+
+def left_out(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """The tensors of a checkpoint that `to_open_clip` does not use, and why.
+
+    UserError: one that a text tower does not have.
+    """
+    prefix = next(iter(_prefixes(state)))
+    used = {prefix + name.removeprefix(MARK) for name in from_open_clip(to_open_clip(state))}
+    outside = ("text_projection", "visual_projection", "vision_model", "logit_scale")
+    reasons = {}
+    for name in state:
+        if name.endswith("embeddings.position_ids"):
+            reasons[name] = "positions, which are counted"
+        elif name.removeprefix(prefix.removesuffix(MARK)).startswith(outside):
+            reasons[name] = "a part of CLIP beyond the text tower's token features"
+        elif name not in used:
+            raise UserError(f"the text tower holds {name}, which a CLIP text model does not have.")
+    return reasons
+
+
+def transformers_config(config: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """The config.json of transformers' CLIPTextModel of an open_clip model config, with that many layers.
+
+    UserError: settings that it does not have.
+    """
+    text = {"mlp_ratio": 4.0, "ls_init_value": None, **config["text_cfg"]}
+    if text["ls_init_value"] is not None:
+        raise UserError("the text tower has layer scales (ls_init_value), which transformers' CLIP does not have.")
+    words = text["vocab_size"]
+    return {
+        "architectures": ["CLIPTextModel"],
+        "model_type": "clip_text_model",
+        "attention_dropout": 0.0,
+        "bos_token_id": words - 2,
+        "eos_token_id": words - 1,
+        "hidden_act": "quick_gelu" if config.get("quick_gelu") else "gelu",
+        "hidden_size": text["width"],
+        "intermediate_size": round(text["mlp_ratio"] * text["width"]),
+        "layer_norm_eps": 1e-5,
+        "max_position_embeddings": text["context_length"],
+        "num_attention_heads": text["heads"],
+        "num_hidden_layers": layers,
+        "pad_token_id": 1,
+        "projection_dim": config["embed_dim"],
+        "vocab_size": words,
+    }
+
+
 def open_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip's model config (text side) of a transformers config.json of CLIPTextModel or CLIPModel.
 
@@ -83,6 +155,8 @@ def open_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     text = {**DEFAULTS, **(own or {})}
     if text["hidden_act"] not in ("quick_gelu", "gelu"):
         raise UserError(f"the text tower's activation is '{text['hidden_act']}'; known are quick_gelu and gelu.")
+    if text.get("layer_norm_eps", 1e-5) != 1e-5:
+        raise UserError(f"the text tower's layer_norm_eps is {text['layer_norm_eps']}; a CLIP's is 1e-5.")
     width = text["hidden_size"]
     return {
         "embed_dim": config.get("projection_dim", text.get("projection_dim", width)),
