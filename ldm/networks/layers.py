@@ -28,6 +28,18 @@ def zero_module(module: nn.Module) -> nn.Module:
     return module
 
 
+class NormedSiLU(nn.SiLU):
+    """SiLU of a normalised map that nothing else reads: in its memory, where no gradient needs it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
+def residual(x: Tensor, update: Tensor) -> Tensor:
+    """x + update, in the memory of the update where it has the shape."""
+    return update.add_(x) if update.shape == x.shape else x + update
+
+
 class GroupNorm32(nn.GroupNorm):
     """Group normalisation whose statistics are float32 whatever the input's precision; the output keeps it."""
 
@@ -130,13 +142,13 @@ class ResBlock(nn.Module):
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
         self.in_layers = nn.Sequential(
-            GroupNorm32(channels, norm_groups), nn.SiLU(), Conv3x3(channels, out_channels)
+            GroupNorm32(channels, norm_groups), NormedSiLU(), Conv3x3(channels, out_channels)
         )
         self.resample = Upsample(channels, False) if up else Downsample(channels, False) if down else None
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (1 + use_scale_shift_norm)))
         self.out_layers = nn.Sequential(
             GroupNorm32(out_channels, norm_groups),
-            nn.SiLU(),
+            NormedSiLU(),
             nn.Dropout(dropout),
             zero_module(Conv3x3(out_channels, out_channels)),
         )
@@ -157,7 +169,7 @@ class ResBlock(nn.Module):
             h = self.out_layers[1:](h)
         else:
             h = self.out_layers(h.add_(emb))
-        return h.add_(self.skip_connection(x))
+        return residual(self.skip_connection(x), h)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -263,10 +275,10 @@ class BasicTransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = residual(x, self.attn1(self.norm1(x)))
         asking = x[:, :1] if context is not None and self.attn2.ignores_query(context) else x
-        x = x + self.attn2(self.norm2(asking), context)
-        return x + self.ff(self.norm3(x))
+        x = residual(x, self.attn2(self.norm2(asking), context))
+        return residual(x, self.ff(self.norm3(x)))
 
 
 class SpatialTransformer(nn.Module):
