@@ -9,7 +9,6 @@ Checkpoints (`.ckpt`) are for resuming; `export` makes a model folder of one.
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from ldm.autoencoder.weights import load_weights as load_first_stage_weights
 from ldm.autoencoder.weights import read_state_dict
 from ldm.config import instantiate_from_config, load_config, save_config
 from ldm.errors import UserError
+from ldm.interop.checkpoint import read_checkpoint
 
 FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
 WEIGHTS = "model.safetensors"
@@ -144,19 +144,33 @@ def loaded(
     device: str | torch.device,
 ) -> nn.Module:  # fmt: skip
     """The model of a node with its weights, ready to sample from."""
-    with torch.device("meta"):
-        model = instantiate_from_config(node)
+    model = _filled(node, state, path)
     if not hasattr(model, "build_noise_table"):
-        raise UserError(f"{path} is a {type(model).__name__}, a first stage; give the folder of a diffusion model.")
-    check_names(state, model.state_dict(), path)
-    lost = {name for name, _ in model.named_buffers()} - model.state_dict().keys() - {"sigmas"}
-    assert not lost, f"buffers that weights do not hold are empty after loading: {', '.join(sorted(lost))}"
-    model.to_empty(device="cpu")
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
+        what = "a first stage" if hasattr(model, "decode") else "no diffusion model"
+        raise UserError(f"{path} is a {type(model).__name__}, {what}; give the folder of a diffusion model.")
     model.build_noise_table()
     model.metadata = metadata
     layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
     return model.to(device, memory_format=layout).eval().requires_grad_(False)
+
+
+def load_network(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The network that a model folder holds by itself, such as a classifier of noisy images, in eval mode."""
+    node, metadata = read_model_folder(folder)
+    network = _filled(node, read_state_dict(folder), Path(folder))
+    network.metadata = metadata
+    return network.to(device).eval().requires_grad_(False)
+
+
+def _filled(node: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """The module of a node whose parameters are the tensors of `state` themselves, in float32."""
+    with torch.device("meta"):
+        module = instantiate_from_config(node)
+    check_names(state, module.state_dict(), path)
+    lost = {name for name, _ in module.named_buffers()} - module.state_dict().keys() - {"sigmas"}
+    assert not lost, f"buffers that weights do not hold are empty after loading: {', '.join(sorted(lost))}"
+    module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
+    return module
 
 
 def export(
@@ -196,11 +210,7 @@ def _of_published_first_stage(
 
 def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Model node, metadata, inference weights and further files of a training checkpoint of this toolkit."""
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read {checkpoint} as a checkpoint: {reason}") from error
+    content = read_checkpoint(checkpoint)
     if not isinstance(content, dict) or "histoldm_config" not in content:
         raise UserError(f"{checkpoint} is no checkpoint of this toolkit; export a published first stage with --config.")
     node, state = content["histoldm_config"]["model"], dict(content["state_dict"])

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 
 # where a first stage's weights lie: bare, in a latent-diffusion checkpoint, in a checkpoint of AutoencoderStage
 PREFIXES = ("", "first_stage_model.", "autoencoder.")
@@ -18,28 +16,13 @@ PREFIXES = ("", "first_stage_model.", "autoencoder.")
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a model folder (its model.safetensors), a .safetensors file or a .ckpt/.pt, on the CPU.
 
-    Nothing in the file is executed: pickles are read with `weights_only`, where classes that old Lightning
-    checkpoints name as keys of their callbacks' state are replaced by an empty stand-in.
+    They are mapped from the file, of which nothing is executed (`ldm.interop.checkpoint`).
     """
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"weights {file} do not exist; give a model folder, a .safetensors file or a .ckpt.")
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with torch.serialization.safe_globals(_lightning_classes(file)):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot read weights from {file}: {reason}") from error
-    except Exception as error:  # safetensors' own error type derives from Exception only
-        raise UserError(f"cannot read weights from {file}: {error}") from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if not state:
-        raise UserError(f"{file} holds no weights; a checkpoint has a state_dict of named tensors.")
-    return state
+    return state_dict_of(read_checkpoint(file), file)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> str:
@@ -85,11 +68,3 @@ def load_discriminator(discriminator: nn.Module, path: str | Path) -> bool:
         return False
     discriminator.load_state_dict({key: state[key] for key in wanted})
     return True
-
-
-def _lightning_classes(file: Path) -> list[tuple[type, str]]:
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-    except (RuntimeError, ValueError):  # not a zip archive: torch.load says what is wrong
-        return []
-    return [(type("StandIn", (), {}), name) for name in names if name.startswith("pytorch_lightning.callbacks.")]

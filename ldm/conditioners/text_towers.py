@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm.conditioners.text_registry import REGISTRY, TextModel
 from ldm.errors import UserError, suggest
+from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.text_names import is_transformers, open_clip_config, to_open_clip
 from ldm.metrics.encoders import weights_home
 
@@ -278,18 +276,8 @@ def _check_settings(source: TowerSource) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a pickled checkpoint, whose pickle runs no code."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot read weights from {path}: {reason}. Give a state dict (.safetensors, .bin, .pt), no TorchScript."
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    """The tensors of a .safetensors file or of a pickled checkpoint, of which nothing is executed."""
+    return state_dict_of(read_checkpoint(path), path)
 
 
 def tower_sha256(tower: nn.Module) -> str:

@@ -242,9 +242,9 @@ def _read_legacy(path: Path, stream: IO[bytes]) -> Any:
     try:
         magic = _Unpickler(stream).load()
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint of torch; give a .ckpt, .pt, .pth, .bin or .safetensors.") from error
+        raise UserError(f"cannot read {path}: it is no file of torch; give a .ckpt, .pt or .safetensors.") from error
     if magic != LEGACY_MAGIC:
-        raise UserError(f"{path} is a pickle that torch.save did not write; load it with its own code, then save it so.")
+        raise UserError(f"{path} is a pickle that torch.save did not write; load it with its code, and save it so.")
     _Unpickler(stream).load()
     system = _Unpickler(stream).load()
     if isinstance(system, dict) and system.get("little_endian") is False:
