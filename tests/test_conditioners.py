@@ -308,3 +308,13 @@ def test_a_training_becomes_a_model_folder_that_needs_nothing_else(tmp_path):
     (tmp_path / "elsewhere" / "omics_mutation_genes.txt").unlink()
     with pytest.raises(UserError, match="which is no file of the folder"):
         ldm.load_model(tmp_path / "elsewhere")
+
+
+def test_the_overfitting_benchmark_runs_on_the_sample_data(shared, capsys):
+    from benchmarks import overfit_conditions
+
+    overfit_conditions.main(["--data", str(shared / "data"), "--steps", "2", "--only", "score", "text"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:]] == [["score", "6"], ["text", "7"]]
+    with pytest.raises(UserError, match="missed by score"):
+        overfit_conditions.main(["--data", str(shared / "data"), "--steps", "1", "--only", "score", "--check"])
