@@ -12,18 +12,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ldm.convert import convert, load_model
     from ldm.data.images_out import to_uint8
     from ldm.inference import large_image, sample
-    from ldm.model_folder import export, load_model
+    from ldm.model_folder import export
 
 _HOMES = {
-    "load_model": "ldm.model_folder",
+    "convert": "ldm.convert",
+    "load_model": "ldm.convert",
     "export": "ldm.model_folder",
     "sample": "ldm.inference",
     "large_image": "ldm.inference",
     "to_uint8": "ldm.data.images_out",
 }
-__all__ = ["export", "large_image", "load_model", "sample", "to_uint8"]
+__all__ = ["convert", "export", "large_image", "load_model", "sample", "to_uint8"]
 
 
 def __getattr__(name: str) -> Any:  # torch is imported when it is first needed, so that `--help` answers at once

@@ -29,6 +29,7 @@ SCHEDULES = ("trailing", "uniform", "karras", "exponential", "optimised")
 Schedule = Enum("Schedule", {name: name for name in SCHEDULES}, type=str)
 Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
 Mode = Enum("Mode", {name: name for name in ("shifted", "overlap")}, type=str)
+Form = Enum("Form", {name: name for name in ("diffusers", "compvis")}, type=str)
 Interpolation = Enum("Interpolation", {name: name for name in ("linear", "slerp", "nearest")}, type=str)
 
 ModelOption = Annotated[Path, typer.Option("--model", help="Model folder (or a training run's folder).")]
@@ -187,6 +188,50 @@ def export(
     metadata = {"licence": licence} if licence else {}
     folder = export_run(run, out, torch.float16 if half else None, metadata, config=config)
     print(f"wrote {folder}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Published checkpoint or folder; a model folder with --to.")],
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML that the weights came with: project YAML, or training flags.")
+    ] = None,
+    raw_weights: Annotated[
+        bool, typer.Option("--raw-weights", help="Weights of the last step where there are averaged ones.")
+    ] = False,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Names of classes or magnifications: a,b,c or a file of them.")
+    ] = None,
+    mutation_genes: Annotated[
+        Path | None, typer.Option("--mutation-genes", help="File of gene names in the order of their embeddings.")
+    ] = None,
+    expression_genes: Annotated[
+        Path | None, typer.Option("--expression-genes", help="The same, of expression.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", help="What the model's features were made with.")] = None,
+    mpp: Annotated[float | None, typer.Option("--mpp", help="Micrometres per pixel of its tiles.")] = None,
+    licence: Annotated[str | None, typer.Option("--licence", help="Licence of the weights, recorded in it.")] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Model folder with the parts that a network alone lacks.")
+    ] = None,
+    allow_target: Annotated[
+        list[str] | None, typer.Option("--allow-target", help="Beginning of further targets in the YAML (repeat).")
+    ] = None,
+    to: Annotated[Form | None, typer.Option("--to", help="Write a model folder in the form of others.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
+) -> None:
+    """Make a model folder of a published model: latent-diffusion and its forks, guided-diffusion, diffusers, ...
+
+    Examples: histoldm convert brca.ckpt --config zoomldm_brca.yaml --encoder uni --mpp 0.5 --out models/brca;
+    histoldm convert models/brca --to diffusers --out brca-diffusers
+    """
+    from ldm.commands import convert_model
+
+    asked = {"config": config, "raw_weights": raw_weights, "classes": classes, "mutation_genes": mutation_genes,
+             "expression_genes": expression_genes, "base": base, "allow_target": allow_target, "encoder": encoder,
+             "mpp": mpp, "licence": licence}  # fmt: skip
+    convert_model(source, out, asked, to.value if to else None, half)
 
 
 def _integers(text: str | None, count: int, option: str, form: str) -> tuple[int, ...] | None:

@@ -15,12 +15,12 @@ from tqdm import tqdm
 
 from ldm import inference
 from ldm.conditioners.given import parse_conditions
+from ldm.convert import convert, export_as, load_model
 from ldm.data.features import read_features
 from ldm.data.images_out import save_bigtiff, save_ome_zarr, save_png, to_uint8
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError
 from ldm.files import sha256, writable_folder, write_text
-from ldm.model_folder import load_model
 from ldm.requests import check_encoder, evenly, feature_dim, is_store, pick_feature, requested_tiles
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".ome.zarr")
@@ -65,6 +65,33 @@ def describe_model(model_path: Path) -> None:
         rest = {k: v for k, v in about.items() if k not in ("kind", "names", "genes") and v not in (None, "")}
         words = ", ".join(f"{k} {v}" for k, v in rest.items())
         print(f"  {key:<12} {about.get('kind', '')}{' (' + words + ')' if words else ''}{listed}")
+
+
+def convert_model(source: Path, out: Path, asked: Mapping[str, Any], form: str | None, half: bool) -> None:
+    """`histoldm convert`: a published model as a model folder, or a model folder in a form of others."""
+    options = {name: value for name, value in asked.items() if value not in (None, False, [])}
+    if form is not None:
+        if options:
+            raise UserError(f"--{next(iter(options)).replace('_', '-')} does not go with --to.")
+        for line in export_as(form, source, out, half):
+            print(line)
+    else:
+        if "classes" in options:
+            options["classes"] = class_names(options["classes"])
+        convert(source, out, half, **options)
+    print(f"wrote {out}")
+
+
+def class_names(text: str) -> list[str]:
+    """Names of "a,b,c", or of a file that holds one a line."""
+    try:
+        lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the names in {text}: {getattr(error, 'strerror', None) or error}.") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if len(set(names)) < len(names) or not names:
+        raise UserError(f"--classes takes different names, a,b,c, or a file of them; got '{text[:80]}'.")
+    return names
 
 
 def some(names: Sequence[str], shown: int = 12) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
@@ -19,6 +20,7 @@ from ldm.diffusion.schedules import make_betas
 from ldm.errors import UserError, suggest
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
+from ldm.interop.noise_buffers import schedule_buffers
 from ldm.metrics.encoder_registry import REGISTRY
 
 # Families of published models, the first that recognises a source reads it: name -> (recogniser, reader).
@@ -29,9 +31,9 @@ FAMILIES = {
     # "mitotic-figure DPM": ("ldm.interop.mitotic.is_mitotic", "ldm.interop.mitotic.read_mitotic"),
     # "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
     "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),
-    # "Stable Diffusion": (
-    #     "ldm.interop.stable_diffusion.is_stable_diffusion", "ldm.interop.stable_diffusion.read_stable_diffusion",
-    # ),
+    "Stable Diffusion": (
+        "ldm.interop.stable_diffusion.is_stable_diffusion", "ldm.interop.stable_diffusion.read_stable_diffusion",
+    ),
     "latent-diffusion": ("ldm.interop.compvis.is_compvis", "ldm.interop.compvis.read_compvis"),
     "guided-diffusion": ("ldm.interop.guided.is_guided", "ldm.interop.guided.read_guided"),
 }  # fmt: skip
@@ -60,8 +62,8 @@ def convert(
     """
     with allowing(options.get("allow_target") or ()):
         found = read_published(source, **options)
-        found.metadata |= facts(found, encoder, mpp, licence) | {"converted_from": Path(source).name}
-        check(found, source)
+        module = check(found, source)
+        found.metadata |= facts(found, module, encoder, mpp, licence) | {"converted_from": Path(source).name}
     for line in account(found):
         say(line)
     return model_folder.write_model_folder(
@@ -93,6 +95,8 @@ def load_model(
             return model_folder.load_model(path, device)
         found = read_published(path, allow_target=tuple(allow_target), **options)
         check(found, path)
+        for note in found.notes:
+            warnings.warn(f"{path.name}: {note}", stacklevel=2)
         with tempfile.TemporaryDirectory() as folder:
             node = _with_files(found, Path(folder))
             return model_folder.loaded(node, found.metadata, found.state, path, device)
@@ -129,7 +133,9 @@ def read_published(source: str | Path, **options: Any) -> Converted:
     raise UserError(f"{source} is no model whose form is known: the {kind} fits none of {', '.join(FAMILIES)}.")
 
 
-def facts(found: Converted, encoder: str | None, mpp: float | None, licence: str | None) -> dict[str, Any]:
+def facts(
+    found: Converted, module: nn.Module, encoder: str | None, mpp: float | None, licence: str | None
+) -> dict[str, Any]:
     """Metadata of what the user says of a model that its checkpoint does not."""
     about: dict[str, Any] = {}
     if licence:
@@ -138,10 +144,14 @@ def facts(found: Converted, encoder: str | None, mpp: float | None, licence: str
         if not mpp > 0:
             raise UserError(f"--mpp is micrometres per pixel, above 0; got {mpp}.")
         about["mpp"] = mpp
+        if hasattr(module, "first_stage_model"):
+            about["tile_size"] = module.image_size * module.first_stage_model.downsampling
     if encoder:
         spec = REGISTRY.get(encoder)
         about["encoder"] = {"encoder": encoder, "licence": spec.licence if spec else "not recorded"}
-        dim = found.node.get("params", {}).get("cond_stage_config", {}).get("params", {}).get("embed_dim")
+        conditioner = getattr(module, "cond_stage_model", None)
+        known = {} if conditioner is None else conditioner.describe()
+        dim = next((told["dim"] for told in known.values() if told.get("kind") == "features"), None)
         if dim is None:
             raise UserError("the model is not conditioned on features; leave --encoder out.")
         if spec is None:
@@ -151,11 +161,19 @@ def facts(found: Converted, encoder: str | None, mpp: float | None, licence: str
     return about
 
 
-def check(found: Converted, source: str | Path) -> None:
-    """UserError unless weights and noise schedule are, name by name, those of the module that the node builds."""
-    model_folder.check_names(found.state, build(found).state_dict(), source)
-    if not found.schedule:
-        return
+def check(found: Converted, source: str | Path) -> nn.Module:
+    """The module that the node builds, on the meta device.
+
+    UserError unless weights and noise schedule are its own, name by name.
+    """
+    module = build(found)
+    model_folder.check_names(found.state, module.state_dict(), source)
+    if found.schedule:
+        _check_schedule(found, source)
+    return module
+
+
+def _check_schedule(found: Converted, source: str | Path) -> None:
     params = found.node["params"]
     names = ("timesteps", "linear_start", "linear_end", "cosine_s")
     told = {name: params[name] for name in names if name in params}
@@ -174,21 +192,6 @@ def check(found: Converted, source: str | Path) -> None:
                 f"{float(held[at]):.6g}, the config gives {float(wanted[at]):.6g}. Correct beta_schedule, timesteps, "
                 "linear_start and linear_end in the YAML."
             )
-
-
-def schedule_buffers(betas: Tensor) -> dict[str, Tensor]:
-    """The buffers of CompVis' models that follow from betas (T,) alone, in float64."""
-    cumprod = (1 - betas).cumprod(0)
-    return {
-        "betas": betas,
-        "alphas_cumprod": cumprod,
-        "alphas_cumprod_prev": torch.cat([torch.ones_like(cumprod[:1]), cumprod[:-1]]),
-        "sqrt_alphas_cumprod": cumprod.sqrt(),
-        "sqrt_one_minus_alphas_cumprod": (1 - cumprod).sqrt(),
-        "log_one_minus_alphas_cumprod": (1 - cumprod).log(),
-        "sqrt_recip_alphas_cumprod": (1 / cumprod).sqrt(),
-        "sqrt_recipm1_alphas_cumprod": (1 / cumprod - 1).sqrt(),
-    }
 
 
 def build(found: Converted) -> nn.Module:
