@@ -56,7 +56,16 @@ def read_compvis(
     found = Converted({}, {})
     if config is None:
         found.notes.append(f"the config is {project.name}, which lies beside the checkpoint")
-    rest = _Rest(state_dict_of(content, path), found)
+    read_by(node, str(project), path, state_dict_of(content, path), found, raw_weights, classes, allow_target)
+    return found
+
+
+def read_by(
+    node: Mapping[str, Any], project: str, path: Path, state: Mapping[str, Tensor], found: Converted,
+    raw_weights: bool = False, classes: Sequence[str] | None = None, allow_target: Iterable[str] = (),
+) -> None:  # fmt: skip
+    """Fill `found` from the tensors of a checkpoint by the model node of a project, which messages call `project`."""
+    rest = _Rest(state, found)
     if node["target"] in targets.FIRST_STAGES:
         _read_first_stage(node, rest, found, raw_weights, allow_target)
         _none_for("classes", classes)
@@ -71,7 +80,6 @@ def read_compvis(
         names = list(rest.tensors)
         listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         raise UserError(f"{len(names)} tensors of {path} have no place in the model of {project}: {listed}.")
-    return found
 
 
 class _Rest:

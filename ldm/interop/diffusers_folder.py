@@ -66,9 +66,8 @@ def read_diffusers(
         _add_scheduler(found, parts["scheduler"])
     beside = {path.parent for path in folder.glob("*/*") if path.suffix in (".safetensors", ".bin")}
     for other in sorted(beside - set(parts.values())):
-        average = other.name in ("unet", "unet_ema")
-        why = "the weights of the last step, or their average: the others are taken" if average else "no part of the model"
-        found.unused[f"{other.name}/"] = why
+        twin = other.name in ("unet", "unet_ema")  # the weights of the last step, and their average
+        found.unused[f"{other.name}/"] = "the other is taken" if twin else "a part of the pipeline, not of the model"
     if not found.node["params"].get("cond_stage_config"):
         found.notes.append(
             f"{folder} has no text_encoder: the network's context is to be given as a tensor, "

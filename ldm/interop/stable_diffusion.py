@@ -1,0 +1,183 @@
+"""Stable Diffusion 1.x in one file, without a config: sizes are read off the tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ldm.errors import UserError
+from ldm.interop import targets
+from ldm.interop.checkpoint import state_dict_of
+from ldm.interop.compvis import CONDITIONER, FIRST_STAGE, NETWORK, read_by, read_compvis
+from ldm.interop.converted import Converted
+from ldm.interop.text_names import is_transformers, left_out
+
+HEADS = 8  # of every attention of the 1.x networks; no tensor tells
+LATENT_SIDE = 64  # of the 512 px that it was trained on
+RESOLUTION = 256  # of the autoencoder's training
+BETAS = {"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}
+SCALE_FACTOR = 0.18215
+CLIP_L = "openai/clip-vit-large-patch14"
+LATER = {  # beginning of a name -> the model that has it
+    "cond_stage_model.model.transformer.resblocks.": "Stable Diffusion 2",
+    "conditioner.embedders.": "Stable Diffusion XL",
+}
+
+
+def is_stable_diffusion(path: Path, content: Any) -> bool:
+    """Whether a file holds a UNet, a KL autoencoder and a CLIP text tower by CompVis' names, or a later one's."""
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
+    if not isinstance(state, Mapping) or f"{NETWORK}input_blocks.0.0.weight" not in state:
+        return False
+    if any(str(name).startswith(tuple(LATER)) for name in state):
+        return True
+    kl = f"{FIRST_STAGE}quant_conv.weight" in state and f"{FIRST_STAGE}quantize.embedding.weight" not in state
+    return kl and is_transformers({name: None for name in state if str(name).startswith(CONDITIONER)})
+
+
+def read_stable_diffusion(
+    path: Path, content: Any, *, config: str | Path | None = None, raw_weights: bool = False
+) -> Converted:
+    """A Stable Diffusion 1.x checkpoint (.ckpt, .safetensors), by a project YAML if one is given or lies beside it.
+
+    UserError: a later Stable Diffusion, tensors that are missing or have no place.
+    """
+    state = state_dict_of(content, path)
+    for beginning, model in LATER.items():
+        if any(name.startswith(beginning) for name in state):
+            raise UserError(
+                f"{path} is {model}. Of single files those of Stable Diffusion 1.x are read; of Stable Diffusion 2 "
+                "the folder of its diffusers pipeline is."
+            )
+    if config is not None or _has_project(path):
+        return read_compvis(path, content, config=config, raw_weights=raw_weights)
+    found = Converted({}, {})
+    tower = {name: value for name, value in state.items() if name.startswith(CONDITIONER)}
+    found.unused |= left_out(tower)
+    state = {name: value for name, value in state.items() if name not in found.unused}
+    try:
+        project = project_of(state, found.notes)
+    except KeyError as error:
+        raise UserError(f"{path} lacks {error.args[0]}, which Stable Diffusion 1.x has; is it whole?") from None
+    read_by(project, "Stable Diffusion 1.x", path, state, found, raw_weights)
+    return found
+
+
+def _has_project(path: Path) -> bool:
+    """Whether the project YAML of a diffusion model lies beside a checkpoint."""
+    project = targets.find_project(path)
+    try:
+        return project is not None and targets.read_project(project)[0]["target"] in targets.DIFFUSION_TARGETS
+    except UserError:  # a YAML of something else
+        return False
+
+
+def project_of(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]:
+    """The model node of the project YAML of a checkpoint, from the shapes of its tensors and its betas.
+
+    What tensors do not tell is that of Stable Diffusion 1.x, and noted.
+    """
+    network = _within(state, NETWORK)
+    notes.append(
+        f"what the file does not say is that of Stable Diffusion 1.x: {HEADS} attention heads, eps, "
+        f"{8 * LATENT_SIDE} px, scale_factor {SCALE_FACTOR} and betas where it holds none"
+    )
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    words = shapes[next(name for name in shapes if name.endswith("embeddings.token_embedding.weight"))]
+    version = CLIP_L if words == (49408, 768) else "CLIP text tower"
+    return {
+        "target": "ldm.models.diffusion.ddpm.LatentDiffusion",
+        "params": {
+            **_betas(state.get("betas")),
+            "scale_factor": SCALE_FACTOR,
+            "conditioning_key": "crossattn",
+            "cond_stage_key": "txt",
+            "unet_config": {"target": targets.UNETS[0], "params": unet_params(network)},
+            "first_stage_config": {
+                "target": "ldm.models.autoencoder.AutoencoderKL",
+                "params": first_stage_params(_within(state, FIRST_STAGE)),
+            },
+            "cond_stage_config": {
+                "target": f"{targets.ENCODERS}FrozenCLIPEmbedder",
+                "params": {"version": version},
+            },
+        },
+    }
+
+
+def unet_params(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Parameters of the UNet with tensors of these shapes, by their names within it."""
+    width = shapes["time_embed.0.weight"][1]
+    levels: list[list[tuple[int, bool]]] = [[]]  # (channels, attention) of the blocks of each level
+    for index in range(1, 1 + _count(shapes, r"input_blocks\.(\d+)\.0\.")):
+        block = f"input_blocks.{index}."
+        if f"{block}0.op.weight" in shapes:
+            levels.append([])
+        elif f"{block}0.out_layers.3.weight" in shapes:
+            attends = f"{block}1.transformer_blocks.0.attn2.to_k.weight" in shapes
+            levels[-1].append((shapes[f"{block}0.out_layers.3.weight"][0], attends))
+    blocks = {len(level) for level in levels}
+    if len(blocks) != 1 or any(len(set(level)) != 1 for level in levels) or 0 in blocks:
+        raise UserError("the network's levels are not alike in their blocks: it is no UNet of Stable Diffusion 1.x.")
+    middle = "middle_block.1.transformer_blocks."
+    if f"{middle}0.attn2.to_k.weight" not in shapes:
+        raise UserError("the network has no cross-attention in its middle: it is no UNet of Stable Diffusion 1.x.")
+    first = "input_blocks.1.0."
+    return {
+        "image_size": LATENT_SIDE,
+        "in_channels": shapes["input_blocks.0.0.weight"][1],
+        "out_channels": shapes["out.2.weight"][0],
+        "model_channels": width,
+        "num_res_blocks": blocks.pop(),
+        "attention_resolutions": [2**i for i, level in enumerate(levels) if level[0][1]],
+        "channel_mult": [level[0][0] // width for level in levels],
+        "num_heads": HEADS,
+        "use_spatial_transformer": True,
+        "transformer_depth": _count(shapes, re.escape(middle) + r"(\d+)\.") + 1,
+        "context_dim": shapes[f"{middle}0.attn2.to_k.weight"][1],
+        "use_scale_shift_norm": shapes[f"{first}emb_layers.1.weight"][0] > shapes[f"{first}in_layers.2.weight"][0],
+    }
+
+
+def first_stage_params(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Parameters of the KL autoencoder with tensors of these shapes, by their names within it."""
+    ch, in_channels = shapes["encoder.conv_in.weight"][:2]
+    levels = range(_count(shapes, r"encoder\.down\.(\d+)\.") + 1)
+    attention = [RESOLUTION // 2**i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in shapes]
+    ddconfig = {
+        "double_z": True,
+        "z_channels": shapes["decoder.conv_in.weight"][1],
+        "resolution": RESOLUTION,
+        "in_channels": in_channels,
+        "out_ch": shapes["decoder.conv_out.weight"][0],
+        "ch": ch,
+        "ch_mult": [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] // ch for i in levels],
+        "num_res_blocks": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.") + 1,
+        "attn_resolutions": attention,
+        "dropout": 0.0,
+    }
+    return {"embed_dim": shapes["post_quant_conv.weight"][1], "ddconfig": ddconfig}
+
+
+def _betas(betas: Tensor | None) -> dict[str, Any]:
+    """The noise table of a file's betas (T,), whose ends and length tell it; of Stable Diffusion where it has none."""
+    if betas is None:
+        return BETAS
+    start, end = (float(f"{float(betas[at]):.6g}") for at in (0, -1))
+    return {"linear_start": start, "linear_end": end, "timesteps": len(betas)}
+
+
+def _within(state: Mapping[str, Tensor], prefix: str) -> dict[str, tuple[int, ...]]:
+    return {name.removeprefix(prefix): tuple(v.shape) for name, v in state.items() if name.startswith(prefix)}
+
+
+def _count(shapes: Mapping[str, Any], pattern: str) -> int:
+    """The largest number in the place of a group in the names; UserError if there is none."""
+    found = [int(match[1]) for name in shapes if (match := re.match(pattern, name))]
+    if not found:
+        raise UserError(f"the file has no tensors by the names of Stable Diffusion 1.x ({pattern}).")
+    return max(found)
