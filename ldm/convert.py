@@ -28,8 +28,8 @@ from ldm.metrics.encoder_registry import REGISTRY
 #   reader(path, content, *, <options that it takes>) -> Converted; options are those of `read_published`, each passed
 #   only where the user gave it
 FAMILIES = {
-    # "mitotic-figure DPM": ("ldm.interop.mitotic.is_mitotic", "ldm.interop.mitotic.read_mitotic"),
-    # "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
+    "mitotic-figure DPM": ("ldm.interop.mitotic.is_mitotic", "ldm.interop.mitotic.read_mitotic"),
+    "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
     "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),
     "Stable Diffusion": (
         "ldm.interop.stable_diffusion.is_stable_diffusion", "ldm.interop.stable_diffusion.read_stable_diffusion",

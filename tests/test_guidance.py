@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from published import guided_diffusion_table, guided_diffusion_unet, invert, load, relative
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import TableDenoiser
@@ -18,12 +18,12 @@ from ldm.diffusion.guidance import (
     classifier_guidance,
     clip,
     compose,
+    dropped_condition,
     dynamic_threshold,
     keep_variance,
     within,
 )  # fmt: skip
-from ldm.networks.layers import GroupNorm32, attend, timestep_embedding
-from ldm.networks.unet import UNetModel
+from ldm.networks.encoder_unet import EncoderUNetModel
 
 
 class Counted:
@@ -110,6 +110,15 @@ def test_guidance_acts_within_its_interval(batch):
     torch.testing.assert_close(mixed[::2], d(x, torch.ones(3), cond)[::2])
 
 
+def test_a_condition_is_dropped_while_sampling(batch):
+    x, sigma, cond, null = batch
+    d, keep = Counted(), torch.tensor([True, False, True])
+    out = dropped_condition(cfg(d, null, 8.0), null, lambda sigma: keep)(x, sigma, cond)
+    torch.testing.assert_close(out[keep], cfg(d, null, 8.0)(x, sigma, cond)[keep])
+    unconditional = d(x, sigma, {part: value.expand(3, *value.shape[1:]) for part, value in null.items()})
+    torch.testing.assert_close(out[~keep], unconditional[~keep])
+
+
 def test_autoguidance_extrapolates_from_the_weaker_model(batch):
     x, sigma, cond, _ = batch
     strong, weak = Counted(), (lambda x, sigma, cond: 0.4 * x)
@@ -171,38 +180,11 @@ def test_classifier_guidance_gives_the_exact_posterior_inside_a_no_grad_sampler(
     assert abs(float(out.std()) - math.sqrt(posterior_var)) < 0.02
 
 
-class PublishedClassifier(nn.Module):
-    """guided-diffusion's EncoderUNetModel with attention pooling: the downward half of the UNet."""
-
-    def __init__(self, config: dict, state: dict):
-        super().__init__()
-        unet = UNetModel(**{k: v for k, v in config.items() if k not in ("pool", "image_size")})
-        self.width = unet.model_channels
-        self.time_embed, self.input_blocks, self.middle_block = unet.time_embed, unet.input_blocks, unet.middle_block
-        channels = self.width * config["channel_mult"][-1]
-        self.heads = channels // config["num_head_channels"]
-        pool = nn.Module()
-        pool.positional_embedding = nn.Parameter(torch.zeros(state["out.2.positional_embedding"].shape))
-        pool.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
-        pool.c_proj = nn.Conv1d(channels, config["out_channels"], 1)
-        self.out = nn.Sequential(GroupNorm32(channels), nn.SiLU(), pool)
-        self.load_state_dict(state)
-
-    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        emb = self.time_embed(timestep_embedding(timesteps, self.width))
-        for block in [*self.input_blocks, self.middle_block]:
-            x = block(x, emb, None)
-        pool = self.out[2]
-        x = self.out[1](self.out[0](x)).flatten(2)                              # (B,C,N)
-        x = torch.cat([x.mean(-1, keepdim=True), x], -1) + pool.positional_embedding
-        q, k, v = pool.qkv_proj(x).transpose(1, 2).chunk(3, dim=-1)
-        return pool.c_proj(attend(q, k, v, self.heads).transpose(1, 2))[:, :, 0]
-
-
 @pytest.fixture(scope="module")
 def published(oracle):
     classifier = load(oracle / "more" / "hismmdm_classifier.pt")
-    net = PublishedClassifier(classifier["config"], classifier["state_dict"]).eval()
+    net = EncoderUNetModel(**classifier["config"]).eval()
+    net.load_state_dict(classifier["state_dict"])
     golden = load(oracle / "more" / "hismmdm_guided.pt")
     table = guided_diffusion_table()
     denoiser = TableDenoiser(guided_diffusion_unet(golden), table)

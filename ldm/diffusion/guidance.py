@@ -57,6 +57,21 @@ def cfg(denoiser: Denoiser, null: Cond, scale: float, rescale: float = 0.0) -> D
     return guided
 
 
+def dropped_condition(guided: Denoiser, null: Cond, keep: Callable[[Tensor], Tensor]) -> Denoiser:
+    """`guided` with the unconditional value (1,...) in place of a sample's condition where keep(sigma) (B,) is false.
+
+    For parity: the mitotic-figure DPM's published sampler still drops its condition with probability 0.5 at each step,
+    so that `dropped_condition(cfg(d, null, 8.0), null, keep)` acts like `cfg(d, null, 4.0)`, with more noise.
+    """
+
+    def sometimes(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        kept = keep(sigma).to(x.device)
+        nulls = expand_cond(null, len(x))
+        return guided(x, sigma, {part: torch.where(per_sample(kept, v), v, nulls[part]) for part, v in cond.items()})
+
+    return sometimes
+
+
 def compose(denoiser: Denoiser, null: Cond, terms: Sequence[tuple[Cond, float]]) -> Denoiser:
     """Guidance with a scale for each condition (composable diffusion, arXiv:2206.01714, equation 11).
 

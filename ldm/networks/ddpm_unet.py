@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +121,7 @@ class DDPMUNet(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
         widths = [ch, *(ch * mult for mult in ch_mult)]
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
-        levels = list(enumerate(zip(widths[:-1], widths[1:])))
+        levels = list(enumerate(pairwise(widths)))
         for i, (before, width) in levels:
             down = level([before, *[width] * (num_res_blocks - 1)], width, image_size >> i)
             if i + 1 < len(levels):

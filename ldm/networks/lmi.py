@@ -238,16 +238,19 @@ class LMIUNet(nn.Module):
         self._of_itself: tuple[Tensor, Tensor] | None = None  # the last source and its map
 
     def forward(self, x: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
-        """The UNet's prediction from x (B,in_channels,H,W) = x_t and source, and timesteps (B,)."""
+        """The UNet's prediction from x (B,in_channels,H,W) = x_t and source, and timesteps (B,).
+
+        x may be float64: a sampler in float64 keeps rounding from moving values over the edge of a grey level.
+        """
         if x.shape[1] != self.in_channels:
             raise UserError(
                 f"an LMIUNet takes {self.channels} channels of the image and {self.channels} of its source; got "
                 f"{x.shape[1]} together. Condition it on a source image alone (SourceImage)."
             )
-        image, source = x.split(self.channels, dim=1)
-        seen = image.detach().float() if self.unit else _unit(image)
+        image, source = x.float().split(self.channels, dim=1)
+        seen = image.detach() if self.unit else _unit(image)
         maps = [lmi_map(_unit(source), seen, **self.settings), self.map_of_itself(source)]
-        return self.unet(torch.cat([image, *(found.to(image.dtype) for found in maps)], dim=1), timesteps, **condition)
+        return self.unet(torch.cat([image, *maps], dim=1), timesteps, **condition)
 
     def map_of_itself(self, source: Tensor) -> Tensor:
         """LMI(source, source): computed once for all steps of a sampler, which come with the same source."""
@@ -262,4 +265,4 @@ class LMIUNet(nn.Module):
 
 def _unit(image: Tensor) -> Tensor:
     """[-1, 1] to [0, 1], and a little up: the way to [-1, 1] and back must not put a grey level below itself."""
-    return (image.detach().float() + 1) / 2 + ROUNDING
+    return (image.detach() + 1) / 2 + ROUNDING

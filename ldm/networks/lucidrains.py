@@ -7,6 +7,7 @@ time embedding; `ldm.conditioners.score.LucidrainsScore` gives it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,7 @@ class LucidrainsUNet(nn.Module):
         self.vector_dim, self.image_size = 4 * dim, image_size
         self.divisor = 2 ** (len(dim_mults) - 1)
         widths = [dim, *(dim * mult for mult in dim_mults)]
-        levels = list(zip(widths[:-1], widths[1:]))
+        levels = list(pairwise(widths))
 
         def res(channels: int, out: int) -> ResnetBlock:
             return ResnetBlock(channels, out, 8 * dim, resnet_block_groups)
@@ -176,7 +177,9 @@ class LucidrainsUNet(nn.Module):
             return Residual(PreNorm(channels, kind(channels)))
 
         self.init_conv = nn.Conv2d(channels, dim, 7, padding=3)
-        self.time_mlp = nn.Sequential(TimeEmbedding(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim))
+        self.time_mlp = nn.Sequential(
+            TimeEmbedding(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim)
+        )
         self.downs = nn.ModuleList()
         for level, (narrow, wide) in enumerate(levels, 1):
             last = level == len(levels)
