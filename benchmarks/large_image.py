@@ -251,7 +251,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
                 if options.out:
                     about = {"procedure": name, "seed": seed, "model": options.model.name}
                     save_png(options.out / f"{name}-{seed}.png", image, about)
-                print(f"{name}, seed {seed}: {made['seconds']:.1f} s", file=sys.stderr, flush=True)
+                print(f"{name}, seed {seed}: {json.dumps(made)}", file=sys.stderr, flush=True)
     print(
         f"{real.shape[1]} x {real.shape[0]} px, {options.seeds} seeds, guidance {options.guidance_scale:g}, "
         f"{options.precision}, {options.steps} steps as published, batches of {options.batch_size} windows; "

@@ -31,10 +31,8 @@ STOCHASTIC = ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")  # thei
 SOLVERS = ("dpmpp_2m", "unipc", "euler", "heun", "plms", "ddpm", *STOCHASTIC)
 SCHEDULES = ("trailing", "uniform", "karras", "exponential", "optimised")
 MODES = ("shifted", "overlap")
-AT_ONCE = 1280 * 1280  # pixels that are decoded in one piece
-DECODE_TILE = 1024  # pixels
-ATTENDED_TILE = 512  # pixels, of decoders with attention
-HALO = 12  # latents about a tile that is decoded: more changes no grey level
+DECODE_PART = 1536  # pixels along what is decoded in one piece
+ATTENDED_PART = 512  # pixels, of decoders with attention
 Guidance = float | Mapping[str, float]  # one scale, or one for each condition by name
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -164,7 +162,7 @@ def large_image(
     features: Any,
     size: tuple[int, int] | None = None,
     mode: str = "shifted",
-    steps: int = 20,
+    steps: int = 10,
     solver: str = "dpmpp_2m",
     guidance_scale: Guidance | None = None,
     seed: int = 0,
@@ -176,7 +174,7 @@ def large_image(
     stride: int | None = None,
     background: Any = None,
     conditions: Mapping[str, Any] | None = None,
-    guidance_interval: tuple[float, float] | None = None,
+    guidance_interval: tuple[float, float] | None = (0.5, 10.0),
     offload: bool = False,
     out: Any = None,
     progress: bool = True,
@@ -189,15 +187,15 @@ def large_image(
 
     Args:
         size: (height, width) in pixels, multiples of the first stage's downsampling; by default adjoining tiles.
-        mode: `shifted`: windows that overlap by 3/16 on average, at places drawn anew at every step; `overlap`: windows
-            every `stride` pixels, averaged (the published procedure; 10 times the work at the default stride of a
-            quarter tile).
+        mode: `shifted`: windows that overlap by 3/16 on average, at places drawn anew at every step, by half in the
+            last one; `overlap`: windows every `stride` pixels, averaged (the published procedure; 10 times the work
+            at the default stride of a quarter tile).
         interpolation: between the features of the grid: linear, slerp, nearest.
         conditions: other conditions by name, the same everywhere: `{"class": "LUAD"}`.
         guidance_interval: (low, high) noise levels; steps at low < sigma <= high are guided, others follow the
-            condition alone and cost half (arXiv:2404.07724). None guides all of them.
+            condition alone and cost half (arXiv:2404.07724), and the features are followed no worse. None guides all.
         offload: keep the canvas in main memory while windows visit the GPU: for one larger than the GPU holds.
-        out: (height, width, 3) uint8, assigned to by slices (a memory map, a zarr array): takes the image tile by tile
+        out: (height, width, 3) uint8, assigned to by slices (a memory map, a zarr array): takes the image part by part
             as it is decoded, and is returned in its place.
     """
     factor, window = model.first_stage_model.downsampling, model.image_size
@@ -232,7 +230,9 @@ def large_image(
         if mode == "overlap":
             step = (stride or tile // 4) // factor
             return tiled(windows, window, step, window_condition, batch_size, model.device)
-        return shifted(windows, window, window_condition, batch_size, seed, model.device)
+        moving = shifted(windows, window, window_condition, batch_size, seed, model.device)
+        settled = tiled(windows, window, window // 2, window_condition, batch_size, model.device, blend="smooth")
+        return within(settled, moving, 0.0, float(sigmas[-2]))  # nothing comes after the last step to even it out
 
     cond = window_condition([(0, 0)])
     denoiser = over_canvas(guided_denoiser(model, guidance_scale, precision, cond))
@@ -250,25 +250,25 @@ def large_image(
 
 
 def decode_canvas(model: LatentDiffusion, latents: Tensor, progress: bool = True, out: Any = None) -> Tensor | Any:
-    """The image of a canvas of scaled latents (1,C,h,w): at once if it is small, else in tiles.
+    """The image of a canvas of scaled latents (1,C,h,w): at once if it is small, else in parts.
 
     Returns (1,3,H,W) in [-1,1] on the CPU; or `out`, an array (H,W,3) uint8 that can be assigned to by slices (a memory
-    map, a zarr array), where tiles go as they are made, so that the image needs no memory. Latents may lie on the CPU
+    map, a zarr array), where parts go as they are made, so that the image needs no memory. Latents may lie on the CPU
     while the model is on a GPU. A decoder with attention, which is quadratic in the canvas and was trained on tiles,
     decodes no more than 512 px at once.
     """
     first_stage, factor = model.first_stage_model, model.first_stage_model.downsampling
     height, width = (side * factor for side in latents.shape[-2:])
     attends = any(isinstance(layer, AttnBlock) for layer in first_stage.modules())
-    tile = ATTENDED_TILE if attends else DECODE_TILE
-    if height * width <= (ATTENDED_TILE**2 if attends else AT_ONCE):
-        tile = max(height, width)
+    part = ATTENDED_PART if attends else DECODE_PART
+    if height * width <= part**2:
+        part = max(height, width)
     image = torch.empty(1, 3, height, width) if out is None else None
-    total = -(-height // tile) * -(-width // tile)
-    tiles = decode_tiles(first_stage, latents / model.scale_factor, max(tile // factor, 1), HALO)
-    for rows, cols, part in tqdm(tiles, desc="decode", unit="tile", total=total, disable=not progress or total == 1):
+    total = -(-height // part) * -(-width // part)
+    parts = decode_tiles(first_stage, latents / model.scale_factor, model.image_size, max(part // factor, 1))
+    for rows, cols, decoded in tqdm(parts, desc="decode", total=total, disable=not progress or total == 1):
         if out is None:
-            image[..., rows, cols] = part.clamp_(-1, 1)
+            image[..., rows, cols] = decoded.clamp(-1, 1)
         else:
-            out[rows, cols] = to_uint8(part)[0]
+            out[rows, cols] = to_uint8(decoded)[0]
     return image if out is None else out

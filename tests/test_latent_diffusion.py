@@ -314,4 +314,4 @@ def test_every_step_costs_little_more_than_its_window_areas(tmp_path):
 
     model.model.register_forward_pre_hook(count)
     ldm.large_image(model, torch.randn(4, 4, 24), steps=3, guidance_scale=1.0, progress=False)
-    assert list(windows.values()) == [25, 25, 25]  # of 16 areas: 5/4 along each side
+    assert list(windows.values()) == [25, 25, 49]  # of 16 areas: 5/4 along each side, at last every half window

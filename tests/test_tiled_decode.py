@@ -1,21 +1,21 @@
-"""Decoding in tiles against decoding at once."""
+"""Decoding a canvas: as tiles are decoded, but without their borders, in parts of any size."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ldm.autoencoder.autoencoder import AutoencoderKL
-from ldm.autoencoder.tiled_decode import decode_tiled, decode_tiles, joint_group_norm, sampled_spans
+from ldm.autoencoder.tiled_decode import decode_tiled, decode_tiles, local_group_norm, local_statistics, spread
 
 DDCONFIG = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2],
-                num_res_blocks=1, attn_resolutions=[], dropout=0.0)  # fmt: skip
+                num_res_blocks=1, attn_resolutions=[], dropout=0.0, mid_attention=False)  # fmt: skip
+WINDOW = 16
 
 
 def first_stage() -> AutoencoderKL:
     torch.manual_seed(0)
-    model = AutoencoderKL(DDCONFIG, 4).eval()
-    model.decoder.mid.attn_1 = torch.nn.Identity()  # attention sees the whole canvas, which tiles cannot
-    return model
+    return AutoencoderKL(DDCONFIG, 4).eval()
 
 
 def canvas() -> torch.Tensor:
@@ -24,57 +24,72 @@ def canvas() -> torch.Tensor:
     return z
 
 
-def test_tiles_share_the_tone_of_the_canvas():
+def test_the_middle_of_a_tile_is_decoded_as_the_tile_alone():
+    """Beside a half of another tone, where statistics of the whole canvas would spoil it."""
     model, z = first_stage(), canvas()
     with torch.no_grad():
         whole = model.decode(z)
-        apart = torch.cat(
-            [torch.cat([model.decode(z[..., r : r + 32, c : c + 32]) for c in (0, 32, 64)], -1) for r in (0, 32)], -2
-        )
-    ours = decode_tiled(model, z, tile=32, halo=12)
-    error, naive = (float((image - whole).abs().mean() / whole.std()) for image in (ours, apart))
-    assert error < 0.02, (error, naive)
-    assert naive > 5 * error, (error, naive)
+        tile = model.decode(z[..., 16:48, 64:96])[..., 28:36, 28:36]
+    ours = decode_tiled(model, z, window=32)[..., 60:68, 156:164]
+    near, far = (float((image - tile).abs().mean()) for image in (ours, whole[..., 60:68, 156:164]))
+    assert near < 0.2 * far, (near, far)
 
 
-def test_any_size_is_covered_and_a_single_tile_is_untouched():
-    model = first_stage()
-    z = canvas()[..., :50, :70]
-    assert decode_tiled(model, z, tile=32, halo=8).isfinite().all()
-    assert decode_tiled(model, z, tile=32, halo=8).shape == (1, 3, 100, 140)
-    with torch.no_grad():
-        assert torch.equal(decode_tiled(model, z, tile=96), model.decode(z))
-
-
-def test_joint_statistics_of_one_image_are_its_own_and_the_layers_are_given_back():
+def test_parts_fit_together():
     model, z = first_stage(), canvas()
+    whole = decode_tiled(model, z, WINDOW, part=96)
+    apart = decode_tiled(model, z, WINDOW, part=32)
+    narrow = decode_tiled(model, z, WINDOW, part=32, halo=1)
+    error, careless = (float((image - whole).abs().mean() / whole.std()) for image in (apart, narrow))
+    assert error < 0.01, (error, careless)
+    assert careless > 5 * error, (error, careless)
+
+
+def test_any_size_is_covered_and_a_canvas_of_one_tile_is_decoded_as_it_is():
+    model, z = first_stage(), canvas()
+    assert decode_tiled(model, z[..., :50, :70], WINDOW, part=32).shape == (1, 3, 100, 140)
+    assert decode_tiled(model, z[..., :50, :70], WINDOW, part=32).isfinite().all()
+    assert decode_tiled(model, z[..., :9, :70], WINDOW, part=32).isfinite().all()
     with torch.no_grad():
-        plain = model.decode(z)
-        with joint_group_norm(model, {}):
-            torch.testing.assert_close(model.decode(z), plain, rtol=1e-4, atol=1e-4)
-        assert torch.equal(model.decode(z), plain)
+        assert torch.equal(decode_tiled(model, z[..., :16, :12], WINDOW), model.decode(z[..., :16, :12]))
 
 
-def test_tiles_cover_the_image_once_and_come_as_they_are_made():
+def test_parts_cover_the_image_once_and_come_as_they_are_made():
     model, z, calls = first_stage(), canvas(), []
     decode = model.decode
-    model.decode = lambda z: calls.append(tuple(z.shape[-2:])) or decode(z)
+    model.decode = lambda z: calls.append(1) or decode(z)
+    parts = decode_tiles(model, z, WINDOW, part=32)
+    next(parts)
+    assert len(calls) == 2  # the part and the next one, which is under way meanwhile
     covered = torch.zeros(128, 192)
-    tiles = decode_tiles(model, z, tile=32, halo=8)
-    next(tiles)
-    assert len(calls) == 3  # the statistics, the tile, and the next one, under way meanwhile
-    for rows, cols, part in decode_tiles(model, z, tile=32, halo=8):
+    for rows, cols, part in decode_tiles(model, z, WINDOW, part=32):
         covered[rows, cols] += 1
         assert part.shape == (1, 3, 64, 64)
     assert (covered == 1).all()
 
 
-def test_the_statistics_are_taken_from_few_pixels_of_a_large_canvas():
-    for size in (512, 1024):
-        spans_ = sampled_spans(size, 24, 8, 4)
-        assert [span.tile.stop - span.tile.start for span in spans_] == [24] * 4
-        assert spans_[0].tile.start == 0
-        assert spans_[-1].tile.stop == spans_[-1].window.stop == size
-        assert all(span.window.stop - span.window.start == 40 for span in spans_)
-    (whole,) = sampled_spans(20, 24, 8, 4)
-    assert whole.tile == whole.window == slice(0, 20)
+def test_statistics_are_of_the_window_about_a_place():
+    x = torch.randn(1, 2, 3, 40, 56, generator=torch.Generator().manual_seed(2))
+    mean, variance = local_statistics(x, 16)
+    assert mean.shape == (1, 2, 7, 11)                                          # every 4 of 40 - 16 and of 56 - 16
+    window = x[0, 1, :, 8:24, 20:36]
+    torch.testing.assert_close(mean[0, 1, 2, 5], window.mean())
+    torch.testing.assert_close(variance[0, 1, 2, 5], window.var(correction=0))
+    places = spread(mean, (40, 56), 16)
+    assert places.shape == (1, 2, 40, 56)
+    torch.testing.assert_close(places[..., 16, 28], mean[..., 2, 5])            # the middle of that window
+    assert torch.equal(places[..., 0, 0], mean[..., 0, 0])
+    assert torch.equal(places[..., -1, -1], mean[..., -1, -1])
+
+
+def test_a_layer_that_sees_one_window_is_the_layer_itself_and_layers_are_given_back():
+    norm, x = nn.GroupNorm(2, 4), torch.randn(1, 4, 16, 16)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    plain = norm(x)
+    with local_group_norm(norm, 16, 16):
+        torch.testing.assert_close(norm(x), plain)
+    wide = torch.cat([x, 5 * x + 3], -1)
+    with local_group_norm(norm, 16, 32):
+        torch.testing.assert_close(norm(wide)[..., :8], plain[..., :8])         # up to the window's middle
+    assert torch.equal(norm(x), plain)

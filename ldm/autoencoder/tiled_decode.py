@@ -1,22 +1,27 @@
-"""Decoding a canvas larger than memory: tile by tile, without tone that varies from tile to tile.
+"""Decoding a canvas larger than a tile, or than memory, as if every place were in the middle of a tile.
 
-A decoder's group normalisation takes its statistics over the whole image. Tiles decoded by themselves therefore differ
-in tone. Here one pass over a sample of tiles, normalised together as if they were one image, fixes the statistics of
-every layer, and all tiles are decoded with those. Each tile is decoded in a window with a halo of its neighbours'
-latents, which is cut away with what the convolutions' borders did to it.
+A decoder's group normalisation takes its statistics over the image, and was trained on tiles. Over a large canvas they
+are others: half of it glass turns the tissue pale. Tiles decoded by themselves differ in tone and show. Here each place
+is normalised by the statistics of the tile about it, which change smoothly over the canvas, so it is decoded as it was
+trained, without borders. A canvas larger than memory is decoded in parts, each with a halo of its neighbours' latents,
+which is cut away with what the part's borders did to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.transfers import receive, send
+
+REACH = 8  # latents beyond half a window: what lies further away changes no grey level by one
+CELLS = 4  # along a tile: statistics are taken at every quarter of one
 
 
 class Span(NamedTuple):
@@ -45,34 +50,46 @@ def spans(size: int, tile: int, halo: int) -> list[Span]:
     ]
 
 
-@contextmanager
-def joint_group_norm(
-    module: nn.Module, statistics: dict[nn.Module, tuple[Tensor, Tensor]], tiles: Sequence[tuple[Span, Span]] = ()
-) -> Iterator[None]:
-    """Within this context every GroupNorm of `module` normalises a batch as if it were one image.
+def local_statistics(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B,G,rows,cols) of x (B,G,C,H,W) over channels and windows at every quarter of one.
 
-    A layer that is not in `statistics` takes mean and variance (groups,) over the batch, of image i only within
-    tiles[i], and records them there; a layer that is uses the recorded ones.
+    A side not longer than the window has one window, the whole of it.
+    """
+    cell = max(window // CELLS, 1)
+    mean, square = (
+        F.avg_pool2d(values.mean(2), cell, ceil_mode=True, count_include_pad=False) for values in (x, x.square())
+    )
+    size = tuple(min(CELLS, cells) for cells in mean.shape[-2:])
+    mean, square = (F.avg_pool2d(values, size, 1) for values in (mean, square))
+    return mean, (square - mean.square()).clamp(min=0)
+
+
+def spread(values: Tensor, size: tuple[int, int], window: int) -> Tensor:
+    """Values (B,G,rows,cols) of windows at every quarter, at each place (B,G,H,W): linear between the windows' middles,
+    towards the canvas' sides those of the outermost windows."""
+    cell, pads = max(window // CELLS, 1), []
+    inner = [min((count - 1) * cell + 1, side) for count, side in zip(values.shape[-2:], size)]
+    for length, side in zip(reversed(inner), reversed(size)):
+        before = min(window // 2, side - length)
+        pads += [before, side - length - before]
+    return F.pad(F.interpolate(values, inner, mode="bilinear", align_corners=True), pads, mode="replicate")
+
+
+@contextmanager
+def local_group_norm(module: nn.Module, window: int, width: int) -> Iterator[None]:
+    """Within this context every GroupNorm of `module` normalises each place by the statistics of a window about it.
+
+    window: its side, width: that of the canvas, in the same pixels, whatever the resolution of a layer's input.
     """
 
-    def measure(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-        grouped = x.float().unflatten(1, (norm.num_groups, -1))                 # (B,G,C/G,H,W)
-        if tiles:
-            scale = x.shape[-1] // (tiles[0][1].window.stop - tiles[0][1].window.start)
-            parts = [image[..., r.inside(scale), c.inside(scale)] for image, (r, c) in zip(grouped, tiles)]
-            values = torch.cat([part.flatten(1) for part in parts], dim=1)      # (G,N)
-        else:
-            values = grouped.transpose(0, 1).flatten(1)
-        variance, mean = torch.var_mean(values, dim=1, correction=0)
-        return mean, variance
-
     def forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
-        if self not in statistics:
-            statistics[self] = measure(self, x)
-        mean, variance = statistics[self]
-        scale = self.weight.view(self.num_groups, -1) * (variance + self.eps).rsqrt()[:, None]
-        shift = self.bias.view(self.num_groups, -1) - mean[:, None] * scale
-        return x * scale.view(1, -1, 1, 1).to(x.dtype) + shift.view(1, -1, 1, 1).to(x.dtype)
+        here = max(round(window * x.shape[-1] / width), 1)
+        grouped = x.float().unflatten(1, (self.num_groups, -1))                 # (B,G,C/G,H,W)
+        mean, variance = local_statistics(grouped, here)
+        scale = (variance + self.eps).rsqrt()
+        scale, shift = (spread(values, x.shape[-2:], here)[:, :, None] for values in (scale, -mean * scale))
+        out = torch.addcmul(shift, grouped, scale).flatten(1, 2)
+        return out.mul_(self.weight.view(-1, 1, 1)).add_(self.bias.view(-1, 1, 1)).to(x.dtype)
 
     norms = [layer for layer in module.modules() if isinstance(layer, nn.GroupNorm)]
     for norm in norms:
@@ -84,55 +101,40 @@ def joint_group_norm(
             del norm.forward
 
 
-def sampled_spans(size: int, side: int, halo: int, count: int) -> list[Span]:
-    """At most `count` tiles of an axis, evenly spread from end to end, without overlap where they are few enough."""
-    side = min(side, size)
-    count = min(count, -(-size // side))
-    starts = [round(i * (size - side) / max(count - 1, 1)) for i in range(count)]
-    reach = min(side + 2 * halo, size)
-    windows = [min(max(start - halo, 0), size - reach) for start in starts]
-    return [
-        Span(slice(window, window + reach), slice(start, start + side)) for window, start in zip(windows, starts)
-    ]
-
-
 @torch.no_grad()
 def decode_tiles(
-    first_stage: nn.Module, z: Tensor, tile: int = 64, halo: int = 16, samples: int = 4, sample_side: int = 24
+    first_stage: nn.Module, z: Tensor, window: int, part: int = 128, halo: int | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Decode latents z (1,C,h,w) of any size tile by tile: rows and columns of the image (1,3,H,W), and what is there.
+    """Decode latents z (1,C,h,w) of any size part by part: rows and columns of the image (1,3,H,W), what is there.
 
-    z may lie in main memory while the first stage is on a GPU; the tiles come where z is.
+    z may lie in main memory while the first stage is on a GPU; the parts come where z is.
 
     Args:
-        tile, halo: in latents. A canvas of one tile is decoded as it is.
-        samples, sample_side: the statistics are those of a lattice of samples x samples tiles, evenly spread over the
-            canvas, of so many latents a side, with half the halo; fewer where the canvas holds no more.
+        window: latents along the tiles that the decoder was trained on. A canvas of one is decoded as it is.
+        part: latents along a part.
+        halo: latents about it; by default half a window, for the statistics, and what the convolutions reach.
     """
     factor, device = first_stage.downsampling, next((p.device for p in first_stage.parameters()), z.device)
-    down, across = (spans(side, tile, halo) for side in z.shape[-2:])
-    if len(down) == len(across) == 1:
-        whole = slice(0, z.shape[-2] * factor), slice(0, z.shape[-1] * factor)
-        yield *whole, first_stage.decode(z.to(device)).to(z.device)
-        return
-    chosen = list(product(*(sampled_spans(side, sample_side, halo // 2, samples) for side in z.shape[-2:])))
-    statistics: dict[nn.Module, tuple[Tensor, Tensor]] = {}
-    with joint_group_norm(first_stage, statistics, chosen):
-        first_stage.decode(torch.cat([z[..., rows.window, cols.window] for rows, cols in chosen]).to(device))
-    under_way = None  # while the device decodes a tile, the one before comes home
+    halo = window // 2 + REACH if halo is None else halo
+    down, across = (spans(side, part, halo) for side in z.shape[-2:])
+    under_way = None  # while the device decodes a part, the one before comes home
     for rows, cols in product(down, across):
-        with joint_group_norm(first_stage, statistics):
-            part = first_stage.decode(send(z[..., rows.window, cols.window], device))
-        part = part[..., rows.inside(factor), cols.inside(factor)]
+        latents = send(z[..., rows.window, cols.window], device)
+        if max(z.shape[-2:]) <= window:
+            decoded = first_stage.decode(latents)
+        else:
+            with local_group_norm(first_stage, window, latents.shape[-1]):
+                decoded = first_stage.decode(latents)
+        decoded = decoded[..., rows.inside(factor), cols.inside(factor)]
         if under_way:
             yield *under_way[:2], under_way[2]()
-        under_way = rows.outside(factor), cols.outside(factor), receive(part, z.device)
+        under_way = rows.outside(factor), cols.outside(factor), receive(decoded, z.device)
     yield *under_way[:2], under_way[2]()
 
 
-def decode_tiled(first_stage: nn.Module, z: Tensor, tile: int = 64, halo: int = 16) -> Tensor:
-    """The image (1,3,H,W) of latents z (1,C,h,w), decoded tile by tile (`decode_tiles`)."""
+def decode_tiled(first_stage: nn.Module, z: Tensor, window: int, part: int = 128, halo: int | None = None) -> Tensor:
+    """The image (1,3,H,W) of latents z (1,C,h,w), decoded part by part (`decode_tiles`)."""
     image = z.new_empty(1, 3, *(side * first_stage.downsampling for side in z.shape[-2:]))
-    for rows, cols, part in decode_tiles(first_stage, z, tile, halo):
-        image[..., rows, cols] = part
+    for rows, cols, decoded in decode_tiles(first_stage, z, window, part, halo):
+        image[..., rows, cols] = decoded
     return image
