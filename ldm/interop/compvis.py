@@ -37,7 +37,7 @@ def is_compvis(path: Path, content: Any) -> bool:
     """Whether a checkpoint's tensors have the names of CompVis' diffusion models or first stages."""
     state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     names = {str(name).removeprefix("module.") for name in state} if isinstance(state, Mapping) else set()
-    return any(name.startswith(NETWORK) for name in names) or names >= FIRST_STAGE_NAMES
+    return any(name.startswith((NETWORK, FIRST_STAGE)) for name in names) or names >= FIRST_STAGE_NAMES
 
 
 def read_compvis(

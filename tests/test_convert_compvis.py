@@ -1,0 +1,495 @@
+"""Checkpoints of CompVis and its forks: through a model folder, the outputs of the code that made them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from published import load, relative
+from torch import Tensor
+
+from ldm.conditioners.field import FeatureField
+from ldm.config import instantiate_from_config
+from ldm.convert import build, check, convert, load_model, read_published
+from ldm.diffusion import samplers, schedules
+from ldm.diffusion.denoiser import TableDenoiser, call_network
+from ldm.diffusion.guidance import cfg, clip
+from ldm.diffusion.tiled import tiled
+from ldm.errors import UserError
+from ldm.interop import targets
+from ldm.interop.checkpoint import read_checkpoint
+from ldm.interop.compvis import read_compvis
+from ldm.model_folder import load_first_stage, read_model_folder
+from ldm.networks.unet import UNetModel
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model_of(oracle, tmp_path_factory):
+    """Convert the checkpoint of an oracle's folder and load the model folder."""
+
+    def make(name: str, **options: Any):
+        folder = oracle / name
+        (checkpoint,) = folder.glob("*.ckpt")
+        out = tmp_path_factory.mktemp("models") / folder.name
+        options = {"config": folder / "config.yaml", **options}
+        return load_model(convert(checkpoint, out, say=silent, **options)), load(folder / "io.pt")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def lid(model_of):
+    return model_of("ldm_ckpt_lid_vq")
+
+
+def eps(model, io: dict, cond: dict) -> Tensor:
+    with torch.no_grad():
+        return call_network(model.model, io["x_T"], io["t"], cond)
+
+
+def published_ddim(model, io: dict, cond: dict, null=None, sampler=samplers.sample_euler, *extra) -> Tensor:
+    """The published sampler's ten steps: its spacing, its end above zero."""
+    sigmas = schedules.table_sigmas(model.sigmas, 10, "legacy")
+    denoiser = model.denoiser() if null is None else cfg(model.denoiser(), null, io["cfg_scale"])
+    start = io["x_T"] * (1 + sigmas[0] ** 2).sqrt()
+    with torch.no_grad():
+        return sampler(denoiser, start, sigmas, cond, *extra) / (1 + sigmas[-1] ** 2).sqrt()
+
+
+def close(ours: Tensor, golden: Tensor, tolerance: float = 1e-5) -> None:
+    assert relative(ours, golden) < tolerance
+
+
+# --- every published checkpoint --------------------------------------------------------------------------------------
+
+
+def test_large_image_diffusion(lid):
+    model, io = lid
+    raw = io["raw"]
+    cond, null = model.condition(features=io["batch"]["feat_patch"]), model.null_condition()
+    close(cond["crossattn"], raw["c"])
+    close(null["crossattn"], raw["uc"][:1])
+    close(eps(model, io, cond), raw["eps"])
+    sampled = published_ddim(model, io, cond, null)
+    close(sampled, raw["ddim"], 1e-4)
+    close(published_ddim(model, io, cond), raw["ddim_no_cfg"], 1e-4)
+    close(published_ddim(model, io, cond, null, samplers.sample_plms), raw["plms"], 1e-4)
+    run = io["ddim_eta1"]
+    noisy = published_ddim(model, io, cond, null, samplers.sample_ddim, lambda step: run["noises"][step])
+    close(noisy, run["out"], 1e-4)
+    close(model.decode(raw["ddim"][:1]), raw["decoded"])
+    close(model.encode(io["image"]), io["z0"])
+    assert model.scale_factor == 0.8
+
+
+def test_large_image_diffusion_with_the_region(model_of):
+    model, io = model_of("more/lid_ssl_ckpt")
+    batch = io["batch"]
+    cond = model.condition(ssl=batch["feat_20x"], region=batch["feat_5x"])
+    close(cond["crossattn"], io["c"])
+    close(model.null_condition()["crossattn"], io["uc"][:1])
+    close(eps(model, io, cond), io["eps"])
+    close(published_ddim(model, io, cond, model.null_condition()), io["ddim"], 1e-4)
+    close(published_ddim(model, io, cond, model.null_condition(), samplers.sample_plms), io["plms"], 1e-4)
+    close(model.decode(io["ddim"][:1]), io["decoded"])
+    close(model.encode(io["image"]), io["z0"])
+
+
+def test_pathldm_by_class(model_of):
+    names = ["low low", "low high", "high low", "high high"]
+    model, io = model_of("more/pathldm_class_ckpt", classes=names)
+    cond = model.condition(class_=[names[label] for label in io["batch"]["class_label"]])
+    close(cond["crossattn"], io["c"])
+    close(model.null_condition()["crossattn"], io["uc"][:1])
+    close(eps(model, io, cond), io["eps"])
+    close(published_ddim(model, io, cond, model.null_condition()), io["ddim"], 1e-4)
+    close(model.decode(io["ddim"][:1]), io["decoded"])
+
+
+def test_pathldm_by_text(model_of):
+    model, io = model_of("more/pathldm_text_ckpt")
+    text = model.cond_stage_model
+    cond = {"crossattn": text.encode(io["input_ids"], io["attention_mask"])}
+    close(cond["crossattn"], io["c"])
+    close(text.encode(io["input_ids_uncond"], io["attention_mask_uncond"]), io["uc"])
+    close(model.null_condition()["crossattn"], io["uc"][:1])
+    close(eps(model, io, cond), io["eps"])
+    close(published_ddim(model, io, cond, model.null_condition()), io["ddim"], 1e-4)
+    close(model.decode(io["ddim"][:1]), io["decoded"])
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.parametrize("config", ["config.yaml", "config_published_style.yaml"])
+def test_zoomldm(model_of, oracle, weights, config):
+    levels = ["20x", "10x", "5x", "2.5x", "1.25x", "0.625x", "0.3125x", "0.15625x"]
+    project = oracle / "more" / "zoomldm_ckpt" / config
+    model, io = model_of("more/zoomldm_ckpt", raw_weights=weights == "raw", classes=levels, config=project)
+    golden, batch = io[weights], io["batch"]
+    cond = model.condition(ssl=batch["ssl_feat"], magnification=[levels[level] for level in batch["mag"]])
+    close(cond["crossattn"], golden["c"])
+    null = model.null_condition()
+    noisy = eps(model, io, cond)
+    close(noisy, golden["eps"])
+    without = eps(model, io, {"crossattn": null["crossattn"].expand(2, -1, -1)})
+    close(without, golden["eps_uncond"])
+    close(3 * noisy - 2 * without, golden["large_image_pred_w2"])
+    if config == "config.yaml":
+        close(published_ddim(model, io, cond, null), golden["ddim"], 1e-4)
+        close(published_ddim(model, io, cond, null, samplers.sample_plms), golden["plms"], 1e-4)
+        close(model.decode(golden["ddim"][:1]), golden["decoded"])
+        close(model.encode(io["image"]), io["z0"])
+
+
+def test_segmentation_beside_the_latent(model_of):
+    model, io = model_of("more/ldm_concat_ckpt")
+    cond = model.condition(segmentation=io["cond_input"])
+    close(cond["concat"], io["c"])
+    close(eps(model, io, cond), io["eps"])
+    close(published_ddim(model, io, cond), io["ddim"], 1e-4)
+    run = io["ddim_eta1"]
+    noisy = published_ddim(model, io, cond, None, samplers.sample_ddim, lambda step: run["noises"][step])
+    close(noisy, run["out"], 1e-4)
+    close(model.decode(io["ddim"][:1]), io["decoded"])
+    nothing = model.null_condition()  # of one value, for any size
+    io["cfg_scale"] = 1.5
+    assert published_ddim(model, io, cond, nothing).isfinite().all()
+
+
+def test_hybrid_of_classes_and_a_map(model_of):
+    model, io = model_of("more/ldm_hybrid_ckpt", classes=list("abcdef"))
+    labels = [model.condition(class_=label, map=io["c_concat"]) for label in io["class_labels"].unbind(1)]
+    cond = labels[0] | {"class/crossattn": torch.cat([label["class/crossattn"] for label in labels], 1)}
+    close(cond["class/crossattn"], io["c_crossattn"])
+    close(eps(model, io, cond), io["eps"])
+    close(published_ddim(model, io, cond), io["ddim"], 1e-4)
+
+
+def write(folder: Path, target: str, params: dict, state: dict, **around: Any) -> Path:
+    """A checkpoint and the project YAML beside it."""
+    folder.mkdir(exist_ok=True, parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"model": {"target": target, "params": params}}))
+    torch.save({"state_dict": state, **around}, folder / "model.ckpt")
+    return folder / "model.ckpt"
+
+
+@pytest.mark.parametrize("name", ["ldm_ae_kl_f8.pt", "more/ldm_ae_kl_f4.pt"])
+def test_kl_first_stages(oracle, tmp_path, name):
+    golden = load(oracle / name)
+    state = golden.get("state_dict") or golden["state_dict_fp16"]
+    params = golden["config"] | {"monitor": "val/rec_loss", "ckpt_path": "kl-f8/model.ckpt"}
+    loss = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(2)}
+    source = write(tmp_path / "kl", "ldm.models.autoencoder.AutoencoderKL", params, {**state, **loss})
+    stage = load_first_stage(str(convert(source, tmp_path / "model", say=silent)))
+    assert {value.dtype for value in stage.state_dict().values()} == {torch.float32}  # of a float16 file too
+    with torch.no_grad():
+        posterior = stage.encode(golden["x"])
+        close(posterior.mean, golden["mean"])
+        close(posterior.logvar, golden["logvar"])
+        close(stage.decode(golden["mean"]), golden["dec_mode"])
+
+
+@pytest.mark.parametrize("name", ["ldm_ae_vq_f4.pt", "more/ldm_ae_vq_f8.pt"])
+def test_vq_first_stages(oracle, tmp_path, name):
+    golden = load(oracle / name)
+    if "state_dict_file" in golden:  # the first stage in a diffusion model's checkpoint
+        state = load(oracle / golden["state_dict_file"])["state_dict"]
+        target = "ldm.models.autoencoder.VQModelInterface"
+    else:
+        state, target = golden["state_dict_fp16"], "taming.models.vqgan.VQModel"
+    source = write(tmp_path / "vq", target, golden["config"], state)
+    stage = load_first_stage(str(convert(source, tmp_path / "model", say=silent)))
+    with torch.no_grad():
+        hidden = stage.encode(golden["x"])
+        close(hidden, golden["h"])
+        quantised = stage.quantize(golden["h"])
+        assert torch.equal(quantised.indices.flatten(), golden["indices"].flatten())
+        close(stage.decode(golden["h"]), golden["dec"])
+        close(stage.decode(golden["h"], force_not_quantize=True), golden["dec_force_not_quantize"])
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_pixel_model_with_a_cosine_schedule(oracle, tmp_path, weights):
+    golden = load(oracle / "more" / "ldm_ddpm_cosine.pt")
+    source = write(tmp_path / "ddpm", "ldm.models.diffusion.ddpm.DDPM", golden["config"], golden["state_dict"])
+    model = load_model(convert(source, tmp_path / "model", raw_weights=weights == "raw", say=silent))
+    run = golden["p_sample_loop" if weights == "raw" else "p_sample_loop_ema"]
+    if weights == "raw":
+        with torch.no_grad():
+            close(model.model(golden["x_probe"], golden["t"]), golden["out_probe"])
+    sigmas = schedules.table_sigmas(model.sigmas, 20)
+    start = run["x_T"] * (1 + sigmas[0] ** 2).sqrt()
+    out = samplers.sample_ddpm(clip(model.denoiser()), start, sigmas, {}, lambda step: run["noises"][step])
+    close(out, run["out"], 5e-5)
+
+
+def test_labels_within_the_unet(oracle, tmp_path):
+    golden = load(oracle / "ldm_unet_C.pt")
+    params = {
+        "unet_config": {"target": targets.UNETS[0], "params": golden["config"]},
+        "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
+        "cond_stage_config": {"target": "torch.nn.Identity"}, "conditioning_key": "adm", "image_size": 16,
+    }  # fmt: skip
+    state = {f"model.diffusion_model.{name}": value for name, value in golden["state_dict"].items()}
+    source = write(tmp_path / "adm", "ldm.models.diffusion.ddpm.LatentDiffusion", params, state)
+    model = load_model(convert(source, tmp_path / "model", classes=list("abcde"), say=silent))
+    cond = model.condition(class_=golden["y"])
+    with torch.no_grad():
+        close(call_network(model.model, golden["x"], golden["t"], cond), golden["out"])
+        close(call_network(model.model, golden["x"], golden["t_float"], cond), golden["out_t_float"])
+    assert model.cond_stage_model.dropout == 0  # it has no null: guidance is 1 by default
+
+
+def test_the_published_large_image(lid, oracle):
+    """get_panorama through the converted model; tests/test_tiled.py explains its rules."""
+    model, _ = lid
+    golden = load(oracle / "lid_large_image.pt")
+    betas = schedules.make_betas("linear", 1000, 0.0015, 0.0195).float()
+    table = schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0))
+    late = TableDenoiser(lambda x, t, **cond: model.model(x, t + 1, **cond), table)
+    field = FeatureField(golden["embeddings"].view(2, 2, 24), (128, 128), 64, "slerp")
+    guided = cfg(late, model.null_condition(), 1 + golden["params"]["guidance"])
+    canvas = tiled(guided, 64, 16, lambda corners: model.condition(features=field.at(corners)), batch_size=7)
+    visited = torch.tensor(golden["ddim=1"]["t_range"]) - 1                     # three steps suffice
+    sigmas, x = torch.cat([table[visited], torch.zeros(1)]), golden["init_epsilon"] * table[-1] + golden["init_randn"]
+    noises = golden["ddim=1"]["step_noise"]
+    with torch.no_grad():
+        for step in range(3):
+            ancestral = 1 - (1 + sigmas[step + 1] ** 2) / (1 + sigmas[step] ** 2)
+            eta = float((betas[visited[step]] / ancestral).sqrt())
+            x = samplers.sample_ddim(canvas, x, sigmas[step : step + 2], {}, lambda _, k=step: noises[k], eta=eta)
+    close(x, golden["ddim=1"]["latent"], 1e-4)
+
+
+# --- by name, strictly ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def edited(oracle, tmp_path):
+    """A copy of an oracle's checkpoint and config after `edit(state, model params)`."""
+
+    def make(edit, name: str = "ldm_ckpt_lid_vq", **around: Any) -> Path:
+        (checkpoint,) = (oracle / name).glob("*.ckpt")
+        content = read_checkpoint(checkpoint)
+        state = dict(content.get("state_dict", content))
+        model = yaml.safe_load((oracle / name / "config.yaml").read_text())["model"]
+        edit(state, model["params"])
+        return write(tmp_path / "edited", model["target"], model["params"], state, **around)
+
+    return make
+
+
+def unet(params: dict) -> dict:
+    return params["unet_config"]["params"]
+
+
+def cond_params(params: dict) -> dict:
+    return params["cond_stage_config"]["params"]
+
+
+IDENTITY = {"target": "torch.nn.Identity"}
+WEIGHT = "model.diffusion_model.out.2.weight"
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda s, p: s.pop(WEIGHT), f"1 weights are missing .first: {WEIGHT}"),
+        (lambda s, p: s.update(surplus=torch.zeros(2)), "1 tensors of .* have no place in the model of .*: surplus"),
+        (lambda s, p: s.update({"model.diffusion_model.more": torch.zeros(2)}), "are not of this model"),
+        (lambda s, p: unet(p).update(model_channels=64), "has shape .*, expected"),
+        (lambda s, p: unet(p).update(num_res_blocks=2), "weights are missing"),
+        (lambda s, p: cond_params(p).update(patch_embed_dim=768), "patch_fc.weight has shape .32, 24., expected .*768"),
+        (lambda s, p: p.update(linear_end=0.0205), "the noise schedule in .* is not that of its config: betas at step"),
+        (lambda s, p: p.update(beta_schedule="cosine"), "the noise schedule in"),
+        (lambda s, p: p.update(timesteps=500), "trained with 1000 noise levels, its config says 500"),
+        (lambda s, p: p.update(scale_by_std=True), "has no scale_factor"),
+        (lambda s, p: p["cond_stage_config"].update(target="os.system"), "cond_stage_config.target 'os.system' is not"),
+        (lambda s, p: p["unet_config"].update(target="mylab.UNet"), "unet_config.target 'mylab.UNet' is not known"),
+        (lambda s, p: p.update(first_stage_config=IDENTITY), "first_stage_config.target 'torch.nn.Identity' is not"),
+        (lambda s, p: cond_params(p).update(patch_dim=3), "PatchEmbedder has no parameter 'patch_dim'"),
+        (lambda s, p: unet(p).update(heads=3), "unet_config.params.heads is not known"),
+        (lambda s, p: unet(p).update(dims=3), "unet_config.params.dims is 3; only 2 is supported"),
+        (lambda s, p: p.update(cond_stage_config="__is_unconditional__"), "holds a conditioner .* says none"),
+        (lambda s, p: p.update(cond_stage_config="__is_first_stage__"), "its first stage, which is not supported"),
+        (lambda s, p: p.update(conditioning_key="concat"), "conditioning_key is 'concat', which does not fit"),
+        (lambda s, p: [s.pop(n) for n in list(s) if n.startswith("model.")], "holds no network"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_an_error_that_says_so(edited, tmp_path, edit, message):
+    with pytest.raises(UserError, match=message):
+        convert(edited(edit), tmp_path / "model", say=silent)
+    assert not (tmp_path / "model").exists()
+
+
+def test_every_tensor_is_accounted_for(edited, tmp_path):
+    def edit(state: dict, params: dict) -> None:
+        state.update({"inception.a": torch.ones(1), "first_stage_model.loss.b": torch.ones(1), "logvar": torch.ones(9)})
+        params.update(fid_path="x.npz", scheduler_config={"target": "ldm.lr_scheduler.LambdaLinearScheduler"}, odd=1)
+
+    source = edited(edit)
+    found = read_published(source)
+    assert len(found.state) + len(found.unused) == len(read_checkpoint(source)["state_dict"])
+    assert found.unused["inception.a"].startswith("the Inception network")
+    assert any("model.params.odd of the config is not known" in note for note in found.notes)
+    said: list[str] = []
+    convert(source, tmp_path / "model", say=said.append)
+    assert "1 left: the Inception network that measured FID while training (inception.a)" in said
+    assert said[0].startswith("note: the config is config.yaml")
+
+
+def test_the_measured_scale_is_kept(edited, tmp_path):
+    source = edited(lambda s, p: s.update(scale_factor=torch.tensor(0.25)) or p.update(scale_by_std=True))
+    model = load_model(convert(source, tmp_path / "measured", say=silent))
+    assert float(model.scale_factor) == 0.25
+    source = edited(lambda s, p: s.update(scale_factor=torch.tensor(0.25)))
+    said: list[str] = []
+    model = load_model(convert(source, tmp_path / "told", say=said.append))
+    assert model.scale_factor == 0.25
+    assert "note: scale_factor is the checkpoint's 0.25; the config says 0.8" in said
+
+
+def test_half_precision_files_and_folders(edited, tmp_path):
+    def halve(state: dict, params: dict) -> None:
+        state.update({name: value.half() for name, value in state.items()})
+
+    source = edited(halve)
+    model = load_model(convert(source, tmp_path / "half", say=silent))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    expected = read_checkpoint(source)["state_dict"][WEIGHT].float()
+    assert torch.equal(model.state_dict()[WEIGHT], expected)
+    small = convert(source, tmp_path / "small", half=True, say=silent)
+    assert torch.equal(load_model(small).state_dict()[WEIGHT], expected)
+
+
+def test_classes_are_asked_for_and_stored(model_of, oracle, tmp_path):
+    source = oracle / "more" / "pathldm_class_ckpt" / "model.ckpt"
+    said: list[str] = []
+    folder = convert(source, tmp_path / "numbered", say=said.append)
+    assert any("they are 0 to 3; the last of its embeddings is taken as the unconditional one" in line for line in said)
+    assert load_model(folder).cond_stage_model.classes == ("0", "1", "2", "3")
+    model = load_model(convert(source, tmp_path / "all", classes=list("abcde"), say=silent))  # no unconditional one
+    assert model.cond_stage_model.classes == tuple("abcde")
+    assert model.cond_stage_model.dropout == 0
+    assert model.null_condition()["crossattn"].abs().max() == 0
+    with pytest.raises(UserError, match=r"5 class embeddings; give 4 \(without the unconditional one, the last\) or 5"):
+        convert(source, tmp_path / "few", classes=["a", "b"], say=silent)
+    with pytest.raises(UserError, match="no classes to name"):
+        convert(oracle / "ldm_ckpt_lid_vq" / "model.ckpt", tmp_path / "none", classes=["a"], say=silent)
+
+
+def test_facts_of_the_user_are_stored(oracle, tmp_path):
+    source = oracle / "ldm_ckpt_lid_vq" / "model.ckpt"
+    folder = convert(source, tmp_path / "m", encoder="ours", mpp=0.5, licence="CC BY-NC 4.0", say=silent)
+    _, metadata = read_model_folder(folder)
+    assert metadata == {
+        "licence": "CC BY-NC 4.0", "mpp": 0.5, "tile_size": 64, "converted_from": "model.ckpt",
+        "encoder": {"encoder": "ours", "licence": "not recorded"},
+    }  # fmt: skip
+    with pytest.raises(UserError, match="features of uni have 1024 values, the model takes 24"):
+        convert(source, tmp_path / "m", encoder="uni", say=silent)
+    with pytest.raises(UserError, match="above 0"):
+        convert(source, tmp_path / "m", mpp=0, say=silent)
+    with pytest.raises(UserError, match="takes no --mutation-genes"):
+        convert(source, tmp_path / "m", mutation_genes="genes.txt", say=silent)
+
+
+def test_a_published_checkpoint_is_loaded_without_a_folder(lid, oracle):
+    with pytest.warns(UserWarning, match="the config is config.yaml, which lies beside"):
+        model = load_model(oracle / "ldm_ckpt_lid_vq" / "model.ckpt")
+    for name, value in lid[0].state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert torch.equal(model.sigmas, lid[0].sigmas)
+
+
+def test_targets_of_others_are_refused_unless_allowed(edited, tmp_path, monkeypatch):
+    (tmp_path / "mylab.py").write_text(
+        "from ldm.conditioners.ssl import PatchEmbedder\n"
+        "class Embedder(PatchEmbedder):\n    def __init__(self):\n        super().__init__(24, 32)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    source = edited(lambda s, p: p.update(cond_stage_config={"target": "mylab.Embedder"}))
+    with pytest.raises(UserError, match="taken with --allow-target"):
+        convert(source, tmp_path / "model", say=silent)
+    folder = convert(source, tmp_path / "model", allow_target=["mylab."], say=silent)
+    with pytest.raises(UserError, match=r"'mylab\.Embedder' is not allowed"):
+        load_model(folder)
+    assert type(load_model(folder, allow_target=["mylab."]).cond_stage_model).__name__ == "Embedder"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: !!python/object/apply:os.system ['touch harmed']", "is not valid YAML"),
+        ("model: {target: '${oc.env:HOME}'}", "asks for the environment"),
+        ("a: 1", "has no `model:"),
+        ("model: {target: ldm.Nothing}", "model.target 'ldm.Nothing' is not known"),
+    ],
+)
+def test_a_project_yaml_is_only_read(oracle, tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        convert(oracle / "ldm_ckpt_lid_vq" / "model.ckpt", tmp_path / "m", config=tmp_path / "bad.yaml", say=silent)
+    assert not (tmp_path / "harmed").exists()
+
+
+# --- full-size instances of the published configs ------------------------------------------------------------------
+
+
+VQ_F4 = {
+    "target": "ldm.models.autoencoder.VQModelInterface",
+    "params": {
+        "embed_dim": 3, "n_embed": 8192, "ckpt_path": "model.ckpt", "lossconfig": {"target": "torch.nn.Identity"},
+        "ddconfig": {"double_z": False, "z_channels": 3, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+                     "ch_mult": [1, 2, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0},
+    },
+}  # fmt: skip
+LDM = {"image_size": 64, "in_channels": 3, "out_channels": 3, "attention_resolutions": [8, 4, 2], "num_res_blocks": 2}
+BRCA = {**LDM, "model_channels": 192, "channel_mult": [1, 2, 3, 5], "num_heads": 1, "use_spatial_transformer": True,
+        "transformer_depth": 1, "context_dim": 512, "use_fp16": True, "ckpt_path": "unet.ckpt"}  # fmt: skip
+CELEBA = {**LDM, "model_channels": 224, "channel_mult": [1, 2, 3, 4], "num_head_channels": 32}
+ENCODERS = targets.ENCODERS
+
+
+@pytest.mark.parametrize(
+    ("unet_params", "cond_stage", "count"),
+    [
+        (BRCA, {"target": ENCODERS + "SSLEmbedder", "params": {"normalize_ssl": True}}, 400.92),
+        (BRCA, {"target": ENCODERS + "PatchEmbedder", "params": {"patch_embed_dim": 1024}}, 400.92),
+        (BRCA, {"target": ENCODERS + "ClassEmbedder", "params": {"n_classes": 1001, "embed_dim": 512}}, 400.92),
+        (BRCA, {"target": ENCODERS + "EmbeddingViT2_5", "params": {"hidden_channels": 512, "p_uncond": 0.1}}, 400.92),
+        (CELEBA, "__is_unconditional__", 274.06),
+    ],
+    ids=["brca", "crc", "cin256", "zoomldm", "celeba"],
+)  # fmt: skip
+def test_published_configs_have_the_published_size(tmp_path, unet_params, cond_stage, count):
+    """The names and shapes of the tensors are those of a checkpoint made of that very config."""
+    params = {"unet_config": {"target": targets.UNETS[0], "params": unet_params}, "first_stage_config": VQ_F4,
+              "cond_stage_config": cond_stage, "linear_start": 0.0015, "linear_end": 0.0195, "image_size": 64,
+              "conditioning_key": "crossattn"}  # fmt: skip
+    with torch.device("meta"):
+        node = targets.unet_node(params["unet_config"], ())
+        net = UNetModel(**node["params"])
+        stage = instantiate_from_config(targets.first_stage_node(VQ_F4))
+        state = {f"model.diffusion_model.{name}": value for name, value in net.state_dict().items()}
+        state |= {f"first_stage_model.{name}": value for name, value in stage.state_dict().items()}
+        told = targets.conditioning(params, ())
+        if told is not None:
+            extra = {"class": {"classes": [str(i) for i in range(1000)]}, "grid": {"magnifications": 8}}
+            conditioner = instantiate_from_config(
+                {**told.node, "params": told.node["params"] | extra.get(told.kind, {})}
+            )
+            state |= {f"cond_stage_model.{name}": value for name, value in conditioner.state_dict().items()}
+    project = tmp_path / "config.yaml"
+    target = "ldm.models.diffusion.ddpm.LatentDiffusion"
+    project.write_text(yaml.safe_dump({"model": {"target": target, "params": params}}))
+    found = read_compvis(tmp_path / "model.ckpt", {"state_dict": state})
+    check(found, "the config")
+    assert round(sum(p.numel() for p in build(found).model.parameters()) / 1e6, 2) == count
