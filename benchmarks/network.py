@@ -46,7 +46,7 @@ from ldm.networks.unet import UNetModel
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {"small": "demo/ssl.yaml", "crc": "latent-diffusion/crc_20x.yaml"}
 TOKENS = {"small": 4, "crc": 1}
-BATCHES = {"cpu": {"small": 4, "crc": 2}, "cuda": {"small": 64, "crc": 16}}
+BATCHES = {"cpu": {"small": 4, "crc": 1}, "cuda": {"small": 64, "crc": 16}}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INTERVALS = (1, 2, 3, 5)  # steps from one computation of deep features to the next
 Step = Callable[[], Any]
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=["forward", "train", "sampling"],
                         default=["forward", "train", "sampling"])  # fmt: skip
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--batch", type=int, help="default: 4 and 2 on a CPU, 64 and 16 on a GPU")
+    parser.add_argument("--batch", type=int, help="default: 4 and 1 on a CPU, 64 and 16 on a GPU")
     parser.add_argument("--side", type=int, help="of the latents; default: the config's")
     parser.add_argument("--tokens", type=int, help="of the context; default: 4 and 1")
     parser.add_argument("--rounds", type=int, default=9)

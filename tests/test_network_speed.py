@@ -56,7 +56,7 @@ def inputs(batch: int = 2, tokens: int = 3, side: int = 16, time: float = 500.0)
 def test_convolutions_are_those_of_torch(layout, side, channels):
     x = torch.randn(3, 32, side, side, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
     for conv, padding in ((PointwiseConv(32, channels), 0), (Conv3x3(32, channels), 1)):
-        conv = conv.double()
+        conv = conv.to(torch.float64, memory_format=layout)
         expected = F.conv2d(x, conv.weight, conv.bias, padding=padding)
         found = conv(x)
         torch.testing.assert_close(found, expected)

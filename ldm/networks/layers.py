@@ -66,12 +66,15 @@ class Conv3x3(nn.Conv2d):
         return super().forward(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
+        _, channels, height, width = x.shape
         x = F.pad(x, (1, 1, 1, 1))
         shifted = [x[:, :, row : row + height, col : col + width] for row in range(3) for col in range(3)]
-        columns = torch.stack(shifted).permute(2, 0, 1, 3, 4).reshape(9 * channels, -1)     # (9C,BHW)
-        out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)              # (out,BHW)
-        return out.view(-1, batch, height, width).transpose(0, 1).contiguous()
+        if self.weight.is_contiguous():
+            columns = torch.stack(shifted).permute(2, 0, 1, 3, 4).reshape(9 * channels, -1)     # (9C,BHW)
+            out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)              # (out,BHW)
+            return out.view(-1, len(x), height, width).transpose(0, 1).contiguous()
+        columns = torch.cat([part.permute(0, 2, 3, 1) for part in shifted], dim=-1)             # (B,H,W,9C)
+        return F.linear(columns, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 class PointwiseConv(nn.Conv2d):
