@@ -268,6 +268,8 @@ def main() -> None:
     parser.add_argument("--encoder", type=Path, default=ROOT / "data" / "models" / "demo-encoder")
     options = parser.parse_args()
     options.device = torch.device(pick_device(options.device)).type
+    if options.device not in BATCHES:
+        raise UserError(f"this benchmark runs on {' or '.join(BATCHES)}; got {options.device}.")
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     load = f", load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores" if options.device == "cpu" else ""
     print(f"{name}{load}; PyTorch {torch.__version__}")
