@@ -241,12 +241,12 @@ def class_embedder(
     weight = weights.get("embedding.weight")
     if weight is None or set(weights) != {"embedding.weight"}:
         raise UserError(f"a class condition has one tensor, embedding.weight; got {', '.join(weights) or 'none'}.")
-    rows = len(weight)
-    if has_null is None:
+    rows, told_by_names = len(weight), has_null is None
+    if told_by_names:
         has_null = classes is None or len(classes) == rows - 1
     count = rows - has_null
     if classes is not None and len(classes) != count:
-        allowed = f"{rows - 1} (without the unconditional one, the last) or {rows}" if count == rows else str(count)
+        allowed = f"{rows - 1} (without the unconditional one, the last) or {rows}" if told_by_names else str(count)
         raise UserError(f"the model has {rows} class embeddings; give {allowed} names, got {len(classes)}.")
     if classes is None:
         last = "; the last of its embeddings is taken as the unconditional one" if has_null else ""
