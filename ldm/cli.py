@@ -89,6 +89,10 @@ def sample(
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     precision: PrecisionOption = Precision.fp32,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network first: pays for many tiles.")] = False,
+    cache: Annotated[
+        int, typer.Option("--cache", min=1, help="Deep features at every n-th step only: faster, approximate.")
+    ] = 1,
 ) -> None:
     """Generate tiles under conditions by name, of a table, of a file of features, or of the tiles of a store.
 
@@ -102,7 +106,8 @@ def sample(
     sample_tiles(
         model, out, pick_device(device), batch_size, {**asked, "conditions": condition or [], "count": count},
         steps=steps, solver=solver.value, schedule=schedule.value, eta=eta,
-        guidance_scale=parse_guidance(guidance_scale or []), seed=seed, precision=precision.value,
+        guidance_scale=parse_guidance(guidance_scale or []), seed=seed, precision=precision.value, compile=compile,
+        cache=cache,
     )  # fmt: skip
 
 

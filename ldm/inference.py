@@ -74,12 +74,13 @@ def default_guidance(model: LatentDiffusion) -> float:
 
 def guided_denoiser(
     model: LatentDiffusion, guidance: Guidance | None, precision: str = "fp32", cond: Cond | None = None,
-    solver: str = "",
+    solver: str = "", compile: bool = False, cache: int = 1,
 ) -> Denoiser | RangeDenoiser:  # fmt: skip
     """The model's denoiser under classifier-free guidance, clipped if it works on pixels.
 
     guidance: one scale, or a scale for each of the model's conditions by name (`guidance_terms`, of `cond`); None is
-    `default_guidance`. For the solver `ddpm` a model that learnt its variance returns that too.
+    `default_guidance`. For the solver `ddpm` a model that learnt its variance returns that too. compile, cache: see
+    `LatentDiffusion.denoiser`.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; got '{precision}'.")
@@ -94,7 +95,7 @@ def guided_denoiser(
         guided = cfg(denoiser, null, guidance) if terms is None else compose(denoiser, null, terms)
         return clip(guided) if isinstance(model.first_stage_model, IdentityFirstStage) else guided
 
-    denoiser = model.denoiser(PRECISIONS[precision])
+    denoiser = model.denoiser(PRECISIONS[precision], compile, cache)
     if solver == "ddpm" and model.learn_sigma:
         return keep_variance(denoiser.with_variance, guide)
     return guide(denoiser)
@@ -114,6 +115,8 @@ def sample(
     eta: float = 1.0,
     precision: str = "fp32",
     first: int = 0,
+    compile: bool = False,
+    cache: int = 1,
     progress: bool = True,
 ) -> Tensor:
     """Sample tiles: (N,3,H,W) in [-1,1] on the CPU.
@@ -122,7 +125,8 @@ def sample(
     depends on `seed`, `first` + i and its condition, not on batch_size (to rounding). guidance_scale: one number, or
     one for each condition by name, `{"class": 3.0, "text": 1.5}`, "a+b" guiding by both jointly: each then adds its
     own difference to the unconditional prediction; by default `default_guidance`. eta: noise of the solvers in
-    STOCHASTIC, 0 for none.
+    STOCHASTIC, 0 for none. compile: run the network through torch.compile, which takes a minute at first. cache:
+    compute its deep features at every `cache`-th step only (DeepCache, arXiv:2312.00858): faster, approximate.
     """
     if not cond:
         cond, guidance_scale = model.null_condition(), 1.0  # empty for an unconditional model
@@ -133,7 +137,7 @@ def sample(
     cond = {part: value.expand(count, *value.shape[1:]) for part, value in cond.items()}
     if batch_size < 1:
         raise UserError(f"batch size must be at least 1; got {batch_size}.")
-    denoiser = guided_denoiser(model, guidance_scale if cond else 1.0, precision, cond, solver)
+    denoiser = guided_denoiser(model, guidance_scale if cond else 1.0, precision, cond, solver, compile, cache)
     variance = None if model.learn_sigma and solver == "ddpm" else 0.0
     sigmas = sampling_sigmas(model, steps, schedule)
     shape = (model.channels, model.image_size, model.image_size)
