@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ldm.autoencoder.autoencoder import AutoencoderKL
-from ldm.autoencoder.tiled_decode import decode_tiled, decode_tiles, local_group_norm, local_statistics, spread
+from ldm.autoencoder.tiled_decode import decode_tiled, decode_tiles, local_group_norm, local_statistics, spans, spread
 
 DDCONFIG = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2],
                 num_res_blocks=1, attn_resolutions=[], dropout=0.0, mid_attention=False)  # fmt: skip
@@ -38,7 +38,7 @@ def test_the_middle_of_a_tile_is_decoded_as_the_tile_alone():
 def test_parts_fit_together():
     model, z = first_stage(), canvas()
     whole = decode_tiled(model, z, WINDOW, part=96)
-    apart = decode_tiled(model, z, WINDOW, part=32)
+    apart = decode_tiled(model, z, WINDOW, part=32, halo=24)
     narrow = decode_tiled(model, z, WINDOW, part=32, halo=1)
     error, careless = (float((image - whole).abs().mean() / whole.std()) for image in (apart, narrow))
     assert error < 0.01, (error, careless)
@@ -66,6 +66,19 @@ def test_parts_cover_the_image_once_and_come_as_they_are_made():
         covered[rows, cols] += 1
         assert part.shape == (1, 3, 64, 64)
     assert (covered == 1).all()
+
+
+def test_parts_are_as_equal_as_can_be():
+    for size, count in ((512, 3), (192, 1), (193, 2)):
+        parts = spans(size, 192, 20)
+        sizes = [span.tile.stop - span.tile.start for span in parts]
+        assert (len(sizes), sum(sizes)) == (count, size)
+        assert max(sizes) - min(sizes) <= 1
+        assert parts[0].window.start == 0
+        assert all(a.window.stop == a.tile.stop + 20 for a in parts[:-1])
+    assert [span.window for span in spans(100, 30, 5, 8)] == [
+        slice(0, 32), slice(16, 56), slice(40, 80), slice(64, 100)
+    ]  # fmt: skip
 
 
 def test_statistics_are_of_the_window_about_a_place():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import product
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -40,14 +40,17 @@ class Span(NamedTuple):
         return slice(self.tile.start * scale, self.tile.stop * scale)
 
 
-def spans(size: int, tile: int, halo: int) -> list[Span]:
-    """Tiles of an axis; their windows all have one size and stay within the canvas."""
-    side = min(tile + 2 * halo, size)
-    starts = [min(max(start - halo, 0), size - side) for start in range(0, size, tile)]
+def spans(size: int, part: int, halo: int, align: int = 1) -> list[Span]:
+    """As equal parts of an axis as there are, none above `part`, in windows with a halo within the canvas, whose ends
+    lie at multiples of `align`."""
+    count = -(-size // part)
+    ends = [round(i * size / count) for i in range(count + 1)]
     return [
-        Span(slice(start, start + side), slice(index * tile, min((index + 1) * tile, size)))
-        for index, start in enumerate(starts)
-    ]
+        Span(
+            slice(max((start - halo) // align * align, 0), min(-(-(stop + halo) // align) * align, size)),
+            slice(start, stop),
+        ) for start, stop in pairwise(ends)
+    ]  # fmt: skip
 
 
 def local_statistics(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
@@ -111,12 +114,12 @@ def decode_tiles(
 
     Args:
         window: latents along the tiles that the decoder was trained on. A canvas of one is decoded as it is.
-        part: latents along a part.
+        part: latents along a part, at most.
         halo: latents about it; by default half a window, for the statistics, and what the convolutions reach.
     """
     factor, device = first_stage.downsampling, next((p.device for p in first_stage.parameters()), z.device)
     halo = window // 2 + REACH if halo is None else halo
-    down, across = (spans(side, part, halo) for side in z.shape[-2:])
+    down, across = (spans(side, part, halo, max(window // CELLS, 1)) for side in z.shape[-2:])
     under_way = None  # while the device decodes a part, the one before comes home
     for rows, cols in product(down, across):
         latents = send(z[..., rows.window, cols.window], device)
