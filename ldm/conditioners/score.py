@@ -90,7 +90,7 @@ class ScoreEmbedder(Score):
 
 class LucidrainsScore(Score):
     """The score as `ldm.networks.lucidrains.LucidrainsUNet` takes it, under the names of the published weights:
-    {"vector": (B,4*dim)}. The score's embedding, or the null in its place, goes through two layers.
+    {"vector": (B,4*dim)}. The score's embedding, and the null's, goes through two layers.
 
     Args:
         dim: the network's.
@@ -104,7 +104,8 @@ class LucidrainsScore(Score):
 
     def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
         scores = self.scores(self._value(batch, self.keys[0]))                  # (B,1)
-        return {"vector": self.classes_mlp(where_kept(self.classes_emb(scores), self.null_classes_emb, drop))}
+        vectors = self.classes_mlp(self.classes_emb(scores))                    # (B,4*dim)
+        return {"vector": where_kept(vectors, self.null()["vector"], drop)}
 
     def null(self) -> dict[str, Tensor]:
         return {"vector": self.classes_mlp(self.null_classes_emb[None])}
