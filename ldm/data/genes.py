@@ -10,8 +10,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
+from scipy.sparse import csc_matrix, csr_matrix
 from tqdm import tqdm
 
 from ldm.errors import UserError
@@ -346,16 +348,23 @@ def _read_parquet(path: Path, text: list[int]) -> tuple[pd.DataFrame, list[str],
 
 
 def _read_h5ad(path: Path) -> tuple[list[str], list[str], np.ndarray]:
+    """Samples, genes and X of an AnnData file, dense or sparse. The package itself would hold pandas below 3."""
     try:
-        import anndata
-    except ImportError as error:
-        raise UserError(f"reading {path} needs the package anndata: pip install anndata") from error
-    try:
-        data = anndata.read_h5ad(path)
-    except (OSError, KeyError, ValueError) as error:
+        with h5py.File(path) as file:
+            names = [file[axis][_text(file[axis].attrs["_index"])].asstr()[:].tolist() for axis in ("obs", "var")]
+            x = file["X"]
+            if isinstance(x, h5py.Dataset):
+                values = x[:]
+            else:
+                make = {"csr_matrix": csr_matrix, "csc_matrix": csc_matrix}[_text(x.attrs["encoding-type"])]
+                values = make((x["data"][:], x["indices"][:], x["indptr"][:]), tuple(x.attrs["shape"])).toarray()
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"cannot read {path} as h5ad: {error}.") from error
-    values = data.X.toarray() if hasattr(data.X, "toarray") else np.asarray(data.X)
-    return data.obs_names.astype(str).tolist(), data.var_names.astype(str).tolist(), values.astype(np.float32)
+    return names[0], names[1], values.astype(np.float32)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _numbers(path: Path, frame: pd.DataFrame) -> np.ndarray:
