@@ -10,7 +10,7 @@ import math
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -44,6 +44,12 @@ class Inert:
 
     def __init__(self, *args: Any, **kwargs: Any):
         pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Inert:
+        return Inert()
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
 
     def _ignore(self, *args: Any) -> None:
         pass
