@@ -31,7 +31,7 @@ STOCHASTIC = ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")  # thei
 SOLVERS = ("dpmpp_2m", "unipc", "euler", "heun", "plms", "ddpm", *STOCHASTIC)
 SCHEDULES = ("trailing", "uniform", "karras", "exponential", "optimised")
 MODES = ("shifted", "overlap")
-DECODE_PART = 1536  # pixels along what is decoded in one piece
+DECODE_PART = 2048  # pixels along what is decoded in one piece
 ATTENDED_PART = 512  # pixels, of decoders with attention
 Guidance = float | Mapping[str, float]  # one scale, or one for each condition by name
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -269,7 +269,8 @@ def decode_canvas(model: LatentDiffusion, latents: Tensor, progress: bool = True
         part = max(height, width)
     image = torch.empty(1, 3, height, width) if out is None else None
     total = -(-height // part) * -(-width // part)
-    parts = decode_tiles(first_stage, latents / model.scale_factor, model.image_size, max(part // factor, 1))
+    halo = model.image_size // 2 if attends else None
+    parts = decode_tiles(first_stage, latents / model.scale_factor, model.image_size, max(part // factor, 1), halo)
     for rows, cols, decoded in tqdm(parts, desc="decode", total=total, disable=not progress or total == 1):
         if out is None:
             image[..., rows, cols] = decoded.clamp(-1, 1)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.transfers import receive, send
 
-REACH = 8  # latents beyond half a window: what lies further away changes no grey level by one
+REACH = 8  # latents beyond a window: what lies further away changes the demo's image by less than 0.1 grey levels
 CELLS = 4  # along a tile: statistics are taken at every quarter of one
 
 
@@ -106,7 +106,7 @@ def local_group_norm(module: nn.Module, window: int, width: int) -> Iterator[Non
 
 @torch.no_grad()
 def decode_tiles(
-    first_stage: nn.Module, z: Tensor, window: int, part: int = 128, halo: int | None = None
+    first_stage: nn.Module, z: Tensor, window: int, part: int = 256, halo: int | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Decode latents z (1,C,h,w) of any size part by part: rows and columns of the image (1,3,H,W), what is there.
 
@@ -115,10 +115,10 @@ def decode_tiles(
     Args:
         window: latents along the tiles that the decoder was trained on. A canvas of one is decoded as it is.
         part: latents along a part, at most.
-        halo: latents about it; by default half a window, for the statistics, and what the convolutions reach.
+        halo: latents about it; by default a window and some, as statistics depend on statistics beside them.
     """
     factor, device = first_stage.downsampling, next((p.device for p in first_stage.parameters()), z.device)
-    halo = window // 2 + REACH if halo is None else halo
+    halo = window + REACH if halo is None else halo
     down, across = (spans(side, part, halo, max(window // CELLS, 1)) for side in z.shape[-2:])
     under_way = None  # while the device decodes a part, the one before comes home
     for rows, cols in product(down, across):
@@ -135,7 +135,7 @@ def decode_tiles(
     yield *under_way[:2], under_way[2]()
 
 
-def decode_tiled(first_stage: nn.Module, z: Tensor, window: int, part: int = 128, halo: int | None = None) -> Tensor:
+def decode_tiled(first_stage: nn.Module, z: Tensor, window: int, part: int = 256, halo: int | None = None) -> Tensor:
     """The image (1,3,H,W) of latents z (1,C,h,w), decoded part by part (`decode_tiles`)."""
     image = z.new_empty(1, 3, *(side * first_stage.downsampling for side in z.shape[-2:]))
     for rows, cols, decoded in decode_tiles(first_stage, z, window, part, halo):
