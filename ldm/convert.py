@@ -37,10 +37,10 @@ FAMILIES = {
     "latent-diffusion": ("ldm.interop.compvis.is_compvis", "ldm.interop.compvis.read_compvis"),
     "guided-diffusion": ("ldm.interop.guided.is_guided", "ldm.interop.guided.read_guided"),
 }  # fmt: skip
-# Forms that model folders are written in: name -> writer(model folder, out, half) -> what to say
+# Forms that model folders are written in: name -> writer(model folder, out, half, [betas]) -> what to say
 EXPORTS = {
     "diffusers": "ldm.interop.export.to_diffusers",
-    "compvis": "ldm.interop.export.to_compvis",
+    "compvis": "ldm.interop.export_compvis.to_compvis",
 }
 OWN = "histoldm_config"  # in checkpoints of this toolkit's own trainings
 
@@ -75,8 +75,10 @@ def export_as(form: str, folder: str | Path, out: str | Path, half: bool = False
     """Write a model folder in the form of others, one of EXPORTS; gives what is to be said of it."""
     if form not in EXPORTS:
         raise UserError(f"'{form}' is no form that models are written in{suggest(form, EXPORTS)}")
-    model_folder.read_model_folder(folder)
-    return _of(EXPORTS[form])(Path(folder), Path(out), half)
+    node, _ = model_folder.read_model_folder(folder)
+    write = _of(EXPORTS[form])
+    given = {"betas": _betas(node.get("params") or {})} if "betas" in inspect.signature(write).parameters else {}
+    return write(Path(folder), Path(out), half, **given)
 
 
 def load_model(
@@ -174,11 +176,7 @@ def check(found: Converted, source: str | Path) -> nn.Module:
 
 
 def _check_schedule(found: Converted, source: str | Path) -> None:
-    params = found.node["params"]
-    names = ("timesteps", "linear_start", "linear_end", "cosine_s")
-    told = {name: params[name] for name in names if name in params}
-    betas = make_betas(params.get("beta_schedule", "linear"), **told)
-    for name, wanted in schedule_buffers(betas).items():
+    for name, wanted in schedule_buffers(_betas(found.node["params"])).items():
         held = found.schedule.get(name)
         if held is None:
             continue
@@ -192,6 +190,12 @@ def _check_schedule(found: Converted, source: str | Path) -> None:
                 f"{float(held[at]):.6g}, the config gives {float(wanted[at]):.6g}. Correct beta_schedule, timesteps, "
                 "linear_start and linear_end in the YAML."
             )
+
+
+def _betas(params: Mapping[str, Any]) -> Tensor:
+    """The betas (T,) of a diffusion model's parameters."""
+    names = ("timesteps", "linear_start", "linear_end", "cosine_s")
+    return make_betas(params.get("beta_schedule", "linear"), **{name: params[name] for name in names if name in params})
 
 
 def build(found: Converted) -> nn.Module:
