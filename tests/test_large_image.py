@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +15,11 @@ import zarr
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import AutoencoderKL, IdentityFirstStage
-from ldm.diffusion import schedules
+from ldm.conditioners.field import FeatureField
+from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import TableDenoiser
+from ldm.diffusion.guidance import cfg
+from ldm.diffusion.tiled import tiled
 from ldm.errors import UserError
 from ldm.inference import decode_canvas, guided_denoiser, large_image, run_solver, sampling_sigmas
 from ldm.rng import canvas_noise
@@ -142,6 +149,29 @@ def test_a_large_canvas_is_decoded_in_parts_into_an_array(monkeypatch):
     assert parts.shape == (1, 3, 80, 112)
     assert np.array_equal(out, parts[0].movedim(0, -1).add(1).mul(127.5).round().numpy().astype(np.uint8))
     assert (parts - whole).abs().mean() < 0.15 * whole.std()                    # halos are for trained decoders
+
+
+def test_the_benchmarks_published_procedure_is_what_reproduces_the_published_code(monkeypatch):
+    """Against `tiled` with the step's own noise, which test_tiled.py compares with the published latents."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    published = importlib.import_module("large_image").published
+    model, features = Stub(mixed), grid(2, 2)
+    size = (2 * WINDOW, 2 * WINDOW)
+    options = argparse.Namespace(size=size, steps=5, batch_size=3, guidance_scale=2.0, precision="fp32")
+    image = published(model, features, options, seed=1)
+
+    field = FeatureField(features, size, WINDOW, "slerp")
+    guided = cfg(model.denoiser(), model.null_condition(), 2.0)
+    canvas = tiled(guided, WINDOW, WINDOW // 4, lambda corners: model.condition(field.at(corners)))
+    alphas, visited = 1 / (1 + model.sigmas**2), [999, 799, 599, 399, 199]
+    betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
+    sigmas = torch.cat([model.sigmas[visited], torch.zeros(1)])
+    x = canvas_noise(1, 3, *size) / alphas[999].sqrt()
+    for step, (sigma, target) in enumerate(pairwise(sigmas)):
+        eta = float((betas[visited[step]] / (1 - (1 + target**2) / (1 + sigma**2))).sqrt())
+        noise = canvas_noise(1, 3, *size, stream=step + 1)
+        x = samplers.sample_ddim(canvas, x, torch.stack([sigma, target]), {}, lambda _, n=noise: n, eta=eta)
+    torch.testing.assert_close(image, x.clamp(-1, 1), rtol=0, atol=1e-5)
 
 
 def test_copies_within_main_memory_are_none():
