@@ -14,6 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm import inference
+from ldm.conditioners.compose import ConditionerSet
 from ldm.conditioners.given import parse_conditions
 from ldm.convert import convert, export_as, load_model
 from ldm.data.features import read_features
@@ -61,10 +62,12 @@ def describe_model(model_path: Path) -> None:
     print("conditions:" if conditioner is not None else "  unconditional")
     for key, about in ({} if conditioner is None else conditioner.describe()).items():
         names = about.get("names") or about.get("genes")
-        listed = f": {some(names)}" if names else ""
+        listed = f": {', '.join(names[:12])}{f', ... ({len(names)})' if len(names) > 12 else ''}" if names else ""
         rest = {k: v for k, v in about.items() if k not in ("kind", "names", "genes") and v not in (None, "")}
         words = ", ".join(f"{k} {v}" for k, v in rest.items())
         print(f"  {key:<12} {about.get('kind', '')}{' (' + words + ')' if words else ''}{listed}")
+    if isinstance(conditioner, ConditionerSet):
+        print(f"guidance scales by name: {', '.join(conditioner.members)}")
 
 
 def convert_model(source: Path, out: Path, asked: Mapping[str, Any], form: str | None, half: bool) -> None:
@@ -92,12 +95,6 @@ def class_names(text: str) -> list[str]:
     if len(set(names)) < len(names) or not names:
         raise UserError(f"--classes takes different names, a,b,c, or a file of them; got '{text[:80]}'.")
     return names
-
-
-def some(names: Sequence[str], shown: int = 12) -> str:
-    """The first names of a list and how many there are."""
-    more = f", ... ({len(names)})" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
 
 
 def sample_tiles(
@@ -240,10 +237,10 @@ def generate_large_image(
         print(f"wrote {out} ({image.shape[1]} x {image.shape[0]} px)")
 
 
-def checked_mpp(model: Any, store: TileStore) -> float:
+def checked_mpp(model: Any, store: TileStore) -> float | None:
     """The model's micrometres per pixel, or the store's where it does not know; UserError if their tiles differ."""
     own, side = model.metadata.get("mpp"), model.metadata.get("tile_size")
-    if own and side and abs(store.tile_size * store.mpp / (side * own) - 1) > FAR:
+    if own and side and store.mpp and abs(store.tile_size * store.mpp / (side * own) - 1) > FAR:
         raise UserError(
             f"tiles of {store.path} cover {store.tile_size * store.mpp:.0f} um ({store.tile_size} px at "
             f"{store.mpp:.3g} um/px), those that the model was trained on {side * own:.0f} um ({side} px at {own:.3g} "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ldm.autoencoder.model import AttnBlock
 from ldm.autoencoder.tiled_decode import decode_tiles
 from ldm.conditioners.compose import guidance_terms
 from ldm.conditioners.field import FeatureField
+from ldm.conditioners.given import names_given
 from ldm.data.images_out import to_uint8
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser
@@ -74,22 +76,25 @@ def default_guidance(model: LatentDiffusion) -> float:
 
 def guided_denoiser(
     model: LatentDiffusion, guidance: Guidance | None, precision: str = "fp32", cond: Cond | None = None,
-    solver: str = "", compile: bool = False, cache: int = 1,
+    solver: str = "", compile: bool = False, cache: int = 1, given: Collection[str] | None = None,
 ) -> Denoiser | RangeDenoiser:  # fmt: skip
     """The model's denoiser under classifier-free guidance, clipped if it works on pixels.
 
-    guidance: one scale, or a scale for each of the model's conditions by name (`guidance_terms`, of `cond`); None is
-    `default_guidance`. For the solver `ddpm` a model that learnt its variance returns that too. compile, cache: see
-    `LatentDiffusion.denoiser`.
+    guidance: one scale, or a scale for each of the model's conditions by name (`guidance_terms`, of `cond` or of
+    the names `given`); None is `default_guidance`. For the solver `ddpm` a model that learnt its variance returns that
+    too. compile, cache: see `LatentDiffusion.denoiser`.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; got '{precision}'.")
     if guidance is None:
         guidance = default_guidance(model)
+    scales = guidance.values() if isinstance(guidance, Mapping) else [guidance]
+    if not all(math.isfinite(scale) for scale in scales):
+        raise UserError(f"a guidance scale is a finite number; got {guidance}.")
     if guidance != 1.0 and model.cond_stage_model is None:
         raise UserError(f"an unconditional model has no guidance; set the guidance scale to 1 (got {guidance}).")
     null = model.null_condition()
-    terms = guidance_terms(null, cond or null, guidance) if isinstance(guidance, Mapping) else None
+    terms = guidance_terms(null, cond or null, guidance, given) if isinstance(guidance, Mapping) else None
 
     def guide(denoiser: Denoiser) -> Denoiser:
         guided = cfg(denoiser, null, guidance) if terms is None else compose(denoiser, null, terms)
@@ -128,8 +133,10 @@ def sample(
     STOCHASTIC, 0 for none. compile: run the network through torch.compile, which takes a minute at first. cache:
     compute its deep features at every `cache`-th step only (DeepCache, arXiv:2312.00858): faster, approximate.
     """
-    if not cond:
-        cond, guidance_scale = model.null_condition(), 1.0  # empty for an unconditional model
+    if not cond:  # the null, which is empty for an unconditional model
+        if isinstance(guidance_scale, Mapping):
+            raise UserError("guidance scales by name need conditions by name; none is given.")
+        cond, guidance_scale = model.null_condition(), 1.0
     given = next((len(value) for value in cond.values()), None)
     count = count or given or 1
     if given not in (None, 1, count):
@@ -138,7 +145,8 @@ def sample(
     if batch_size < 1:
         raise UserError(f"batch size must be at least 1; got {batch_size}.")
     denoiser = guided_denoiser(model, guidance_scale if cond else 1.0, precision, cond, solver, compile, cache)
-    variance = None if model.learn_sigma and solver == "ddpm" else 0.0
+    large = model.metadata.get("variance") == "fixedlarge"  # as some published models are sampled
+    variance = None if model.learn_sigma and solver == "ddpm" else float(large)
     sigmas = sampling_sigmas(model, steps, schedule)
     shape = (model.channels, model.image_size, model.image_size)
     images = []
@@ -238,10 +246,10 @@ def large_image(
         settled = tiled(windows, window, window // 2, window_condition, batch_size, model.device, blend="smooth")
         return within(settled, moving, 0.0, float(sigmas[-2]))  # nothing comes after the last step to even it out
 
-    cond = window_condition([(0, 0)])
-    denoiser = over_canvas(guided_denoiser(model, guidance_scale, precision, cond))
+    given = names_given(model.cond_stage_model, ["features", *(conditions or {})])
+    denoiser = over_canvas(guided_denoiser(model, guidance_scale, precision, given=given))
     if guidance_interval is not None:
-        denoiser = within(denoiser, over_canvas(guided_denoiser(model, 1.0, precision, cond)), *guidance_interval)
+        denoiser = within(denoiser, over_canvas(guided_denoiser(model, 1.0, precision)), *guidance_interval)
 
     def noise(step: int) -> Tensor:
         return canvas_noise(seed, model.channels, *canvas, stream=step + 1)

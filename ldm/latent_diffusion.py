@@ -152,7 +152,8 @@ class LatentDiffusion(pl.LightningModule):
 
     def _check_parts(self) -> None:
         """UserError if the network has no place for what the conditioner tells it, or waits for what it does not."""
-        network = self.model.diffusion_model
+        outer = self.model.diffusion_model
+        network = getattr(outer, "unet", outer)  # an LMIUNet has one inside
         if next(network.parameters()).is_meta or not isinstance(network, UNetModel):
             return
         with torch.no_grad():
@@ -173,14 +174,14 @@ class LatentDiffusion(pl.LightningModule):
         if network.context_dim is not None and "crossattn" not in parts:
             raise UserError("the UNet has a context_dim, but no conditioner acts by crossattn; leave one of them out.")
         extra = sum(value.shape[1] for value in parts.get("concat", ()))
-        if network.in_channels != self.first_stage_model.channels + extra:
+        if outer.in_channels != self.first_stage_model.channels + extra:
             raise UserError(
-                f"the UNet's in_channels is {network.in_channels}; the latent has {self.first_stage_model.channels} "
+                f"the UNet's in_channels is {outer.in_channels}; the latent has {self.first_stage_model.channels} "
                 f"channels and the conditioner adds {extra}."
             )
-        if network.out_channels != self.first_stage_model.channels * (1 + self.learn_sigma):
+        if outer.out_channels != self.first_stage_model.channels * (1 + self.learn_sigma):
             raise UserError(
-                f"the UNet's out_channels is {network.out_channels}; the latent has {self.first_stage_model.channels} "
+                f"the UNet's out_channels is {outer.out_channels}; the latent has {self.first_stage_model.channels} "
                 f"channels{', twice with learn_sigma' if self.learn_sigma else ''}."
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,8 @@ class Requests:
         own = {}
         for name, values in self.values.items():
             part = list(values[rows.start : rows.stop])
-            own[name] = np.stack(part) if isinstance(part[0], np.ndarray) else part
+            alike = isinstance(part[0], np.ndarray) and len({value.shape for value in part}) == 1
+            own[name] = np.stack(part) if alike else part
         return own | self.fixed
 
     def digest(self, row: int) -> str:
@@ -97,22 +99,33 @@ def requested_tiles(
 
 
 def _of_table(conditioner: Any, path: Path, fixed: dict[str, Any], count: int | None) -> Requests:
-    import pandas as pd
-
-    if not path.is_file():
-        raise UserError(f"there is no table of conditions at {path}.")
-    table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", dtype=str, keep_default_na=False)
-    if conditioner is None or table.empty:
-        raise UserError(f"{path} has no rows." if conditioner else "the model is unconditional; it takes no table.")
-    rows = evenly(len(table), count)
-    values = {}
-    for name in table:
+    if conditioner is None:
+        raise UserError("the model is unconditional; it takes no table.")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",") if line]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the table of conditions {path}: {error}.") from error
+    if len(lines) < 2:
+        raise UserError(f"{path} has no rows; its first line names conditions, each further line is a tile.")
+    header, lines = [name.strip() for name in lines[0]], lines[1:]
+    for number, line in enumerate(lines, 2):
+        if len(line) != len(header):
+            raise UserError(
+                f"{path}: row {number} has {len(line)} fields, the header {len(header)}; put values with commas in "
+                "quotes."
+            )
+    rows = evenly(len(lines), count)
+    values: dict[str, Any] = {}
+    for column, name in enumerate(header):
         key = known_key(conditioner, name)
-        column = [table[name].iloc[row].strip() for row in rows]
-        if "" in column:
-            raise UserError(f"{path}: row {column.index('') + 2} has no {name}; fill it in.")
-        values[key] = [conditioner.parse(key, text) for text in column]
-    about = [{"source": path.name, "row": int(row), **table.iloc[row].to_dict()} for row in rows]
+        if key in values or key in fixed:
+            raise UserError(f"{path}: '{name}' is given twice, in two columns or by --condition too.")
+        texts = [lines[row][column].strip() for row in rows]
+        if "" in texts:
+            raise UserError(f"{path}: row {int(rows[texts.index('')]) + 2} has no {name}; fill it in.")
+        values[key] = [conditioner.parse(key, text) for text in texts]
+    about = [{"source": path.name, "row": int(row), **dict(zip(header, lines[row]))} for row in rows]
     return Requests(about, values, fixed)
 
 
@@ -138,29 +151,33 @@ def _of_store(
     paths, keys = [str(store.path) for store in stores], model.cond_stage_model.keys
     recorded = model.metadata.get("conditions", {})
     sources = {key: recorded[key]["source"] for key in keys if key in recorded and key not in fixed}
-    name = None
+    about = model.cond_stage_model.describe()
+    images = [key for key in keys if about[key].get("kind") == "image" and key not in fixed]
     if "ssl" in keys and "ssl" not in fixed and "ssl" not in sources:
-        name = pick_feature(stores, feature, model)
-        for store in stores:
-            check_encoder(model, dict(store.features(name).attrs), store.path)
+        sources["ssl"] = f"features/{pick_feature(stores, feature, model)}"
+    elif feature is not None:
+        raise UserError(f"--feature '{feature}': the model takes {sources.get('ssl', 'no features of stores')}.")
     for key, source in sources.items():
         if source.startswith("features/"):
             for store in stores:
-                made = dict(store.features(source.removeprefix("features/")).attrs)
-                check_encoder(model, made, store.path, recorded[key])
-    if not sources and name is None:
+                check_encoder(model, dict(store.features(source.removeprefix("features/")).attrs), store.path, key)
+    if not sources and not images:
         raise UserError(f"the model's conditions ({', '.join(keys)}) are not in {path}; give them by --condition.")
-    dataset = TileDataset(paths, ("ssl",) if name else (), name, where=where, conditions=sources, missing="skip")
+    dataset = TileDataset(paths, (), where=where, conditions=sources, missing="skip")
+    model.cond_stage_model.check_data(dataset.metadata)
     pictures = TileDataset(paths, ("image",), where=where, conditions=sources, missing="skip")
     rows = evenly(len(dataset), count)
     items = [dataset[int(row)] for row in rows]
-    about = [
+    for item, row in zip(items, rows):
+        shown = pictures[int(row)]["image"]
+        item |= {key: shown.mean(0, keepdim=True) if about[key]["channels"] == 1 else shown for key in images}
+    words = [
         {"source": item["slide"], "row": item["row"], "x": int(item["coord"][0]), "y": int(item["coord"][1])}
         | {key: _in_words(item[key]) for key in sources if _in_words(item[key]) is not None}
         for item in items
     ]
-    values = {key: [_plain(item[key]) for item in items] for key in ([*sources, "ssl"] if name else sources)}
-    return Requests(about, values, fixed, lambda i: to_uint8(pictures[int(rows[i])]["image"]))
+    values = {key: [_plain(item[key]) for item in items] for key in [*sources, *images]}
+    return Requests(words, values, fixed, lambda i: to_uint8(pictures[int(rows[i])]["image"]))
 
 
 def _plain(value: Any) -> Any:
@@ -182,7 +199,10 @@ def is_store(path: Path) -> bool:
 def pick_feature(stores: Sequence[TileStore], feature: str | None, model: Any) -> str:
     """The feature to read from stores: the one asked for, the model's own encoder, or the only one there is."""
     names = stores[0].feature_names
-    wanted = feature or model.metadata.get("encoder", {}).get("encoder")
+    recorded = model.metadata.get("conditions", {}).get("ssl", {}).get("source", "").removeprefix("features/")
+    wanted = feature or recorded or model.metadata.get("encoder", {}).get("encoder")
+    if not names:
+        raise UserError(f"{stores[0].path} has no features; make them with `python -m data_prep.extract_features`.")
     if wanted is None and len(names) == 1:
         wanted = names[0]
     if wanted not in names:
@@ -191,11 +211,9 @@ def pick_feature(stores: Sequence[TileStore], feature: str | None, model: Any) -
     return wanted
 
 
-def check_encoder(
-    model: Any, attrs: Mapping[str, Any], source: Path, recorded: Mapping[str, Any] | None = None
-) -> None:
-    """UserError if features (`attrs` of their array) were made by another encoder than the model's conditions were."""
-    own = recorded if recorded is not None else model.metadata.get("encoder", {})
+def check_encoder(model: Any, attrs: Mapping[str, Any], source: Path, key: str = "ssl") -> None:
+    """UserError if features (`attrs` of their array) were made by another encoder than the model's condition `key`."""
+    own = model.metadata.get("conditions", {}).get(key) or (model.metadata.get("encoder", {}) if key == "ssl" else {})
     for name, given in (("weights_sha256", "weights"), ("encoder", "name")):
         if own.get(name) and attrs.get(name):
             if own[name] != attrs[name]:
@@ -234,6 +252,8 @@ def parse_guidance(texts: Sequence[str]) -> float | dict[str, float] | None:
             if len(texts) > 1:
                 raise UserError("give one guidance scale, or name=scale for each condition; got both.")
             return value
+        if name in scales:
+            raise UserError(f"'{name}' has two guidance scales, {scales[name]:g} and {value:g}; give one.")
         scales[name] = value
     return scales or None
 

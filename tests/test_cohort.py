@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
+from ldm.data import dihedral
 from ldm.data.balance import Balanced
 from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.datasets import TileDataset
@@ -144,3 +145,48 @@ def test_rare_classes_are_shown_as_often_as_frequent_ones(cohort):
     assert Counter(float(halves[(i, i)]["score"]) >= 0.45 for i in range(12)) == {True: 6, False: 6}
     with pytest.raises(UserError, match="nothing to balance"):
         Balanced(node | {"params": {**node["params"], "where": {"split": "val"}}}, by="class")
+
+
+def test_features_of_conditions_are_checked_as_those_of_keys(cohort):
+    def write(slide, name, rows, **attrs):
+        path = cohort / "slides" / f"{slide}.zarr"
+        with ArrayWriter(path, f"features/{name}", rows.shape[1:], "f4", attrs) as writer:
+            writer.append(rows)
+
+    rows = np.arange(24.0).reshape(6, 4)
+    for slide, sha in (("a", "1" * 64), ("b", "2" * 64)):
+        write(slide, "f", rows, weights_sha256=sha)
+        write(slide, "g", rows[:, : 3 + (slide == "a")])
+        write(slide, "h", np.where(rows == 5, np.nan, rows))
+    with pytest.raises(UserError, match="different weights"):
+        TileDataset(str(cohort), conditions={"region": "features/f"})
+    with pytest.raises(UserError, match="differs in shape"):
+        TileDataset(str(cohort), conditions={"region": "features/g"})
+    with pytest.raises(UserError, match="row 1 holds NaN"):
+        TileDataset(str(cohort), conditions={"region": "features/h"})[1]
+
+
+def test_a_grid_of_features_turns_with_its_tile(cohort):
+    grid = np.stack([TILES[:, ::8, ::8].mean(-1)] * 1, 1)  # (6, 1, 2, 2): what lies where
+    with ArrayWriter(cohort / "slides" / "a.zarr", "features/grid", (1, 2, 2), "f4", {}) as writer:
+        writer.append(grid)
+    store = str(cohort / "slides" / "a.zarr")
+    data = TileDataset(store, conditions={"grid": "features/grid"}, dihedral=True)
+    for draw in range(8):
+        item = data[(3, draw)]
+        expected = dihedral.apply(grid[3], draw)
+        np.testing.assert_allclose(item["grid"], expected, atol=1e-5)
+
+
+def test_two_cohorts_have_omics_tables_of_their_own(cohort, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    make(other, "c", sample="S1")
+    (other / "omics").mkdir()
+    table = pd.DataFrame([[0, 0, 1.0]], index=["S1"], columns=["TP53", "EGFR", "KRAS"])
+    table.to_parquet(other / "omics" / "mutation.parquet")
+    data = TileDataset([str(cohort), str(other)], conditions={"mutation": "omics/mutation", "again": "omics/mutation"})
+    assert data[0]["mutation"].tolist() == [1, 0, 0]
+    assert data[len(data) - 1]["mutation"].tolist() == data[len(data) - 1]["again"].tolist() == [0, 0, 1]
+    table[["EGFR", "TP53", "KRAS"]].to_parquet(other / "omics" / "mutation.parquet")
+    with pytest.raises(UserError, match="other genes"):
+        TileDataset([str(cohort), str(other)], conditions={"mutation": "omics/mutation"})

@@ -318,3 +318,60 @@ def test_the_overfitting_benchmark_runs_on_the_sample_data(shared, capsys):
     assert [line.split()[:2] for line in lines[1:]] == [["score", "6"], ["text", "7"]]
     with pytest.raises(UserError, match="missed by score"):
         overfit_conditions.main(["--data", str(shared / "data"), "--steps", "1", "--only", "score", "--check"])
+
+
+def test_a_canvas_keeps_a_condition_whose_first_window_is_null():
+    """What is given is told by name, not by the value in the corner of the canvas."""
+    model = build(three())
+    grid = torch.randn(2, 2, 5)
+    grid[0, 0] = 0  # the null of the features
+    settings = {"steps": 2, "progress": False, "guidance_scale": {"class": 2.0, "ssl": 2.0}, "guidance_interval": None}
+    one = ldm.large_image(model, grid, conditions={"class": "LUAD"}, **settings)
+    grid[1, 1] = -grid[1, 1]
+    other = ldm.large_image(model, grid, conditions={"class": "LUAD"}, **settings)
+    assert not torch.equal(one, other)
+
+
+def test_sampling_from_another_cohort_checks_its_genes_and_encoder(tmp_path):
+    import pandas as pd
+
+    from ldm.data.cohort import merge_index, write_store
+    from ldm.requests import requested_tiles
+
+    node = module("omics.OmicsEmbedder", dim=128, mutation_genes=["TP53", "KRAS", "EGFR"])
+    model = build(node, unet={"use_spatial_transformer": False, "context_dim": None})
+    model.metadata = {"conditions": {"mutation": {"source": "omics/mutation"}}}
+    write_store(tmp_path, "a", lambda i: np.zeros((16, 16, 3), np.uint8), 2, attrs={"tile_size": 16})
+    merge_index(tmp_path, pd.DataFrame({"slide": "a", "row": [0, 1], "sample": "S"}))
+    (tmp_path / "omics").mkdir()
+    table = pd.DataFrame([[1, 0, 0]], index=["S"], columns=["TP53", "KRAS", "EGFR"])
+    table.to_parquet(tmp_path / "omics" / "mutation.parquet")
+    asked = requested_tiles(model, features=tmp_path)
+    by_store = model.condition(**asked.given(range(2)))["vector"][:1]
+    torch.testing.assert_close(by_store, model.condition(mutation={"TP53": 1, "KRAS": 0})["vector"])
+    table[["KRAS", "EGFR", "TP53"]].to_parquet(tmp_path / "omics" / "mutation.parquet")
+    with pytest.raises(UserError, match="genes"):
+        requested_tiles(model, features=tmp_path)
+
+
+def test_a_table_is_read_field_by_field(model, tmp_path):
+    from ldm.requests import requested_tiles
+
+    path = tmp_path / "t.csv"
+    path.write_text("class, score\nLUAD,0.5\nLUSC,1\n")
+    assert requested_tiles(model, table=path).values == {"class": ["LUAD", "LUSC"], "score": [0.5, 1.0]}
+    for text, message in (
+        ("class,score\nLUAD,0.5,x\n", "row 2 has 3 fields"), ("class,score\nLUAD,\n", "row 2 has no score"),
+        ("", "has no rows"), ("class,class\nLUAD,LUAD\n", "given twice"),
+    ):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(UserError, match=message):
+            requested_tiles(model, table=path)
+    path.write_text("class\nLUAD\n")
+    with pytest.raises(UserError, match="given twice"):
+        requested_tiles(model, table=path, conditions=["class=LUSC"])
+
+
+def test_grades_are_class_names():
+    embedder = ClassEmbedder(["1", "2", "3"], 4)
+    assert embedder.labels(torch.tensor([2.0, 1.0])).tolist() == [1, 0]

@@ -10,7 +10,7 @@ from published import guided_diffusion_table, guided_diffusion_unet, invert, loa
 from torch import Tensor
 
 from ldm.diffusion import samplers, schedules
-from ldm.diffusion.denoiser import TableDenoiser
+from ldm.diffusion.denoiser import TableDenoiser, per_sample
 from ldm.diffusion.guidance import (
     autoguidance,
     cfg,
@@ -258,3 +258,22 @@ def test_guided_ancestral_samples_are_the_published_ones(published):
         joint, start, sigmas, {"label": golden["y"]}, lambda step: run["noises"][step], variance=None
     )
     assert relative(out, run["out"]) < 1e-4
+
+
+def test_the_variance_is_that_of_the_whole_condition_under_composed_guidance(batch):
+    """Whatever the order of the terms, whichever of them are left out, and however many samples are in the batch."""
+    x, sigma, cond, null = batch
+
+    def joint(x, sigma, cond):
+        told = cond["vector"].mean(1) + 10 * cond["crossattn"].mean((1, 2))
+        return x * per_sample(told, x), per_sample(told, x).expand_as(x)
+
+    whole = joint(x, sigma, cond)[1]
+    drop = {"vector": {"crossattn": null["crossattn"]}, "crossattn": {"vector": null["vector"]}}
+    for order in (["vector", "crossattn"], ["crossattn", "vector"], ["vector"]):
+        terms = [(drop[name], 2.0) for name in order]
+        guided = keep_variance(joint, lambda d, terms=terms: compose(d, null, terms))
+        x0, variance = guided(x, sigma, cond)
+        torch.testing.assert_close(variance, whole)
+        plain = compose(lambda x, s, c: joint(x, s, c)[0], null, terms)(x, sigma, cond)
+        torch.testing.assert_close(x0, plain)

@@ -200,7 +200,7 @@ def test_a_half_model_folder_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         ldm.load_model(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no config\.yaml"):
+    with pytest.raises(UserError, match="no model whose form is known"):
         ldm.load_model(tmp_path / "empty")
     _, folder = model_folder(tmp_path)
     (folder / "model.safetensors").unlink()
@@ -281,7 +281,7 @@ def test_a_model_without_a_condition_given_samples_unconditionally(tmp_path):
 def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path):
     (tmp_path / "text.ckpt").write_text("not a checkpoint")
     torch.save({"state_dict": {}}, tmp_path / "foreign.ckpt")
-    for name, message in (("text.ckpt", "cannot read"), ("foreign.ckpt", "no checkpoint of this toolkit")):
+    for name, message in (("text.ckpt", "cannot read"), ("foreign.ckpt", "no model whose form is known")):
         with pytest.raises(UserError, match=message):
             ldm.load_model(tmp_path / name)
     (tmp_path / "taken").write_text("a file")

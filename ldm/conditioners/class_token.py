@@ -55,7 +55,7 @@ class ClassEmbedder(Conditioner):
             if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < len(self.classes):
                 raise UserError(f"class indices lie in 0..{len(self.classes) - 1}; got {values.unique().tolist()}.")
             return values.to(self.embedding.weight.device)
-        names = [str(name) for name in as_list(values)]
+        names = [f"{name:g}" if isinstance(name, float) else str(name) for name in as_list(values)]  # grade 2.0 is 2
         for name in names:
             if name not in self._index:
                 raise UserError(f"the model has no {self.keys[0]} '{name}'{suggest(name, self.classes)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -25,11 +25,11 @@ class ConditionerSet(Conditioner):
 
     def __init__(self, conditioners: Mapping[str, Mapping[str, Any]]):
         super().__init__(dropout=0.0)
-        if not conditioners:
-            raise UserError("`conditioners` names at least one conditioner.")
+        if not conditioners or not isinstance(conditioners, Mapping):
+            raise UserError("`conditioners` is a mapping of names to config nodes, at least one.")
         for name in conditioners:
-            if "/" in name or "+" in name or "=" in name:
-                raise UserError(f"a conditioner's name has no '/', '+' or '='; got '{name}'.")
+            if any(mark in str(name) for mark in "/+=.") or hasattr(nn.ModuleDict, str(name)):
+                raise UserError(f"a conditioner cannot be called '{name}'; choose a word without '/', '+', '=' or '.'.")
         self.nodes = {name: dict(node) for name, node in conditioners.items()}
         self.members = nn.ModuleDict({name: instantiate_from_config(node) for name, node in self.nodes.items()})
         owners: dict[str, str] = {}
@@ -39,7 +39,7 @@ class ConditionerSet(Conditioner):
                     raise UserError(f"conditioners '{owners[key]}' and '{name}' both read '{key}'; rename one's `key`.")
                 owners[key] = name
         self.keys, self.owners = tuple(owners), owners
-        self.dropout = max(member.dropout for member in self.members.values())  # 0: no null was ever trained
+        self.dropout = min(member.dropout for member in self.members.values())  # 0: some null was never trained
 
     def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
         """The condition of a batch; sample b loses condition k where drop (B,K) is true."""
@@ -97,12 +97,14 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def guidance_terms(
-    null: Mapping[str, Tensor], cond: Mapping[str, Tensor], scales: Mapping[str, float]
-) -> list[tuple[dict[str, Tensor], float]]:
+    null: Mapping[str, Tensor], cond: Mapping[str, Tensor], scales: Mapping[str, float],
+    given: Collection[str] | None = None,
+) -> list[tuple[dict[str, Tensor], float]]:  # fmt: skip
     """Terms for `ldm.diffusion.guidance.compose`: each condition alone, at its own scale.
 
-    scales: name -> scale; "class+text" guides by both jointly. Conditions that are not named have scale 1. Those that
-    equal their null add nothing and are left out.
+    scales: name -> scale; "class+text" guides by both jointly. Conditions that are not named have scale 1. given: names
+    of the conditions that are given at all; the others add nothing and are left out. Without it those are left out
+    that equal their null.
     """
     names = list(dict.fromkeys(key.partition("/")[0] for key in null if "/" in key))
     if not names:
@@ -120,6 +122,7 @@ def guidance_terms(
         ((name,), 1.0) for name in names if name not in named
     ]:
         own = [key for key in null if key.partition("/")[0] in group]
-        if any(not torch.equal(cond[key], null[key].expand_as(cond[key])) for key in own):
+        differ = (not torch.equal(cond[key], null[key].expand_as(cond[key])) for key in own)
+        if any(differ) if given is None else set(group) & set(given):
             terms.append(({key: null[key] for key in null if key not in own}, scale))
     return terms

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -41,6 +41,13 @@ def known_key(conditioner: Conditioner, name: str) -> str:
     if name == "features" and len(features) == 1:
         return features[0]
     raise UserError(f"the model has no condition '{name}'{suggest(name, conditioner.keys)}")
+
+
+def names_given(conditioner: Conditioner, keys: Iterable[str]) -> list[str]:
+    """Names of the conditioners, of a set, that take conditions given by these names."""
+    if not isinstance(conditioner, ConditionerSet):
+        return []
+    return list(dict.fromkeys(conditioner.owners[known_key(conditioner, key)] for key in keys))
 
 
 def parse_conditions(conditioner: Conditioner | None, texts: Sequence[str]) -> dict[str, Any]:

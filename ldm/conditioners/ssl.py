@@ -194,10 +194,16 @@ def checked_noise(noise: float) -> float:
 
 
 def as_rows(value: Any) -> Tensor:
-    """One feature (D,), or several (N,D), as (N,D) float32."""
+    """One feature (D,), or several (N,D), as (N,D) float32. UserError for what is no array of finite numbers."""
     several = isinstance(value, (list, tuple)) and value and hasattr(value[0], "ndim")
-    features = torch.stack([torch.as_tensor(row) for row in value]) if several else torch.as_tensor(value)
-    return features.float()[None] if features.ndim == 1 else features.float()
+    try:
+        features = torch.stack([torch.as_tensor(row) for row in value]) if several else torch.as_tensor(value)
+        features = features.float()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"features are an array of numbers (D,) or (N,D); got {type(value).__name__}.") from error
+    if not features.isfinite().all():
+        raise UserError("features hold NaN or infinity; make them again.")
+    return features[None] if features.ndim == 1 else features
 
 
 def checked_features(values: Any, dim: int) -> Tensor:

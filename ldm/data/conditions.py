@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from ldm.data import dihedral
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, suggest
 
@@ -46,7 +47,7 @@ class TileConditions:
             if key in TAKEN:
                 raise UserError(f"a condition cannot be called '{key}', which tiles have anyway")
         self.sources, self.stores = dict(sources), stores
-        self.tables: dict[str, OmicsTable] = {}
+        self.tables: dict[str, list[OmicsTable]] = {}  # key -> the table of each store's cohort
         self.values: dict[str, list[np.ndarray]] = {key: [] for key in sources}  # per store, of the chosen rows
         self.rows: list[np.ndarray] = []
         self.skipped = 0
@@ -66,6 +67,21 @@ class TileConditions:
             self.rows.append(chosen[~lacking])
             for key, values in columns.items():
                 self.values[key].append(values[~lacking])
+        for source in sources.values():
+            if source.startswith("features/"):
+                self._check_alike(source)
+
+    def _check_alike(self, source: str) -> None:
+        """UserError unless an array has the same shape and maker in all stores."""
+        arrays = {store.path: store.array(source) for store in self.stores}
+        shapes = {array.shape[2 if array.attrs.get("dihedral") else 1 :]: path for path, array in arrays.items()}
+        if len({len(shape) for shape in shapes}) > 1 or len({shape[:1] for shape in shapes}) > 1:
+            listed = ", ".join(f"{shape} in {path}" for shape, path in shapes.items())
+            raise UserError(f"'{source}' differs in shape between stores: {listed}")
+        makers = {made_by: path for path, array in arrays.items() if (made_by := array.attrs.get("weights_sha256"))}
+        if len(makers) > 1:
+            listed = ", ".join(f"{path} ({made_by[:12]}...)" for made_by, path in makers.items())
+            raise UserError(f"'{source}' was made by different weights in {listed}")
 
     def _column(self, store: TileStore, key: str, source: str) -> np.ndarray:
         """One value for every tile of a store: a label, a row of the store's array, or a row of an omics table."""
@@ -75,7 +91,13 @@ class TileConditions:
             return np.arange(len(store))
         index = index_rows(store)
         if kind == "omics" and name:
-            table = self.tables.setdefault(source, omics_table(str(cohort_of(store)), name))
+            path = cohort_of(store) / "omics" / f"{name}.parquet"
+            changed = path.stat().st_mtime_ns if path.is_file() else 0
+            table = omics_table(cohort_of(store), name, changed)
+            tables = self.tables.setdefault(key, [])
+            tables.append(table)
+            if table.about["genes"] != tables[0].about["genes"]:
+                raise UserError(f"{path} has other genes than the first cohort's; join both with one list of genes")
             if "sample" not in index:
                 raise UserError(f"{cohort_of(store)} has no column `sample`; run `python -m data_prep.join_omics`")
             return table.index.get_indexer(index["sample"]).astype(float) + np.where(
@@ -100,9 +122,17 @@ class TileConditions:
             if kind == "features" and name:
                 array = self.stores[store].array(source)
                 values = np.asarray(array[int(value)], np.float32)
-                found[key] = torch.from_numpy(values[variant] if array.attrs.get("dihedral") else values)
-            elif source in self.tables:
-                found[key] = torch.from_numpy(self.tables[source].values[int(value)])
+                if not np.isfinite(values).all():
+                    raise UserError(
+                        f"{self.stores[store].path}/{source} row {int(value)} holds NaN or infinity; make it again"
+                    )
+                if array.attrs.get("dihedral"):
+                    values = values[variant]
+                elif values.ndim == 3:  # a grid (D,k,k) turns with its tile
+                    values = np.ascontiguousarray(dihedral.apply(values, variant))
+                found[key] = torch.from_numpy(values)
+            elif key in self.tables:
+                found[key] = torch.from_numpy(self.tables[key][store].values[int(value)])
             else:
                 found[key] = value if isinstance(value, str) else torch.tensor(float(value))
         return found
@@ -118,8 +148,8 @@ class TileConditions:
             if kind == "features" and name:
                 array = self.stores[0].features(name)
                 about |= {"shape": list(array.shape[2 if array.attrs.get("dihedral") else 1 :]), **array.attrs.asdict()}
-            elif source in self.tables:
-                about = {**self.tables[source].about, **about}
+            elif key in self.tables:
+                about = {**self.tables[key][0].about, **about}
             elif any(values.dtype == object for values in self.values[key]):
                 names = sorted({str(value) for values in self.values[key] for value in values})
                 about["names"] = names if len(names) <= NAMES_SHOWN else []
@@ -149,9 +179,9 @@ class OmicsTable:
 
 
 @lru_cache(maxsize=8)
-def omics_table(cohort: str, source: str) -> OmicsTable:
-    """An omics table, read once however many stores of the cohort there are."""
-    return OmicsTable(Path(cohort), source)
+def omics_table(cohort: Path, source: str, changed: int) -> OmicsTable:
+    """An omics table as of the time `changed`, read once however many stores of the cohort there are."""
+    return OmicsTable(cohort, source)
 
 
 def cohort_of(store: TileStore) -> Path:

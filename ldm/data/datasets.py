@@ -241,6 +241,13 @@ def _require(name: str | None, what: str, known: Sequence[str]) -> None:
         raise UserError(f"name the {what} to read{suggest('', known)}")
 
 
+def _number(value: Any, column: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UserError(f"'{column}' is a number; it is never '{value}'") from None
+
+
 def _select(
     store: TileStore,
     coords: np.ndarray,
@@ -270,7 +277,10 @@ def _select(
                 raise UserError(f"where.{column} takes a value, a list, or min and max; got {sorted(unknown)}")
             keep &= (values >= wanted.get("min", -np.inf)) & (values <= wanted.get("max", np.inf))
         else:
-            keep &= np.isin(values, wanted if isinstance(wanted, (list, tuple)) else [wanted])
+            listed = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
+            if np.issubdtype(values.dtype, np.number):
+                listed = [_number(each, column) for each in listed]
+            keep &= np.isin(values, listed)
     return keep
 
 

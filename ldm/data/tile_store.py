@@ -169,6 +169,8 @@ class TileStore:
         Raises:
             UserError: no tile of the store lies on the lattice.
         """
+        if self.attrs.get("level0_size") is None:
+            raise UserError(f"{self.path} was not cut from a slide, so its tiles form no grid")
         array = self.features(feature)
         x, y, width, height = region if region is not None else (0, 0, *self.attrs["level0_size"])
         step, tile = self.stride * self.downsample, self.tile_size * self.downsample

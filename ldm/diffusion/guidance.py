@@ -195,17 +195,26 @@ def known_region(denoiser: Denoiser, x0: Tensor, mask: Tensor) -> Denoiser:
 
 def keep_variance(denoiser: RangeDenoiser, guide: Callable[[Denoiser], Denoiser]) -> RangeDenoiser:
     """Guidance of a denoiser that returns (x0, variance) for `sample_ddpm`: `guide` acts on x0, the variance of the
-    condition stays. `keep_variance(model.with_variance, lambda d: clip(cfg(d, null, 2.0)))`."""
+    whole condition stays. `keep_variance(model.with_variance, lambda d: clip(cfg(d, null, 2.0)))`.
+
+    Where the batch that guidance makes does not end with the condition, as `compose` of several terms, the condition
+    is evaluated along with it.
+    """
 
     def guided(x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        variances = []
+        count, variances = len(x), []
+        whole = expand_cond(cond, count)
 
-        def x0_alone(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-            x0, variance = denoiser(x, sigma, cond)
-            variances.append(variance)
-            return x0
+        def x0_alone(points: Tensor, sigmas: Tensor, conds: Cond) -> Tensor:
+            if all(torch.equal(expand_cond(conds, len(points))[part][-count:], whole[part]) for part in whole):
+                x0, variance = denoiser(points, sigmas, conds)
+                variances.append(variance[-count:])
+                return x0
+            batch = cat_conds(expand_cond(conds, len(points)), whole)
+            x0, variance = denoiser(torch.cat([points, x]), torch.cat([sigmas, sigma]), batch)
+            variances.append(variance[-count:])
+            return x0[:-count]
 
-        x0 = guide(x0_alone)(x, sigma, cond)
-        return x0, variances[0][-len(x) :]  # batched guidance puts the condition last
+        return guide(x0_alone)(x, sigma, cond), variances[0]
 
     return guided

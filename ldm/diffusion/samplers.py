@@ -38,8 +38,7 @@ def sample_euler(
     sigmas = _checked(x, sigmas)
     for i in range(len(sigmas) - 1):
         x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
-        d = (x - x0) / sigmas[i]
-        x = x + d * (sigmas[i + 1] - sigmas[i])
+        x = x0 + (x - x0) * (sigmas[i + 1] / sigmas[i])
         callback(i, x, x0)
     return x
 
