@@ -254,6 +254,8 @@ def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = Fal
         if part == "network":
             check_names(given, wanted, path)
         fits = fits and not (part == "first stage" and own_first_stage)
+        if part == "conditioner" and fits and wanted:
+            fits = _described(path) in (None, model.cond_stage_model.describe())  # classes or genes of other names
         if fits and wanted:
             model.load_state_dict({name: value.float() for name, value in given.items()}, strict=False)
         report.append(f"{part} {'loaded' if fits and wanted else 'kept'}")
@@ -263,6 +265,23 @@ def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = Fal
         model.scale_factor.copy_(state["scale_factor"])
         model.measure_scale = False
     return f"weights of {path}: {', '.join(report)}"
+
+
+def _described(path: str | Path) -> dict[str, Any] | None:
+    """What the conditioner of a model folder, or of a checkpoint of this toolkit, says of itself; else None."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory() as folder:
+        node = None
+        if (path / "config.yaml").is_file():
+            node = read_model_folder(path)[0].get("params", {}).get("cond_stage_config")
+        elif isinstance(content := read_checkpoint(path), dict) and "histoldm_conditioner" in content:
+            for name, text in content["histoldm_files"].items():
+                Path(folder, name).write_text(text, encoding="utf-8")
+            node = within(content["histoldm_conditioner"], Path(folder))
+        if node is None:
+            return None
+        with torch.device("meta"):
+            return instantiate_from_config(node).describe()
 
 
 def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:

@@ -375,3 +375,20 @@ def test_a_table_is_read_field_by_field(model, tmp_path):
 def test_grades_are_class_names():
     embedder = ClassEmbedder(["1", "2", "3"], 4)
     assert embedder.labels(torch.tensor([2.0, 1.0])).tolist() == [1, 0]
+
+
+def test_fine_tuning_takes_a_conditioner_of_the_same_names_alone(tmp_path):
+    def of(classes, **params):
+        return build(module("class_token.ClassEmbedder", classes=classes, dim=24), **params)
+
+    source = of(["A", "B"])
+    source.cond_stage_model.embedding.weight.data += 1
+    node = model_node(module("class_token.ClassEmbedder", classes=["A", "B"], dim=24))
+    folder = str(write_model_folder(tmp_path / "model", node, source.state_dict(), {}))
+    checkpoint = {"state_dict": source.state_dict(), "histoldm_config": {"model": node}}
+    source.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    weight = source.cond_stage_model.embedding.weight
+    for start in (folder, str(tmp_path / "last.ckpt")):
+        assert torch.equal(of(["A", "B"], ckpt_path=start).cond_stage_model.embedding.weight, weight)
+        assert not torch.equal(of(["B", "A"], ckpt_path=start).cond_stage_model.embedding.weight, weight)
