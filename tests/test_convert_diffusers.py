@@ -394,6 +394,30 @@ def test_missing_files_and_tensors_are_named(pipeline, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+class Malicious:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "written")
+
+
+def test_damaged_and_malicious_weights_are_refused(pipeline, tmp_path):
+    folder, written = copied(pipeline, tmp_path / "pipeline"), tmp_path / "written"
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        read_published(folder)
+    state = load_file(pipeline / "vae" / file.name)
+    file.unlink()
+    torch.save({**state, "extra": Malicious(written)}, file.with_suffix(".bin"))
+    check(read_published(folder), folder)
+    torch.save(Malicious(written), file.with_suffix(".bin"))
+    with pytest.raises(UserError, match="holds"):
+        read_published(folder)
+    assert not written.exists()
+
+
 def test_another_base_is_refused(model_folder, pipeline, tmp_path):
     tuned = copied(pipeline / "unet", tmp_path / "unet")
     other = changed(context_dim=32)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.config import load_config
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
+from ldm.interop.clip_config import KNOWN
 from ldm.interop.converted import Converted
 from ldm.interop.diffusers_config import schedule_params, unet_node, vae_node
 from ldm.interop.diffusers_names import modern, renamed, to_convolutions
@@ -243,7 +244,8 @@ def text_condition(
     config: Mapping[str, Any], name: str, mask_padding: bool = False, pad: str = "eos"
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The node of a CLIP text tower as Stable Diffusion is conditioned by it, and the files that the node names."""
-    about = {"name": name, "licence": "unknown", **config}
+    name, licence = KNOWN.get(name, (name, "unknown"))
+    about = {"name": name, "licence": licence, **config}
     params = {"model": "./text_model.json", "mask_padding": mask_padding, "pad": pad}
     node = {"target": TEXT_EMBEDDER, "params": params}
     return node, {"text_model.json": json.dumps(about, indent=2)}

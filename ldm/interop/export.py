@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -86,7 +85,8 @@ def to_diffusers(folder: Path, out: Path, half: bool = False) -> list[str]:
         if text["chunks"] > 1:
             raise UserError(f"{form} reads captions of one chunk; the model's captions have {text['chunks']}.")
         tower, tokens = tower_of(model), config["text_cfg"]["context_length"]
-        encoder = transformers_config(config, layers_of(tower)) | {"use_attention_mask": text["mask_padding"]}
+        encoder = transformers_config(config, layers_of(tower))
+        encoder |= {"_name_or_path": config.get("name", ""), "use_attention_mask": text["mask_padding"]}
         networks["text_encoder"] = (encoder, from_open_clip(tower))
         index["text_encoder"] = ["transformers", "CLIPTextModel"]
         if config["text_cfg"]["vocab_size"] == len(clip_vocabulary()):
@@ -283,13 +283,13 @@ def _inverse(names: Mapping[str, str]) -> dict[str, str]:
 
 
 def apart(state: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """The tensors, each with memory of its own."""
-    return {
-        name: (value.half() if half and value.is_floating_point() else value).clone(
-            memory_format=torch.contiguous_format
-        )
-        for name, value in state.items()
-    }
+    """The tensors, in float16 with half; those that are parts of others copied, as files hold each by itself."""
+    given = {}
+    for name, value in state.items():
+        value = (value.half() if half and value.is_floating_point() else value).contiguous()
+        part = value.untyped_storage().nbytes() > value.numel() * value.itemsize
+        given[name] = value.clone() if part else value
+    return given
 
 
 def check_free(out: Path, sign: str) -> None:
