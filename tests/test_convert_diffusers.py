@@ -18,7 +18,9 @@ from ldm.diffusion import samplers, schedules
 from ldm.diffusion.guidance import cfg
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint
+from ldm.interop.diffusers_config import unet_node, vae_node
 from ldm.interop.diffusers_folder import FIRST_STAGE, TEXT, UNET, read_diffusers
+from ldm.interop.diffusers_names import renamed, to_convolutions
 from ldm.interop.stable_diffusion import read_stable_diffusion
 from ldm.interop.text_names import from_open_clip
 from ldm.model_folder import write_model_folder
@@ -206,6 +208,23 @@ def test_diffusers_computes_the_same(model_folder, pipeline):
         for step in scheduler.timesteps:
             x = scheduler.step(unet(x, step, context).sample, step, x).prev_sample
     assert relative(ours / (1 + visited[-1] ** 2).sqrt(), x) < 1e-4
+
+
+def test_stable_diffusion_of_full_size_has_our_names_and_shapes():
+    """The networks of Stable Diffusion 1.4's pipeline, from its published settings."""
+    diffusers = pytest.importorskip("diffusers")
+    levels = {"block_out_channels": [128, 256, 512, 512], "layers_per_block": 2}
+    levels |= {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    with torch.device("meta"):
+        unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        vae = diffusers.AutoencoderKL(sample_size=512, **levels)
+        for module, read, count in ((unet, unet_node, 859_520_964), (vae, vae_node, 83_653_863)):
+            node, names, *_ = read(dict(module.config), "config.json", notes := [])
+            assert not notes
+            given = to_convolutions(renamed(module.state_dict(), names, ""))
+            wanted = instantiate_from_config(node).state_dict()
+            assert {n: v.shape for n, v in given.items()} == {n: v.shape for n, v in wanted.items()}
+            assert sum(value.numel() for value in wanted.values()) == count
 
 
 def test_the_whole_pipeline_samples_equally(model_folder, pipeline):
