@@ -16,7 +16,7 @@ from tqdm import tqdm
 from ldm import inference
 from ldm.conditioners.compose import ConditionerSet
 from ldm.conditioners.given import parse_conditions
-from ldm.convert import convert, export_as, load_model
+from ldm.convert import convert, export_as, load_model, weights_file
 from ldm.data.features import read_features
 from ldm.data.images_out import save_bigtiff, save_ome_zarr, save_png, to_uint8
 from ldm.data.tile_store import TileStore, open_cohort
@@ -151,9 +151,8 @@ def sample_tiles(
 
 def weights_of(model_path: Path) -> str:
     """SHA-256 of the weights that `load_model` reads."""
-    checkpoint = model_path / "checkpoints" / "last.ckpt"
-    folder = checkpoint if checkpoint.is_file() else model_path / "model.safetensors"
-    return sha256(model_path if model_path.is_file() else folder)
+    own = [model_path / "checkpoints" / "last.ckpt", model_path / "model.safetensors"]
+    return sha256(next((path for path in own if path.is_file()), weights_file(model_path)))
 
 
 def kept_tiles(out: Path, wanted: Mapping[Path, dict[str, Any]]) -> set[Path]:

@@ -43,6 +43,7 @@ EXPORTS = {
     "compvis": "ldm.interop.export_compvis.to_compvis",
 }
 OWN = "histoldm_config"  # in checkpoints of this toolkit's own trainings
+SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
 def convert(
@@ -91,12 +92,14 @@ def load_model(
     """
     path = Path(path)
     with allowing(allow_target):
-        if not _is_published(path):
+        published, content = _published(path)
+        if not published:
             if options:
                 raise UserError(f"{_flag(next(iter(options)))} goes with a published checkpoint, which {path} is not.")
             return model_folder.load_model(path, device)
-        found = read_published(path, allow_target=tuple(allow_target), **options)
-        check(found, path)
+        found = _read(path, content, {"allow_target": tuple(allow_target), **options})
+        if found.schedule:
+            _check_schedule(found, path)
         for note in found.notes:
             warnings.warn(f"{path.name}: {note}", stacklevel=2)
         with tempfile.TemporaryDirectory() as folder:
@@ -119,8 +122,36 @@ def read_published(source: str | Path, **options: Any) -> Converted:
     source = Path(source)
     if not source.exists():
         raise UserError(f"{source} does not exist.")
-    content = None if source.is_dir() else read_checkpoint(source)
-    if isinstance(content, dict) and OWN in content:
+    file = weights_file(source)
+    return _read(source, None if file.is_dir() else read_checkpoint(file), options)
+
+
+def _published(path: Path) -> tuple[bool, Any]:
+    """Whether a path is a model of others, and what the checkpoint holds that was read to tell."""
+    whole = (path / "config.yaml").is_file() and (path / model_folder.WEIGHTS).is_file()
+    if whole or (path / "checkpoints").is_dir() or not path.exists():
+        return False, None
+    file = weights_file(path)
+    if file.is_dir():
+        return any(_of(recognises)(file, None) for recognises, _ in FAMILIES.values()), None
+    content = read_checkpoint(file)
+    return not _is_own(content), content
+
+
+def weights_file(source: Path) -> Path:
+    """The only .ckpt, or only weight file, in a folder; else `source` itself."""
+    if not source.is_dir() or any(_of(recognises)(source, None) for recognises, _ in FAMILIES.values()):
+        return source
+    for suffixes in (SUFFIXES[:1], SUFFIXES):
+        files = [path for path in source.iterdir() if path.suffix in suffixes]
+        if len(files) == 1:
+            return files[0]
+    return source
+
+
+def _read(source: Path, content: Any, options: Mapping[str, Any]) -> Converted:
+    source = weights_file(source)
+    if _is_own(content):
         raise UserError(f"{source} is a checkpoint of this toolkit; make a model folder of it with `histoldm export`.")
     given = {name: value for name, value in options.items() if value not in (None, False, (), [])}
     for family, (recognises, reader) in FAMILIES.items():
@@ -222,14 +253,9 @@ def _with_files(found: Converted, folder: Path) -> dict[str, Any]:
     return model_folder.within(found.node, folder)
 
 
-def _is_published(path: Path) -> bool:
-    """Whether a path is none of this toolkit's own: no model folder, no run folder, no checkpoint of a training."""
-    if path.is_dir():
-        return not ((path / "config.yaml").is_file() or (path / "checkpoints").is_dir())
-    if not path.is_file():
-        return False
-    content = read_checkpoint(path)
-    return not (isinstance(content, dict) and OWN in content)
+def _is_own(content: Any) -> bool:
+    """Whether a checkpoint is of a training of this toolkit."""
+    return isinstance(content, dict) and OWN in content
 
 
 def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

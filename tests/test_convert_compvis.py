@@ -15,9 +15,8 @@ from ldm.conditioners.field import FeatureField
 from ldm.config import instantiate_from_config
 from ldm.convert import build, check, convert, load_model, read_published
 from ldm.diffusion import samplers, schedules
-from ldm.diffusion.denoiser import TableDenoiser, call_network
+from ldm.diffusion.denoiser import call_network
 from ldm.diffusion.guidance import cfg, clip
-from ldm.diffusion.tiled import tiled
 from ldm.errors import UserError
 from ldm.interop import targets
 from ldm.interop.checkpoint import read_checkpoint
@@ -246,25 +245,14 @@ def test_labels_within_the_unet(oracle, tmp_path):
     assert model.cond_stage_model.dropout == 0  # it has no null: guidance is 1 by default
 
 
-def test_the_published_large_image(lid, oracle):
-    """get_panorama through the converted model; tests/test_tiled.py explains its rules."""
+def test_windows_of_the_published_large_image(lid, oracle):
+    """What get_panorama tells the network at every window; tests/test_tiled.py has the image itself."""
     model, _ = lid
     golden = load(oracle / "lid_large_image.pt")
-    betas = schedules.make_betas("linear", 1000, 0.0015, 0.0195).float()
-    table = schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0))
-    late = TableDenoiser(lambda x, t, **cond: model.model(x, t + 1, **cond), table)
     field = FeatureField(golden["embeddings"].view(2, 2, 24), (128, 128), 64, "slerp")
-    guided = cfg(late, model.null_condition(), 1 + golden["params"]["guidance"])
-    canvas = tiled(guided, 64, 16, lambda corners: model.condition(features=field.at(corners)), batch_size=7)
-    visited = torch.tensor(golden["ddim=1"]["t_range"]) - 1                     # three steps suffice
-    sigmas, x = torch.cat([table[visited], torch.zeros(1)]), golden["init_epsilon"] * table[-1] + golden["init_randn"]
-    noises = golden["ddim=1"]["step_noise"]
-    with torch.no_grad():
-        for step in range(3):
-            ancestral = 1 - (1 + sigmas[step + 1] ** 2) / (1 + sigmas[step] ** 2)
-            eta = float((betas[visited[step]] / ancestral).sqrt())
-            x = samplers.sample_ddim(canvas, x, sigmas[step : step + 2], {}, lambda _, k=step: noises[k], eta=eta)
-    close(x, golden["ddim=1"]["latent"], 1e-4)
+    corners = [(row, col) for row in range(0, 65, 16) for col in range(0, 65, 16)]
+    close(model.condition(features=field.at(corners))["crossattn"], golden["window_context"])
+    close(model.null_condition()["crossattn"], golden["uncond_context"])
 
 
 # --- by name, strictly ---------------------------------------------------------------------------------------------
@@ -493,3 +481,39 @@ def test_published_configs_have_the_published_size(tmp_path, unet_params, cond_s
     found = read_compvis(tmp_path / "model.ckpt", {"state_dict": state})
     check(found, "the config")
     assert round(sum(p.numel() for p in build(found).model.parameters()) / 1e6, 2) == count
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_the_command_converts_a_published_folder(oracle, tmp_path, monkeypatch, capsys):
+    from ldm import cli
+
+    folder = oracle / "more" / "pathldm_class_ckpt"
+    (tmp_path / "names.txt").write_text("low low\nlow high\nhigh low\nhigh high\n")
+    names = str(tmp_path / "names.txt")
+    for classes, status in ((names, 0), ("a,b,c,d", 0), ("a,b", 2), ("a,a,b,c", 2)):
+        out = tmp_path / f"model{classes[-3:]}"
+        monkeypatch.setattr("sys.argv", ["histoldm", "convert", str(folder), "--out", str(out), "--classes", classes])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == status
+        assert out.exists() == (status == 0)
+    printed = capsys.readouterr()
+    assert "3 left: the Inception network that measured FID while training" in printed.out
+    assert "give 4 (without the unconditional one, the last) or 5 names, got 2" in printed.err
+    assert load_model(tmp_path / "modeltxt").cond_stage_model.classes[3] == "high high"
+
+
+def test_a_published_checkpoint_is_a_model_to_every_command(oracle, tmp_path, capsys):
+    from ldm.commands import describe_model, sample_tiles
+
+    folder = oracle / "more" / "pathldm_class_ckpt"
+    with pytest.warns(UserWarning, match="the classes have no names"):
+        describe_model(folder)
+    asked = {"features": None, "feature": None, "where": {}, "table": None, "conditions": ["class=2"], "count": 2}
+    with pytest.warns(UserWarning, match="the classes have no names"):
+        sample_tiles(folder / "model.ckpt", tmp_path / "tiles", "cpu", 2, asked, steps=2, solver="euler", seed=0,
+                     guidance_scale=None)  # fmt: skip
+    assert "class        class: 0, 1, 2, 3" in capsys.readouterr().out
+    assert len(list((tmp_path / "tiles").glob("0*.png"))) == 2

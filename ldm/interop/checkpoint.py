@@ -290,7 +290,7 @@ class _Filled:
             filled.extend(self.fill(child) for child in value)
             return filled
         if type(value) is tuple:
-            return tuple(self.fill(child) for child in value)
+            return self.seen.setdefault(id(value), tuple(self.fill(child) for child in value))
         return None if isinstance(value, (_Function, _StorageType, _Storage)) else value
 
     def tensor(self, given: _Placeholder) -> Tensor:
