@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
 LISTED = 25  # names that a message lists
@@ -20,6 +20,11 @@ def suggest(given: str, known: Iterable[str]) -> str:
     hint = f"; did you mean '{near[0]}'?" if near else "."
     listed = ", ".join(known[:LISTED]) or "(none)"
     return f"{hint} Known: {listed}{', ...' if len(known) > LISTED else '.'}"
+
+
+def some(names: Sequence[str], shown: int = LISTED) -> str:
+    """The first `shown` of several names, and ", ..." if there are more."""
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
 def run_command(command: Callable[[], object]) -> int:
