@@ -18,6 +18,7 @@ from ldm.diffusion.guidance import class_log_probability, classifier_guidance, c
 from ldm.errors import UserError
 from ldm.interop.guided import unet_shape
 from ldm.model_folder import load_network
+from ldm.networks.encoder_unet import EncoderUNetModel
 from ldm.networks.unet import UNetModel
 
 HIS = {"image_size": 16, "num_heads": 4, "use_new_attention_order": True}
@@ -174,6 +175,23 @@ def test_flags_of_a_classifier_beside_those_of_its_unet(oracle, tmp_path):
     source, options = write(tmp_path, state, flags | {"classifier_width": 64})
     with pytest.raises(UserError, match="the flags say model_channels 64, the weights are of 32"):
         read_published(source, **options)
+
+
+@pytest.mark.parametrize("pool", ["adaptive", "spatial", "spatial_v2"])
+def test_other_pools_of_classifiers(tmp_path, pool):
+    params = {
+        "image_size": 16, "in_channels": 3, "model_channels": 32, "out_channels": 7, "num_res_blocks": 1,
+        "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 32, "pool": pool,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    net = EncoderUNetModel(**params).eval()
+    classifier = load_network(converted(tmp_path, net.state_dict(), params))
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 800])
+    with torch.no_grad():
+        torch.testing.assert_close(classifier(x, t), net(x, t))
+    wrong = {**params, "pool": "attention"}
+    with pytest.raises(UserError, match=f"the flags say pool attention, the classifier's weights are of pool {pool}"):
+        converted(tmp_path, net.state_dict(), wrong)
 
 
 def test_classifier_guidance(oracle, tmp_path):

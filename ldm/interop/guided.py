@@ -162,15 +162,19 @@ def _classifier(
     depth = flags.get("classifier_depth", flags.get("num_res_blocks", 2))
     blocks = len(_blocks(state, "input_blocks"))
     levels, rest = divmod(blocks, depth + 1)
-    if rest or "out.2.positional_embedding" not in state:
+    if rest:
         raise UserError(
-            f"the classifier has {blocks} blocks, which {depth} residual blocks a level do not give, or another pool "
-            "than attention; give --config with its flags (classifier_depth), or another checkpoint."
+            f"the classifier has {blocks} blocks, which {depth} residual blocks a level do not give; give --config with "
+            "its flags (classifier_depth)."
         )
     shape = _half_shape(state, depth, levels)
-    shape["out_channels"] = len(state["out.2.c_proj.weight"])
-    side = round((state["out.2.positional_embedding"].shape[1] - 1) ** 0.5)
-    shape["image_size"] = side * 2 ** (levels - 1)
+    pool, last = _pool(state)
+    shape["out_channels"] = len(state[last])
+    if pool == "attention":
+        side = round((state["out.2.positional_embedding"].shape[1] - 1) ** 0.5)
+        shape["image_size"] = side * 2 ** (levels - 1)
+    else:
+        shape["image_size"] = _image_size(flags, shape, found.notes)
     stem = shape.pop("stem_channels", shape["model_channels"])
     if stem != int(shape["channel_mult"][0] * shape["model_channels"]):
         raise UserError("the classifier's first convolution is not as wide as its first level.")
@@ -180,15 +184,15 @@ def _classifier(
     for old, new in (("width", "model_channels"), ("depth", "num_res_blocks")):
         if old in given:
             given[new] = given.pop(old)
-    if given.get("pool", "attention") != "attention":
-        raise UserError(f"the flags say pool {given['pool']}, the classifier's weights are of an attention pool.")
+    if given.get("pool", pool) != pool:
+        raise UserError(f"the flags say pool {given['pool']}, the classifier's weights are of pool {pool}.")
     check_flags({**given, "out_channels": given.get("num_classes", given.get("out_channels"))}, shape)
     heads = given.get("num_head_channels", -1)
     if heads == -1:
         heads = CLASSIFIER_HEAD
         found.notes.append(f"a head of the classifier is {heads} channels wide, as in create_classifier")
     order = given.get("use_new_attention_order", False)
-    params = {**shape, "num_head_channels": heads, "use_new_attention_order": order, "pool": "attention"}
+    params = {**shape, "num_head_channels": heads, "use_new_attention_order": order, "pool": pool}
     if "classifier_depth" not in flags and "num_res_blocks" not in flags:
         found.notes.append("the classifier has 2 residual blocks a level, the default")
     names = classes if classes is not None else _mapped(flags.get("class_mapping"), shape["out_channels"])
@@ -200,6 +204,15 @@ def _classifier(
         found.metadata["classes"] = [str(name) for name in names]
     found.node, found.state = {"target": CLASSIFIER, "params": params}, dict(state)
     return found
+
+
+def _pool(state: Mapping[str, Tensor]) -> tuple[str, str]:
+    """A classifier's kind of pool, and the name of its last weight."""
+    for pool, last, dims in (("attention", "out.2.c_proj.weight", 3), ("adaptive", "out.3.weight", 4),
+                             ("spatial_v2", "out.3.weight", 2), ("spatial", "out.2.weight", 2)):  # fmt: skip
+        if last in state and state[last].ndim == dims:
+            return pool, last
+    raise UserError("the network has no way up (output_blocks) and is no classifier of guided-diffusion either.")
 
 
 # --- flags ---------------------------------------------------------------------------------------------------------
