@@ -164,8 +164,8 @@ def _classifier(
     levels, rest = divmod(blocks, depth + 1)
     if rest:
         raise UserError(
-            f"the classifier has {blocks} blocks, which {depth} residual blocks a level do not give; give --config with "
-            "its flags (classifier_depth)."
+            f"the classifier has {blocks} blocks, which {depth} residual blocks a level do not give; give --config "
+            "with its flags (classifier_depth)."
         )
     shape = _half_shape(state, depth, levels)
     pool, last = _pool(state)
