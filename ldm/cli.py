@@ -25,7 +25,7 @@ SOLVERS = (
     "dpmpp_2m", "unipc", "euler", "heun", "plms", "ddpm", "ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde",
 )  # fmt: skip
 Solver = Enum("Solver", {name: name for name in SOLVERS}, type=str)
-SCHEDULES = ("trailing", "uniform", "karras", "exponential", "optimised")
+SCHEDULES = ("trailing", "uniform", "legacy", "karras", "exponential", "optimised")
 Schedule = Enum("Schedule", {name: name for name in SCHEDULES}, type=str)
 Precision = Enum("Precision", {name: name for name in ("fp32", "bf16", "fp16")}, type=str)
 Mode = Enum("Mode", {name: name for name in ("shifted", "overlap")}, type=str)

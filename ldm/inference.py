@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 STOCHASTIC = ("ddim", "euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde")  # their noise is scaled by eta
 SOLVERS = ("dpmpp_2m", "unipc", "euler", "heun", "plms", "ddpm", *STOCHASTIC)
-SCHEDULES = ("trailing", "uniform", "karras", "exponential", "optimised")
+SCHEDULES = ("trailing", "uniform", "legacy", "karras", "exponential", "optimised")
 MODES = ("shifted", "overlap")
 DECODE_PART = 2048  # pixels along what is decoded in one piece
 ATTENDED_PART = 512  # pixels, of decoders with attention
@@ -40,14 +40,20 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 
 
 def sampling_sigmas(model: LatentDiffusion, steps: int, schedule: str = "trailing") -> Tensor:
-    """Descending sigmas (steps+1,) for a model: from its own table (trailing, uniform), or of its range."""
+    """Descending sigmas (steps+1,) for a model: from its own table (trailing, uniform, legacy), or of its range.
+
+    legacy is the spacing of published DDIM codes, which ends above zero; its steps divide the table's length.
+    """
     denoiser = model.denoiser()
     discrete = hasattr(denoiser, "table")
     if not 1 <= steps <= (len(model.sigmas) if discrete else 10_000):
         raise UserError(f"steps must be in 1..{len(model.sigmas) if discrete else 10_000}; got {steps}.")
     if schedule not in SCHEDULES:
         raise UserError(f"schedule must be one of {', '.join(SCHEDULES)}; got '{schedule}'.")
-    if schedule in ("trailing", "uniform") and discrete:
+    if schedule == "legacy" and (not discrete or len(model.sigmas) % steps or steps == len(model.sigmas)):
+        table = f"divide its {len(model.sigmas)} levels" if discrete else "do not exist for this model"
+        raise UserError(f"the legacy schedule takes steps of the model's noise table that {table}; got {steps}.")
+    if schedule in ("trailing", "uniform", "legacy") and discrete:
         return schedules.table_sigmas(model.sigmas, steps, schedule)
     continuous = {"exponential": schedules.exponential_sigmas, "optimised": schedules.optimised_sigmas}
     make = continuous.get(schedule, schedules.karras_sigmas)  # models without a table have no other
@@ -142,6 +148,8 @@ def sample(
     if given not in (None, 1, count):
         raise UserError(f"the condition is of {given} samples, count asks for {count}; give one condition, or equal.")
     cond = {part: value.expand(count, *value.shape[1:]) for part, value in cond.items()}
+    if getattr(model.model.diffusion_model, "context_dim", None) and not any("crossattn" in part for part in cond):
+        raise UserError("the network attends to a context, and the model has no conditioner that gives one.")
     if batch_size < 1:
         raise UserError(f"batch size must be at least 1; got {batch_size}.")
     denoiser = guided_denoiser(model, guidance_scale if cond else 1.0, precision, cond, solver, compile, cache)

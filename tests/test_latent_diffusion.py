@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 import ldm
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
+from ldm.inference import sampling_sigmas
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_folder import load_weights, write_model_folder
 
@@ -200,7 +201,7 @@ def test_a_half_model_folder_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         ldm.load_model(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no model whose form is known"):
+    with pytest.raises(UserError, match=r"no config\.yaml"):
         ldm.load_model(tmp_path / "empty")
     _, folder = model_folder(tmp_path)
     (folder / "model.safetensors").unlink()
@@ -315,3 +316,13 @@ def test_every_step_costs_little_more_than_its_window_areas(tmp_path):
     model.model.register_forward_pre_hook(count)
     ldm.large_image(model, torch.randn(4, 4, 24), steps=3, guidance_scale=1.0, progress=False)
     assert list(windows.values()) == [25, 25, 49]  # of 16 areas: 5/4 along each side, at last every half window
+
+
+def test_the_legacy_schedule_is_the_published_spacing_or_one_message(tmp_path):
+    model, _ = model_folder(tmp_path)
+    sigmas = sampling_sigmas(model, 10, "legacy")
+    torch.testing.assert_close(sigmas[:-1], model.sigmas[1::100].flip(0))
+    assert sigmas[-1] == model.sigmas[0]
+    for steps in (30, 1000):
+        with pytest.raises(UserError, match="divide its 1000 levels"):
+            sampling_sigmas(model, steps, "legacy")
