@@ -12,6 +12,7 @@ from published import load, relative
 from torch import Tensor
 
 from ldm.conditioners.field import FeatureField
+from ldm.conditioners.text_transformer import TokenTransformer
 from ldm.config import instantiate_from_config
 from ldm.convert import build, check, convert, load_model, read_published
 from ldm.diffusion import samplers, schedules
@@ -255,6 +256,59 @@ def test_windows_of_the_published_large_image(lid, oracle):
     close(model.null_condition()["crossattn"], golden["uncond_context"])
 
 
+def bert_embedder(ids: Tensor, state: dict[str, Tensor]) -> Tensor:
+    """The published text transformer written down once more (x_transformer.py: Encoder, TransformerWrapper)."""
+    x = state["token_emb.weight"][ids] + state["pos_emb.emb.weight"][: ids.shape[1]]
+    layer = 0
+    while f"attn_layers.layers.{layer}.0.weight" in state:
+        name = f"attn_layers.layers.{layer}."
+        own = {key.removeprefix(name): value for key, value in state.items() if key.startswith(name)}
+        h = torch.nn.functional.layer_norm(x, x.shape[-1:], own["0.weight"], own["0.bias"])
+        if layer % 2 == 0:
+            q, k, v = (torch.einsum("bld,od->blo", h, own[f"1.to_{part}.weight"]) for part in "qkv")
+            q, k, v = (part.view(*part.shape[:2], 8, 64) for part in (q, k, v))
+            weights = (torch.einsum("bihd,bjhd->bhij", q, k) / 8).softmax(-1)
+            h = torch.einsum("bhij,bjhd->bihd", weights, v).flatten(2) @ own["1.to_out.weight"].T + own["1.to_out.bias"]
+        else:
+            h = torch.nn.functional.gelu(h @ own["1.net.0.0.weight"].T + own["1.net.0.0.bias"])
+            h = h @ own["1.net.2.weight"].T + own["1.net.2.bias"]
+        x, layer = x + h, layer + 1
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], state["norm.weight"], state["norm.bias"])
+
+
+def test_the_text_transformer_of_latent_diffusion(edited, tmp_path):
+    torch.manual_seed(0)
+    shapes = {"token_emb.weight": (40, 32), "pos_emb.emb.weight": (10, 32), "norm.weight": (32,), "norm.bias": (32,),
+              "to_logits.weight": (40, 32), "to_logits.bias": (40,)}  # fmt: skip
+    for layer in range(4):
+        parts = {"0.weight": (32,), "0.bias": (32,)}
+        parts |= {f"1.to_{part}.weight": (512, 32) for part in "qkv"} if layer % 2 == 0 else {}
+        parts |= {"1.to_out.weight": (32, 512), "1.to_out.bias": (32,)} if layer % 2 == 0 else {
+            "1.net.0.0.weight": (128, 32), "1.net.0.0.bias": (128,), "1.net.2.weight": (32, 128), "1.net.2.bias": (32,)
+        }  # fmt: skip
+        shapes |= {f"attn_layers.layers.{layer}.{name}": shape for name, shape in parts.items()}
+    weights = {name: 0.2 * torch.randn(shape) + (name.endswith("norm.weight")) for name, shape in shapes.items()}
+
+    def edit(state: dict, params: dict) -> None:
+        for name in [name for name in state if name.startswith("cond_stage_model.")]:
+            state.pop(name)
+        state.update({f"cond_stage_model.transformer.{name}": value for name, value in weights.items()})
+        told = {"n_embed": 32, "n_layer": 2, "vocab_size": 40, "max_seq_len": 10}
+        params["cond_stage_config"] = {"target": targets.ENCODERS + "BERTEmbedder", "params": told}
+
+    source = edited(edit)
+    with pytest.raises(UserError, match=r"put its tokenizer\.json .* into"):
+        convert(source, tmp_path / "model", say=silent)
+    source.with_name("tokenizer.json").write_text("{}")
+    said: list[str] = []
+    text = load_model(convert(source, tmp_path / "model", say=said.append)).cond_stage_model
+    ids = torch.randint(0, 40, (3, 10))
+    close(text.encode(ids), bert_embedder(ids, weights))
+    assert any("predicts words" in line for line in said)
+    wrong = bert_embedder(ids.flip(1), weights).flip(1)
+    assert relative(text.encode(ids), wrong) > 1e-2
+
+
 # --- by name, strictly ---------------------------------------------------------------------------------------------
 
 
@@ -443,33 +497,50 @@ LDM = {"image_size": 64, "in_channels": 3, "out_channels": 3, "attention_resolut
 BRCA = {**LDM, "model_channels": 192, "channel_mult": [1, 2, 3, 5], "num_heads": 1, "use_spatial_transformer": True,
         "transformer_depth": 1, "context_dim": 512, "use_fp16": True, "ckpt_path": "unet.ckpt"}  # fmt: skip
 CELEBA = {**LDM, "model_channels": 224, "channel_mult": [1, 2, 3, 4], "num_head_channels": 32}
+CHURCHES = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 192, "num_res_blocks": 2,
+            "attention_resolutions": [1, 2, 4, 8], "channel_mult": [1, 2, 2, 4, 4], "num_heads": 8,
+            "use_scale_shift_norm": True, "resblock_updown": True}  # fmt: skip
+TXT2IMG = {"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": 2,
+           "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_heads": 8, "legacy": False,
+           "use_spatial_transformer": True, "transformer_depth": 1, "context_dim": 1280}  # fmt: skip
+KL_F8 = {
+    "target": "ldm.models.autoencoder.AutoencoderKL",
+    "params": {"embed_dim": 4, "monitor": "val/rec_loss", "lossconfig": {"target": "torch.nn.Identity"},
+               "ddconfig": {**VQ_F4["params"]["ddconfig"], "double_z": True, "z_channels": 4, "ch_mult": [1, 2, 4, 4]}},
+}  # fmt: skip
 ENCODERS = targets.ENCODERS
 
 
 @pytest.mark.parametrize(
-    ("unet_params", "cond_stage", "count"),
+    ("unet_params", "first_stage", "cond_stage", "count"),
     [
-        (BRCA, {"target": ENCODERS + "SSLEmbedder", "params": {"normalize_ssl": True}}, 400.92),
-        (BRCA, {"target": ENCODERS + "PatchEmbedder", "params": {"patch_embed_dim": 1024}}, 400.92),
-        (BRCA, {"target": ENCODERS + "ClassEmbedder", "params": {"n_classes": 1001, "embed_dim": 512}}, 400.92),
-        (BRCA, {"target": ENCODERS + "EmbeddingViT2_5", "params": {"hidden_channels": 512, "p_uncond": 0.1}}, 400.92),
-        (CELEBA, "__is_unconditional__", 274.06),
+        (BRCA, VQ_F4, {"target": ENCODERS + "SSLEmbedder", "params": {"normalize_ssl": True}}, 400.92),
+        (BRCA, VQ_F4, {"target": ENCODERS + "PatchEmbedder", "params": {"patch_embed_dim": 1024}}, 400.92),
+        (BRCA, VQ_F4, {"target": ENCODERS + "ClassEmbedder", "params": {"n_classes": 1001, "embed_dim": 512}}, 400.92),
+        (BRCA, VQ_F4, {"target": ENCODERS + "EmbeddingViT2_5", "params": {"hidden_channels": 512}}, 400.92),
+        (CELEBA, VQ_F4, "__is_unconditional__", 274.06),
+        (CHURCHES, KL_F8, "__is_unconditional__", 294.97),
+        (TXT2IMG, KL_F8, {"target": ENCODERS + "BERTEmbedder", "params": {"n_embed": 1280, "n_layer": 32}}, 872.3),
     ],
-    ids=["brca", "crc", "cin256", "zoomldm", "celeba"],
+    ids=["brca", "crc", "cin256", "zoomldm", "celeba", "churches", "txt2img"],
 )  # fmt: skip
-def test_published_configs_have_the_published_size(tmp_path, unet_params, cond_stage, count):
+def test_published_configs_have_the_published_size(tmp_path, unet_params, first_stage, cond_stage, count):
     """The names and shapes of the tensors are those of a checkpoint made of that very config."""
-    params = {"unet_config": {"target": targets.UNETS[0], "params": unet_params}, "first_stage_config": VQ_F4,
-              "cond_stage_config": cond_stage, "linear_start": 0.0015, "linear_end": 0.0195, "image_size": 64,
+    params = {"unet_config": {"target": targets.UNETS[0], "params": unet_params}, "first_stage_config": first_stage,
+              "cond_stage_config": cond_stage, "linear_start": 0.0015, "linear_end": 0.0195,
               "conditioning_key": "crossattn"}  # fmt: skip
     with torch.device("meta"):
         node = targets.unet_node(params["unet_config"], ())
         net = UNetModel(**node["params"])
-        stage = instantiate_from_config(targets.first_stage_node(VQ_F4))
+        stage = instantiate_from_config(targets.first_stage_node(first_stage))
         state = {f"model.diffusion_model.{name}": value for name, value in net.state_dict().items()}
         state |= {f"first_stage_model.{name}": value for name, value in stage.state_dict().items()}
         told = targets.conditioning(params, ())
-        if told is not None:
+        if told is not None and told.kind == "bert":
+            (tmp_path / "tokenizer.json").write_text("{}")
+            names = {f"transformer.{name}": v for name, v in TokenTransformer(told.published).state_dict().items()}
+            state |= {f"cond_stage_model.{name}": value for name, value in names.items()}
+        elif told is not None:
             extra = {"class": {"classes": [str(i) for i in range(1000)]}, "grid": {"magnifications": 8}}
             conditioner = instantiate_from_config(
                 {**told.node, "params": told.node["params"] | extra.get(told.kind, {})}

@@ -15,12 +15,14 @@ from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 from torch import Tensor, nn
 
 from ldm.conditioners.text_registry import REGISTRY, TextModel
+from ldm.conditioners.text_transformer import TokenTransformer
 from ldm.errors import UserError, suggest
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.text_names import is_transformers, open_clip_config, to_open_clip
 from ldm.metrics.encoders import weights_home
 
 LAYERS = ("last", "penultimate")
+TOKEN_TRANSFORMER = "token_transformer"  # in text_cfg: the tower is CompVis' own
 CONFIGS = ("open_clip_config.json", "config.json")
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
 # of open_clip's text settings: those that shape the tower, and those of the pooling after it, which is not used
@@ -43,7 +45,8 @@ class TowerSource:
 
     @property
     def is_bert(self) -> bool:
-        return bool(self.config["text_cfg"].get("hf_model_name"))
+        """Whether its words are a BERT's."""
+        return _has_bert_words(self.config)
 
     def as_json(self) -> str:
         """The config with name and licence, as one JSON file that `find_tower` reads."""
@@ -80,13 +83,17 @@ def find_tower(model: str, weights: str | None = None, tokenizer: str | None = N
     place = Path(weights) if weights else folder
     file = None if place is None or torch.empty(0).is_meta else _weight_file(place, model, known)
     words = None
-    if config["text_cfg"].get("hf_model_name"):  # CLIP's own words are in open_clip
+    if _has_bert_words(config):  # CLIP's own words are in open_clip
         words = Path(tokenizer) if tokenizer else (folder or Path()) / "tokenizer.json"
         if not words.is_file():
             raise UserError(f"the text model '{model}' needs a tokenizer.json; none is at {words}.{_where(known)}")
     if known:
         return TowerSource(known.name, known.licence, config, file, words)
     return TowerSource(config.pop("name", name), config.pop("licence", "unknown"), config, file, words)
+
+
+def _has_bert_words(config: Mapping[str, Any]) -> bool:
+    return bool(config["text_cfg"].get("hf_model_name")) or bool(config["text_cfg"].get(TOKEN_TRANSFORMER))
 
 
 def _where(known: TextModel | None) -> str:
@@ -124,6 +131,8 @@ def read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read the text model's config {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"the text model's config {path} is a {type(config).__name__}, not an object of settings")
     config = config.get("model_cfg", config)
     if "text_cfg" not in config:
         config = open_clip_config(config)
@@ -138,11 +147,12 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def build_tower(source: TowerSource, layer: str = "last") -> ClipTower | BertTower:
+def build_tower(source: TowerSource, layer: str = "last") -> ClipTower | BertTower | TokenTransformer:
     """The text tower of a model with its weights, in eval mode; layer `penultimate` leaves its last block out."""
     if layer not in LAYERS:
         raise UserError(f"`layer` of a text model is one of {', '.join(LAYERS)}; got '{layer}'.")
-    tower = (BertTower if source.is_bert else ClipTower)(source.config)
+    kind = BertTower if source.is_bert else ClipTower
+    tower = (TokenTransformer if source.config["text_cfg"].get(TOKEN_TRANSFORMER) else kind)(source.config)
     if source.weights is not None:
         load_tower(tower, source)
     if layer == "penultimate":
@@ -165,6 +175,9 @@ class ClipTower(nn.Module):
             if key not in SHAPE | POOLING and value:
                 raise UserError(f"text towers with `{key}` in their config are not supported; it is {value!r}.")
         text = {key: value for key, value in text.items() if key in SHAPE}
+        width, heads = text.get("width", 512), text.get("heads", 8)
+        if width % heads:
+            raise UserError(f"a text tower's width is a multiple of its heads; its config has {width} and {heads}.")
         act = QuickGELU if config.get("quick_gelu") else nn.GELU
         full = TextTransformer(**text, output_dim=None, act_layer=act, norm_layer=LayerNorm)
         self.token_embedding, self.positional_embedding = full.token_embedding, full.positional_embedding

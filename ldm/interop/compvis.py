@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -302,8 +303,27 @@ def _clip(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted,
     return {"target": told.node["target"], "params": params}, {f"tower.{name}": value for name, value in tower.items()}
 
 
+def _bert(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, path: Path) -> Member:
+    words = path.with_name("tokenizer.json")
+    if not words.is_file():
+        raise UserError(
+            f"the model reads text by the words of bert-base-uncased, which its checkpoint does not hold: put its "
+            f"tokenizer.json (https://huggingface.co/google-bert/bert-base-uncased, Apache-2.0) into {path.parent}."
+        )
+    for name in [name for name in weights if name.startswith("transformer.to_logits.")]:
+        found.unused[CONDITIONER + name] = "predicts words, which conditioning does not"
+        del weights[name]
+    about = {"name": "bert-embedder", "licence": "that of the model"}
+    found.files["text_model.json"] = json.dumps({**about, **told.published}, indent=2)
+    found.files["tokenizer.json"] = words.read_text(encoding="utf-8")
+    params = {"model": "./text_model.json", "tokenizer": "./tokenizer.json", **told.node["params"]}
+    tower = {"tower." + name.removeprefix("transformer."): value for name, value in weights.items()}
+    return {"target": told.node["target"], "params": params}, tower
+
+
 _READ: dict[str, Callable[..., Member]] = {
     "allowed": _same, "same": _same, "class": _class, "grid": _grid, "rescaler": _rescaler, "clip": _clip,
+    "bert": _bert,
 }  # fmt: skip
 
 
@@ -324,7 +344,8 @@ def compose(members: Mapping[str, Member], state: dict[str, Tensor]) -> dict[str
 
 
 def _member(told: targets.Conditioning) -> str:
-    return {"class": "class", "grid": "grid", "rescaler": "map", "clip": "text"}.get(told.kind, "condition")
+    names = {"class": "class", "grid": "grid", "rescaler": "map", "clip": "text", "bert": "text"}
+    return names.get(told.kind, "condition")
 
 
 def _blank(channels: int) -> dict[str, Tensor]:

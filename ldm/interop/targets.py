@@ -272,6 +272,18 @@ def _clip_text(given: Mapping[str, Any], params: Mapping[str, Any]) -> Condition
     return Conditioning("clip", {"target": TEXT_EMBEDDER, "params": ours}, published)
 
 
+def _bert_text(given: Mapping[str, Any], params: Mapping[str, Any]) -> Conditioning:
+    known = ("n_embed", "n_layer", "vocab_size", "max_seq_len", "device", "use_tokenizer", "embedding_dropout")
+    _known(given, "BERTEmbedder", known)
+    if not given.get("use_tokenizer", True):
+        raise UserError("cond_stage_config: the model reads tokens that are no words (use_tokenizer false): no text.")
+    config = {
+        "token_transformer": True, "width": given["n_embed"], "layers": given["n_layer"], "heads": 8,
+        "vocab_size": given.get("vocab_size", 30522), "context_length": given.get("max_seq_len", 77),
+    }  # fmt: skip
+    return Conditioning("bert", {"target": TEXT_EMBEDDER, "params": {"mask_padding": False}}, {"text_cfg": config})
+
+
 CONDITIONERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Conditioning]] = {
     "ClassEmbedder": _class,
     "PatchEmbedder": _patch,
@@ -280,6 +292,7 @@ CONDITIONERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Conditi
     "EmbeddingViT2_5": _grid(last_norm=True),
     "SpatialRescaler": _rescaler,
     "FrozenCLIPEmbedder": _clip_text,
+    "BERTEmbedder": _bert_text,
 }
 
 
