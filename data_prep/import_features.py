@@ -26,7 +26,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_prep.tile_slides import find_slides, update_index
-from ldm.data.cohort import merge_index, read_index, write_store
+from ldm.data.cohort import check_fractions, merge_index, read_index, write_store
 from ldm.data.features import Places, SlideFiles, files_of, find_slide_files, nearest_tiles
 from ldm.data.slides import TissueMask, open_slide
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
@@ -97,6 +97,10 @@ def _check_distinct(places: Places, files: SlideFiles) -> None:
 def pair(names: Sequence[str], found: dict[str, SlideFiles]) -> list[SlideFiles | None]:
     """The files of each slide. One slide and one file belong together whatever their names."""
     files = [files_of(name, found) for name in names]
+    takers: dict[str, str] = {}
+    for name, own in zip(names, files):
+        if own is not None and (other := takers.setdefault(own.name, name)) != name:
+            raise UserError(f"{own.source} could be of '{other}' and of '{name}' by name; name files like slides")
     if files == [None] and len(found) == 1:
         return list(found.values())
     if not any(files):
@@ -325,6 +329,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if bool(args.store) == bool(args.slides):
         raise UserError("give either --store, tiles that get features, or --slides, to cut tiles where the files say")
+    check_fractions(args.validation, args.test)
     found = find_slide_files(args.files)
     if args.store:
         if not args.name:

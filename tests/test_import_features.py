@@ -180,6 +180,17 @@ def test_slides_and_files_go_together_by_name(tmp_path: Path):
         files_of("b", {**found, "b_2": found["b.svs"]})
 
 
+def test_a_file_is_of_one_slide(tmp_path: Path):
+    stores = [
+        write_store(tmp_path, name, lambda i: np.zeros((16, 16, 3), np.uint8), 1, attrs={"tile_size": 16})
+        for name in ("case_1", "case_2")
+    ]
+    with h5py.File(tmp_path / "case.h5", "w") as file:
+        file["features"], file["coords"] = np.ones((1, 2)), np.zeros((1, 2))
+    with pytest.raises(UserError, match=r"case.h5 could be of 'case_1' and of 'case_2' by name"):
+        import_features.import_features(stores, find_slide_files([tmp_path / "case.h5"]), "x")
+
+
 def test_the_nearest_tile_is_found_however_they_lie():
     rng = np.random.default_rng(0)
     coords, points = rng.uniform(-100, 900, (300, 2)), rng.uniform(-150, 950, (200, 2))

@@ -478,3 +478,156 @@ def test_labels_of_samples_become_columns_of_the_index(cohort, real, tmp_path, c
     (tmp_path / "l.csv").write_text("case,grade\nTCGA-XX-7395-01,1\n")
     with pytest.raises(UserError, match=f"no slide is in .*: a slide is called {HEAD}, a row TCGA-XX-7395-01"):
         join_labels(cohort, tmp_path / "l.csv", ["grade"])
+
+
+def mapped(tmp_path: Path, **samples: str) -> str:
+    (tmp_path / "samples.csv").write_text("slide,sample\n" + "".join(f"{k}.svs,{v}\n" for k, v in samples.items()))
+    return str(tmp_path / "samples.csv")
+
+
+def samples_of(cohort: Path) -> dict[str, str | None]:
+    index = read_index(cohort).drop_duplicates("slide").set_index("slide")["sample"]
+    return {slide: None if pd.isna(sample) else sample for slide, sample in index.items()}
+
+
+def test_a_slide_that_joins_no_more_has_no_sample(plain, tmp_path):
+    (tmp_path / "m.csv").write_text("s,TP53,EGFR\nS1,1,0\nS2,0,1\n")
+    join_omics(plain, mutation=tmp_path / "m.csv", samples=mapped(tmp_path, a="S1", b="S2"))
+    report = join_omics(plain, mutation=tmp_path / "m.csv", samples=mapped(tmp_path, b="S1"))["mutation"]
+    assert report.not_joined == ["a.svs"]
+    assert samples_of(plain) == {"a.svs": None, "b.svs": "S1"}
+    data = TileDataset(str(plain), conditions={"mutation": "omics/mutation"}, missing="skip")
+    assert {data[i]["slide"] for i in range(len(data))} == {"b.svs"}
+
+
+def test_tables_joined_in_separate_runs_keep_their_slides(plain, tmp_path):
+    both = mapped(tmp_path, a="a", b="b")
+    join_omics(plain, expression=small(tmp_path), samples=both)
+    (tmp_path / "m.csv").write_text("s,TP53,EGFR\nb,1,0\n")
+    join_omics(plain, mutation=tmp_path / "m.csv", samples=mapped(tmp_path, b="b"))
+    assert samples_of(plain) == {"a.svs": "a", "b.svs": "b"}
+    (tmp_path / "m.csv").write_text("s,TP53,EGFR\na,1,0\nb,0,1\n")
+    with pytest.raises(UserError, match=r"knows a.svs as a, and it would become c"):
+        join_omics(plain, mutation=tmp_path / "m.csv", samples=mapped(tmp_path, a="c", b="b"))
+    other = make_cohort(tmp_path / "other", ["a.svs", "b.svs"])
+    join_omics(other, expression=small(tmp_path), samples=mapped(tmp_path, a="a"))
+    with pytest.raises(UserError, match=r"knows a.svs as a, and it would become no sample"):
+        join_omics(other, mutation=tmp_path / "m.csv", samples=mapped(tmp_path, b="a"))
+
+
+def test_labels_of_another_table_replace_all_of_the_first(plain, tmp_path):
+    (tmp_path / "l.csv").write_text("s,grade\na,low\nb,high\n")
+    join_labels(plain, tmp_path / "l.csv", ["grade"])
+    (tmp_path / "l.csv").write_text("s,grade\nb,2\n")
+    join_labels(plain, tmp_path / "l.csv", ["grade"])
+    grades = read_index(plain).drop_duplicates("slide").set_index("slide")["grade"]
+    assert grades["b.svs"] == 2
+    assert pd.isna(grades["a.svs"])
+
+
+def test_a_cohort_of_held_out_slides_keeps_its_genes(tmp_path):
+    held = make_cohort(tmp_path / "held", ["a", "b"], split={"a": "test", "b": "val"})
+    (tmp_path / "m.csv").write_text("s,TP53,EGFR,KRAS\na,1,0,\nb,0,1,\n")
+    report = join_omics(held, mutation=tmp_path / "m.csv")["mutation"]
+    assert omics(held, "mutation")[1]["genes"] == ["TP53", "EGFR"]
+    assert report.empty_genes == ["KRAS"]
+    (tmp_path / "m.csv").write_text("s,TP53,EGFR,KRAS\na,1,0,\nc,,,\n")
+    with pytest.raises(UserError, match="no gene with a known value"):
+        join_omics(held, mutation=tmp_path / "m.csv")
+    with pytest.raises(UserError, match="the ranges of another cohort or of a model as --scaler"):
+        join_omics(held, expression=pd.read_csv(small(tmp_path), index_col=0).loc[["a", "b"]].pipe(csv, tmp_path))
+
+
+def csv(frame: pd.DataFrame, folder: Path) -> Path:
+    frame.to_csv(folder / "frame.csv", index_label="sample")
+    return folder / "frame.csv"
+
+
+@pytest.mark.parametrize("kind", ["json", "model", "model without genes"])
+def test_expression_is_scaled_as_the_model_was_trained(plain, tmp_path, kind):
+    join_omics(plain, expression=small(tmp_path))
+    about = omics(plain, "expression")[1]
+    path = plain / "omics" / "expression.json"
+    if kind != "json":
+        path = tmp_path / "model"
+        path.mkdir()
+        known = {name: value for name, value in about.items() if name != "genes" or kind == "model"}
+        config = {"model": {}, "metadata": {"conditions": {"class": {"source": "c"}, "expression": known}}}
+        (path / "config.yaml").write_text(json.dumps(config))
+        if kind == "model without genes":
+            (path / "expression_genes.txt").write_text("\n".join(about["genes"]))
+    new = make_cohort(tmp_path / "new", ["x", "y"], split={"x": "test", "y": "test"})
+    table = pd.DataFrame({"OTHER": [1.5, 2.5], "MKI67": [9.5, 40 / 3], "TP53": [3.5, 20.5]}, index=["x", "y"])
+    main(["--cohort", str(new), "--expression", str(csv(table, tmp_path)), "--scaler", str(path)])
+    values, written = omics(new, "expression")
+    assert values.columns.tolist() == written["genes"] == ["TP53", "EGFR", "MKI67"]
+    low, high = (dict(zip(about["genes"], about["scaler"][end])) for end in ("low", "high"))
+    expected = (9.5 - low["MKI67"]) / (high["MKI67"] - low["MKI67"])
+    assert values.loc["x", "MKI67"] == pytest.approx(expected, abs=1e-5)
+    assert values.loc["y", "TP53"] == 1
+    assert values["EGFR"].isna().all()
+    assert (written["scaler"], written["report"]["lacking_genes"]) == (about["scaler"], 1)
+
+
+def test_scalers_that_are_none(plain, tmp_path):
+    table = small(tmp_path)
+    (tmp_path / "s.json").write_text('{"genes": ["TP53", "EGFR"], "scaler": null}')
+    with pytest.raises(UserError, match="has no ranges of expression"):
+        join_omics(plain, expression=table, scaler=tmp_path / "s.json")
+    (tmp_path / "s.json").write_text('{"genes": ["TP53", "EGFR"], "scaler": {"low": [1], "high": [2]}}')
+    with pytest.raises(UserError, match="not a low and a higher high for each of its 2 genes"):
+        join_omics(plain, expression=table, scaler=tmp_path / "s.json")
+    (tmp_path / "s.json").write_text('{"genes": ["TP53", "EGFR"], "scaler": {"low": [1, 1], "high": [2, 2]}}')
+    (tmp_path / "unit.csv").write_text("s,TP53,EGFR\na,0.5,0.25\nb,0.1,0.2\n")
+    with pytest.raises(UserError, match=r"values in \[0, 1\], which --scaler would scale again"):
+        join_omics(plain, expression=tmp_path / "unit.csv", scaler=tmp_path / "s.json")
+    with pytest.raises(UserError, match="--scaler is of --expression"):
+        join_omics(plain, expression=table, scaler=tmp_path / "s.json", top_variable=2)
+    with pytest.raises(UserError, match="cannot read `scaler`"):
+        join_omics(plain, expression=table, scaler=tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "message"),
+    [
+        ("s,grade\n", ["grade"], "has no rows"),
+        ("s,grade,grade\na,1,2\n", ["grade"], "2 columns called 'grade'"),
+        ("s,grade\na,1,2,3\n", ["grade"], "rows with more cells than its header"),
+    ],
+)
+def test_tables_of_labels_that_are_none(plain, tmp_path, text, columns, message):
+    (tmp_path / "l.csv").write_text(text)
+    with pytest.raises(UserError, match=message):
+        join_labels(plain, tmp_path / "l.csv", columns)
+
+
+def test_a_label_may_be_called_key(plain, tmp_path):
+    (tmp_path / "l.csv").write_text("s,key\na,x\nb,y\n")
+    join_labels(plain, tmp_path / "l.csv", ["key"])
+    assert read_index(plain)["key"].tolist() == ["x", "x", "y", "y"]
+
+
+@pytest.mark.parametrize("text", ["", "slide\na.svs\n"])
+def test_samples_that_are_no_table(plain, tmp_path, text):
+    (tmp_path / "s.csv").write_text(text)
+    with pytest.raises(UserError, match=r"s\.csv"):
+        join_omics(plain, expression=small(tmp_path), samples=str(tmp_path / "s.csv"))
+
+
+def test_options_that_would_do_nothing(plain, tmp_path):
+    table = small(tmp_path)
+    with pytest.raises(UserError, match="--columns are of a table of --labels"):
+        main(["--cohort", str(plain), "--expression", str(table), "--columns", "grade"])
+    (tmp_path / "g.txt").write_text("TP53\nEGFR\n")
+    with pytest.raises(UserError, match="--gene-list and --top-variable both choose"):
+        join_omics(plain, expression=table, gene_list=tmp_path / "g.txt", top_variable=2)
+
+
+def test_a_column_of_text_takes_no_numbers(plain):
+    rows = pd.DataFrame({"slide": "a.svs", "row": [0, 1]})
+    merge_index(plain, rows.assign(grade="high"))
+    with pytest.raises(UserError, match="'grade' of the table of tiles holds text and would get numbers"):
+        merge_index(plain, rows.assign(slide="b.svs", grade=[1, 2]))
+    merge_index(plain, rows.assign(slide="b.svs", grade=np.nan))
+    merge_index(plain, rows.assign(grade=[1, 2]))
+    assert read_index(plain)["grade"].tolist()[:2] == [1, 2]

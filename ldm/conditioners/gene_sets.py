@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.errors import UserError, suggest
+from ldm.data.gene_lists import read_genes, read_text, repeated
+from ldm.errors import UserError, some, suggest
 
 KINDS = ("mutation", "expression")
 UNKNOWN = ("unknown", "nan", "na", "")
@@ -109,7 +108,7 @@ class GeneSource:
             for these, those in ((self.genes, genes), (genes, self.genes))
         )
         differ = [
-            f"{what} {len(names)} ({_some(names)})"
+            f"{what} {len(names)} ({some(names, _SHOWN)})"
             for what, names in (("the data lack", lacking), ("the model lacks", surplus))
             if names
         ]
@@ -149,30 +148,6 @@ class GeneSource:
         return "0, 1 or unknown" if self.kind == "mutation" else "a number in [0, 1], or unknown"
 
 
-def read_genes(genes: Sequence[str] | str | Path, what: str) -> tuple[str, ...]:
-    """Names of genes: a list of them, a text file of one per line, or a cohort's omics/<source>.json.
-
-    Raises:
-        UserError: an unreadable file, fewer than two genes, a gene twice.
-    """
-    source = ""
-    if isinstance(genes, (str, Path)):
-        source, text = f" ({genes})", _read_text(genes, what)
-        if Path(genes).suffix == ".json":
-            try:
-                genes = json.loads(text)["genes"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{genes} is no omics/<source>.json: it has no list `genes`.") from error
-        else:
-            genes = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    names = tuple(str(name) for name in genes)
-    if len(names) < 2:
-        raise UserError(f"`{what}`{source} names two or more genes; got {', '.join(names) or 'none'}.")
-    if len(set(names)) < len(names):
-        raise UserError(f"`{what}`{source} has {_some(_repeated(names))} twice.")
-    return names
-
-
 def read_gene_sets(sets: Mapping[str, Sequence[str]] | str | Path) -> dict[str, tuple[str, ...]]:
     """Name -> genes, of a mapping or of a GMT file: lines of name, description and genes, separated by tabs.
 
@@ -183,7 +158,7 @@ def read_gene_sets(sets: Mapping[str, Sequence[str]] | str | Path) -> dict[str, 
         named = [(str(name), list(genes)) for name, genes in sets.items()]
     else:
         named = []
-        for number, line in enumerate(_read_text(sets, "gene_sets").splitlines(), 1):
+        for number, line in enumerate(read_text(sets, "gene_sets").splitlines(), 1):
             if not line.strip():
                 continue
             fields = [field.strip() for field in line.split("\t")]
@@ -195,7 +170,7 @@ def read_gene_sets(sets: Mapping[str, Sequence[str]] | str | Path) -> dict[str, 
             named.append((fields[0], fields[2:]))
     read = {name: tuple(dict.fromkeys(str(gene) for gene in genes if gene)) for name, genes in named}
     if len(read) < len(named):
-        raise UserError(f"`gene_sets` has {_some(_repeated(name for name, _ in named))} twice.")
+        raise UserError(f"`gene_sets` has {some(repeated(name for name, _ in named), _SHOWN)} twice.")
     if not read:
         raise UserError(f"`gene_sets` names at least one set of genes; {sets} has none.")
     return read
@@ -204,19 +179,3 @@ def read_gene_sets(sets: Mapping[str, Sequence[str]] | str | Path) -> dict[str, 
 def gmt_text(sets: Mapping[str, Sequence[str]]) -> str:
     """Gene sets as the text of a GMT file."""
     return "".join("\t".join([name, "", *genes]) + "\n" for name, genes in sets.items())
-
-
-def _read_text(path: str | Path, what: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read `{what}` from {path}: {reason}.") from error
-
-
-def _repeated(names: Iterable[str]) -> list[str]:
-    return [name for name, count in Counter(names).items() if count > 1]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,19 @@ def split_of(patient: str, validation: float, test: float) -> str:
     """train, val or test by a hash of the patient: the slides of one stay together, however the cohort grows."""
     place = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
     return "test" if place < test else "val" if place < test + validation else "train"
+
+
+def check_fractions(validation: float, test: float) -> None:
+    """UserError unless these fractions of the patients can be in the splits val and test."""
+    if not (validation >= 0 and test >= 0 and validation + test <= 1):
+        raise UserError(
+            f"--validation and --test are fractions from 0 to 1 that sum to 1 at most; got {validation:g} and {test:g}"
+        )
+
+
+def counted(values: Iterable[str]) -> str:
+    """How often each value is there, the most frequent first: "3 train, 1 val"."""
+    return ", ".join(f"{count} {name}" for name, count in Counter(values).most_common())
 
 
 def write_store(
@@ -93,7 +107,8 @@ def merge_index(cohort: Path | str, table: pd.DataFrame) -> Path:
     stores; patient and split, where nothing gives them, are `patient_of(slide)` and "train".
 
     Raises:
-        UserError: the same slide and row twice, a slide without a store, a row that its store does not have.
+        UserError: the same slide and row twice, a slide without a store, a row that its store does not have, a column
+            that would hold text and numbers.
     """
     cohort = Path(cohort)
     path = cohort / "index.parquet"
@@ -133,9 +148,22 @@ def _updated(old: pd.DataFrame, new: pd.DataFrame, keys: list[str]) -> pd.DataFr
     rows = old.index.append(new.index.difference(old.index, sort=False))
     merged, given = old.reindex(rows), rows.isin(new.index)
     for name in new:
+        kinds = [_kind(new[name])] + ([_kind(old[name][~old.index.isin(new.index)])] if name in old else [])
+        if {"text", "numbers"} <= set(kinds):
+            raise UserError(
+                f"the column '{name}' of the table of tiles holds {kinds[1]} and would get {kinds[0]} in some rows; "
+                "rename one of them"
+            )
         values = new[name].reindex(rows)
         merged[name] = values if given.all() or name not in merged else values.where(given, merged[name])
     return merged.reset_index()
+
+
+def _kind(column: pd.Series) -> str:
+    """numbers, text, or "" where nothing is known."""
+    if not column.notna().any():
+        return ""
+    return "numbers" if pd.api.types.is_numeric_dtype(column.infer_objects()) else "text"
 
 
 def _stores(cohort: Path) -> list[TileStore]:

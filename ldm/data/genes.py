@@ -288,9 +288,19 @@ def _header(path: Path) -> tuple[list[str], int, str]:
 
 
 def text_table(path: Path) -> pd.DataFrame:
-    """A whole table as text, by its column names."""
+    """A whole table as text, by its column names. UserError: two of one name, rows longer than the header."""
     header, number, separator = _header(path)
-    return _pandas(path, header, number, separator, dtype=str).set_axis(header, axis=1)
+    if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
+        raise UserError(f"{path} has {header.count(twice[0])} columns called '{twice[0]}'; rename them.")
+    try:
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # rows longer than the header
+            frame = _pandas(path, header, number, separator, dtype=str)
+    except pd.errors.ParserWarning as error:
+        raise UserError(
+            f"{path} has rows with more cells than its header has columns; values with a '{separator}' in them need "
+            "quotes."
+        ) from error
+    return frame.set_axis(header, axis=1)
 
 
 def _pandas(path: Path, header: list[str], number: int, separator: str, **options):

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from ldm.data.cohort import merge_index, read_index
+from ldm.data.gene_lists import Scaler, read_genes, read_scaler
 from ldm.data.genes import (
     QUANTILES,
     GeneNames,
@@ -30,9 +31,10 @@ from ldm.data.genes import (
     gene_ranges,
     named_by_spreadsheet,
     read_gene_table,
+    text_table,
     to_log2,
 )
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError, some, suggest
 from ldm.files import sha256, whole, write_text
 
 LEVELS = ("auto", "patient", "sample")
@@ -57,7 +59,7 @@ class JoinReport:
     unused: list[str] = field(default_factory=list)  # samples of the table that no slide has
     merged: list[str] = field(default_factory=list)  # samples and genes that the table had more than once
     unknown_genes: list[str] = field(default_factory=list)  # that --genes does not know
-    lacking_genes: list[str] = field(default_factory=list)  # of --gene-list
+    lacking_genes: list[str] = field(default_factory=list)  # of --gene-list or --scaler
     nameless_genes: list[str] = field(default_factory=list)
     empty_genes: list[str] = field(default_factory=list)
 
@@ -66,19 +68,19 @@ class JoinReport:
             f"{self.source}: {self.file}, {self.samples} samples x {self.genes} genes; {self.layout}",
             f"  values: {self.unit}",
             f"  joined by {self.how}",
-            f"  slides joined: {some(self.joined)}",
-            f"  slides not joined: {some(self.not_joined)}",
-            f"  samples of the table that no slide has: {some(self.unused, 3)}",
+            f"  slides joined: {told(self.joined)}",
+            f"  slides not joined: {told(self.not_joined)}",
+            f"  samples of the table that no slide has: {told(self.unused, 3)}",
         ]
         for what, names in {
             "slides joined to another sample of their patient (another tissue?)": self.other_tissue,
             "more than once in the table, made one": self.merged,
             "genes that --genes does not know (ids of them are left out)": self.unknown_genes,
-            "genes of --gene-list that the table lacks, unknown in every sample": self.lacking_genes,
+            "genes asked for that the table lacks, unknown in every sample": self.lacking_genes,
             "genes without a symbol, left out": self.nameless_genes,
             "genes without a known value, left out": self.empty_genes,
         }.items():
-            lines += [f"  {what}: {some(names)}"] if names else []
+            lines += [f"  {what}: {told(names)}"] if names else []
         return "\n".join(lines)
 
     def counts(self) -> dict[str, int]:
@@ -103,6 +105,7 @@ def join_omics(
     unit: str = "auto",
     samples: str | None = None,
     duplicates: str = "error",
+    scaler: Path | str | None = None,
     licence: str = "",
 ) -> dict[str, JoinReport]:
     """Join tables of mutations and expression to the slides of a cohort, and write them beside it.
@@ -117,6 +120,8 @@ def join_omics(
         samples: where a slide's sample is named: a column of the index, or a CSV with columns slide, sample.
         duplicates: what becomes of a sample or gene that a table has twice with different values: error, first, mean
             (of mutations: mutated in either).
+        scaler: omics/expression.json of another cohort, or a model folder: the expression gets its genes, in their
+            order, and is scaled by its ranges; else by those of the training samples.
         licence: of the tables; recorded.
     Raises:
         UserError: whatever cannot be joined or read without guessing; nothing is written then.
@@ -125,10 +130,15 @@ def join_omics(
     paths = {source: Path(path) for source, path in given.items() if path is not None}
     if not paths:
         raise UserError("give a table: --mutation, --expression or both.")
+    if gene_list is not None and top_variable is not None:
+        raise UserError("--gene-list and --top-variable both choose the genes; give one of them.")
+    if scaler is not None and (expression is None or gene_list is not None or top_variable is not None):
+        raise UserError("--scaler is of --expression, and says its genes: no --gene-list or --top-variable with it.")
     index = read_index(cohort)
     slides = one_row_each(index)
     names = GeneNames(genes) if genes is not None else None
-    wanted = None if gene_list is None else _gene_list(gene_list)
+    wanted = None if gene_list is None else read_genes(gene_list, "--gene-list")
+    ranges = None if scaler is None else read_scaler(scaler)
     known = {*slides.index, *(Path(slide).stem for slide in slides.index), *slides["patient"].astype(str)}
     if samples is not None:
         known |= {name for name in _mapped(slides, index, samples).values() if name}
@@ -139,11 +149,13 @@ def join_omics(
     held = {name for slide in held_out for name in (sample_of[slide], slides["patient"][slide]) if name}
     made = {
         source: _Join(source, path, key, level, how, duplicates).of(
-            tables[source], sample_of, held, names, wanted, top_variable, unit, ids
+            tables[source], sample_of, held, names, wanted, top_variable, unit, ids,
+            ranges if source == "expression" else None,
         )
         for source, path in paths.items()
     }
-    _check_other_sources(Path(cohort), index, sample_of, set(made))
+    joined = {source: set(frame.index) for source, (frame, _, _) in made.items()}
+    kept = _kept_samples(Path(cohort), index, sample_of, joined)
     folder = Path(cohort) / "omics"
     folder.mkdir(exist_ok=True)
     for source, (frame, about, report) in made.items():
@@ -151,8 +163,7 @@ def join_omics(
             frame.to_parquet(part)
         origin = {"licence": licence, "file": paths[source].name, "sha256": sha256(paths[source])}
         write_text(folder / f"{source}.json", json.dumps(about | origin | {"report": report.counts()}, indent=1))
-    column = index[["slide", "row"]].assign(sample=index["slide"].map(sample_of))
-    merge_index(cohort, column[column["sample"].notna()])
+    merge_index(cohort, index[["slide", "row"]].assign(sample=index["slide"].map({**sample_of, **kept})))
     return {source: report for source, (_, _, report) in made.items()}
 
 
@@ -170,6 +181,7 @@ class _Join:
     def of(
         self, table: GeneTable, sample_of: Mapping[str, str | None], held: set[str], names: GeneNames | None,
         wanted: Sequence[str] | None, top_variable: int | None, unit: str, ids: Mapping[str, str | None],
+        ranges: Scaler | None,
     ) -> tuple[pd.DataFrame, dict[str, Any], JoinReport]:  # fmt: skip
         """Values of joined samples, what the JSON file says, and the report."""
         report = JoinReport(
@@ -190,21 +202,28 @@ class _Join:
         else:
             unit, report.unit = "calls", f"{int(np.nansum(values))} mutated, {int(np.isnan(values).sum())} unknown"
         frame = pd.DataFrame(values, index=pd.Index(keys, name="sample", dtype=object), columns=genes)
-        frame = self._chosen(frame, training, wanted, top_variable, report)
+        if ranges is not None:
+            if unit == "unit":
+                raise UserError(
+                    f"{self.path} has values in [0, 1], which --scaler would scale again. Say --unit log2 if they are "
+                    "logs, or leave --scaler out."
+                )
+            wanted = ranges.genes
+        frame = self._chosen(frame, training, wanted, "--gene-list" if ranges is None else "--scaler", top_variable,
+                             report)  # fmt: skip
         scaler = None
         if self.source == "expression" and unit != "unit":
-            if training.sum() < 3:
-                raise UserError(
-                    f"{self.path}: only {training.sum()} samples are not of the splits val and test; the range of a "
-                    "gene is learnt from 3 or more. Give the whole table, or values in [0, 1] as --unit unit."
+            if ranges is None:
+                low, high = self._ranges(frame, training)
+                whose = (
+                    f"the {QUANTILES[0]:.0%} and {QUANTILES[1]:.0%} quantiles of {training.sum()} samples (all but "
+                    "those of val and test)"
                 )
-            low, high = gene_ranges(frame.to_numpy()[training])
+            else:
+                low, high, whose = ranges.low, ranges.high, f"the ranges of {ranges.path.name}"
             frame = ((frame[joined] - low) / (high - low)).clip(0, 1)
             scaler = {"low": [float(f"{x:.6g}") for x in low], "high": [float(f"{x:.6g}") for x in high]}
-            report.unit += (
-                f"; scaled to [0, 1] between the {QUANTILES[0]:.0%} and {QUANTILES[1]:.0%} quantiles of "
-                f"{training.sum()} samples (all but those of val and test)"
-            )
+            report.unit += f"; scaled to [0, 1] between {whose}"
         else:
             frame = frame[joined]
         frame = frame.astype(np.float32)
@@ -219,6 +238,15 @@ class _Join:
             "n": len(frame),
         }
         return frame, about, report
+
+    def _ranges(self, frame: pd.DataFrame, training: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if training.sum() < 3:
+            raise UserError(
+                f"{self.path}: only {training.sum()} samples are not of the splits val and test; the range of a gene "
+                "is learnt from 3 or more. Give the whole table; the ranges of another cohort or of a model as "
+                "--scaler; or values in [0, 1] as --unit unit."
+            )
+        return gene_ranges(frame.to_numpy()[training])
 
     def _check_mutations(self, table: GeneTable) -> None:
         wrong = ~(np.isnan(table.values) | (table.values == 0) | (table.values == 1))
@@ -319,20 +347,23 @@ class _Join:
                 report.other_tissue.append(slide)
 
     def _chosen(
-        self, frame: pd.DataFrame, training: np.ndarray, wanted: Sequence[str] | None, top_variable: int | None,
-        report: JoinReport,
+        self, frame: pd.DataFrame, training: np.ndarray, wanted: Sequence[str] | None, option: str,
+        top_variable: int | None, report: JoinReport,
     ) -> pd.DataFrame:  # fmt: skip
-        """The genes that are asked for."""
+        """The genes that `option` asks for, or those with a value in a training sample (in any, if there is none)."""
         if wanted is not None:
             lacking = [gene for gene in wanted if gene not in frame.columns]
             if len(lacking) == len(wanted):
-                raise UserError(f"{self.path} has none of the genes of --gene-list{suggest(wanted[0], frame.columns)}")
+                raise UserError(f"{self.path} has none of the genes of {option}{suggest(wanted[0], frame.columns)}")
             near = {gene: get_close_matches(gene, frame.columns, 1, 0.8) for gene in lacking[:_SHOWN]}
             report.lacking_genes = [f"{gene} (is it {near[gene][0]}?)" if near.get(gene) else gene for gene in lacking]
-            return frame.reindex(columns=wanted)
+            return frame.reindex(columns=list(wanted))
+        training = training if training.any() else np.ones(len(frame), bool)
         empty = frame.columns[frame[training].isna().all()]
         report.empty_genes = empty.tolist()
         frame = frame.drop(columns=empty)
+        if frame.empty:
+            raise UserError(f"{self.path} has no gene with a known value in the samples that are not val or test.")
         if top_variable is not None:
             if not 2 <= top_variable <= frame.shape[1]:
                 raise UserError(f"--top-variable lies in 2..{frame.shape[1]}, the genes there are; got {top_variable}.")
@@ -393,7 +424,7 @@ def _mapped(slides: pd.DataFrame, index: pd.DataFrame, samples: str) -> dict[str
         raise UserError(
             f"--samples is a column of the index or a CSV file; '{samples}' is neither{suggest(samples, index.columns)}"
         )
-    frame = pd.read_csv(path, dtype=str, sep=None, engine="python")
+    frame = text_table(path)
     if not {"slide", "sample"} <= set(frame.columns):
         raise UserError(f"{path} needs the columns slide and sample; it has {', '.join(frame.columns)}.")
     if frame["slide"].duplicated().any():
@@ -422,35 +453,34 @@ def _level(
     return level, lambda name: (barcode(name) or (None, None))[part], how
 
 
-def _gene_list(path: Path | str) -> list[str]:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read --gene-list {path}: {error}.") from error
-    genes = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if len(genes) < 2 or len(set(genes)) < len(genes):
-        raise UserError(f"--gene-list is a file of two or more different genes, one per line; {path} has {len(genes)}.")
-    return genes
+def _kept_samples(
+    cohort: Path, index: pd.DataFrame, sample_of: Mapping[str, str | None], joined: Mapping[str, set[str]]
+) -> dict[str, str]:
+    """Samples of slides that have none now, by which tables of earlier runs know them.
 
-
-def _check_other_sources(
-    cohort: Path, index: pd.DataFrame, sample_of: Mapping[str, str | None], given: set[str]
-) -> None:
-    """UserError if slides would get other samples than those by which tables of earlier runs know them."""
+    joined: source -> samples of the tables that are joined now. UserError if slides would get other samples than those
+    tables know them by, or rows of the new tables that are not theirs.
+    """
+    kept: dict[str, str] = {}
     if "sample" not in index:
-        return
+        return kept
+    now = set().union(*joined.values())
     for path in sorted((cohort / "omics").glob("*.parquet")):
-        if path.stem in given:
+        if path.stem in joined:
             continue
-        joined = set(pd.read_parquet(path, columns=[]).index)
+        known = set(pd.read_parquet(path, columns=[]).index)
         for slide, sample in one_row_each(index)["sample"].items():
-            if sample in joined and sample_of[slide] not in (sample, None):
+            if sample not in known or sample_of[slide] == sample:
+                continue
+            if sample_of[slide] is not None or sample in now:
                 raise UserError(
-                    f"{path} knows {slide} as {sample}, and it would become {sample_of[slide]}. Give both tables in "
-                    "one command, or the same --level and --samples as then."
+                    f"{path} knows {slide} as {sample}, and it would become {sample_of[slide] or 'no sample'}. Give "
+                    "both tables in one command, or the same --level and --samples as then."
                 )
+            kept[slide] = sample
+    return kept
 
 
-def some(names: Sequence[str], shown: int = _SHOWN) -> str:
-    listed = ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
-    return f"{len(names)} ({listed})" if names else "none"
+def told(names: Sequence[str], shown: int = _SHOWN) -> str:
+    """How many names, and the first of them."""
+    return f"{len(names)} ({some(names, shown)})" if names else "none"
