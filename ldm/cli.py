@@ -229,7 +229,7 @@ def convert(
     """Make a model folder of a published model: latent-diffusion and its forks, guided-diffusion, diffusers, ...
 
     Examples: histoldm convert brca.ckpt --config zoomldm_brca.yaml --encoder uni --mpp 0.5 --out models/brca;
-    histoldm convert models/brca --to diffusers --out brca-diffusers
+    histoldm convert models/brca --to compvis --out brca-compvis
     """
     from ldm.commands import convert_model
 
