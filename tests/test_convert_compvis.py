@@ -214,6 +214,24 @@ def test_vq_first_stages(oracle, tmp_path, name):
         close(stage.decode(golden["h"], force_not_quantize=True), golden["dec_force_not_quantize"])
 
 
+def test_averages_of_a_first_stage(oracle, tmp_path):
+    golden = load(oracle / "more" / "ldm_ae_vq_f8.pt")
+    raw = {name: value.float() for name, value in golden["state_dict_fp16"].items()}
+    average = {f"model_ema.{name.replace('.', '')}": value + 1 for name, value in raw.items()}
+    counts = {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(7)}
+    loss = {"loss.discriminator.a": torch.zeros(1), "model_ema.lossdiscriminatora": torch.zeros(1)}
+    params = golden["config"] | {"use_ema": True}
+    source = write(tmp_path, "ldm.models.autoencoder.VQModel", params, raw | average | counts | loss)
+    for raw_weights, shift in ((False, 1), (True, 0)):
+        found = read_published(source, raw_weights=raw_weights)
+        assert all(torch.equal(value, raw[name] + shift) for name, value in found.state.items())
+        assert len(found.unused) == len(raw) + 4
+    stray = {"model_ema.stray": torch.zeros(1)}
+    source = write(tmp_path, "ldm.models.autoencoder.VQModel", params, raw | average | stray)
+    with pytest.raises(UserError, match="1 averaged weights are of no weight of the model .first: stray"):
+        read_published(source)
+
+
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 def test_pixel_model_with_a_cosine_schedule(oracle, tmp_path, weights):
     golden = load(oracle / "more" / "ldm_ddpm_cosine.pt")
