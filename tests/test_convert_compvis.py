@@ -12,6 +12,7 @@ from published import load, relative
 from torch import Tensor
 
 from ldm.conditioners.field import FeatureField
+from ldm.conditioners.rescaler import SpatialRescaler
 from ldm.conditioners.text_transformer import TokenTransformer
 from ldm.config import instantiate_from_config
 from ldm.convert import build, check, convert, load_model, read_published
@@ -162,6 +163,22 @@ def test_segmentation_beside_the_latent(model_of):
     assert published_ddim(model, io, cond, nothing).isfinite().all()
 
 
+def test_a_rescaled_map_is_a_conditioner():
+    rescaler = SpatialRescaler(5, 3, stages=2, bias=True, dropout=0.5, key="segmentation")
+    maps = torch.randn(4, 5, 16, 16)
+    drop = torch.tensor([True, False, False, True])
+    out = rescaler({"segmentation": maps}, drop)["concat"]
+    assert out.shape == (4, 3, 4, 4)
+    torch.testing.assert_close(out[drop], rescaler.null()["concat"].expand(2, 3, 4, 4))
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in rescaler.parameters())
+    for value, message in ((maps[:, :4], "a map of 5 channels"), (maps[0, 0], "a map of 5 channels")):
+        with pytest.raises(UserError, match=message):
+            rescaler(rescaler.read({"segmentation": value}))
+    with pytest.raises(UserError, match="one of nearest, bilinear"):
+        SpatialRescaler(5, method="linear")
+
+
 def test_hybrid_of_classes_and_a_map(model_of):
     model, io = model_of("more/ldm_hybrid_ckpt", classes=list("abcdef"))
     labels = [model.condition(class_=label, map=io["c_concat"]) for label in io["class_labels"].unbind(1)]
@@ -228,7 +245,7 @@ def test_averages_of_a_first_stage(oracle, tmp_path):
         assert len(found.unused) == len(raw) + 4
     stray = {"model_ema.stray": torch.zeros(1)}
     source = write(tmp_path, "ldm.models.autoencoder.VQModel", params, raw | average | stray)
-    with pytest.raises(UserError, match="1 averaged weights are of no weight of the model .first: stray"):
+    with pytest.raises(UserError, match=r"1 averaged weights are of no weight of the model \(first: stray\)"):
         read_published(source)
 
 
