@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,8 +23,8 @@ import numpy as np
 import pandas as pd
 
 from ldm.data.captions import RESIZES, Caption, CaptionTable, drop_unreadable, open_image, read_captions, square
-from ldm.data.cohort import merge_index, read_index, split_of, write_store
-from ldm.errors import UserError, run_command
+from ldm.data.cohort import check_fractions, counted, merge_index, read_index, split_of, write_store
+from ldm.errors import UserError, run_command, some
 
 LISTED = 20  # problems that are printed
 
@@ -108,14 +107,10 @@ def caption_slides(table: CaptionTable, out: Path | str) -> str:
     bare = sorted(set(names["slide"]) - set(owner))
     report = [f"{len(rows)} tiles of {len(owner)} slides have captions now"]
     if unknown:
-        report.append(f"  {len(unknown)} captions are of no slide of {out}: {_some(unknown)}")
+        report.append(f"  {len(unknown)} captions are of no slide of {out}: {some(unknown, LISTED)}")
     if bare:
-        report.append(f"  {len(bare)} slides have no caption: {_some(bare)}; `missing: skip` leaves them out")
+        report.append(f"  {len(bare)} slides have no caption: {some(bare, LISTED)}; `missing: skip` leaves them out")
     return "\n".join(report)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:LISTED]) + (", ..." if len(names) > LISTED else "")
 
 
 def list_problems(table: CaptionTable) -> str:
@@ -127,19 +122,15 @@ def list_problems(table: CaptionTable) -> str:
 
 def report(rows: pd.DataFrame) -> str:
     """What was written, in a few lines."""
-    parts = [f"  splits: {_counts(rows['split'])}"]
+    parts = [f"  splits: {counted(rows['split'])}"]
     if "modality" in rows:
-        parts.append(f"  modalities: {_counts(rows['modality'].replace('', '(none)'))}")
+        parts.append(f"  modalities: {counted(rows['modality'].replace('', '(none)'))}")
     words = rows["text"].str.split().str.len()
     parts.append(f"  captions: {rows['text'].nunique()} different ones, {words.min()} to {words.max()} words")
     several = int((rows.groupby("source").size() > 1).sum())
     if several:
         parts.append(f"  {several} images have several captions, each with a tile of its own")
     return "\n".join(parts)
-
-
-def _counts(values: pd.Series) -> str:
-    return ", ".join(f"{name} {count}" for name, count in sorted(Counter(values).items()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -168,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.size < 8:
         raise UserError(f"--size {args.size}: tiles are at least 8 px")
+    check_fractions(args.validation, args.test)
     if len({path.stem for path in args.table}) < len(args.table):
         raise UserError("two tables have the same name, which is that of their store; rename one of them")
     tables = []

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.annotations import Cell, find_files, read_crops, read_midog, read_sliderunner
-from ldm.data.cohort import merge_index, patient_of, split_of, write_store
+from ldm.data.cohort import check_fractions, counted, merge_index, patient_of, split_of, write_store
 from ldm.data.slides import Slide, open_slide
 from ldm.data.votes import LABELS, class_called, distribution, scores_of, without_surplus
 from ldm.errors import UserError, run_command
@@ -237,13 +236,13 @@ def report(
     mirrored: int,
 ) -> str:
     """What was read, what was cut, and what was left out and why."""
-    lines = [f"annotated: {len(cells)} cells: " + _counted(Counter(cell.name for cell in cells))]
+    lines = [f"annotated: {len(cells)} cells: " + counted(cell.name for cell in cells)]
     votes = sorted(distribution(cells, positive).items())
     if any(given for (_, given), _ in votes):
         told = ", ".join(f"{count} of {given}: {number}" for (count, given), number in votes)
         lines.append(f"votes for '{positive}': {told}")
-    lines.append(f"cut: {len(index)} cells: " + _counted(Counter(index["class"])))
-    lines.append("splits: " + _counted(Counter(index["split"])))
+    lines.append(f"cut: {len(index)} cells: " + counted(index["class"]))
+    lines.append("splits: " + counted(index["split"]))
     lines.append(f"score: mean {index['score'].mean():.4f}, {int((index['score'] >= 0.5).sum())} at 0.5 or above")
     if missing:
         lines.append(f"slides not found: {len(missing)}: " + ", ".join(missing))
@@ -252,10 +251,6 @@ def report(
     if mirrored:
         lines.append(f"at the edge, filled up with their mirror image: {mirrored}")
     return "\n".join(lines)
-
-
-def _counted(counts: Counter[str]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in counts.most_common())
 
 
 def prepare(
@@ -287,8 +282,7 @@ def prepare(
     source = _source(sources, {"slides": slides, "images": images, "votes": votes})
     if size < 8:
         raise UserError(f"size is at least 8 px, got {size}")
-    if min(validation, test) < 0 or validation + test > 1:
-        raise UserError(f"validation and test are fractions that sum to 1 at most; got {validation} and {test}")
+    check_fractions(validation, test)
     if annotators and source == "midog":
         raise UserError("a MIDOG file does not say whose votes it has; --annotators goes with --sqlite and --crops")
     if negatives_per_slide is not None and (source == "crops" or negatives_per_slide < 0):
@@ -315,7 +309,7 @@ def prepare(
     out = Path(out)
     table = choose(present, positive, labels, validation, test, balance, negatives_per_slide, seed)
     if table.empty:
-        raise UserError("no cell is left to cut: all are undecided; --labels soft uses their votes")
+        raise UserError(_nothing_left(scores_of(present, positive, labels), positive))
     undecided = sum(score is None for score in scores_of(present, positive, labels))
     if undecided:
         notes.append(f"{undecided} undecided cells have no hard label and are left out; --labels soft uses their votes")
@@ -328,6 +322,19 @@ def prepare(
             notes.append("patients are unknown: crops were split one by one, so a patient may be in several splits")
     merge_index(out, index.drop(columns="cell"))
     return "\n".join([report(cells, index, positive, missing, outside, mirrored), *(f"note: {note}" for note in notes)])
+
+
+def _nothing_left(scores: Sequence[float | None], positive: str) -> str:
+    """Why no cell is left to cut."""
+    known = [score for score in scores if score is not None]
+    if not known:
+        return "no cell is left to cut: all are undecided; --labels soft uses their votes"
+    if max(known) < 0.5:
+        return (
+            f"no cell is left to cut: none is '{positive}' with a score of 0.5 or above, and --balance or "
+            "--negatives-per-slide leaves out all others"
+        )
+    return "no cell is left to cut"
 
 
 def _source(sources: dict[str, Path | str | None], folders: dict[str, Path | str | None]) -> str:

@@ -23,7 +23,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.cohort import merge_index, split_of, write_store
+from ldm.data.cohort import check_fractions, counted, merge_index, split_of, write_store
 from ldm.data.datasets import IMAGE_SUFFIXES
 from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_tile, windowed
 from ldm.errors import UserError, run_command, suggest
@@ -187,7 +187,7 @@ def read_gray(path: Path, window: tuple[float, float] | None) -> np.ndarray:
         with Image.open(path) as image:
             deep = image.mode.startswith(("I", "F"))
             values = np.asarray(image if deep else image.convert("L"), np.float32)
-    except OSError as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: {error}") from error
     if deep and window is None:
         raise UserError(f"{path} has more than 8 bits; give its black and white by --window")
@@ -219,7 +219,7 @@ def slice_images(out: Path | str, folders: Mapping[str, Path], settings: Setting
     names, files, lines = find_images(folders)
     patients = [patient_in(name, settings.patient) for name in names]
     for name in names:
-        sizes = {modality: Image.open(own[name]).size for modality, own in files.items()}
+        sizes = {modality: read_gray(own[name], settings.window).shape for modality, own in files.items()}
         if len(set(sizes.values())) > 1:
             raise UserError(f"the images '{name}' differ in size: {', '.join(f'{m} {s}' for m, s in sizes.items())}")
     tables = []
@@ -247,9 +247,9 @@ def patient_in(subject: str, pattern: str | None) -> str:
     if pattern is None:
         return subject
     match = re.search(pattern, subject)
-    if match is None:
+    if match is None or not (patient := match.group(1) if match.groups() else match.group()):
         raise UserError(f"--patient '{pattern}' finds no patient in '{subject}'")
-    return match.group(1) if match.groups() else match.group()
+    return patient
 
 
 def pair(kind: type, text: str) -> tuple:
@@ -316,6 +316,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     percentiles = args.percentiles or PERCENTILES
     if args.size < 8 or not 0 <= least <= 1 or not 0 <= percentiles[0] <= percentiles[1] <= 100:
         raise UserError("--size is at least 8, --least-foreground a fraction from 0 to 1, --percentiles from 0 to 100")
+    check_fractions(args.validation, args.test)
+    if args.patient is not None:
+        try:
+            re.compile(args.patient)
+        except re.error as error:
+            raise UserError(f"--patient '{args.patient}' is no regular expression: {error}") from None
     settings = Settings(args.axis, args.range, least, args.window, percentiles, args.size, args.licence, args.patient)
     named = args.modality or args.images
     if len(dict(named)) < len(named):
@@ -326,8 +332,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         table, left_out = slice_all(args.out, args.volumes, dict(named), settings)
     table["split"] = [split_of(patient, args.validation, args.test) for patient in table["patient"]]
     index = merge_index(args.out, table)
-    counts = ", ".join(f"{count} of {modality}" for modality, count in table["modality"].value_counts().items())
-    print(f"{table['subject'].nunique()} subjects, slices: {counts}; table of all tiles: {index}")
+    print(f"{table['subject'].nunique()} subjects, slices: {counted(table['modality'])}; table of all tiles: {index}")
     if left_out:
         print(f"{len(left_out)} left out:", *left_out, sep="\n  ")
 

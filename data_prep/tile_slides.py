@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ldm.data.cohort import patient_of, split_of
+from ldm.data.cohort import check_fractions, patient_of, split_of
 from ldm.data.shards import WriterLock
 from ldm.data.slides import Slide, TissueMask, open_slide
 from ldm.data.tile_store import TileStore, TileStoreWriter
@@ -244,6 +244,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     holdout = args.pop("holdout")
     slides, out = find_slides(args.pop("slides")), Path(args.pop("out"))
     validation, test = args.pop("validation"), args.pop("test")
+    check_fractions(validation, test)
     if holdout is not None and len(slides) > 1:
         raise UserError("--holdout is a box of one slide; for several use --validation and --test (by patient)")
     failures, tiles = [], 0

@@ -243,3 +243,40 @@ def test_files_are_found_in_subfolders(tmp_path):
     crops(tmp_path, ["a/2.png"])
     with pytest.raises(UserError, match="have the same name"):
         find_files(tmp_path, ["2.png"])
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        ("annotations", {"bbox": [1, 2]}, "the bbox of annotation 1 is"),
+        ("annotations", {"bbox": ["a", 1, 2, 3]}, "the bbox of annotation 1 is"),
+        ("annotations", {"bbox": [float("nan"), 1, 2, 3]}, "the bbox of annotation 1 is"),
+        ("annotations", {"bbox": None}, "the bbox of annotation 1 is"),
+        ("images", {"file_name": 3}, "the file_name 3 is not text"),
+        ("categories", {"name": None}, "the name None is not text"),
+    ],
+)
+def test_entries_of_midog_that_are_none(tmp_path, part, values, message):
+    content = {
+        "images": [{"id": 1, "file_name": "a.tif"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50]}],
+        "categories": [{"id": 1, "name": "mitotic figure"}],
+    }
+    content[part][0].update(values)
+    (tmp_path / "m.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        read_midog(tmp_path / "m.json")
+    with pytest.raises(UserError, match="cannot read the annotation file"):
+        read_midog(tmp_path)
+
+
+def test_coordinates_and_names_that_a_database_lacks(tmp_path):
+    database = SlideRunner(tmp_path / "cells.sqlite", ["a.svs"])
+    database.cell([(5, 7)], MITOSIS, [(1, MITOSIS)])
+    database.database.execute("UPDATE Classes SET name = NULL WHERE uid = ?", (MITOSIS,))
+    database.database.commit()
+    assert [cell.name for cell in read_sliderunner(database.path)] == [f"class {MITOSIS}"]
+    database.database.execute("UPDATE Annotations_coordinates SET coordinateX = NULL")
+    database.database.commit()
+    with pytest.raises(UserError, match=r"annotation 1 of .* has no coordinates"):
+        read_sliderunner(database.path)

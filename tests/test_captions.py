@@ -148,7 +148,7 @@ def test_from_table_to_batch(folder, capsys):
     capsys.readouterr()
     import_captions([*arguments, "--skip-bad"])
     printed = capsys.readouterr().out
-    for words in ("unquoted captions", "2 of 3 rows", "line 4: there is no image", "modalities: CT 1, MRI 1"):
+    for words in ("unquoted captions", "2 of 3 rows", "line 4: there is no image", "modalities: 1 CT, 1 MRI"):
         assert words in printed
     index = read_index(cohort)
     assert index[["slide", "row", "text", "modality", "source"]].to_numpy().tolist() == [
@@ -254,3 +254,11 @@ def test_chest_x_rays(shared, tmp_path, capsys):
     assert set(index["modality"]) == {"PA"}
     assert index["text"][0].endswith("Note the large cyst (arrow)")
     assert index["text"].str.contains(",").any()
+
+
+@pytest.mark.parametrize("fractions", [["--validation", "2"], ["--validation", "-1", "--test", "3"]])
+def test_fractions_of_splits(folder, fractions):
+    path = table(folder, "path,text\nimage/0.png,a\n")
+    with pytest.raises(UserError, match="fractions from 0 to 1 that sum to 1"):
+        import_captions(["--table", str(path), "--out", str(folder / "out"), "--size", "16", *fractions])
+    assert not (folder / "out").exists()

@@ -221,3 +221,22 @@ def test_a_stopped_run_goes_on(tmp_path, demo_slide, database, monkeypatch):
     monkeypatch.undo()
     assert prepare(tmp_path / "out", sqlite=database.path, slides=demo_slide.parent) == whole
     pd.testing.assert_frame_equal(read_index(tmp_path / "out"), read_index(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("labels", ["hard", "soft"])
+def test_no_positive_cell_is_said(tmp_path, labels):
+    Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(tmp_path / "s.png")
+    cell = {"image_id": 1, "bbox": [10, 10, 30, 30], "category_id": 2, "labels": [1, 2, 2]}
+    names = [{"id": 1, "name": "mitotic figure"}, {"id": 2, "name": "other"}]
+    content = {"images": [{"id": 1, "file_name": "s.png"}], "annotations": [cell], "categories": names}
+    (tmp_path / "m.json").write_text(json.dumps(content))
+    options = {"midog": tmp_path / "m.json", "images": tmp_path, "slide_mpp": 0.25, "size": 16, "labels": labels}
+    with pytest.raises(UserError, match=r"none is 'mitotic figure' with a score of 0\.5 or above"):
+        prepare(tmp_path / "out", balance=True, **options)
+
+
+def test_a_broken_crop_is_named(tmp_path):
+    crops(tmp_path / "crops", ["Yes/1.png", "No/2.png"])
+    (tmp_path / "crops" / "bad.png").write_text("no image")
+    with pytest.raises(UserError, match=r"the crop .*bad.png cannot be read"):
+        prepare(tmp_path / "out", crops=tmp_path / "crops", positive="Yes", size=16)

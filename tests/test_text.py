@@ -409,3 +409,16 @@ def test_configs(name, parameters, tokens, width, monkeypatch):
     assert network.context_dim == width
     assert parameters in (None, sum(p.numel() for p in network.parameters()))
     assert set(config["data"]["params"]["train"]["params"]["conditions"]) == set(text.keys)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", "is a list, not an object of settings"),
+        ('{"text_cfg": {"width": 7, "heads": 2}}', "a multiple of its heads; its config has 7 and 2"),
+    ],
+)
+def test_configs_that_are_none(tmp_path, config, message):
+    (tmp_path / "m.json").write_text(config)
+    with pytest.raises(UserError, match=message):
+        TextEmbedder(str(tmp_path / "m.json"))

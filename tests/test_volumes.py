@@ -286,3 +286,27 @@ def test_a_pair_of_png_slices(shared, tmp_path):
     assert item["image"].shape == (1, 128, 128)
     assert not torch.equal(item["image"], item["source"])
     assert ((item["image"] > -0.8) == (item["source"] > -0.8)).float().mean() > 0.9
+
+
+def test_patients_and_fractions_are_checked_first(folder, tmp_path):
+    with pytest.raises(UserError, match=r"--patient '\(' is no regular expression"):
+        run(folder, tmp_path / "out", "--patient", "(")
+    with pytest.raises(UserError, match="finds no patient in 'a'"):
+        run(folder, tmp_path / "out", "--patient", "a(x)?")
+    with pytest.raises(UserError, match="fractions from 0 to 1"):
+        run(folder, tmp_path / "out", "--validation", "2")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["text", "cut"])
+def test_a_broken_slice_is_named(tmp_path, content):
+    for name in ("A", "B"):
+        (tmp_path / name).mkdir()
+        noise = np.random.default_rng(0).integers(0, 255, (90, 90), np.uint8)
+        Image.fromarray(noise).save(tmp_path / name / "1.png")
+    broken = tmp_path / "B" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:3000] if content == "cut" else b"no image")
+    images = [f"t1={tmp_path / 'A'}", f"t2={tmp_path / 'B'}"]
+    with pytest.raises(UserError, match=r"cannot read the image .*1.png"):
+        main(["--images", *images, "--size", "16", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()

@@ -6,6 +6,7 @@ Each gives `Cell`s: where a cell lies, what it was agreed to be, and what each a
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 from collections.abc import Iterable, Sequence
 from contextlib import closing
@@ -99,7 +100,7 @@ def _check_schema(database: sqlite3.Connection, path: Path) -> bool:
 def _sliderunner_cells(
     database: sqlite3.Connection, path: Path, can_delete: bool, annotators: Sequence[str]
 ) -> list[Cell]:
-    classes = dict(database.execute("SELECT uid, name FROM Classes"))
+    classes = {uid: name or f"class {uid}" for uid, name in database.execute("SELECT uid, name FROM Classes")}
     persons = dict(database.execute("SELECT uid, name FROM Persons"))
     chosen = _persons(persons, annotators)
     slides = {uid: PurePosixPath((name or "").replace("\\", "/")).name for uid, name in database.execute(
@@ -121,7 +122,7 @@ def _sliderunner_cells(
     for uid, slide, agreed in database.execute(
         f"SELECT uid, slide, agreedClass FROM Annotations WHERE type IS NOT {_WHOLE_IMAGE}{kept} ORDER BY uid"
     ):
-        if uid not in places:
+        if not all(isinstance(place, (int, float)) for place in places.get(uid, (None,))):
             raise UserError(f"annotation {uid} of {path} has no coordinates; delete it in SlideRunner")
         name = classes.get(agreed, f"class {agreed}") if agreed else UNDECIDED
         given = tuple(votes.get(uid, {}).values())
@@ -154,13 +155,15 @@ def read_midog(path: Path | str) -> list[Cell]:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"there is no annotation file at {path}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the annotation file {path}: {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is no JSON file ({error})") from None
     parts = ("images", "annotations", "categories")
     if lacking := [part for part in parts if not isinstance(content, dict) or part not in content]:
         raise UserError(f"{path} is not a MIDOG file: it lacks {', '.join(lacking)}")
     try:
-        classes = {category["id"]: category["name"] for category in content["categories"]}
+        classes = {category["id"]: _text(category["name"], "name", path) for category in content["categories"]}
         images = {image["id"]: image for image in content["images"]}
         return [_midog_cell(entry, images, classes, path) for entry in content["annotations"]]
     except (KeyError, TypeError) as error:
@@ -168,17 +171,26 @@ def read_midog(path: Path | str) -> list[Cell]:
 
 
 def _midog_cell(entry: dict[str, Any], images: dict[int, Any], classes: dict[int, str], path: Path) -> Cell:
-    left, top, right, bottom = map(float, entry["bbox"])
-    if right <= left or bottom <= top:
+    try:
+        left, top, right, bottom = map(float, entry["bbox"])
+    except (TypeError, ValueError):
+        left = top = right = bottom = math.nan
+    if not (left < right and top < bottom and math.isfinite(left + top + right + bottom)):
         raise UserError(
             f"{path}: the bbox of annotation {entry.get('id')} is {entry['bbox']}, which is not x1, y1, x2, y2 as in "
             "MIDOG; if the file has COCO's x, y, width, height, convert it"
         )
     image = images[entry["image_id"]]
     votes = tuple(classes[vote] for vote in entry.get("labels") or ())
-    name = PurePosixPath(image["file_name"].replace("\\", "/")).name
+    name = PurePosixPath(_text(image["file_name"], "file_name", path).replace("\\", "/")).name
     domain = str(image.get("tumor_type") or "")
     return Cell(name, (left + right) / 2, (top + bottom) / 2, classes[entry["category_id"]], votes, domain=domain)
+
+
+def _text(value: Any, what: str, path: Path) -> str:
+    if not isinstance(value, str) or not value:
+        raise UserError(f"{path} is not a MIDOG file: the {what} {value!r} is not text")
+    return value
 
 
 def read_crops(
@@ -218,8 +230,11 @@ def read_crops(
         agreed = row[majority] if row is not None and majority and pd.notna(row[majority]) else classes[path.name]
         given = tuple(row[name] for name in voters if pd.notna(row[name])) if row is not None else ()
         patient = str(row[owner]) if row is not None and owner and pd.notna(row[owner]) else ""
-        with Image.open(path) as image:
-            x, y = (side / 2 for side in image.size)
+        try:
+            with Image.open(path) as image:
+                x, y = (side / 2 for side in image.size)
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"the crop {path} cannot be read: {error}") from None
         cells.append(Cell(str(path.relative_to(folder)), x, y, agreed, given, patient))
     return cells, len(set(table.index) - set(names))
 
