@@ -92,7 +92,7 @@ def local_group_norm(module: nn.Module, window: int, width: int) -> Iterator[Non
         scale = (variance + self.eps).rsqrt()
         scale, shift = (spread(values, x.shape[-2:], here)[:, :, None] for values in (scale, -mean * scale))
         out = torch.addcmul(shift, grouped, scale).flatten(1, 2)
-        return torch.addcmul(self.bias.view(-1, 1, 1), out, self.weight.view(-1, 1, 1), out=out).to(x.dtype)
+        return torch.addcmul(self.bias.view(-1, 1, 1), out, self.weight.view(-1, 1, 1)).to(x.dtype)
 
     norms = [layer for layer in module.modules() if isinstance(layer, nn.GroupNorm)]
     for norm in norms:
