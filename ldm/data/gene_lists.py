@@ -102,5 +102,5 @@ def _in_model(content: Any, folder: Path) -> Mapping[str, Any] | None:
     found = [about for about in known if isinstance(about, Mapping) and about.get("scaler")]
     if len(found) != 1:
         return None
-    files = sorted(folder.glob("*expression_genes.txt"))
-    return {**found[0], "genes": read_genes(files[0], "scaler")} if files else found[0]
+    files = sorted(folder.glob("*expression_genes.txt"))  # if several: those of conditioners that read the same values
+    return {"genes": read_genes(files[0], "scaler") if files else (), **found[0]}
