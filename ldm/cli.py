@@ -130,11 +130,14 @@ def large_image(
         Interpolation.linear
     ),
     mpp: Annotated[float | None, typer.Option("--mpp", help="Micrometres per pixel; default: the model's.")] = None,
-    steps: StepsOption = 20,
+    steps: StepsOption = 10,
     solver: SolverOption = Solver.dpmpp_2m,
     schedule: ScheduleOption = Schedule.trailing,
     eta: EtaOption = 1.0,
     guidance_scale: GuidanceOption = None,
+    guidance_interval: Annotated[
+        str, typer.Option("--guidance-interval", help="low,high noise levels that are guided; 'all' guides every step.")
+    ] = "0.5,10",
     seed: SeedOption = 0,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
@@ -152,7 +155,7 @@ def large_image(
         _integers(size, 2, "--size", "height,width"), mpp, condition or [], pick_device(device), mode=mode.value,
         stride=stride, interpolation=interpolation.value, steps=steps, solver=solver.value, schedule=schedule.value,
         eta=eta, guidance_scale=parse_guidance(guidance_scale or []), seed=seed, batch_size=batch_size,
-        precision=precision.value,
+        precision=precision.value, guidance_interval=_interval(guidance_interval),
     )  # fmt: skip
 
 
@@ -237,6 +240,18 @@ def convert(
              "expression_genes": expression_genes, "base": base, "allow_target": allow_target, "encoder": encoder,
              "mpp": mpp, "licence": licence}  # fmt: skip
     convert_model(source, out, asked, to.value if to else None, half)
+
+
+def _interval(text: str) -> tuple[float, float] | None:
+    if text == "all":
+        return None
+    try:
+        low, high = (float(part) for part in text.split(","))
+    except ValueError:
+        low, high = 1.0, 0.0
+    if not 0 <= low < high:
+        raise UserError(f"--guidance-interval takes low,high noise levels, as 0.5,10, or all; got '{text}'.")
+    return low, high
 
 
 def _integers(text: str | None, count: int, option: str, form: str) -> tuple[int, ...] | None:

@@ -172,3 +172,11 @@ def test_mistakes_of_large_image_are_told_before_work(world, tmp_path, monkeypat
     with pytest.raises(UserError, match=message):
         run("large-image", "--model", folder / "model", "--features", store, *options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["3", "5,1", "a,b", "-1,2"])
+def test_a_guidance_interval_is_two_noise_levels_or_all(world, tmp_path, text):
+    folder, store = world
+    call = ["large-image", "--model", folder / "model", "--features", store, "--out", tmp_path / "a.png"]
+    with pytest.raises(UserError, match="low,high"):
+        run(*call, f"--guidance-interval={text}")
