@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from data_prep.tile_slides import tile_slide, update_index
 from ldm import inference
 from ldm.cli import app
-from ldm.commands import checked_mpp
+from ldm.commands.generate import checked_mpp
 from ldm.config import instantiate_from_config
 from ldm.data.tile_store import ArrayWriter, TileStore
 from ldm.errors import UserError

@@ -612,7 +612,8 @@ def test_the_command_converts_a_published_folder(oracle, tmp_path, monkeypatch, 
 
 
 def test_a_published_checkpoint_is_a_model_to_every_command(oracle, tmp_path, capsys):
-    from ldm.commands import describe_model, sample_tiles
+    from ldm.commands.generate import sample_tiles
+    from ldm.commands.models import describe_model
 
     folder = oracle / "more" / "pathldm_class_ckpt"
     with pytest.warns(UserWarning, match="the classes have no names"):

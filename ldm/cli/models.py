@@ -1,0 +1,94 @@
+"""`histoldm describe`, `export` and `convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ldm.cli.app import app
+from ldm.cli.options import Form
+
+
+@app.command()
+def describe(
+    model: Annotated[Path, typer.Argument(help="Model folder (or a training run's folder).")],
+) -> None:
+    """Say what a model is and which conditions it takes, by name.
+
+    Example: histoldm describe data/models/demo-ssl
+    """
+    from ldm.commands.models import describe_model
+
+    describe_model(model)
+
+
+@app.command()
+def export(
+    run: Annotated[
+        Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or a checkpoint of one.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Config that a published first-stage checkpoint fits.")
+    ] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
+    licence: Annotated[str | None, typer.Option("--licence", help="Licence of the model, recorded in it.")] = None,
+) -> None:
+    """Make a model folder of a training run: what every command takes and what you share.
+
+    Examples: histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl; of a published first stage:
+    histoldm export weights/vq-f4/model.ckpt --config configs/autoencoder/vq-f4.yaml --out models/vq-f4
+    """
+    import torch
+
+    from ldm.model_folder import export as export_run
+
+    metadata = {"licence": licence} if licence else {}
+    folder = export_run(run, out, torch.float16 if half else None, metadata, config=config)
+    print(f"wrote {folder}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Published checkpoint or folder; a model folder with --to.")],
+    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", help="YAML that the weights came with: project YAML, or training flags.")
+    ] = None,
+    raw_weights: Annotated[
+        bool, typer.Option("--raw-weights", help="Weights of the last step where there are averaged ones.")
+    ] = False,
+    classes: Annotated[
+        str | None, typer.Option("--classes", help="Names of classes or magnifications: a,b,c or a file of them.")
+    ] = None,
+    mutation_genes: Annotated[
+        Path | None, typer.Option("--mutation-genes", help="File of gene names in the order of their embeddings.")
+    ] = None,
+    expression_genes: Annotated[
+        Path | None, typer.Option("--expression-genes", help="The same, of expression.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option("--encoder", help="What the model's features were made with.")] = None,
+    mpp: Annotated[float | None, typer.Option("--mpp", help="Micrometres per pixel of its tiles.")] = None,
+    licence: Annotated[str | None, typer.Option("--licence", help="Licence of the weights, recorded in it.")] = None,
+    base: Annotated[
+        Path | None, typer.Option("--base", help="Model folder with the parts that a network alone lacks.")
+    ] = None,
+    allow_target: Annotated[
+        list[str] | None, typer.Option("--allow-target", help="Beginning of further targets in the YAML (repeat).")
+    ] = None,
+    to: Annotated[Form | None, typer.Option("--to", help="Write a model folder in the form of others.")] = None,
+    half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
+) -> None:
+    """Make a model folder of a published model: latent-diffusion and its forks, guided-diffusion, diffusers, ...
+
+    Examples: histoldm convert brca.ckpt --config zoomldm_brca.yaml --encoder uni --mpp 0.5 --out models/brca;
+    histoldm convert models/brca --to compvis --out brca-compvis
+    """
+    from ldm.commands.models import convert_model
+
+    asked = {"config": config, "raw_weights": raw_weights, "classes": classes, "mutation_genes": mutation_genes,
+             "expression_genes": expression_genes, "base": base, "allow_target": allow_target, "encoder": encoder,
+             "mpp": mpp, "licence": licence}  # fmt: skip
+    convert_model(source, out, asked, to.value if to else None, half)
