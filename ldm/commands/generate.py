@@ -93,7 +93,7 @@ def generate_large_image(
     given = parse_conditions(model.cond_stage_model, conditions)
     if settings["guidance_scale"] is None:
         settings["guidance_scale"] = inference.default_guidance(model)
-    grid, condition, background = None, f"{features.name}", None
+    grid, condition, background, place = None, f"{features.name}", None, {}
     if is_store(features):
         stores = open_cohort(features)
         if len(stores) > 1:
@@ -105,6 +105,8 @@ def generate_large_image(
         size = size or tuple((side - 1) * store.stride + store.tile_size for side in known.shape)
         background = glass(store, name) if not known.all() else None
         condition = f"{store.slide} region {','.join(map(str, region)) if region else 'whole slide'} ({name})"
+        extent = [((side - 1) * store.stride + store.tile_size) * store.downsample for side in known.shape]
+        place = {"slide": store.slide, "region": [*(region or (0, 0))[:2], round(extent[1]), round(extent[0])]}
         mpp = mpp or checked_mpp(model, store)
     else:
         if region:
@@ -115,7 +117,9 @@ def generate_large_image(
         raise UserError("the model does not know its micrometres per pixel; give --mpp for a TIFF or OME-Zarr.")
     image = inference.large_image(model, grid, size=size, background=background, conditions=given, **settings)
     image, condition = to_uint8(image)[0], " ".join([condition, *conditions])
-    text = provenance(model_path, model, condition, settings | {"size": f"{image.shape[0]}x{image.shape[1]}"})
+    tile = model.image_size * model.first_stage_model.downsampling
+    place |= {"grid": list(grid.shape[:2]), "tile_px": tile, "mpp": mpp, "size": f"{image.shape[0]}x{image.shape[1]}"}
+    text = provenance(model_path, model, condition, settings | place)
     for out in outs:
         if out.suffix == ".png":
             save_png(out, image, text)

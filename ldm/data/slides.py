@@ -108,15 +108,9 @@ def open_slide(path: Path | str, mpp: float | None = None) -> Slide:
         UserError: no such file, no image, cut short, or without mpp.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"there is no slide at {path}")
     if mpp is not None and not 0 < mpp <= _MAX_MPP:
         raise UserError(f"mpp is micrometres per pixel, above 0 and up to {_MAX_MPP:g}; got {mpp}")
-    if path.is_file():
-        _refuse_damaged(path)
-    slide = _with_openslide(path) or _with_tifffile(path) or _with_pillow(path)
-    if slide is None:
-        raise UserError(f"{path} is not a slide or image that OpenSlide, tifffile or Pillow can read")
+    slide = open_any(path)
     if mpp is not None:
         slide.mpp = mpp
     if not slide.mpp:
@@ -125,6 +119,19 @@ def open_slide(path: Path | str, mpp: float | None = None) -> Slide:
             f"{path} does not say how many micrometres a pixel has; pass --slide-mpp (mpp= in Python), "
             f"{known or 'about 0.25 for 40x, 0.5 for 20x, 1.0 for 10x'}"
         )
+    return slide
+
+
+def open_any(path: Path | str) -> Slide:
+    """As `open_slide`, of a file that need not say its mpp, which is 0 then."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no slide at {path}")
+    if path.is_file():
+        _refuse_damaged(path)
+    slide = _with_openslide(path) or _with_tifffile(path) or _with_pillow(path)
+    if slide is None:
+        raise UserError(f"{path} is not a slide or image that OpenSlide, tifffile or Pillow can read")
     return slide
 
 
