@@ -1,0 +1,139 @@
+"""Fréchet distances of features: FID, and its extrapolation to infinitely many images.
+
+    |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)       (Heusel et al. 2017, arXiv:1706.08500, eq. 6)
+
+With S1 = L1 L1^T and S2 = L2 L2^T the last trace is the sum of the singular values of L1^T L2, which needs no matrix
+square root and is as accurate for singular covariances. L is the set itself, centred, where it has fewer images than
+dimensions, else from the eigenvectors of the covariance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import scipy.linalg
+
+from ldm.metrics.intervals import Estimate
+
+BLOCK = 4096  # rows that are float64 at a time
+SIZES = 8  # sizes of subsets that the extrapolation is through
+REPEATS = 4  # subsets of each size
+SKETCH = 4096  # images of each set that the extrapolation's subsets are drawn from
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Mean (D,), number of images, and a factor (D,r) of the covariance: L L^T = S, divided by N - 1."""
+
+    mean: np.ndarray
+    factor: np.ndarray
+    count: int
+
+    @property
+    def trace(self) -> float:
+        return float((self.factor**2).sum())
+
+
+def moments(features: np.ndarray) -> Moments:
+    """Mean and covariance of features (N,D), in float64 whatever the features are."""
+    count, dim = features.shape
+    mean = np.zeros(dim)
+    for part in _parts(features):
+        mean += part.sum(0)
+    mean /= count
+    if count <= dim:
+        return Moments(mean, (features.astype(np.float64) - mean).T / np.sqrt(count - 1), count)
+    covariance = np.zeros((dim, dim))
+    for part in _parts(features):
+        part -= mean
+        covariance += part.T @ part
+    values, vectors = scipy.linalg.eigh(covariance / (count - 1), overwrite_a=True, check_finite=False)
+    kept = values > values[-1] * dim * np.finfo(float).eps
+    return Moments(mean, vectors[:, kept] * np.sqrt(values[kept]), count)
+
+
+def _parts(features: np.ndarray):
+    for first in range(0, len(features), BLOCK):
+        yield features[first : first + BLOCK].astype(np.float64)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """The Fréchet distance of two Gaussians."""
+    shared = scipy.linalg.svdvals(a.factor.T @ b.factor, overwrite_a=True, check_finite=False).sum()
+    return float(((a.mean - b.mean) ** 2).sum() + a.trace + b.trace - 2 * shared)
+
+
+def gaussian_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+    """The same of means (D,) and covariances (D,D), as published statistics have them."""
+    return frechet_distance(_of_covariance(mean1, cov1), _of_covariance(mean2, cov2))
+
+
+def _of_covariance(mean: np.ndarray, covariance: np.ndarray) -> Moments:
+    values, vectors = scipy.linalg.eigh(np.asarray(covariance, float))
+    return Moments(np.asarray(mean, float), vectors * np.sqrt(values.clip(min=0)), 0)
+
+
+def fid(generated: np.ndarray, real: np.ndarray) -> Estimate:
+    """FID of features (N,D) and (M,D), with the influence of every image.
+
+    The singular value decomposition L1^T L2 = U s V^T gives it: weighing image x of the generated set by 1 + e changes
+    the last trace by e/2 |s^(1/2) U^T L1^+ (x - m1)|^2, and of the real set alike with V and L2.
+    """
+    a, b = moments(generated), moments(real)
+    left, values, right = scipy.linalg.svd(
+        a.factor.T @ b.factor, full_matrices=False, overwrite_a=True, check_finite=False
+    )
+    apart = a.mean - b.mean
+    value = float(apart @ apart + a.trace + b.trace - 2 * values.sum())
+    roots = np.sqrt(values)
+    return Estimate(
+        value, _influence(generated, a, left * roots, apart), _influence(real, b, right.T * roots, -apart)
+    )
+
+
+def _influence(features: np.ndarray, own: Moments, directions: np.ndarray, apart: np.ndarray) -> np.ndarray:
+    """(N,): what each image adds. directions (r,k): singular vectors times the roots of their values."""
+    if own.factor.shape[1] == len(features):  # the factor is the set itself: L^+ (x_i - m) is sqrt(n-1) e_i
+        inside = (own.count - 1) * (directions**2).sum(1)
+        inside_of = [inside[first : first + BLOCK] for first in range(0, len(features), BLOCK)]
+    else:
+        size = (own.factor**2).sum(0)  # columns are orthogonal: L^+ = diag(1/size) L^T
+        back = own.factor / size @ directions  # (D,k)
+        inside_of = [(((part - own.mean) @ back) ** 2).sum(1) for part in _parts(features)]
+    added = []
+    for part, inside in zip(_parts(features), inside_of):
+        part -= own.mean
+        added.append(2 * part @ apart + (part**2).sum(1) - inside)
+    influence = np.concatenate(added)
+    return influence - influence.mean()
+
+
+def fd_infinity(generated: np.ndarray, real: np.ndarray, whole: Estimate, seed: int = 0) -> Estimate:
+    """FID at infinitely many images (Chong & Forsyth 2020, arXiv:1911.07023).
+
+    FID is biased upwards by about c1/N + c2/M. It is computed of random subsets that hold the same fraction f of both
+    sets, where its bias is proportional to 1/f, and a line through SIZES fractions is followed to 1/f = 0. The
+    publication takes fractions of the generated set only, which is the same for a real set of any size to spare.
+
+    whole: `fid` of the whole sets, whose influences the interval takes.
+    """
+    rng = np.random.default_rng(seed)
+    base = min(1.0, SKETCH / max(len(generated), len(real)))
+    inverse, values = [], []
+    for fraction in base / np.linspace(1, 2.5, SIZES):
+        for _ in range(REPEATS if fraction < 1 else 1):
+            parts = []
+            for features in (generated, real):
+                rows = rng.choice(len(features), max(2, round(fraction * len(features))), replace=False)
+                parts.append(moments(features[rows]))
+            inverse.append(1 / fraction)
+            values.append(frechet_distance(*parts))
+    if base == 1:
+        values[0] = whole.value
+    inverse, values = np.array(inverse), np.array(values)
+    design = np.stack([np.ones_like(inverse), inverse], 1)
+    (at_infinity, slope), *_ = np.linalg.lstsq(design, values, rcond=None)
+    rest = values - design @ (at_infinity, slope)
+    error = np.sqrt((rest @ rest) / max(len(values) - 2, 1) * np.linalg.inv(design.T @ design)[0, 0])
+    return Estimate(float(at_infinity), whole.generated, whole.real, spread=float(error))
