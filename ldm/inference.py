@@ -194,7 +194,7 @@ def large_image(
     stride: int | None = None,
     background: Any = None,
     conditions: Mapping[str, Any] | None = None,
-    guidance_interval: tuple[float, float] | None = (0.5, 10.0),
+    guidance_interval: tuple[float, float] | None = (1.0, 7.0),
     offload: bool = False,
     out: Any = None,
     progress: bool = True,

@@ -93,7 +93,7 @@ def source_of(command: list[str]) -> str:
     """Source text that defines the options of a README command."""
     program, *rest = command
     if program == "histoldm":
-        return (ROOT / "ldm" / "cli.py").read_text()
+        return "".join(path.read_text() for path in sorted((ROOT / "ldm" / "cli").glob("*.py")))
     if rest[0] == "-m":
         return Path(importlib.util.find_spec(rest[1]).origin).read_text()
     return (ROOT / rest[0]).read_text()

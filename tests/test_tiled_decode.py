@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from ldm.autoencoder import tiled_decode
 from ldm.autoencoder.autoencoder import AutoencoderKL
 from ldm.autoencoder.tiled_decode import decode_tiled, decode_tiles, local_group_norm, local_statistics, spans, spread
 
@@ -82,19 +84,41 @@ def test_parts_are_as_equal_as_can_be():
 
 
 def test_statistics_are_of_the_window_about_a_place():
-    x = torch.randn(1, 2, 3, 40, 56, generator=torch.Generator().manual_seed(2))
-    mean, variance = local_statistics(x, 16)
+    x = torch.randn(1, 6, 40, 56, generator=torch.Generator().manual_seed(2))
+    mean, variance = local_statistics(x, 2, 16)
     assert mean.shape == (1, 2, 7, 11)                                          # every 4 of 40 - 16 and of 56 - 16
-    window = x[0, 1, :, 8:24, 20:36]
+    window = x[0, 3:, 8:24, 20:36]
     torch.testing.assert_close(mean[0, 1, 2, 5], window.mean())
     torch.testing.assert_close(variance[0, 1, 2, 5], window.var(correction=0))
-    places = spread(mean, (40, 56), 16)
-    assert places.shape == (1, 2, 40, 56)
-    torch.testing.assert_close(places[..., 16, 28], mean[..., 2, 5])            # the middle of that window
-    assert torch.equal(places[..., 0, 0], mean[..., 0, 0])
-    assert torch.equal(places[..., -1, -1], mean[..., -1, -1])
+    across = spread(11, 56, 16)
+    assert across.shape == (56, 11)
+    torch.testing.assert_close(across.sum(1), torch.ones(56))
+    assert across[28, 5] > 0.999                                                # the middle of that window
+    assert 0.4 < across[30, 5] < across[29, 5] < 1
+    assert across[0, 0] == across[-1, -1] == 1
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_canvas_is_normalised_the_same_in_strips_of_any_height(monkeypatch, memory_format):
+    norm = nn.GroupNorm(2, 6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    x = torch.randn(2, 6, 41, 56, generator=torch.Generator().manual_seed(2)) + torch.arange(56) / 9
+    x = x.contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        whole = tiled_decode.normalised(norm, x, 16)
+    mean, variance = local_statistics(x, 2, 16)
+    place = (x[1, :, 16, 28].view(2, 3) - mean[1, :, 2, 5, None]) / (variance[1, :, 2, 5, None] + norm.eps).sqrt()
+    torch.testing.assert_close(whole[1, :, 16, 28], norm.weight * place.flatten() + norm.bias)
+    monkeypatch.setattr(tiled_decode, "STRIP", 2 * 6 * 56)                      # one row at a time
+    with torch.no_grad():
+        torch.testing.assert_close(tiled_decode.normalised(norm, x, 16), whole)
+        half = tiled_decode.normalised(norm.bfloat16(), x.bfloat16(), 16)
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), whole, atol=0.1, rtol=0.02)
+
+
+@torch.no_grad()
 def test_a_layer_that_sees_one_window_is_the_layer_itself_and_layers_are_given_back():
     norm, x = nn.GroupNorm(2, 4), torch.randn(1, 4, 16, 16)
     nn.init.normal_(norm.weight)

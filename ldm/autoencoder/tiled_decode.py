@@ -22,6 +22,7 @@ from ldm.transfers import receive, send
 
 REACH = 8  # latents beyond a window: what lies further away changes the demo's image by less than 0.1 grey levels
 CELLS = 4  # along a tile: statistics are taken at every quarter of one
+STRIP, GPU_STRIP = 2**18, 2**26  # values that are normalised at once
 
 
 class Span(NamedTuple):
@@ -53,29 +54,61 @@ def spans(size: int, part: int, halo: int, align: int = 1) -> list[Span]:
     ]  # fmt: skip
 
 
-def local_statistics(x: Tensor, window: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B,G,rows,cols) of x (B,G,C,H,W) over channels and windows at every quarter of one.
+def strips(x: Tensor, align: int = 1) -> Iterator[slice]:
+    """Rows of x (B,C,H,W), a few at a time, in multiples of `align`: as much as a cache holds, on a GPU a part of its
+    memory."""
+    values = STRIP if x.device.type == "cpu" else GPU_STRIP
+    rows = max(values // (x[..., 0, :].numel() * align), 1) * align
+    return (slice(start, min(start + rows, x.shape[-2])) for start in range(0, x.shape[-2], rows))
+
+
+def local_statistics(x: Tensor, groups: int, window: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B,G,rows,cols) of x (B,C,H,W) over the channels of a group and windows at every quarter of one.
 
     A side not longer than the window has one window, the whole of it.
     """
     cell = max(window // CELLS, 1)
-    mean, square = (
-        F.avg_pool2d(values.mean(2), cell, ceil_mode=True, count_include_pad=False) for values in (x, x.square())
-    )
+
+    def pool(values: Tensor) -> Tensor:
+        return F.avg_pool2d(values, cell, ceil_mode=True, count_include_pad=False)
+
+    parts = (x[..., rows, :].float() for rows in strips(x, cell))
+    pooled = zip(*((pool(part), pool(part.square())) for part in parts))
+    mean, square = (torch.cat(values, -2).unflatten(1, (groups, -1)).mean(2) for values in pooled)
     size = tuple(min(CELLS, cells) for cells in mean.shape[-2:])
     mean, square = (F.avg_pool2d(values, size, 1) for values in (mean, square))
     return mean, (square - mean.square()).clamp(min=0)
 
 
-def spread(values: Tensor, size: tuple[int, int], window: int) -> Tensor:
-    """Values (B,G,rows,cols) of windows at every quarter, at each place (B,G,H,W): linear between the windows' middles,
-    towards the canvas' sides those of the outermost windows."""
-    cell, pads = max(window // CELLS, 1), []
-    inner = [min((count - 1) * cell + 1, side) for count, side in zip(values.shape[-2:], size)]
-    for length, side in zip(reversed(inner), reversed(size)):
-        before = min(window // 2, side - length)
-        pads += [before, side - length - before]
-    return F.pad(F.interpolate(values, inner, mode="bilinear", align_corners=True), pads, mode="replicate")
+def spread(count: int, side: int, window: int) -> Tensor:
+    """What each place along a side takes of `count` windows at every quarter of one, (side,count): linear between the
+    windows' middles, towards the ends the outermost windows."""
+    inner = min((count - 1) * max(window // CELLS, 1) + 1, side)
+    before = min(window // 2, side - inner)
+    place = (torch.arange(side) - before).clamp(0, inner - 1) * ((count - 1) / max(inner - 1, 1))
+    return (1 - (place[:, None] - torch.arange(count)).abs()).clamp(min=0)
+
+
+def normalised(norm: nn.GroupNorm, x: Tensor, window: int) -> Tensor:
+    """x (B,C,H,W), each place normalised by the statistics of the window about it."""
+    mean, variance = local_statistics(x, norm.num_groups, window)
+    scale = (variance + norm.eps).rsqrt()
+    scale, shift = (values.repeat_interleave(x.shape[1] // norm.num_groups, 1) for values in (scale, -mean * scale))
+    weight, bias = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
+    down, across = (spread(count, side, window).to(scale) for count, side in zip(mean.shape[-2:], x.shape[-2:]))
+    maps = [torch.einsum("bcrk,wk->brwc", values, across) for values in (scale * weight, shift * weight + bias)]
+    out = torch.empty_like(x)
+    for rows in strips(x):
+        share = down[rows]                                                      # (strip,windows)
+        first, last = share.any(0).nonzero()[[0, -1], 0].tolist()
+        near = slice(first, last + 1)
+        here = ((share[:, near] @ values[:, near].flatten(2)).unflatten(2, (-1, x.shape[1])) for values in maps)
+        scale, shift = (values.permute(0, 3, 1, 2) for values in here)          # (B,C,strip,W)
+        if x.dtype == shift.dtype:
+            torch.addcmul(shift, x[..., rows, :], scale, out=out[..., rows, :])
+        else:
+            out[..., rows, :] = torch.addcmul(shift, x[..., rows, :].float(), scale)
+    return out
 
 
 @contextmanager
@@ -86,13 +119,7 @@ def local_group_norm(module: nn.Module, window: int, width: int) -> Iterator[Non
     """
 
     def forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
-        here = max(round(window * x.shape[-1] / width), 1)
-        grouped = x.float().unflatten(1, (self.num_groups, -1))                 # (B,G,C/G,H,W)
-        mean, variance = local_statistics(grouped, here)
-        scale = (variance + self.eps).rsqrt()
-        scale, shift = (spread(values, x.shape[-2:], here)[:, :, None] for values in (scale, -mean * scale))
-        out = torch.addcmul(shift, grouped, scale).flatten(1, 2)
-        return torch.addcmul(self.bias.view(-1, 1, 1), out, self.weight.view(-1, 1, 1)).to(x.dtype)
+        return normalised(self, x, max(round(window * x.shape[-1] / width), 1))
 
     norms = [layer for layer in module.modules() if isinstance(layer, nn.GroupNorm)]
     for norm in norms:
@@ -127,7 +154,7 @@ def decode_tiles(
             decoded = first_stage.decode(latents)
         else:
             with local_group_norm(first_stage, window, latents.shape[-1]):
-                decoded = first_stage.decode(latents)
+                decoded = first_stage.decode(latents.contiguous(memory_format=torch.channels_last))
         decoded = decoded[..., rows.inside(factor), cols.inside(factor)]
         if under_way:
             yield *under_way[:2], under_way[2]()

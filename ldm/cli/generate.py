@@ -109,7 +109,7 @@ def large_image(
     guidance_scale: GuidanceOption = None,
     guidance_interval: Annotated[
         str, typer.Option("--guidance-interval", help="low,high noise levels that are guided; 'all' guides every step.")
-    ] = "0.5,10",
+    ] = "1,7",
     seed: SeedOption = 0,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",

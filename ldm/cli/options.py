@@ -58,7 +58,7 @@ def interval(text: str) -> tuple[float, float] | None:
     except ValueError:
         low, high = 1.0, 0.0
     if not 0 <= low < high:
-        raise UserError(f"--guidance-interval takes low,high noise levels, as 0.5,10, or all; got '{text}'.")
+        raise UserError(f"--guidance-interval takes low,high noise levels, as 1,7, or all; got '{text}'.")
     return low, high
 
 
