@@ -85,6 +85,21 @@ class Slide:
         resample = Image.Resampling.LANCZOS if right - left > width else Image.Resampling.BICUBIC
         return np.asarray(Image.fromarray(pixels).resize((width, height), resample, box))
 
+    def read_in_parts(self, x: float, y: float, w: float, h: float, size: tuple[int, int]) -> np.ndarray:
+        """As `read`, in parts of at most _BLOCK^2 pixels: little memory where the file has no level near `size`."""
+        width, height = size
+        _, factor = self._best_level(min(w / width, h / height))
+        if w * h / factor**2 <= _BLOCK**2 or max(size) == 1:
+            return self.read(x, y, w, h, size)
+        along = 1 if width >= height else 0  # the axis that is cut
+        first = size[1 - along] // 2
+        cut = (w, h)[1 - along] * first / size[1 - along]
+        if along:
+            parts = [(x, y, cut, h, (first, height)), (x + cut, y, w - cut, h, (width - first, height))]
+        else:
+            parts = [(x, y, w, cut, (width, first)), (x, y + cut, w, h - cut, (width, height - first))]
+        return np.concatenate([self.read_in_parts(*part) for part in parts], axis=along)
+
     def thumbnail(self, mpp: float) -> np.ndarray:
         """The whole slide at about `mpp` um per pixel, (h, w, 3) uint8; read in blocks, so that memory stays small."""
         width, height = (max(1, round(d * self.mpp / mpp)) for d in self.dimensions)
