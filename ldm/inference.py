@@ -20,7 +20,7 @@ from ldm.conditioners.given import names_given
 from ldm.data.images_out import to_uint8
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser
-from ldm.diffusion.guidance import cfg, clip, compose, keep_variance, within
+from ldm.diffusion.guidance import autoguidance, cfg, clip, compose, keep_variance, within
 from ldm.diffusion.tiled import shifted, tiled
 from ldm.errors import UserError
 from ldm.rng import canvas_noise, fold, sample_noise
@@ -83,33 +83,65 @@ def default_guidance(model: LatentDiffusion) -> float:
 def guided_denoiser(
     model: LatentDiffusion, guidance: Guidance | None, precision: str = "fp32", cond: Cond | None = None,
     solver: str = "", compile: bool = False, cache: int = 1, given: Collection[str] | None = None,
+    negative: Cond | None = None, rescale: float = 0.0, guide: LatentDiffusion | None = None,
 ) -> Denoiser | RangeDenoiser:  # fmt: skip
-    """The model's denoiser under classifier-free guidance, clipped if it works on pixels.
+    """The model's denoiser under guidance, clipped if it works on pixels.
 
     guidance: one scale, or a scale for each of the model's conditions by name (`guidance_terms`, of `cond` or of
     the names `given`); None is `default_guidance`. For the solver `ddpm` a model that learnt its variance returns that
-    too. compile, cache: see `LatentDiffusion.denoiser`.
+    too. compile, cache: see `LatentDiffusion.denoiser`; negative, rescale, guide: see `sample`.
     """
     if precision not in PRECISIONS:
         raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; got '{precision}'.")
     if guidance is None:
-        guidance = default_guidance(model)
-    scales = guidance.values() if isinstance(guidance, Mapping) else [guidance]
-    if not all(math.isfinite(scale) for scale in scales):
+        guidance = default_guidance(model) if guide is None else 2.0
+    named = isinstance(guidance, Mapping)
+    if not all(math.isfinite(scale) for scale in (guidance.values() if named else [guidance])):
         raise UserError(f"a guidance scale is a finite number; got {guidance}.")
-    if guidance != 1.0 and model.cond_stage_model is None:
+    if guidance != 1.0 and model.cond_stage_model is None and guide is None:
         raise UserError(f"an unconditional model has no guidance; set the guidance scale to 1 (got {guidance}).")
-    null = model.null_condition()
-    terms = guidance_terms(null, cond or null, guidance, given) if isinstance(guidance, Mapping) else None
+    if named and (negative or rescale or guide):
+        raise UserError("guidance scales by name go without a negative condition, rescale or guiding model.")
+    if guide is not None and (negative or rescale):
+        raise UserError("a guiding model stands in place of the null: it goes without negative condition and rescale.")
+    if not 0 <= rescale <= 1:
+        raise UserError(f"guidance rescale is in 0..1; got {rescale}.")
+    null = _negative(model, negative) if negative else model.null_condition()
+    terms = guidance_terms(null, cond or null, guidance, given) if named else None
+    weak = _weak(model, guide).denoiser(PRECISIONS[precision]) if guide is not None else None
 
-    def guide(denoiser: Denoiser) -> Denoiser:
-        guided = cfg(denoiser, null, guidance) if terms is None else compose(denoiser, null, terms)
-        return clip(guided) if isinstance(model.first_stage_model, IdentityFirstStage) else guided
+    def guided(denoiser: Denoiser) -> Denoiser:
+        if weak is not None:
+            denoiser = autoguidance(denoiser, weak, guidance)
+        elif terms is not None:
+            denoiser = compose(denoiser, null, terms)
+        else:
+            denoiser = cfg(denoiser, null, guidance, rescale)
+        return clip(denoiser) if isinstance(model.first_stage_model, IdentityFirstStage) else denoiser
 
     denoiser = model.denoiser(PRECISIONS[precision], compile, cache)
     if solver == "ddpm" and model.learn_sigma:
-        return keep_variance(denoiser.with_variance, guide)
-    return guide(denoiser)
+        return keep_variance(denoiser.with_variance, guided)
+    return guided(denoiser)
+
+
+def _negative(model: LatentDiffusion, cond: Cond) -> Cond:
+    """A condition to stand in place of the null: of one sample, with the same parts."""
+    null = model.null_condition()
+    if set(cond) != set(null) or any(len(value) != 1 for value in cond.values()):
+        raise UserError(f"a negative condition is of one sample, with {', '.join(null) or 'nothing'}, as the model's.")
+    return cond
+
+
+def _weak(model: LatentDiffusion, guide: LatentDiffusion) -> LatentDiffusion:
+    """A model to guide by, which must take the same latents and conditions."""
+    own, other = (
+        {"latent": (m.channels, m.image_size), **{part: tuple(v.shape[-1:]) for part, v in m.null_condition().items()}}
+        for m in (model, guide)
+    )
+    if own != other:
+        raise UserError(f"the guiding model takes {other}, the model {own}; they must be of one kind.")
+    return guide
 
 
 @torch.no_grad()
@@ -128,6 +160,10 @@ def sample(
     first: int = 0,
     compile: bool = False,
     cache: int = 1,
+    guidance_interval: tuple[float, float] | None = None,
+    guidance_rescale: float = 0.0,
+    negative: Cond | None = None,
+    guide: LatentDiffusion | None = None,
     progress: bool = True,
 ) -> Tensor:
     """Sample tiles: (N,3,H,W) in [-1,1] on the CPU.
@@ -138,11 +174,14 @@ def sample(
     own difference to the unconditional prediction; by default `default_guidance`. eta: noise of the solvers in
     STOCHASTIC, 0 for none. compile: run the network through torch.compile, which takes a minute at first. cache:
     compute its deep features at every `cache`-th step only (DeepCache, arXiv:2312.00858): faster, approximate.
+    guidance_interval: (low, high) noise levels that are guided (arXiv:2404.07724); None: all. guidance_rescale: 0..1,
+    draws contrast that guidance raised back (arXiv:2305.08891). negative: a condition of one sample to move away from,
+    in place of the null. guide: a smaller or less trained model to move away from (autoguidance, arXiv:2406.02507).
     """
     if not cond:  # the null, which is empty for an unconditional model
         if isinstance(guidance_scale, Mapping):
             raise UserError("guidance scales by name need conditions by name; none is given.")
-        cond, guidance_scale = model.null_condition(), 1.0
+        cond, guidance_scale = model.null_condition(), 1.0 if guide is None else guidance_scale
     given = next((len(value) for value in cond.values()), None)
     count = count or given or 1
     if given not in (None, 1, count):
@@ -152,7 +191,14 @@ def sample(
         raise UserError("the network attends to a context, and the model has no conditioner that gives one.")
     if batch_size < 1:
         raise UserError(f"batch size must be at least 1; got {batch_size}.")
-    denoiser = guided_denoiser(model, guidance_scale if cond else 1.0, precision, cond, solver, compile, cache)
+    shared = {"precision": precision, "cond": cond, "solver": solver, "compile": compile, "cache": cache}
+    denoiser = guided_denoiser(
+        model, guidance_scale, **shared, negative=negative, rescale=guidance_rescale, guide=guide
+    )  # fmt: skip
+    if guidance_interval is not None:
+        if cache > 1:
+            raise UserError("features are cached over steps of one kind; guide all steps, or leave the cache out.")
+        denoiser = within(denoiser, guided_denoiser(model, 1.0, **shared), *guidance_interval)
     large = model.metadata.get("variance") == "fixedlarge"  # as some published models are sampled
     variance = None if model.learn_sigma and solver == "ddpm" else float(large)
     sigmas = sampling_sigmas(model, steps, schedule)

@@ -63,7 +63,7 @@ def strips(x: Tensor, align: int = 1) -> Iterator[slice]:
 
 
 def local_statistics(x: Tensor, groups: int, window: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B,G,rows,cols) of x (B,C,H,W) over the channels of a group and windows at every quarter of one.
+    """Mean and variance (B,G,rows,cols) of x (B,C,H,W) over a group of channels and windows at every quarter of one.
 
     A side not longer than the window has one window, the whole of it.
     """

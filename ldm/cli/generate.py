@@ -17,6 +17,7 @@ from ldm.cli.options import (
     FeaturesOption,
     GuidanceOption,
     Interpolation,
+    IntervalOption,
     Mode,
     ModelOption,
     Precision,
@@ -57,6 +58,16 @@ def sample(
     schedule: ScheduleOption = Schedule.trailing,
     eta: EtaOption = 1.0,
     guidance_scale: GuidanceOption = None,
+    guidance_interval: IntervalOption = "all",
+    guidance_rescale: Annotated[
+        float, typer.Option("--guidance-rescale", min=0, max=1, help="Draws contrast that guidance raised back.")
+    ] = 0.0,
+    negative_condition: Annotated[
+        list[str] | None, typer.Option("--negative-condition", help="name=value to move away from (repeat).")
+    ] = None,
+    guide_model: Annotated[
+        Path | None, typer.Option("--guide-model", help="Smaller or less trained model to move away from.")
+    ] = None,
     seed: SeedOption = 0,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
@@ -77,9 +88,10 @@ def sample(
     asked = {"features": features, "feature": feature, "where": parse_where(where or []), "table": table}
     sample_tiles(
         model, out, pick_device(device), batch_size, {**asked, "conditions": condition or [], "count": count},
+        negative=negative_condition or [], guide=guide_model,
         steps=steps, solver=solver.value, schedule=schedule.value, eta=eta,
-        guidance_scale=parse_guidance(guidance_scale or []), seed=seed, precision=precision.value, compile=compile,
-        cache=cache,
+        guidance_scale=parse_guidance(guidance_scale or []), guidance_interval=interval(guidance_interval),
+        guidance_rescale=guidance_rescale, seed=seed, precision=precision.value, compile=compile, cache=cache,
     )  # fmt: skip
 
 
@@ -107,9 +119,7 @@ def large_image(
     schedule: ScheduleOption = Schedule.trailing,
     eta: EtaOption = 1.0,
     guidance_scale: GuidanceOption = None,
-    guidance_interval: Annotated[
-        str, typer.Option("--guidance-interval", help="low,high noise levels that are guided; 'all' guides every step.")
-    ] = "1,7",
+    guidance_interval: IntervalOption = "1,7",
     seed: SeedOption = 0,
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",

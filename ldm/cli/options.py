@@ -40,6 +40,9 @@ GuidanceOption = Annotated[
         show_default=False,
     ),
 ]
+IntervalOption = Annotated[
+    str, typer.Option("--guidance-interval", help="low,high noise levels that are guided; 'all' guides every step.")
+]
 ConditionOption = Annotated[
     list[str] | None,
     typer.Option("--condition", help="name=value, as class=LUAD, mutation=TP53:1, score=0.7, text='...' (repeat)."),

@@ -29,20 +29,27 @@ FAR = 0.15  # relative difference of extent that tiles of model and store may ha
 
 
 def sample_tiles(
-    model_path: Path, out: Path, device: str, batch_size: int, asked: Mapping[str, Any], **settings: Any
-) -> None:
+    model_path: Path, out: Path, device: str, batch_size: int, asked: Mapping[str, Any],
+    negative: Sequence[str] = (), guide: Path | None = None, **settings: Any,
+) -> None:  # fmt: skip
     """`histoldm sample`: one PNG per tile asked for, tiles.csv that says which is which, and a contact sheet.
 
-    asked: arguments of `requested_tiles`.
+    asked: arguments of `requested_tiles`; negative: conditions to move away from, guide: a model to move away from.
 
     Tiles are written as they are made. Those that an interrupted run of the same settings left are kept.
     """
     writable_folder(out)
     model = load_model(model_path, device)
     tiles = requested_tiles(model, **asked)
+    away = {
+        **({"negative": model.condition(**parse_conditions(model.cond_stage_model, negative))} if negative else {}),
+        **({"guide": load_model(guide, device)} if guide else {}),
+    }
     if settings["guidance_scale"] is None:
-        settings["guidance_scale"] = inference.default_guidance(model)
+        settings["guidance_scale"] = 2.0 if guide else inference.default_guidance(model)
     settings_of_all = settings | {"model_sha256": weights_of(model_path)}
+    settings_of_all |= {"negative_condition": " ".join(negative)} if negative else {}
+    settings_of_all |= {"guide_sha256": weights_of(guide)} if guide else {}
     paths = [out / f"{i:05d}.png" for i in range(len(tiles))]
     fixed = {name: value for name, value in tiles.fixed.items() if name not in tiles.about[0]}
     words = [" ".join(f"{k}={v}" for k, v in (row | fixed).items() if v != "") for row in tiles.about]
@@ -61,7 +68,7 @@ def sample_tiles(
             condition = model.condition(**tiles.given(chunk)) if model.cond_stage_model is not None else None
             images = to_uint8(
                 inference.sample(
-                    model, condition, len(chunk), batch_size=batch_size, first=start, progress=False, **settings
+                    model, condition, len(chunk), batch_size=batch_size, first=start, progress=False, **settings, **away
                 )
             )
             for i in missing:
