@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import Cond, Denoiser, per_sample
+from ldm.diffusion.denoiser import per_sample
 
 
 def error_scale(parameterization: str, sigma: Tensor, sigma_data: float = 1.0) -> Tensor:
@@ -34,13 +34,6 @@ def min_snr_scale(sigma: Tensor, gamma: float, parameterization: str, sigma_data
     SNR = 1/sigma^2; for eps the weight is min(SNR, gamma)/SNR, for v min(SNR, gamma)/(SNR+1), for x0 min(SNR, gamma).
     """
     return (1 / sigma**2).clamp(max=gamma) / error_scale(parameterization, sigma, sigma_data) ** 2
-
-
-def denoising_loss(
-    denoiser: Denoiser, x0: Tensor, sigma: Tensor, noise: Tensor, cond: Cond, scale: Tensor, kind: str = "l2"
-) -> Tensor:
-    """Mean error (B,) of the denoised x0 + sigma*noise, scaled by scale (B,) before the norm; kind is l2 or l1."""
-    return scaled_error(denoiser(x0 + per_sample(sigma, x0) * noise, sigma, cond), x0, scale, kind)
 
 
 def scaled_error(estimate: Tensor, x0: Tensor, scale: Tensor, kind: str = "l2") -> Tensor:
