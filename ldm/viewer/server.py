@@ -99,7 +99,7 @@ class Gallery:
             return self._open[number]
 
     def tile(self, number: int, level: int, col: int, row: int) -> np.ndarray | None:
-        """A Deep Zoom tile (h, w, 3) uint8, None if there is none. Level n halves level n + 1; the last is the picture."""
+        """A Deep Zoom tile (h, w, 3) uint8, None if there is none. Level n halves level n + 1, the last is whole."""
         width, height = self.told[number]["width"], self.told[number]["height"]
         last = (max(width, height) - 1).bit_length()
         if level > last:
@@ -180,7 +180,6 @@ class ViewerServer(ThreadingHTTPServer):
     def url(self) -> str:
         shown = {"0.0.0.0": socket.gethostname(), "::": socket.gethostname()}.get(self.host, self.host)
         return f"http://{f'[{shown}]' if ':' in shown else shown}:{self.server_address[1]}/{self.secret}/"
-
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that went away needs no traceback."""

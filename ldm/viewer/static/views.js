@@ -128,7 +128,9 @@ export class Pane {
 
   fit(immediately = false) {
     const own = this.settings.linked || this.pictures.length > 1 ? this.layout.focus : this.rects[0];
-    this.viewer.viewport.fitBounds(rectangle(own), immediately);
+    const edge = 0.02 * own.w;
+    const around = { x: own.x - edge, y: own.y - edge, w: own.w + 2 * edge, h: own.h + 2 * edge };
+    this.viewer.viewport.fitBounds(rectangle(around), immediately);
   }
 
   bounds() { return this.viewer.viewport.getBounds(true); }
