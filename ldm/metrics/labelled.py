@@ -78,9 +78,7 @@ class Labelled:
 
     def take(self, rows: Sequence[int]) -> Labelled:
         rows = np.asarray(rows, int)
-        return replace(
-            self, pictures=self.pictures.take(rows), targets=self.targets[rows], groups=self.groups[rows]
-        )
+        return replace(self, pictures=self.pictures.take(rows), targets=self.targets[rows], groups=self.groups[rows])
 
     def counts(self) -> dict[str, int]:
         """How many images there are of each class or grade, by name."""
@@ -133,7 +131,7 @@ def read_labelled(
             raise UserError(f"which column of {path} is the label? Give --label{suggest('label', columns)}")
     values = pictures.column(label)
     task = task or task_of(values, label, kind, positive, path)
-    groups, notes = _groups(pictures, patient)
+    groups, notes = groups_of(pictures, patient)
     return Labelled(pictures, task, targets_of(values, task, pictures), groups, notes)
 
 
@@ -213,7 +211,7 @@ def targets_of(values: Sequence[Any], task: Task, pictures: Pictures) -> np.ndar
     return targets
 
 
-def _groups(pictures: Pictures, patient: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def groups_of(pictures: Pictures, patient: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """(N,) names of groups, and a note where images are split one by one."""
     column = patient or next((name for name in PATIENTS if name in pictures.about[0]), None)
     alone = np.array([pictures.name(i) for i in range(len(pictures))], dtype=object)

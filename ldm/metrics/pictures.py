@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +59,21 @@ class Pictures:
             raise UserError(f"{len(missing)} images of {self.source} have no {name}: {some(missing, 5)}")
         return [own[name] for own in self.about]
 
+    def middle(self, crop: int | None) -> Pictures:
+        """The same images, of which only the middle `crop` px are seen; None: all. A smaller one is a UserError."""
+        if crop is None:
+            return self
+        if crop < 8:
+            raise UserError(f"--crop is at least 8 px; got {crop}.")
+        seen = f"{self.source} (middle {crop} px)"
+        return replace(self, read=lambda i: cropped(self.read(i), crop, self.name(i)), source=seen)
+
     def take(self, rows: Sequence[int]) -> Pictures:
         """The images at these places."""
         rows = [int(row) for row in rows]
         paths = None if self.paths is None else [self.paths[row] for row in rows]
         about = [self.about[row] for row in rows]
-        return Pictures(about, lambda i: self.read(rows[i]), self.source, paths, self.mpp, self.licence)
+        return replace(self, about=about, read=lambda i: self.read(rows[i]), paths=paths)
 
 
 def read_pictures(path: Path | str, where: Mapping[str, Any] | None = None) -> Pictures:
@@ -95,6 +104,28 @@ def read_pictures(path: Path | str, where: Mapping[str, Any] | None = None) -> P
             raise UserError(f"no image of {path} has {name}={value}{suggest(str(value), set(map(str, told)))}")
         pictures = pictures.take(rows)
     return pictures
+
+
+def cropped(image: np.ndarray, crop: int, name: str) -> np.ndarray:
+    """The middle `crop` px of an image (H,W,3). UserError for a smaller one."""
+    height, width = image.shape[:2]
+    if min(height, width) < crop:
+        raise UserError(f"{name} is {width} x {height} px, smaller than --crop {crop}")
+    top, left = (height - crop) // 2, (width - crop) // 2
+    return image[top : top + crop, left : left + crop]
+
+
+def joined(first: Pictures, second: Pictures) -> Pictures:
+    """The images of both, one after the other."""
+    count, paths = len(first), None
+    if first.paths is not None and second.paths is not None:
+        paths = first.paths + second.paths
+    licence = "; ".join(sorted({first.licence, second.licence} - {""}))
+    mpp = first.mpp if first.mpp == second.mpp else None
+    return Pictures(
+        first.about + second.about, lambda i: first.read(i) if i < count else second.read(i - count),
+        f"{first.source} and {second.source}", paths, mpp, licence,
+    )  # fmt: skip
 
 
 def pictures_of_files(paths: Sequence[Path], about: Sequence[dict[str, Any]], source: str) -> Pictures:
@@ -140,10 +171,14 @@ def _listed(folder: Path) -> Pictures:
     return pictures_of_files(paths, table.to_dict("records"), str(folder))
 
 
-def read_table(path: Path) -> pd.DataFrame:
-    """A CSV, or a TSV by its ending. UserError where it cannot be read or has no rows."""
+def read_table(path: Path, text: bool = False) -> pd.DataFrame:
+    """A CSV, or a TSV by its ending. text: all values as they stand there, "" where there is none.
+
+    UserError where it cannot be read or has no rows.
+    """
+    as_text = {"dtype": str, "keep_default_na": False} if text else {}
     try:
-        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", skipinitialspace=True)
+        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", skipinitialspace=True, **as_text)
     except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
         reason = getattr(error, "strerror", None) or str(error).strip()
         raise UserError(f"cannot read the table {path}: {reason}.") from error

@@ -14,21 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data import dihedral
-from ldm.errors import UserError
 from ldm.files import whole, write_text
 from ldm.metrics.pictures import Pictures
 from ldm.metrics.scorers import View
-
-
-def cropped(image: np.ndarray, crop: int | None, name: str) -> np.ndarray:
-    """The middle `crop` px of an image (H,W,3), all of it for None. UserError for a smaller one."""
-    if crop is None:
-        return image
-    height, width = image.shape[:2]
-    if min(height, width) < crop:
-        raise UserError(f"{name} is {width} x {height} px, smaller than --crop {crop}")
-    top, left = (height - crop) // 2, (width - crop) // 2
-    return image[top : top + crop, left : left + crop]
 
 
 def to_range(images: np.ndarray | Tensor) -> Tensor:
@@ -36,23 +24,21 @@ def to_range(images: np.ndarray | Tensor) -> Tensor:
     return torch.as_tensor(images).float() / 127.5 - 1
 
 
-def prepared(
-    pictures: Pictures, size: int, crop: int | None, folder: Path, progress: bool = True
-) -> tuple[np.ndarray, set[int]]:
+def prepared(pictures: Pictures, size: int, folder: Path, progress: bool = True) -> tuple[np.ndarray, set[int]]:
     """All images as a network sees them, (N,3,size,size) uint8 mapped from a file in `folder`, and their sides in px.
 
     The file is read again when the same images are asked for. UserError names an image that cannot be read.
     """
     folder.mkdir(exist_ok=True)
     path, told, shape = folder / "images.npy", folder / "images.json", (len(pictures), 3, size, size)
-    about = {"crop": crop, "shape": list(shape), "names": digest(map(pictures.name, range(len(pictures))))}
+    about = {"shape": list(shape), "names": digest([pictures.source, *map(pictures.name, range(len(pictures)))])}
     if told.is_file() and (held := json.loads(told.read_text()))["about"] == about:
         return np.load(path, mmap_mode="r"), set(held["sides"])
     view, sides = View(size), set()
     with whole(path) as part:
         images = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
         for i in tqdm(range(len(pictures)), desc="read images", unit="image", disable=not progress):
-            image = cropped(pictures.read(i), crop, pictures.name(i))
+            image = pictures.read(i)
             sides.add(min(image.shape[:2]))
             seen = view.fit(to_range(image.copy()).permute(2, 0, 1)[None])[0]
             images[i] = ((seen + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()

@@ -39,7 +39,6 @@ WARMUP = 0.1  # of the steps
 HEADS = ("fc.", "head.", "classifier.")  # timm's last layers, which given weights need not fit
 ALLOWED = {
     "size": ("at least 16 px", lambda r: r.size >= 16),
-    "crop": ("at least 8 px", lambda r: r.crop is None or r.crop >= 8),
     "members": ("2 to 20", lambda r: 2 <= r.members <= 20),
     "test": ("from 0 to 0.9", lambda r: 0 <= r.test <= 0.9),
     "epochs": ("at least 1", lambda r: r.epochs >= 1),
@@ -58,7 +57,7 @@ class Recipe:
 
     Attributes:
         arch, kwargs: the timm network. weights: a local file to begin with.
-        size: px along a side that the network sees. crop: middle of the images that counts, px; None: all.
+        size: px along a side that the network sees.
         members: networks. test: fraction of the groups that is held out.
         epochs: at most; patience: epochs without a better validation figure after which a member stops.
         colour: strength of random changes of the channels' optical density; shift: largest random shift, px.
@@ -69,7 +68,6 @@ class Recipe:
     kwargs: dict[str, Any] | None = None
     weights: str | None = None
     size: int = 64
-    crop: int | None = None
     members: int = 4
     test: float = 0.2
     epochs: int = 40
@@ -126,7 +124,7 @@ def train_scorer(
     folds = folds_of(data, recipe, test)
     make_network(recipe.arch, 1, recipe.kwargs)  # a mistake in it shows before any work
     writable_folder(out)
-    images, sides = prepared(data.pictures, recipe.size, recipe.crop, out / WORK, progress)
+    images, sides = prepared(data.pictures, recipe.size, out / WORK, progress)
     words = (f"{t:.6f} {g} {f}" for t, g, f in zip(data.targets, data.groups, folds))
     settings = {
         "recipe": asdict(recipe), "task": data.task.as_dict(), "bf16": bf16, "version": tool_version(),

@@ -12,6 +12,7 @@ Probabilistic Model" (DGM4MICCAI 2023).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet34
 
 from ldm.errors import UserError, suggest
-from ldm.files import whole
+from ldm.files import sha256, whole
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.metrics.labelled import Task
 
@@ -81,12 +82,15 @@ class View:
 class Scorer(nn.Module):
     """The mean of M networks' calibrated scores.
 
-    Attributes: task (what the score says), name, count (M), about (metadata: data, figures, licence).
+    Attributes: task (what the score says), name, count (M), about (metadata: data, figures, licence), identity
+    (SHA-256 of what it was loaded from).
     """
 
     task: Task
     name: str
+    count: int
     about: dict[str, Any]
+    identity: str = ""
 
     def forward(self, images: Tensor) -> Tensor:
         """Scores (B,) of images (B,3,H,W) in [-1,1]: a probability, or a grade from low to high; of classes (B,K)."""
@@ -174,10 +178,12 @@ def load_scorer(source: str | Path | Sequence[str | Path], device: str | torch.d
     if isinstance(source, str | Path) or (len(source) == 1 and Path(source[0]).is_dir()):
         folder = Path(source if isinstance(source, str | Path) else source[0])
         scorer = _of_folder(folder)
+        files = [folder / CONFIG, *(folder / MEMBER.format(k) for k in range(scorer.count))]
     elif not source:
         raise UserError("a scorer is a folder, or a list of checkpoints, published are three; got none.")
     else:
-        scorer = _of_checkpoints(source)
+        scorer, files = _of_checkpoints(source), list(map(Path, source))
+    scorer.identity = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
     return scorer.to(device).eval().requires_grad_(False)
 
 

@@ -1,0 +1,207 @@
+"""Body of `histoldm resample`: tiles are sampled until enough of them pass a scorer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ldm import inference
+from ldm.commands.filter import parse_above
+from ldm.commands.outputs import provenance, weights_of
+from ldm.convert import load_model
+from ldm.data.images_out import save_png, to_uint8
+from ldm.errors import UserError
+from ldm.files import whole, writable_folder, write_text
+from ldm.metrics.pictures import LIST, Pictures
+from ldm.metrics.ratings import numbered_sheet
+from ldm.metrics.scorer_data import to_range
+from ldm.metrics.scorer_figures import proportion
+from ldm.metrics.scorers import Scorer, load_scorer
+from ldm.metrics.scoring import merit
+from ldm.requests import Requests, evenly, requested_tiles
+
+SETTINGS, ATTEMPTS = "resample.json", "attempts.csv"
+SHOWN = 48
+MOST = 4  # attempts of a round for each image that a request lacks
+
+
+@dataclass
+class Log:
+    """Attempts so far. Attempt i has the noise of index i; request, score and kept_by of each, and whether it passed.
+
+    needed: images that each of `requests` requests is to have.
+    """
+
+    needed: int
+    requests: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def passed(self, request: int | None = None) -> int:
+        return sum(row["kept"] for row in self.rows if request in (None, row["request"]))
+
+    def tried(self, request: int) -> int:
+        return sum(row["request"] == request for row in self.rows)
+
+    @property
+    def lacking(self) -> list[int]:
+        """Requests that do not have enough."""
+        return [r for r in range(self.requests) if self.passed(r) < self.needed]
+
+    def round(self) -> list[int]:
+        """The requests of the next attempts: of each that lacks images, as many as its acceptance so far asks for."""
+        plan = []
+        for r in self.lacking:
+            lacks, share = self.needed - self.passed(r), (self.passed(r) + 1) / (self.tried(r) + 2)
+            plan += [r] * (min(math.ceil(lacks / share), MOST * lacks) if self.tried(r) else lacks)
+        return plan
+
+    def add(self, request: int, index: int, score: float, value: float, passes: bool) -> bool:
+        """Note an attempt, unless its request has had enough; whether it is kept."""
+        if self.passed(request) >= self.needed:
+            return False
+        row = {"index": index, "request": request, "score": score, "kept_by": value, "kept": passes}
+        self.rows.append(row)
+        return passes
+
+
+def resample(
+    model_path: Path, scorer: Sequence[Path], out: Path, device: str, batch_size: int, asked: Mapping[str, Any],
+    until: int, max_attempts: int, above: Sequence[str], class_name: str | None, matches: str | None,
+    **settings: Any,
+) -> None:  # fmt: skip
+    """`histoldm resample`: `until` tiles of each request that pass, their list, a contact sheet and all attempts.
+
+    asked: arguments of `requested_tiles`. A stopped run goes on, also with a larger `max_attempts`. UserError if
+    attempts end before enough pass; what passed stays.
+    """
+    least = parse_above(above)
+    if set(least) != {""}:
+        raise UserError("--above takes one number here; requests of a --table that differ are told by --matches.")
+    if until < 1 or max_attempts < until:
+        raise UserError(f"--until {until} tiles cannot pass in --max-attempts {max_attempts}.")
+    writable_folder(out)
+    network, model = load_scorer(scorer, device), load_model(model_path, device)
+    tiles = requested_tiles(model, **asked)
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = inference.default_guidance(model)
+    # a mistake in --class or --matches shows before any work
+    judged(network, torch.zeros(1, 3, 32, 32, device=device), tiles, [0], class_name, matches)
+    side = model.image_size * model.first_stage_model.downsampling
+    network.check_extent(side, model.metadata.get("mpp"), str(model_path))
+    about = settings | {"model_sha256": weights_of(model_path), "scorer": network.name}
+    about |= {"scorer_sha256": network.identity, "above": least[""], "class": class_name, "matches": matches}
+    begin = about | {"requests": [tiles.digest(i) for i in range(len(tiles))], "until": until}
+    log = _resumed(out, json.loads(json.dumps(begin)), Log(until, len(tiles)))
+    condition_of = _conditions(model, tiles)
+    with tqdm(total=until * len(tiles), initial=log.passed(), desc="resample", unit="passed") as bar:
+        index = max((row["index"] for row in log.rows), default=-1) + 1
+        while log.lacking and len(log.rows) < max_attempts:
+            plan = log.round()[: max_attempts - len(log.rows)]
+            for start in range(0, len(plan), batch_size):
+                part = [r for r in plan[start : start + batch_size] if r in log.lacking]
+                if not part:
+                    continue
+                images = inference.sample(
+                    model, condition_of(part), len(part), batch_size=batch_size, first=index, progress=False, **settings
+                )
+                scores, values = judged(network, images.to(device), tiles, part, class_name, matches)
+                for i, (request, score, value) in enumerate(zip(part, scores, values)):
+                    if log.add(request, index + i, float(score), float(value), bool(value >= least[""])):
+                        words = " ".join(f"{k}={v}" for k, v in tiles.about[request].items() if v != "")
+                        text = provenance(model_path, model, words, about)
+                        text |= {"condition_sha256": tiles.digest(request), "index": index + i, "score": float(score)}
+                        save_png(_name(out, index + i), to_uint8(images[i]), text)
+                        bar.update()
+                index += len(part)
+                with whole(out / ATTEMPTS) as file:
+                    pd.DataFrame(log.rows).to_csv(file, index=False)
+                bar.set_postfix(attempts=len(log.rows))
+    _finish(out, log, tiles, settings["seed"], begin, provenance(model_path, model, "see tiles.csv", about))
+    if log.lacking:
+        share, low, high = proportion(log.passed(), len(log.rows))
+        raise UserError(
+            f"{log.passed()} of {until * len(tiles)} tiles passed in {len(log.rows)} attempts ({share:.1%} [{low:.1%}, "
+            f"{high:.1%}]); a larger --max-attempts goes on from here, a lower --above lets more pass."
+        )
+
+
+def judged(
+    network: Scorer, images: torch.Tensor, tiles: Requests, requests: Sequence[int], class_name: str | None,
+    matches: str | None,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    """Scores (n,) and what is kept by (n,), of images (n,3,H,W) in [-1,1] made for these requests.
+
+    The scores are of the images as their files hold them.
+    """
+    held = to_range(to_uint8(images)).permute(0, 3, 1, 2).to(images.device)
+    with torch.no_grad():
+        mean = network.members(held).float().mean(1).cpu().numpy()
+    about = Pictures([{"file": "", **tiles.about[r]} for r in requests], lambda i: None, "the requests")
+    return (mean.max(1) if mean.ndim == 2 else mean), merit(network.task, mean, about, class_name, matches)
+
+
+def _conditions(model: Any, tiles: Requests) -> Any:
+    """A function of places of requests: the model's condition of those, row by row."""
+    if model.cond_stage_model is None:
+        return lambda requests: None
+    each = [model.condition(**tiles.given(range(r, r + 1))) for r in range(len(tiles))]
+    if len({tuple((name, value.shape[1:]) for name, value in cond.items()) for cond in each}) > 1:
+        raise UserError("the requests' conditions differ in shape; resample them one by one.")
+    return lambda requests: {name: torch.cat([each[r][name] for r in requests]) for name in each[0]}
+
+
+def _name(out: Path, index: int) -> Path:
+    return out / f"{index:06d}.png"
+
+
+def _resumed(out: Path, begin: dict[str, Any], log: Log) -> Log:
+    """The log of an earlier run of the same settings; UserError if `out` holds anything else."""
+    if not (out / SETTINGS).is_file():
+        if files := sorted(path.name for path in out.iterdir()):
+            raise UserError(f"{out} holds other files ({files[0]}, ...); give an --out that is empty or new.")
+        write_text(out / SETTINGS, json.dumps(begin, indent=1))
+        return log
+    before = json.loads((out / SETTINGS).read_text())
+    if differ := sorted(name for name in begin if before.get(name) != begin[name]):
+        raise UserError(f"{out} holds tiles of other settings ({', '.join(differ)} differ); give another --out.")
+    if (out / ATTEMPTS).is_file():
+        rows = pd.read_csv(out / ATTEMPTS).to_dict("records")
+        log.rows = [row for row in rows if not row["kept"] or _name(out, row["index"]).is_file()]
+    known = {row["index"] for row in log.rows}
+    for path in out.glob("[0-9]*.png"):  # made after the last note of attempts
+        if int(path.stem) not in known:
+            path.unlink()
+    return log
+
+
+def _finish(out: Path, log: Log, tiles: Requests, seed: int, begin: dict[str, Any], sheet_text: dict[str, Any]) -> None:
+    kept = [row for row in log.rows if row["kept"]]
+    if kept:
+        listed = [
+            {"file": _name(out, row["index"]).name, **tiles.about[row["request"]], "seed": seed, "index": row["index"]}
+            | {"score": round(row["score"], 6)}
+            for row in kept
+        ]
+        with whole(out / LIST) as part:
+            pd.DataFrame(listed).to_csv(part, index=False)
+        shown = [kept[i] for i in evenly(len(kept), SHOWN)]
+        images = [np.asarray(Image.open(_name(out, row["index"])).convert("RGB")) for row in shown]
+        save_png(out / "contact_sheet.png", numbered_sheet(images, [f"{r['kept_by']:.3f}" for r in shown]), sheet_text)
+    found = {"passed": len(kept), "attempts": len(log.rows)}
+    found["acceptance"] = [round(v, 5) for v in proportion(len(kept), len(log.rows))]
+    write_text(out / SETTINGS, json.dumps(begin | found, indent=1))
+    share, low, high = found["acceptance"]
+    print(f"{len(kept)} of {len(log.rows)} attempts passed: {share:.1%} [{low:.1%}, {high:.1%}]; in {out}")
+    for r in range(len(tiles) if len(tiles) > 1 else 0):
+        words = " ".join(f"{k}={v}" for k, v in tiles.about[r].items() if v not in ("", "source"))
+        print(f"  {words}: {log.passed(r)} of {log.tried(r)}")

@@ -1,0 +1,125 @@
+"""Bodies of `histoldm train-scorer` and `utility`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ldm.errors import UserError
+from ldm.files import write_text
+from ldm.metrics.labelled import Labelled, read_labelled
+from ldm.metrics.pictures import joined
+from ldm.metrics.ratings import is_rating_table, read_ratings
+from ldm.metrics.scorer_figures import figures, with_intervals
+from ldm.metrics.scorer_training import BEST_OF, TEST_SCORES, Recipe, folds_of, train_scorer
+from ldm.metrics.scorers import Ensemble
+
+ARMS = ("real", "synthetic", "both")
+
+
+def labelled(data: Path, crop: int | None = None, skip_unrated: bool = False, **asked: Any) -> Labelled:
+    """The middle `crop` px of labelled images, or of a rating folder or its table."""
+    images = _read(data, skip_unrated, asked)
+    return replace(images, pictures=images.pictures.middle(crop))
+
+
+def _read(data: Path, skip_unrated: bool, asked: Mapping[str, Any]) -> Labelled:
+    table = data / "ratings.csv" if data.is_dir() else data
+    if table.is_file() and is_rating_table(table):
+        if given := [name for name, value in asked.items() if value]:
+            raise UserError(f"--{given[0]} does not go with the rating table {table}, which knows its scale.")
+        return read_ratings(table, skip_unrated)
+    if skip_unrated:
+        raise UserError(f"--skip-unrated goes with a rating table; {data} is none.")
+    return read_labelled(data, **asked)
+
+
+def train(
+    data: Path, out: Path, asked: Mapping[str, Any], recipe: Recipe, device: str, bf16: bool, licence: str
+) -> None:
+    """`histoldm train-scorer`: a scorer folder of labelled images."""
+    images = labelled(data, **asked)
+    counts = ", ".join(f"{count} {name}" for name, count in images.counts().items())
+    print(f"{len(images)} images in {len(set(images.groups))} groups, {images.task.kind}: {counts}")
+    for note in images.notes:
+        print(f"note: {note}")
+    scorer = train_scorer(images, out, recipe, device, bf16, licence=licence)
+    for line in report(scorer):
+        print(line)
+    print(f"wrote {out}")
+
+
+def report(scorer: Ensemble) -> list[str]:
+    """The figures of a scorer with their intervals, a line each."""
+    lines = []
+    for part, words in (("test", "held-out groups"), ("validation", "validation folds, which early stopping has seen")):
+        for name, value in scorer.about["figures"].get(part, {}).items():
+            if name.endswith("_of_members"):
+                lines.append(f"  {name}: {', '.join(f'{each:.3f}' for each in value)}")
+            else:
+                lines.append(f"{part} {name} {value[0]:.3f} [{value[1]:.3f}, {value[2]:.3f}] ({words})")
+    return [*lines, f"temperature {scorer.temperature:.3f}; best epochs {scorer.about['best_epochs']}"]
+
+
+def utility(
+    real: Path, synthetic: Path, out: Path, asked: Mapping[str, Any], recipe: Recipe, device: str, bf16: bool
+) -> None:
+    """`histoldm utility`: what synthetic images are worth for training a classifier.
+
+    Three ensembles of one recipe learn from the real images, from the synthetic ones and from both, and are tested on
+    the same held-out groups of real images. Writes utility.json and a scorer folder for each.
+    """
+    own = labelled(real, **asked)
+    made = read_labelled(synthetic, label=asked.get("label"), task=own.task)
+    test = folds_of(own, recipe) < 0
+    if not test.any():
+        raise UserError("--test 0 leaves no real images to compare on; give a fraction.")
+    made = replace(made, groups=np.array([f"synthetic {group}" for group in made.groups], dtype=object))
+    print(f"{len(own)} real images ({test.sum()} held out) and {len(made)} synthetic ones; {own.task.kind}")
+    tested, arms = own.take(np.flatnonzero(test)), own.take(np.flatnonzero(~test))
+    parts = {"real": (arms,), "synthetic": (made,), "both": (arms, made)}
+    scores = {}
+    for arm in ARMS:
+        data = together(*parts[arm], tested)
+        held = np.arange(len(data)) >= len(data) - len(tested)
+        print(f"{arm}: trained on {len(data) - len(tested)} images")
+        train_scorer(data, out / arm, recipe, device, bf16, held)
+        table = pd.read_csv(out / arm / TEST_SCORES)
+        columns = [f"score_{name}" for name in own.task.classes] if own.task.kind == "classes" else "score"
+        scores[arm] = table[columns].to_numpy()
+    found = compared(tested, scores)
+    about = {"real": real.name, "synthetic": synthetic.name, "test": len(tested), "synthetic_images": len(made)}
+    about |= {"test_groups": len(set(tested.groups)), "real_images": len(arms), "recipe": recipe.__dict__}
+    write_text(out / "utility.json", json.dumps({**about, "figures": found}, indent=1))
+    for name, value in found.items():
+        print(f"{name:<28} {value[0]:+.4f} [{value[1]:+.4f}, {value[2]:+.4f}]")
+    print("95% intervals: a bootstrap over the held-out groups; another training's chance is not in them")
+
+
+def together(*parts: Labelled) -> Labelled:
+    """The images of several sets of one task, one after the other."""
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = Labelled(
+            joined(whole.pictures, part.pictures), whole.task, np.concatenate([whole.targets, part.targets]),
+            np.concatenate([whole.groups, part.groups]), tuple(dict.fromkeys(whole.notes + part.notes)),
+        )  # fmt: skip
+    return whole
+
+
+def compared(tested: Labelled, scores: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
+    """The main figure of each arm, and its differences to real images alone, [value, low, high] of paired draws."""
+    name = BEST_OF[tested.task.kind]
+
+    def measure(rows: np.ndarray) -> dict[str, float]:
+        each = {arm: figures(tested.task.kind, own[rows], tested.targets[rows])[name] for arm, own in scores.items()}
+        differences = {f"{name} {arm} - real": each[arm] - each["real"] for arm in ARMS[1:]}
+        return {f"{name} {arm}": value for arm, value in each.items()} | differences
+
+    return with_intervals(measure, tested.groups)
