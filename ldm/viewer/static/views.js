@@ -83,7 +83,8 @@ export class Pane {
     const shown = this.view.querySelector(".about");
     shown?.remove();
     if (shown?.dataset.number === String(picture.number)) return;
-    const about = make("div", { className: "about" });
+    const left = this.pictures.length === 2 && picture === this.pictures[0];
+    const about = make("div", { className: left ? "about left" : "about" });
     about.dataset.number = picture.number;
     if (picture.synthetic) {
       about.append(make("p", {}, make("span", { className: "badge", textContent: "SYNTHETIC" }),
@@ -113,7 +114,14 @@ export class Pane {
       })),
     });
     this.viewer.addHandler("canvas-key", (event) => { event.preventDefaultAction = true; });
-    this.viewer.addHandler("open", () => { this.fit(true); this.ready = true; this.changed(); });
+    this.viewer.addHandler("open", () => {
+      const items = this.pictures.map((_, i) => this.viewer.world.getItemAt(i));
+      const told = () => { this.element.dataset.loaded = items.every((item) => item.getFullyLoaded()); };
+      for (const item of items) item.addHandler("fully-loaded-change", told);
+      this.fit(true);
+      this.ready = true;
+      this.changed();
+    });
     for (const name of ["viewport-change", "animation-finish", "resize"]) {
       this.viewer.addHandler(name, () => this.changed());
     }
