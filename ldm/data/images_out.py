@@ -1,14 +1,14 @@
-"""Writes generated images: PNG, pyramidal BigTIFF for OpenSlide and QuPath, OME-Zarr. Each says that it is SYNTHETIC.
+"""Writes generated images: PNG, moving pictures, pyramidal BigTIFF for OpenSlide and QuPath, OME-Zarr.
 
-Files are written beside their place and renamed when they are whole. The pyramids take any array that can be sliced,
-such as a zarr array or a memory map larger than memory.
+Each says that it is SYNTHETIC. Files are written beside their place and renamed when they are whole. The pyramids take
+any array that can be sliced, such as a zarr array or a memory map larger than memory.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,30 @@ def save_png(path: Path | str, image: np.ndarray, metadata: Mapping[str, Any]) -
     info.add_text("SYNTHETIC", json.dumps(dict(metadata), default=str))
     info.add_text("Description", synthetic_text(metadata))
     return _whole(path, lambda part: Image.fromarray(np.asarray(image)).save(part, "PNG", pnginfo=info))
+
+
+def save_animation(
+    path: Path | str, frames: Sequence[np.ndarray], metadata: Mapping[str, Any], seconds: float = 0.4
+) -> Path:
+    """Write frames (H, W, 3) uint8 as a moving picture without end: .gif, .webp, or .png (an APNG).
+
+    What it is stands in the GIF's comment, in the PNG's text chunks as `save_png` has them, in the WebP's EXIF
+    description.
+    """
+    for frame in frames:
+        _check(frame)
+    kinds = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}
+    if (suffix := Path(path).suffix.lower()) not in kinds:
+        raise UserError(f"a moving picture ends in {', '.join(kinds)}; got {path}.")
+    text = synthetic_text(metadata)
+    info, exif = PngInfo(), Image.Exif()
+    info.add_text("SYNTHETIC", json.dumps(dict(metadata), default=str))
+    info.add_text("Description", text)
+    exif[0x010E] = text  # ImageDescription
+    about = {".gif": {"comment": text.encode()}, ".webp": {"exif": exif, "lossless": True}, ".png": {"pnginfo": info}}
+    first, *others = (Image.fromarray(np.asarray(frame)) for frame in frames)
+    timing = {"save_all": True, "append_images": others, "duration": round(1000 * seconds), "loop": 0}
+    return _whole(path, lambda part: first.save(part, kinds[suffix], **timing, **about[suffix]))
 
 
 def save_real_png(path: Path | str, image: np.ndarray) -> Path:

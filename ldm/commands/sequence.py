@@ -1,0 +1,220 @@
+"""Body of `histoldm sequence`."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm import inference, sequences
+from ldm.commands.outputs import kept_tiles, provenance, weights_of
+from ldm.commands.sequence_pictures import film, sheet
+from ldm.conditioners.given import known_key, parse_conditions
+from ldm.convert import load_model
+from ldm.data.images_out import save_animation, save_png, to_uint8
+from ldm.errors import UserError
+from ldm.files import sha256, writable_folder, write_text
+from ldm.metrics.scorers import load_scorer
+from ldm.requests import requested_tiles
+from ldm.sequences import Sweep, parse_sweep
+
+SHOWN = 16  # sequences on the grid and in the moving picture
+MOVING = ("score", "mutation", "expression", "multiplier")  # kinds of conditions that are numbers
+COUNT = 8  # sequences, where nothing says how many
+ENDINGS = {"gif": ".gif", "apng": ".png", "webp": ".webp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+
+
+def write_sequences(
+    model_path: Path, out: Path, device: str, vary: str, fixed: Sequence[str], batch_size: int, scorer: Path | None,
+    animation: str, real: Mapping[str, Any], **settings: Any,
+) -> None:  # fmt: skip
+    """`histoldm sequence`: a PNG for every image, sequences.csv, a grid and a moving picture.
+
+    real: images, mpp, where, source, strength (see `read_real`), and count. Images are written as they are made; those
+    that an interrupted run of the same settings left are kept.
+    """
+    sweep = parse_sweep(vary)
+    writable_folder(out)
+    model, judge = load_model(model_path, device), load_scorer(scorer, device) if scorer else None
+    side = model.image_size * model.first_stage_model.downsampling
+    if judge is not None:
+        if judge.task.kind == "classes":
+            raise UserError(f"{scorer} tells classes; the curve under a sequence is of one score.")
+        judge.check_extent(side, model.metadata.get("mpp"), str(model_path))
+    conditions = conditions_of(model, sweep, fixed)
+    starts, sources, names = read_real(model, real)
+    if starts is None:
+        defaults = {"steps": 20, "solver": "dpmpp_2m", "schedule": "trailing"}
+        names = [""] * (real["count"] or COUNT)
+    else:
+        defaults = {"steps": 50, "solver": "euler", "schedule": "uniform"}
+        if settings["solver"] not in (None, *sequences.REAL_SOLVERS):
+            known = " or ".join(sequences.REAL_SOLVERS)
+            raise UserError(f"real images are inverted with --solver {known}; got {settings['solver']}.")
+        settings |= {"strength": real["strength"]}
+        del settings["eta"]
+    settings |= {name: value for name, value in defaults.items() if settings[name] is None}
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = inference.default_guidance(model)
+    about = settings | {"vary": vary, "fixed": " ".join(fixed), "model_sha256": weights_of(model_path)}
+    if starts is not None:
+        about["source_condition"] = " ".join(real["source"])
+    places = [(i, k) for i in range(len(names)) for k in range(len(sweep.values))]
+    paths = {place: out / "{:05d}_{:02d}.png".format(*place) for place in places}
+    texts = {
+        paths[i, k]: provenance(model_path, model, " ".join([*fixed, f"{sweep.name}={sweep.texts()[k]}"]), about)
+        | {"sequence": i, "position": k}
+        | ({"source_image": names[i]} if names[i] else {})
+        for i, k in places
+    }
+    kept = kept_tiles(out, texts)
+    with tqdm(total=len(paths), initial=len(kept), desc="sequences", unit="image") as bar:
+        for first in range(0, len(names), batch_size):
+            rows = range(first, min(first + batch_size, len(names)))
+            missing = [place for place in places if place[0] in rows and paths[place] not in kept]
+            if not missing:
+                continue
+            chosen = slice(rows.start, rows.stop)
+            if starts is None:
+                made = sequences.generated(model, conditions, len(rows), first, progress=False, **settings)
+            else:
+                own = {part: value[chosen] if len(value) > 1 else value for part, value in sources.items()}
+                asked = {name: value for name, value in settings.items() if name != "seed"}
+                made = sequences.moved(model, starts[chosen], own, conditions, **asked)
+            pixels = to_uint8(made)                                             # (rows,N,H,W,3)
+            for i, k in missing:
+                save_png(paths[i, k], pixels[i - first, k], texts[paths[i, k]])
+            bar.update(len(missing))
+    scores = None if judge is None else scored(judge, paths, len(sweep.values), device)
+    summary = provenance(model_path, model, f"{vary} {' '.join(fixed)}".strip(), about)
+    if judge is not None:
+        summary["scorer"] = {"name": scorer.name, "sha256": sha256(scorer)[:16]}
+    write_list(out, paths, sweep, names, scores)
+    shown = np.stack(
+        [
+            np.stack([np.asarray(Image.open(paths[i, k]).convert("RGB")) for k in range(len(sweep.values))])
+            for i in range(min(len(names), SHOWN))
+        ]
+    )                                                                           # (S,N,H,W,3)
+    first_images = None if starts is None else to_uint8(starts[: len(shown)])
+    label = f"{sweep.name} {sweep.part}".strip()
+    save_png(out / "grid.png", sheet(shown, sweep.values, label, scores, first_images), summary)
+    moving = out / f"sequence{ENDINGS[animation]}"
+    save_animation(moving, film(shown, sweep.values, label, scores), summary)
+    made = len(paths) - len(kept)
+    print(f"wrote {made} images to {out}, kept {len(kept)}; with sequences.csv, grid.png, {moving.name}")
+    if scores is not None:
+        low, high = sequences.correlation_interval(np.array(sweep.values), scores)
+        found = sequences.rank_correlation(np.array(sweep.values), scores)
+        print(
+            f"Spearman correlation of {label} with the scorer over {len(scores)} sequences of {len(sweep.values)}: "
+            f"{found:.3f} (95% of resampled sequences: {low:.3f} to {high:.3f})"
+        )
+
+
+def conditions_of(model: Any, sweep: Sweep, fixed: Sequence[str]) -> list[dict[str, Tensor]]:
+    """The condition, of one sample, at each place of a sweep, with what stays fixed."""
+    conditioner = model.cond_stage_model
+    if conditioner is None:
+        raise UserError("the model is unconditional: nothing of it varies.")
+    key = known_key(conditioner, sweep.name)
+    kind = conditioner.describe()[key].get("kind")
+    if kind not in MOVING:
+        raise UserError(f"'{key}' is a {kind}; what varies is a number: a score, or a gene of mutations or expression.")
+    stays = parse_conditions(conditioner, fixed)
+    if key in stays:
+        raise UserError(f"'{key}' varies; leave it out of --condition.")
+    return [model.condition(**stays, **{key: conditioner.parse(key, text)}) for text in sweep.texts()]
+
+
+def read_real(model: Any, real: Mapping[str, Any]) -> tuple[Tensor | None, Mapping[str, Tensor], list[str]]:
+    """Real images (B,C,H,W) in [-1,1], the condition that they are inverted under, and their names.
+
+    real: `images`, a file, a folder or a tile store; `mpp`, micrometres per pixel of files, whose middle is taken;
+    `where`, `count`: which of them; `source`: conditions as name=value, in place of the store's own.
+    """
+    path, source = real["images"], real["source"]
+    if path is None:
+        if source or real["where"] or real["mpp"]:
+            raise UserError("--source, --where and --images-mpp are of real images; give them with --images.")
+        return None, {}, []
+    if not path.exists():
+        raise UserError(f"there are no images at {path}.")
+    conditioner = model.cond_stage_model
+    condition = model.condition(**parse_conditions(conditioner, source)) if source else model.null_condition()
+    side = model.image_size * model.first_stage_model.downsampling
+    if path.is_dir() and (path.suffix == ".zarr" or (path / "slides").is_dir()):
+        tiles = requested_tiles(model, path, where=real["where"], conditions=source, count=real["count"])
+        pixels = np.stack([tiles.real(i) for i in range(len(tiles))])
+        if pixels.shape[1] != side:
+            cut = f"tiles of {path} are {pixels.shape[1]} px, the model's {side} px"
+            raise UserError(f"{cut}; cut them as its own were.")
+        names = [f"{row['source']} row {row['row']}" for row in tiles.about]
+        condition = model.condition(**tiles.given(range(len(tiles))))
+    else:
+        if real["where"]:
+            raise UserError(f"--where selects tiles of a store; {path} is none.")
+        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
+        files = files[: real["count"]]
+        if not files:
+            raise UserError(f"{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
+        pixels = np.stack([middle(file, side, real["mpp"], model.metadata.get("mpp")) for file in files])
+        names = [file.name for file in files]
+    starts = torch.from_numpy(pixels).movedim(-1, 1).float() / 127.5 - 1
+    if model.first_stage_model.downsampling == 1 and model.channels == 1:
+        starts = starts.mean(1, keepdim=True)
+    return starts, condition, names
+
+
+def middle(path: Path, side: int, mpp: float | None, wanted: float | None) -> np.ndarray:
+    """The middle of an image file as (side, side, 3) uint8 at the model's micrometres per pixel."""
+    if mpp is not None and not wanted:
+        raise UserError("the model does not know its micrometres per pixel; cut the images to its size yourself.")
+    try:
+        image = Image.open(path).convert("RGB")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error}.") from error
+    extent = side * (wanted / mpp if mpp else 1.0)  # in the file's pixels
+    if min(image.size) < round(extent):
+        raise UserError(
+            f"{path} is {image.width} x {image.height} px, smaller than the {extent:g} px that the model's tile covers."
+        )
+    left, top = (image.width - extent) / 2, (image.height - extent) / 2
+    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, (left, top, left + extent, top + extent)))
+
+
+@torch.no_grad()
+def scored(judge: Any, paths: Mapping[tuple[int, int], Path], positions: int, device: str) -> np.ndarray:
+    """What a scorer says of the written images, (S,N)."""
+    found = []
+    files = list(paths.values())
+    for start in range(0, len(files), 64):
+        pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files[start : start + 64]])
+        images = torch.from_numpy(pixels).movedim(-1, 1).float().to(device) / 127.5 - 1
+        found.append(judge(images).cpu().numpy())
+    return np.concatenate(found).reshape(-1, positions)
+
+
+def write_list(
+    out: Path, paths: Mapping[tuple[int, int], Path], sweep: Sweep, names: Sequence[str], scores: np.ndarray | None
+) -> None:
+    """sequences.csv: which file is what."""
+    table = io.StringIO()
+    label = f"{sweep.name}:{sweep.part}" if sweep.part else sweep.name
+    columns = ["file", "sequence", "position", label, "source_image"]
+    writer = csv.DictWriter(table, columns + (["scorer"] if scores is not None else []))
+    writer.writeheader()
+    for (i, k), path in paths.items():
+        row = {"file": path.name, "sequence": i, "position": k, label: f"{sweep.values[k]:.6g}"}
+        row |= {"source_image": names[i]} | ({} if scores is None else {"scorer": f"{scores[i, k]:.5f}"})
+        writer.writerow(row)
+    write_text(out / "sequences.csv", table.getvalue())
