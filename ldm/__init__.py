@@ -4,6 +4,7 @@
     model = ldm.load_model("model_folder")
     tiles = ldm.sample(model, model.condition(features=features), seed=0)           # (N,3,H,W) in [-1,1]
     image = ldm.large_image(model, grid, size=(1024, 1024), seed=0)                 # grid (rows, cols, D)
+    others = ldm.translate(model, images, source=cond_a, target=cond_b, steps=25)   # images (N,3,H,W) in [-1,1]
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from ldm.data.images_out import to_uint8
     from ldm.inference import large_image, sample
     from ldm.model_folder import export
+    from ldm.translate_images import translate
 
 _HOMES = {
     "convert": "ldm.convert",
@@ -24,8 +26,9 @@ _HOMES = {
     "sample": "ldm.inference",
     "large_image": "ldm.inference",
     "to_uint8": "ldm.data.images_out",
+    "translate": "ldm.translate_images",
 }
-__all__ = ["convert", "export", "large_image", "load_model", "sample", "to_uint8"]
+__all__ = ["convert", "export", "large_image", "load_model", "sample", "to_uint8", "translate"]
 
 
 def __getattr__(name: str) -> Any:  # torch is imported when it is first needed, so that `--help` answers at once

@@ -1,0 +1,81 @@
+"""Agreement with a measurement, such as an image of low resolution: functions from denoiser to denoiser.
+
+    super_resolved = consistent(denoiser, match_low(low, 4))                                # a pixel-space model
+    super_resolved = consistent(denoiser, projected(match_low(low, 4), encode, decode))       # a latent one
+    super_resolved = consistent(denoiser, descend(lambda z: shrink(decode(z), 4), low))     # or by its gradient
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ldm.diffusion.denoiser import Cond, Denoiser, per_sample
+
+Projection = Callable[[Tensor], Tensor]  # an x0 (B,C,H,W) to the nearest, or a nearer, one that agrees
+
+
+def consistent(denoiser: Denoiser, project: Projection, low: float = 0.0) -> Denoiser:
+    """The denoised image, brought into agreement at every noise level above `low` (DDNM, arXiv:2212.00490, 3.2)."""
+
+    def agreeing(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        x0 = denoiser(x, sigma, cond)
+        return torch.where(per_sample(sigma > low, x0), project(x0), x0)
+
+    return agreeing
+
+
+def shrink(image: Tensor, factor: int) -> Tensor:
+    """(B,C,H,W) -> (B,C,H/factor,W/factor): the mean of every block of factor x factor."""
+    return F.avg_pool2d(image, factor)
+
+
+def match_low(low: Tensor, factor: int) -> Projection:
+    """The nearest image whose blocks of factor x factor have the means low (B,C,h,w): every block is shifted by what it
+    lacks."""
+
+    def project(image: Tensor) -> Tensor:
+        lack = low.to(image) - shrink(image, factor)
+        return image + lack.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+
+    return project
+
+
+def projected(project: Projection, encode: Projection, decode: Projection) -> Projection:
+    """A projection of images as one of latents: by how much the decoded image moves, encoded, the latent is moved.
+
+    What the first stage loses cancels, as both images are encoded."""
+
+    def in_latents(z: Tensor) -> Tensor:
+        image = decode(z)
+        return z + encode(project(image)) - encode(image)
+
+    return in_latents
+
+
+def descend(measure: Projection, wanted: Tensor, rounds: int = 3) -> Projection:
+    """Steepest descent of |wanted - measure(x0)|^2, as through a decoder: `rounds` steps of the length that is best
+    where `measure` is linear."""
+
+    def project(x0: Tensor) -> Tensor:
+        x0 = x0.detach()
+        for _ in range(rounds):
+            with torch.enable_grad():
+                at = x0.requires_grad_()
+                lack = wanted.to(x0) - measure(at)
+                (gradient,) = torch.autograd.grad(-0.5 * lack.square().sum(), at)
+            x0, lack = x0.detach(), lack.detach()
+            small = 1e-3 * norm(x0) / norm(gradient).clamp(min=1e-12)
+            with torch.no_grad():
+                change = (measure(x0 + small * gradient) - (wanted.to(x0) - lack)) / per_sample(small.flatten(), lack)
+            length = (gradient.flatten(1).square().sum(1) / change.flatten(1).square().sum(1).clamp(min=1e-12))
+            x0 = x0 + per_sample(length, x0) * gradient
+        return x0
+
+    def norm(x: Tensor) -> Tensor:
+        return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+
+    return project
