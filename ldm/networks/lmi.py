@@ -199,6 +199,41 @@ def _information(
     return 2 * (information + EPS) / (h1[:, None] + h2 + EPS) if normalized else information
 
 
+def lmi_score(
+    source: Tensor, target: Tensor, window: int = 9, stride: int = 4, bins: int = 27, sigma: float = 4.0
+) -> Tensor:
+    """How much windows of the source tell of the target's at the same place, (B,) in 0..1; differentiable.
+
+    The mean over windows of 2 I / (H1 + H2), each window's grey levels counted in soft histograms of the kernel of
+    `lmi_map`, but at no whole levels, so that a gradient leads to the target (`ldm.diffusion.lmi_guidance`). Windows of
+    one grey level in the source, as on black ground, tell nothing and are left out.
+
+    Args:
+        source, target: (B,C,H,W) around [0, 1], of equally many channels, taken one by one.
+        window: side of a window; stride: pixels between windows. Wider ones than those of `lmi_map`: a gradient needs
+            more pairs of pixels than a comparison. sigma: the kernel's width is 2 sigma^2 grey levels.
+    """
+    if source.shape != target.shape:
+        raise ValueError(f"source and target differ in shape: {tuple(source.shape)} and {tuple(target.shape)}")
+    if min(source.shape[-2:]) < window:
+        raise UserError(f"images of {source.shape[-1]} x {source.shape[-2]} px are smaller than a window of {window}.")
+    centres = torch.linspace(0, 255, bins, device=source.device)
+
+    def kernels(image: Tensor) -> Tensor:
+        pixels = F.unfold(image.float().flatten(0, 1)[:, None], window, stride=stride)       # (BC,window^2,L)
+        pixels = pixels.transpose(1, 2)[..., None] * 255                                     # (BC,L,window^2,1)
+        return torch.exp(-0.5 * ((pixels - centres) / (2 * sigma**2)) ** 2) + EPS            # (...,bins)
+
+    k1, k2 = kernels(source), kernels(target)
+    k1, k2 = k1 / k1.sum(-1, keepdim=True), k2 / k2.sum(-1, keepdim=True)
+    joint = k1.transpose(2, 3) @ k2 / window**2                                              # (BC,L,bins,bins)
+    h1, h2, h12 = (-(p * (p + EPS).log2()).flatten(2).sum(-1) for p in (k1.mean(2), k2.mean(2), joint))
+    flat = kernels(source).mean(2).amax(-1) >= 0.99 * kernels(source).amax((2, 3))           # all pixels alike
+    told = torch.where(flat, 0.0, 2 * (h1 + h2 - h12) / (h1 + h2 + EPS))                     # (BC,L)
+    counted = (~flat).sum(1).clamp(min=1)
+    return (told.sum(1) / counted).view(source.shape[:2]).mean(1)
+
+
 class LMIUNet(nn.Module):
     """A UNet that sees a source image only through its LMI maps (zero-shot translation, MIDiffusion).
 
@@ -211,8 +246,12 @@ class LMIUNet(nn.Module):
         unit: x_t is of images in [0, 1], as the published network's (first stage `UnitFirstStage`); the source is not.
 
     Attributes:
+        sample_dtype: of a sampler's x. Rounding of float32 would move some values over the edge of a grey level, and a
+            level is worth up to 1e-4 of the sample.
         unet: the network. image_size, out_channels: its own; in_channels: of x_t and the source together.
     """
+
+    sample_dtype = torch.float64
 
     def __init__(
         self,
@@ -240,7 +279,7 @@ class LMIUNet(nn.Module):
     def forward(self, x: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
         """The UNet's prediction from x (B,in_channels,H,W) = x_t and source, and timesteps (B,).
 
-        x may be float64: a sampler in float64 keeps rounding from moving values over the edge of a grey level.
+        x may be float64, as samplers have it (`sample_dtype`); the UNet computes in float32.
         """
         if x.shape[1] != self.in_channels:
             raise UserError(

@@ -1,0 +1,145 @@
+"""Zero-shot translation of MR slices: a model of one modality makes it out of others that it never saw.
+
+    python benchmarks/translation_slices.py --model MODEL --slices COHORT [--target t1] [--sources t2 fla] [--from 95]
+
+Slices from number `--from` on were not trained on. SSIM and mean absolute error (of 255 grey levels) inside the head,
+against the real slice of the target modality, with the middle 95% over draws of slices; after each other way, how much
+the translation is ahead of it on the same slices:
+
+    source          the source itself
+    matched         its histogram made that of the real target (which no user has): the strongest such baseline
+    matched, train  its histogram made that of the target's training slices
+    SDEdit s        matched, train with noise of strength s, denoised by the same model without its source
+    gradient w      the same model without its source, led by the gradient of the LMI at scale w
+    translation     the model with the source's LMI maps, from noise
+"""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+import numpy as np
+import torch
+from skimage.exposure import match_histograms
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+from ldm import load_model
+from ldm.data.datasets import TileDataset
+from ldm.data.images_out import save_png
+from ldm.diffusion.guidance import clip
+from ldm.diffusion.lmi_guidance import likeness_guidance
+from ldm.diffusion.samplers import sample_ddpm, sample_dpmpp_2m, sample_euler
+from ldm.diffusion.schedules import sigmas_from
+from ldm.inference import sampling_sigmas
+from ldm.networks.lmi import lmi_score
+from ldm.rng import fold, sample_noise
+from ldm.translation import sdedit
+
+HEAD = 0.02  # of [0, 1]: darker is outside the head
+
+
+def slices_of(cohort: str, modality: str, low: int, high: int, every: int) -> Tensor:
+    """Slices (N,1,H,W) in [-1,1] of a modality."""
+    where = {"modality": modality, "slice": {"min": low, "max": high}}
+    tiles = TileDataset(cohort, ("image",), gray=True, where=where)
+    return torch.stack([tiles[i]["image"] for i in range(0, len(tiles), every)])
+
+
+def figures(found: Tensor, real: Tensor) -> np.ndarray:
+    """SSIM and mean absolute error in grey levels, of each slice, inside the head: (N,2)."""
+    rows = []
+    for a, b in zip(found.numpy()[:, 0] / 2 + 0.5, real.numpy()[:, 0] / 2 + 0.5):
+        head = b > HEAD
+        _, ssim = structural_similarity(b, a, data_range=1.0, full=True, gaussian_weights=True, sigma=1.5)
+        rows.append((ssim[head].mean(), 255 * np.abs(a - b)[head].mean()))
+    return np.array(rows)
+
+
+def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
+    rng = np.random.default_rng(0)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
+    return tuple(np.quantile(means, [0.025, 0.975]))
+
+
+def matched(source: Tensor, reference: Tensor) -> Tensor:
+    """The source with the reference's histogram inside the head, slice by slice."""
+    found = np.full_like(source.numpy(), -1.0)
+    for i, image in enumerate(source.numpy()):
+        other = reference.numpy() if len(reference) != len(source) else reference.numpy()[i]
+        head = image > 2 * HEAD - 1
+        found[i][head] = match_histograms(image[head], other[other > 2 * HEAD - 1])
+    return torch.from_numpy(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--model", required=True, help="model folder or run, trained on the target modality")
+    add("--slices", required=True, help="cohort of data_prep.slice_volumes")
+    add("--target", default="t1")
+    add("--sources", nargs="+", default=["t2", "fla"])
+    add("--from", dest="low", type=int, default=95, help="first slice that was not trained on (default %(default)s)")
+    add("--every", type=int, default=1, help="take every n-th slice")
+    add("--steps", type=int, default=25)
+    add("--stochastic", action="store_true", help="translate with ancestral sampling, as published")
+    add("--strengths", type=float, nargs="*", default=[0.2, 0.35, 0.5])
+    add("--gradient", type=float, nargs="*", default=[], help="scales of guidance by the gradient of the LMI")
+    add("--seed", type=int, default=0)
+    add("--out", help="picture of the ways side by side")
+    options = parser.parse_args()
+    model = load_model(options.model)
+    real = slices_of(options.slices, options.target, options.low, 10_000, options.every)
+    trained = slices_of(options.slices, options.target, 0, options.low - 6, 4)
+    sigmas = sampling_sigmas(model, options.steps)
+    shape = real.shape[1:]
+    seeds = [fold(options.seed, i) for i in range(len(real))]
+    noise = sample_noise(seeds, shape)
+    denoiser, null = clip(model.denoiser()), model.null_condition()
+    null = {part: value.expand(len(real), *value.shape[1:]) for part, value in null.items()}
+    pictures = []
+    for name in options.sources:
+        source = slices_of(options.slices, name, options.low, 10_000, options.every)
+        near = matched(source, trained)
+        ways = {"source": source, "matched": matched(source, real), "matched, train": near}
+        for strength in options.strengths:
+            ways[f"SDEdit {strength:g}"] = sdedit(denoiser, near, sigmas_from(sigmas, strength), null, noise)
+        for scale in options.gradient:
+            def likeness(x0: Tensor, source: Tensor = source) -> Tensor:
+                return lmi_score((source + 1) / 2, (x0 + 1) / 2)
+
+            led = likeness_guidance(model.denoiser(), likeness, scale)
+            ways[f"gradient {scale:g}"] = sample_euler(clip(led), noise * sigmas[0], sigmas, null)
+        run = sample_dpmpp_2m
+        if options.stochastic:
+            run = partial(sample_ddpm, noise=lambda step: sample_noise(seeds, shape, stream=step + 1))
+        with torch.no_grad():
+            ways["translation"] = run(denoiser, noise * sigmas[0], sigmas, model.condition(image=source)).clamp(-1, 1)
+        rows = {way: figures(image.clamp(-1, 1), real) for way, image in ways.items()}
+        own = rows["translation"]
+        print(f"{name} -> {options.target}: {len(real)} slices that were not trained on, {options.steps} steps")
+        for way, found in rows.items():
+            (a, b), (c, d) = (interval(found[:, k]) for k in (0, 1))
+            line = f"  {way:15} SSIM {found[:, 0].mean():.3f} ({a:.3f} to {b:.3f})   "
+            line += f"MAE {found[:, 1].mean():5.1f} ({c:.1f} to {d:.1f})"
+            if way != "translation":
+                (a, b), (c, d) = interval(own[:, 0] - found[:, 0]), interval(found[:, 1] - own[:, 1])
+                line += f"   translation ahead by {a:+.3f} to {b:+.3f}, {c:+.1f} to {d:+.1f}"
+            print(line, flush=True)
+        chosen = np.linspace(0, len(real) - 1, 3).round().astype(int)
+        edits = [way for way in rows if way.startswith("SDEdit")]
+        best = [max(edits, key=lambda way, rows=rows: rows[way][:, 0].mean())] if edits else []
+        columns = ["source", "matched", *best, *[way for way in rows if way.startswith("gradient")], "translation"]
+        shown = [ways[way][chosen].clamp(-1, 1) for way in columns] + [real[chosen]]
+        shown.append((shown[-2] - shown[-1]).abs() - 1)
+        pictures.append(torch.cat(shown, 3).flatten(0, 2))                      # (3H, columns*W)
+    if options.out:
+        page = (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).mul(255).byte().numpy().repeat(2, 0).repeat(2, 1)
+        content = "source, matched, SDEdit, gradient, translation, real, |difference|"
+        about = {"content": content, "model": options.model}
+        save_png(options.out, np.repeat(page[..., None], 3, 2), about)
+
+
+if __name__ == "__main__":
+    main()
