@@ -276,7 +276,7 @@ def test_the_page_in_a_browser(served, tmp_path):
         browser.key("i")
         browser.wait("document.querySelector('.about')?.innerText.includes('CMU-1-Small-Region.svs')")
         browser.key("s")
-        browser.wait(f"{LOADED} === 1 && document.querySelector('.divider')")
+        browser.wait(f"{LOADED} === 1 && document.querySelector('.divider') !== null")
         assert browser.evaluate("location.hash") == "#0,1/swipe"
         browser.key("Escape")
         browser.wait("document.querySelectorAll('.card').length === 2")
