@@ -33,6 +33,8 @@ from ldm.data.slides import open_slide
 from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder, write_text
+from ldm.metrics.conditional import cosines
+from ldm.metrics.seams import measure_seams
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
 RESAMPLES = 10_000
 SHOWN = 8  # pairs in the picture
 GAP = 8  # px between them
-GRID = 8  # px: blocks of the JPEG and of a first stage of f8; their edges are in real and generated pixels alike
-NEAR = 32  # px beside a border that count as its surroundings
 
 
 def held_out(dataset: Dataset, count: int) -> list[dict[str, Any]]:
@@ -49,12 +49,6 @@ def held_out(dataset: Dataset, count: int) -> list[dict[str, Any]]:
     if len(dataset) < count:
         raise UserError(f"{len(dataset)} tiles are held out and {count} are asked for; give a smaller --count")
     return [dataset[int(i)] for i in np.linspace(0, len(dataset) - 1, count).round()]
-
-
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine similarities (N,M) of features (N,D) and (M,D)."""
-    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
-    return a @ b.T
 
 
 def margins(similarity: np.ndarray) -> np.ndarray:
@@ -73,27 +67,6 @@ def block_bootstrap(values: np.ndarray, blocks: np.ndarray, seed: int = 0) -> tu
     return float(low), float(high)
 
 
-def seam_ratios(image: np.ndarray, tile: int, near: int | None = None) -> np.ndarray:
-    """(tile,): gradient across the borders of a tile lattice over that inside tiles, for each offset of the lattice.
-
-    image (H,W,3) uint8. Entry 0 is the lattice that starts in the corner of the image. near: of the inside of tiles,
-    take only lines within so many pixels of a border and a multiple of GRID away from it.
-    """
-    grey = image.astype(np.float64).mean(2)  # (H,W)
-    across = [np.abs(np.diff(grey, axis=axis)).mean(1 - axis) for axis in (0, 1)]  # (H-1,), (W-1,): after each line
-    ratios = []
-    for offset in range(tile):
-        border, inside = [], []
-        for lines in across:
-            behind = (np.arange(len(lines)) + 1 - offset) % tile  # lines since the last border
-            distance = np.minimum(behind, tile - behind)
-            border.append(lines[distance == 0])
-            like = (distance <= near) & (distance % GRID == 0) if near else True
-            inside.append(lines[(distance > 0) & like])
-        ratios.append(np.concatenate(border).mean() / np.concatenate(inside).mean())
-    return np.array(ratios)
-
-
 def read_image(path: Path) -> np.ndarray:
     """(H,W,3) uint8."""
     try:
@@ -109,18 +82,6 @@ def read_region(path: Path, region: str) -> np.ndarray:
         raise UserError(f"--region takes x,y,width,height as four whole numbers; got '{region}'")
     x, y, width, height = map(int, parts)
     return open_slide(path).read(x, y, width, height, (width, height))
-
-
-def measure_seams(image: np.ndarray, tile: int, source: Path) -> dict[str, Any]:
-    if min(image.shape[:2]) < 2 * tile:
-        height, width = image.shape[:2]
-        raise UserError(f"{source} gives {width} x {height} px; seams need two tiles of {tile} px along each side")
-    measured: dict[str, Any] = {"tile": tile}
-    for name, near in (("all", None), ("like", NEAR)):
-        ratios = seam_ratios(image, tile, near)
-        low, high = np.percentile(ratios[1:], (2.5, 97.5))
-        measured[name] = {"ratio": float(ratios[0]), "low": float(low), "high": float(high)}
-    return measured
 
 
 def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:

@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conditioning import NEAR, read_region, seam_ratios
+from conditioning import read_region
 from torch import Tensor
 
 import ldm
@@ -46,6 +46,7 @@ from ldm.files import writable_folder, write_text
 from ldm.inference import PRECISIONS
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.metrics.encoders import load_encoder
+from ldm.metrics.seams import NEAR, seam_ratios
 from ldm.rng import canvas_noise
 
 SIGMA = 0.8  # of the published blend of decoded windows

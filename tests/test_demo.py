@@ -22,6 +22,7 @@ from demo import figures, report
 from demo.record import Record, command_of
 from demo.steps import HELD_OUT, REGION, Step, demo_steps
 from ldm.errors import UserError
+from ldm.metrics.seams import seam_ratios
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -259,11 +260,11 @@ def test_bootstrap_draws_whole_blocks():
 def test_seam_ratio_sees_seams_and_only_those(near):
     rng = np.random.default_rng(0)
     smooth = rng.normal(128, 8, (256, 256, 3))
-    clean = conditioning.seam_ratios(smooth.clip(0, 255).astype(np.uint8), 64, near)
+    clean = seam_ratios(smooth.clip(0, 255).astype(np.uint8), 64, near)
     assert clean.shape == (64,)
     assert clean[0] == pytest.approx(1, abs=0.06)
     tiles = np.kron(rng.normal(0, 25, (4, 4)), np.ones((64, 64)))[..., None]  # each tile has a tint of its own
-    tinted = conditioning.seam_ratios((smooth + tiles).clip(0, 255).astype(np.uint8), 64, near)
+    tinted = seam_ratios((smooth + tiles).clip(0, 255).astype(np.uint8), 64, near)
     assert tinted[0] > 1.5
     assert tinted.argmax() == 0
 
@@ -272,8 +273,8 @@ def test_like_for_like_seams_overlook_blocks_of_jpeg():
     rng = np.random.default_rng(0)
     blocks = np.kron(rng.normal(128, 20, (32, 32)), np.ones((8, 8)))[..., None] + rng.normal(0, 4, (256, 256, 3))
     image = blocks.clip(0, 255).astype(np.uint8)
-    assert conditioning.seam_ratios(image, 64)[0] > 2
-    assert conditioning.seam_ratios(image, 64, 32)[0] == pytest.approx(1, abs=0.1)
+    assert seam_ratios(image, 64)[0] > 2
+    assert seam_ratios(image, 64, 32)[0] == pytest.approx(1, abs=0.1)
 
 
 def test_held_out_tiles_are_spread_over_the_split():

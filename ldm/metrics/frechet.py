@@ -17,6 +17,7 @@ import scipy.linalg
 from ldm.metrics.intervals import Estimate
 
 BLOCK = 4096  # rows that are float64 at a time
+LARGEST = 2.5  # of 1/f, f being the smallest fraction that the extrapolation takes
 SIZES = 8  # sizes of subsets that the extrapolation is through
 REPEATS = 4  # subsets of each size
 SKETCH = 4096  # images of each set that the extrapolation's subsets are drawn from
@@ -87,9 +88,8 @@ def fid(generated: np.ndarray, real: np.ndarray) -> Estimate:
     apart = a.mean - b.mean
     value = float(apart @ apart + a.trace + b.trace - 2 * values.sum())
     roots = np.sqrt(values)
-    return Estimate(
-        value, _influence(generated, a, left * roots, apart), _influence(real, b, right.T * roots, -apart)
-    )
+    of_each = (generated, a, left * roots, apart), (real, b, right.T * roots, -apart)
+    return Estimate(value, *(_influence(*each) for each in of_each), bounds=(0.0, np.inf))
 
 
 def _influence(features: np.ndarray, own: Moments, directions: np.ndarray, apart: np.ndarray) -> np.ndarray:
@@ -109,19 +109,12 @@ def _influence(features: np.ndarray, own: Moments, directions: np.ndarray, apart
     return influence - influence.mean()
 
 
-def fd_infinity(generated: np.ndarray, real: np.ndarray, whole: Estimate, seed: int = 0) -> Estimate:
-    """FID at infinitely many images (Chong & Forsyth 2020, arXiv:1911.07023).
-
-    FID is biased upwards by about c1/N + c2/M. It is computed of random subsets that hold the same fraction f of both
-    sets, where its bias is proportional to 1/f, and a line through SIZES fractions is followed to 1/f = 0. The
-    publication takes fractions of the generated set only, which is the same for a real set of any size to spare.
-
-    whole: `fid` of the whole sets, whose influences the interval takes.
-    """
+def fid_by_size(generated: np.ndarray, real: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """FID of random subsets that hold a fraction f of both sets: 1/f (n,) and FID (n,)."""
     rng = np.random.default_rng(seed)
     base = min(1.0, SKETCH / max(len(generated), len(real)))
     inverse, values = [], []
-    for fraction in base / np.linspace(1, 2.5, SIZES):
+    for fraction in base / np.linspace(1, LARGEST, SIZES):
         for _ in range(REPEATS if fraction < 1 else 1):
             parts = []
             for features in (generated, real):
@@ -129,9 +122,16 @@ def fd_infinity(generated: np.ndarray, real: np.ndarray, whole: Estimate, seed: 
                 parts.append(moments(features[rows]))
             inverse.append(1 / fraction)
             values.append(frechet_distance(*parts))
-    if base == 1:
-        values[0] = whole.value
-    inverse, values = np.array(inverse), np.array(values)
+    return np.array(inverse), np.array(values)
+
+
+def fd_infinity(inverse: np.ndarray, values: np.ndarray, whole: Estimate) -> Estimate:
+    """FID at infinitely many images (Chong & Forsyth 2020, arXiv:1911.07023): the line of `fid_by_size` at 1/f = 0.
+
+    FID is biased upwards by about c1/N + c2/M, which is proportional to 1/f. The publication takes fractions of the
+    generated set only, which is the same for a real set of any size to spare. whole: `fid` of the whole sets, whose
+    influences the interval takes.
+    """
     design = np.stack([np.ones_like(inverse), inverse], 1)
     (at_infinity, slope), *_ = np.linalg.lstsq(design, values, rcond=None)
     rest = values - design @ (at_infinity, slope)

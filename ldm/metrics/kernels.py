@@ -96,7 +96,7 @@ def cmmd(generated: np.ndarray, real: np.ndarray, device: str = "cpu") -> Estima
     """CMMD of features (N,D) and (M,D), which are scaled to unit length."""
     x, y = (_unit(part, device) for part in (generated, real))
     found = discrepancy(gaussian, x, y, unbiased=False)
-    return Estimate(SCALE * found.value, SCALE * found.generated, SCALE * found.real)
+    return Estimate(SCALE * found.value, SCALE * found.generated, SCALE * found.real, bounds=(0.0, np.inf))
 
 
 def _unit(features: np.ndarray, device: str) -> Tensor:

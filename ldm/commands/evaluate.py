@@ -1,0 +1,274 @@
+"""`histoldm evaluate`: everything that the sets given allow to measure, in one report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.hub import get_dir
+
+from ldm.commands import evaluation_sections as ask
+from ldm.commands.evaluation_sets import Extractors, Source, known_of, of_conditions, parse_weights
+from ldm.errors import UserError
+from ldm.files import writable_folder, write_text
+from ldm.metrics.compare import compare_lines, compare_page, compared, read_report
+from ldm.metrics.conditional import few_images
+from ldm.metrics.feature_files import FeatureSet, check_alike
+from ldm.metrics.intervals import choose_unit, groups_of
+from ldm.metrics.large_reader import LargeImage, open_large
+from ldm.metrics.report import Report
+
+FEWEST = 8  # images of a set that a distance needs
+
+
+@dataclass
+class Asked:
+    """What a user asks for, as the command takes it."""
+
+    out: Path
+    generated: Path | None = None
+    real: Path | None = None
+    train: Path | None = None
+    conditions: Path | None = None
+    pairs: Path | None = None
+    scores: Path | None = None
+    where: dict[str, str] = field(default_factory=dict)
+    train_where: dict[str, str] = field(default_factory=dict)
+    features: list[str] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+    resize: str = "clean"
+    by: str | None = None
+    class_column: str = "class"
+    crop: int | None = None
+    tile: int = 256
+    image_size: int | None = None
+    stains: str = "he"
+    lpips: Path | None = None
+    seed: int = 0
+    title: str = "Evaluation"
+
+    def __post_init__(self):
+        if self.generated is None and self.scores is None:
+            raise UserError("say what to evaluate: --generated, or --scores for a table of scores.")
+        if self.generated is not None and self.real is None and self.pairs is None and not is_large(self.generated):
+            raise UserError(
+                "say what to compare with: --real for sets of images, --pairs for images of the same names."
+            )
+        if self.train is not None and self.real is None:
+            raise UserError("memorisation is judged against held-out real images: give --real too.")
+        if self.where and self.real is None:
+            raise UserError("--where selects real images; give --real.")
+
+
+def is_large(path: Path) -> bool:
+    """Whether a path is one image rather than a set of them."""
+    return (path.is_file() and path.suffix not in (".h5", ".hdf5", ".npy", ".pt", ".pth")) or (
+        path.name.endswith(".ome.zarr")
+    )
+
+
+def evaluate(asked: Asked, device: str) -> None:
+    """Measure, write report.html and report.json into `asked.out`, and print the figures."""
+    writable_folder(asked.out)
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(asked).items()}
+    report = Report(asked.title, settings, date=f"{date.today():%d %B %Y}")
+    if asked.scores is not None:
+        report.sections.append(ask.scores(asked.scores, asked.seed))
+    if asked.pairs is not None:
+        perceptual = lpips_of(asked, report, device)
+        section, warnings = ask.paired(asked.generated, asked.pairs, asked.stains, perceptual, device, asked.seed)
+        report.sections.append(section)
+        report.warnings += warnings
+    extractors = Extractors(parse_weights(asked.weights, asked.features), device, asked.resize)
+    if asked.generated is not None and (asked.real is not None or is_large(asked.generated)):
+        compare_sets(asked, report, extractors, device)
+    report.write(asked.out)
+    print("\n".join(report.lines()))
+    for warning in report.warnings:
+        print(f"note: {warning}")
+    print(f"wrote {asked.out / 'report.html'} and report.json")
+
+
+def compare_sets(asked: Asked, report: Report, extractors: Extractors, device: str) -> None:
+    """Distances, conditions, classes, captions, memorisation, canvas."""
+    given = {
+        "generated": (asked.generated, {}),
+        "real": (asked.real, asked.where),
+        "train": (asked.train, asked.train_where),
+    }
+    sources = {
+        role: Source(role, path, where, asked.crop, asked.image_size)
+        for role, (path, where) in given.items() if path is not None
+    }  # fmt: skip
+    images = {role: source.images for role, source in sources.items() if not source.is_file_of_features}
+    report.warnings += [text for each in images.values() for text in each.warnings]
+    check_sizes(sources)
+    names = asked.features or ([""] if all(source.is_file_of_features for source in sources.values()) else [])
+    if not names and asked.real is not None:
+        raise UserError(
+            "say what features to measure in: --features inception, --features data/models/demo-encoder, any encoder "
+            "by name, or pixels; repeat for several."
+        )
+    sections = [ask.samples(images)] if images else []
+    for name in names:
+        sections += sections_of(name, sources, images, asked, report, extractors, device)
+    large = {role: open_large(source.path) for role, source in sources.items() if is_large(source.path)}
+    sections += canvases(large, names, asked, extractors)
+    report.sections += sections
+    for role, each in images.items():
+        report.sets[role] = each.about | report.sets.get(role, {})
+
+
+def check_sizes(sources: dict[str, Source]) -> None:
+    """UserError where sets of images are of different sizes: their features would differ by the resizing."""
+    sizes = {
+        role: tuple(source.images.about["size"]) for role, source in sources.items() if not source.is_file_of_features
+    }
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{role} {w} x {h} px" for role, (w, h) in sizes.items())
+        raise UserError(
+            f"the sets are of different sizes ({listed}), so their features would differ by the resizing alone. Give "
+            "--image-size to resize all of them first, --crop to cut files, or tiles of one size."
+        )
+
+
+def sections_of(
+    name: str, sources: dict[str, Source], images: dict[str, Any], asked: Asked, report: Report,
+    extractors: Extractors, device: str,
+) -> list[Any]:  # fmt: skip
+    """What one extractor's features say."""
+    out, seed = asked.out, asked.seed
+    features = {role: source.features(name, extractors, out) for role, source in sources.items()}
+    generated = features["generated"]
+    groups = {}
+    for role in ("generated", "real"):
+        if role in features:
+            groups[role] = grouped(features[role], role, asked.by, report)
+    for role, each in features.items():
+        few = len(each) < FEWEST
+        if few and role != "train" and "real" in features:
+            raise UserError(f"{each.name} has {len(each)} {role} images; distances need {FEWEST} at least.")
+        report.sets[role] = report.sets.get(role, {}) | known_of(each)
+        check_alike(generated, each)
+    about = {key: value for key, value in generated.about.items() if key not in ("data", "tool", "version")}
+    report.extractors[ask.extractor_of(generated)] = about
+    found = []
+    if "real" in features:
+        real = features["real"]
+        both = (groups["generated"], groups["real"])
+        found.append(ask.distances(generated, real, both, device, seed))
+        warn_few(generated, real, report)
+        column = asked.class_column
+        if column in generated.table and column in real.table and generated.table[column].nunique() > 1:
+            section, warnings = ask.classes(generated, real, column, both, seed)
+            found.append(section)
+            report.warnings += warnings
+        elif column != "class":
+            raise UserError(
+                f"'{column}' is not known of both sets with several values; see tiles.csv and index.parquet."
+            )
+    if "text" in generated.table and name and name in extractors.made and extractors.made[name].words:
+        found.append(ask.captions(generated, extractors.made[name], groups["generated"], seed))
+    found += follow(name, sources, features, images, asked, extractors, groups["generated"])
+    if "train" in features:
+        three = (generated, features["real"], features["train"])
+        found.append(ask.memorised(three, (groups["generated"], groups["real"]), images, device, seed))
+    return found
+
+
+def grouped(features: FeatureSet, role: str, by: str | None, report: Report) -> Any:
+    """Groups of a set for its intervals; what they are stands in the report."""
+    known = by in features.table if by else True
+    unit, warnings = choose_unit([features.table], by if known else None)
+    report.sets.setdefault(role, {})["unit"] = f"{unit}s"
+    report.warnings += [text for text in warnings if text not in report.warnings]
+    if not known and by != "image":
+        report.warnings.append(f"{features.name} does not tell the {by} of its images; their intervals draw {unit}s.")
+    return groups_of(features.table, unit)
+
+
+def warn_few(generated: FeatureSet, real: FeatureSet, report: Report) -> None:
+    dim = generated.values.shape[1]
+    if few_images(len(generated), len(real), dim):
+        fewest = min(len(generated), len(real))
+        report.warnings.append(
+            f"{fewest} images are fewer than the {dim} dimensions of {ask.extractor_of(generated)}: FID and FD∞ are "
+            "not valid, in the whole and by class. KID, CMMD, precision, recall, density and coverage are."
+        )
+
+
+def follow(
+    name: str, sources: dict[str, Source], features: dict[str, FeatureSet], images: dict[str, Any], asked: Asked,
+    extractors: Extractors, groups: Any,
+) -> list[Any]:  # fmt: skip
+    """Whether images follow the tiles that conditioned them, where the list beside them names those."""
+    candidates = [asked.conditions] if asked.conditions else [asked.real, asked.train]
+    for path in candidates:
+        if path is None or not name or sources["generated"].is_file_of_features:
+            continue
+        source = Source("conditions", path, {})
+        found = of_conditions(features["generated"], source, name, extractors, asked.out)
+        if found is not None:
+            conditions, known = found
+            tiles = shown_tiles(source, conditions)
+            pictures = (images["generated"], tiles) if "generated" in images else None
+            return [ask.following(features["generated"], conditions, known, groups, pictures, asked.seed)]
+    if asked.conditions:
+        raise UserError(
+            f"{sources['generated'].path} does not name tiles of {asked.conditions} as its conditions; `histoldm "
+            "sample --features <cohort>` lists them in tiles.csv."
+        )
+    return []
+
+
+def shown_tiles(source: Source, conditions: FeatureSet) -> Any:
+    """The images of the conditioning tiles."""
+    whole = source.images
+    place = {key: i for i, key in enumerate(zip(whole.table["slide"], whole.table["row"].astype(int)))}
+    rows = [place[key] for key in zip(conditions.table["slide"], conditions.table["row"].astype(int))]
+    return replace(whole, pictures=whole.pictures.take(rows), table=conditions.table)
+
+
+def canvases(large: dict[str, LargeImage], names: Sequence[str], asked: Asked, extractors: Extractors) -> list[Any]:
+    """What is measured of whole large images, and of both where there are two."""
+    extractor = extractors.get(names[0]) if names and names[0] else None
+    window = asked.crop or asked.tile
+    found = [ask.canvas(image, role, asked.tile, window, extractor) for role, image in large.items() if role != "train"]
+    if extractor is not None and {"generated", "real"} <= large.keys():
+        found.append(ask.whole_distance(large["generated"], large["real"], extractor))
+    return found
+
+
+def lpips_of(asked: Asked, report: Report, device: str) -> Any:
+    """LPIPS, where its backbone is on disk; else a warning, or UserError if it was asked for."""
+    from ldm.autoencoder.perceptual import BACKBONES, LPIPS
+
+    file = asked.lpips or Path(get_dir()) / "checkpoints" / BACKBONES["alex"]
+    if not file.is_file():
+        message = (
+            f"LPIPS needs the AlexNet of torchvision, which is not at {file}: get it from "
+            f"https://download.pytorch.org/models/{BACKBONES['alex']} (BSD-3-Clause; trained on ImageNet, whose terms "
+            "allow non-commercial research) and put it there, or name your copy with --lpips."
+        )
+        if asked.lpips:
+            raise UserError(message)
+        report.warnings.append(f"LPIPS is left out. {message}")
+        return None
+    with torch.device("cpu"):
+        return LPIPS("alex", str(file)).to(device).eval()
+
+
+def compare_reports(a: Path, b: Path, out: Path) -> None:
+    """`histoldm evaluate --compare`: two reports side by side, as a page and on the terminal."""
+    reports = [read_report(path) for path in (a, b)]
+    writable_folder(out)
+    rows, warnings = compared(*reports)
+    write_text(out / "comparison.html", compare_page(*reports, rows, warnings))
+    print("\n".join(compare_lines(rows)))
+    for warning in warnings:
+        print(f"note: {warning}")
+    print(f"wrote {out / 'comparison.html'}")

@@ -1,0 +1,183 @@
+"""Do generated images show what they were asked for? Features of conditions, classes, captions, scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import rankdata
+
+from ldm.errors import UserError, suggest
+from ldm.metrics import frechet
+from ldm.metrics.feature_files import FeatureSet
+from ldm.metrics.figures import HIGHER, LOWER, Figure, figure
+from ldm.metrics.intervals import Estimate, mean_of
+
+BINS = 10
+LEAST = 2  # images of a class that a distance needs
+
+
+def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosine similarities (N,M) of features (N,D) and (M,D)."""
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True).clip(min=1e-12) for x in (a, b))
+    return a @ b.T
+
+
+@dataclass(frozen=True)
+class Following:
+    """How N generated images follow N conditions. own (N,): cosine to the own condition; rank (N,): 1 is best."""
+
+    own: np.ndarray
+    margin: np.ndarray
+    rank: np.ndarray
+
+
+def following(generated: np.ndarray, conditions: np.ndarray) -> Following:
+    """Features of generated images (N,D) and of what conditioned each (N,D), row by row.
+
+    margin: cosine similarity to the own condition less the mean of that to the others'. rank: place of the own
+    condition among those of all images, by similarity; equal ones count as before it.
+    """
+    if len(generated) < 2:
+        raise UserError("whether images follow their conditions is told from 2 images on; got 1.")
+    similarity, count = cosines(generated, conditions), len(generated)
+    own = np.diag(similarity)
+    margin = own - (similarity.sum(1) - own) / (count - 1)
+    rank = (similarity >= own[:, None]).sum(1)
+    return Following(own, margin, rank)
+
+
+def following_figures(found: Following, groups: np.ndarray | None, **settings: int) -> list[Figure]:
+    count = len(found.own)
+
+    def mean(name: str, values: np.ndarray, title: str, note: str, better: str = HIGHER, **bounds: tuple) -> Figure:
+        return figure(name, mean_of(values, **bounds), (groups, None), title, better, note, **settings)
+
+    unit = {"bounds": (0.0, 1.0)}
+    return [
+        mean("condition_cosine", found.own, "similarity to the own condition", "cosine of features"),
+        mean("condition_margin", found.margin, "margin over the others' conditions", "0: the condition has no effect"),
+        mean("retrieval_top1", found.rank == 1, "own condition found first", f"of {count}; by chance {1 / count:.3f}",
+             **unit),
+        mean("retrieval_top5", found.rank <= 5, "own condition among the first 5",
+             f"of {count}; by chance {min(1, 5 / count):.3f}", **unit),
+        mean("retrieval_rank", found.rank, "mean rank of the own condition", f"1 to {count}; by chance "
+             f"{(count + 1) / 2:.1f}", LOWER),
+    ]  # fmt: skip
+
+
+def per_class(
+    generated: FeatureSet, real: FeatureSet, column: str, groups: tuple[np.ndarray | None, np.ndarray | None],
+    **settings: int,
+) -> tuple[list[Figure], list[str]]:  # fmt: skip
+    """FID within each class that both sets have, and warnings. UserError where a set does not know `column`."""
+    for features in (generated, real):
+        if column not in features.table:
+            raise UserError(f"{features.name} does not tell the '{column}' of its images"
+                            f"{suggest(column, features.table.columns)}")  # fmt: skip
+    labels = [features.table[column].astype(str).to_numpy() for features in (generated, real)]
+    names = sorted(set(labels[0]) & set(labels[1]))
+    alone = sorted(set(labels[0]) ^ set(labels[1]))
+    warnings = [f"classes in one set only, left out: {', '.join(alone[:10])}."] if alone else []
+    figures = []
+    for name in names:
+        rows = [np.flatnonzero(own == name) for own in labels]
+        if min(map(len, rows)) < LEAST:
+            warnings.append(f"{column} {name} has {min(map(len, rows))} image; it has no distance.")
+            continue
+        own = [None if group is None else group[row] for group, row in zip(groups, rows)]
+        estimate = frechet.fid(generated.values[rows[0]], real.values[rows[1]])
+        few = few_images(*map(len, rows), generated.values.shape[1])
+        note = f"{len(rows[0])} generated, {len(rows[1])} real"
+        figures.append(
+            figure(f"fid_{column}_{name}", estimate, own, f"FID, {column} {name}", LOWER, note, few, **settings)
+        )
+    if not figures:
+        raise UserError(f"no {column} is in both sets with {LEAST} images: {', '.join(alone[:10])}.")
+    return figures, warnings
+
+
+def few_images(generated: int, real: int, dim: int) -> str:
+    """Why FID is not valid for so few images, "" if it is."""
+    fewest = min(generated, real)
+    if fewest > dim:
+        return ""
+    return f"{fewest} images, {dim} dimensions: the covariance is singular and the bias large; compare by KID or CMMD"
+
+
+def clip_score(images: np.ndarray, captions: np.ndarray, groups: np.ndarray | None, **settings: int) -> list[Figure]:
+    """CLIP score, 100 max(cos, 0) of images (N,D) and their captions (N,D) (Hessel et al. 2021, arXiv:2104.08718)."""
+    similarity = cosines(images, captions)
+    own = 100 * np.diag(similarity).clip(min=0)
+    others = 100 * similarity.clip(min=0)
+    count = len(own)
+    margin = own - (others.sum(1) - own) / max(count - 1, 1)
+    return [
+        figure("clip_score", mean_of(own), (groups, None), "CLIP score", HIGHER, "100 · cosine", **settings),
+        figure("clip_margin", mean_of(margin), (groups, None), "CLIP score less that of others' captions", HIGHER,
+               "0: the caption has no effect", **settings),
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scores against what they should be. centre, mean, share (bins,): of scores, targets and images; NaN: no image."""
+
+    figures: list[Figure]
+    centre: np.ndarray
+    mean: np.ndarray
+    share: np.ndarray
+
+
+def calibration(table: pd.DataFrame, groups: np.ndarray | None = None, **settings: int) -> Calibration:
+    """Of a table with `score` in 0..1, `target` (a label 0 or 1, or the score that was asked for), members score_0, ...
+
+    Expected calibration error: mean over images of |mean score - mean target| of their bin, of BINS equally wide ones.
+    """
+    for name in ("score", "target"):
+        if name not in table:
+            raise UserError(f"a table of scores needs the column '{name}'{suggest(name, table.columns)}")
+        wrong = ~pd.to_numeric(table[name], errors="coerce").between(0, 1)
+        if wrong.any():
+            raise UserError(
+                f"{name} is a number from 0 to 1; row {int(wrong.argmax()) + 2} has '{table[name][wrong.argmax()]}'."
+            )
+    score, target = (table[name].to_numpy(float) for name in ("score", "target"))
+    place = np.minimum((score * BINS).astype(int), BINS - 1)
+    count = np.bincount(place, minlength=BINS).astype(float)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centre, mean = (np.bincount(place, values, BINS) / count for values in (score, target))
+    gap = np.abs(centre - mean)[place]
+    side = np.sign(centre - mean)[place]
+    error = Estimate(float(gap.mean()), side * (score - target) - gap.mean(), bounds=(0.0, 1.0))
+    both = (groups, None)
+    figures = [
+        figure("calibration_error", error, both, "expected calibration error", LOWER, f"{BINS} bins", **settings),
+        figure("brier", mean_of((score - target) ** 2), both, "Brier score", LOWER, "mean squared error", **settings),
+        figure(
+            "score_bias", mean_of(score - target), both, "mean score less mean target", note="0 is best", **settings
+        ),
+    ]
+    if set(np.unique(target)) == {0.0, 1.0}:
+        estimate = auroc(score[target == 1], score[target == 0])
+        own = (None, None) if groups is None else (groups[target == 1], groups[target == 0])
+        figures.append(
+            figure("auroc", estimate, own, "AUROC", HIGHER, "a positive scores above a negative", **settings)
+        )
+    members = [table[name].to_numpy(float) for name in table if name.startswith("score_") and name[6:].isdigit()]
+    if len(members) > 1:
+        apart = np.std(members, axis=0)
+        figures.append(figure("disagreement", mean_of(apart), both, "disagreement of the ensemble", LOWER,
+                              f"standard deviation over {len(members)} members", **settings))  # fmt: skip
+    return Calibration(figures, centre, mean, count / len(score))
+
+
+def auroc(above: np.ndarray, below: np.ndarray) -> Estimate:
+    """P(a > b) + P(a = b)/2 for a of `above` (N,), b of `below` (M,), with influences (DeLong et al. 1988)."""
+    n, m = len(above), len(below)
+    ranks = rankdata(np.concatenate([above, below]))
+    of_above = (ranks[:n] - rankdata(above)) / m  # share of b that each a is above
+    of_below = 1 - (ranks[n:] - rankdata(below)) / n
+    value = float(of_above.mean())
+    return Estimate(value, of_above - value, of_below - value, bounds=(0.0, 1.0))

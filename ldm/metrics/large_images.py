@@ -1,0 +1,141 @@
+"""What only a large image can get wrong: seams, a tone that drifts over the canvas, a texture that repeats itself.
+
+Each is measured on one image; a real region of the same size says what is usual.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from skimage.color import rgb2lab
+
+from ldm.errors import UserError
+from ldm.metrics.figures import LOWER, Figure
+from ldm.metrics.large_reader import LargeImage
+from ldm.metrics.seams import NEAR, seam_ratios
+
+GLASS = 0.05  # mean optical density up to which a pixel is glass
+TISSUE = 0.25  # least share of tissue of a window whose tone counts
+LEAST = 6  # windows that a trend over the canvas needs
+FAR = 2  # windows apart, from which similarity is repetition: neighbours share tissue
+
+
+@dataclass(frozen=True)
+class Tone:
+    """Mean colour (rows,cols,3) L*a*b* of the tissue in each window (NaN: too little), and how it drifts.
+
+    drift: the range of its linear trend over the canvas, in Delta E. low, high: what is left when windows are shuffled,
+    95% of it: the drift that windows without order have.
+    """
+
+    colours: np.ndarray
+    drift: float
+    low: float
+    high: float
+
+
+def tone(image: LargeImage, window: int, seed: int = 0) -> Tone:
+    """The tone of an image in windows of `window` px side by side."""
+    rows, cols = image.shape[0] // window, image.shape[1] // window
+    colours = np.full((rows, cols, 3), np.nan)
+    for row in range(rows):
+        band = image.read(0, row * window, cols * window, window)
+        for col in range(cols):
+            part = band[:, col * window : (col + 1) * window]
+            density = -np.log10(part.astype(np.float32).clip(min=1) / 255).mean(-1)
+            tissue = density > GLASS
+            if tissue.mean() >= TISSUE:
+                colours[row, col] = rgb2lab(part)[tissue].mean(0)
+    place = np.argwhere(~np.isnan(colours[..., 0]))
+    if len(place) < LEAST:
+        return Tone(colours, np.nan, np.nan, np.nan)
+    known = colours[tuple(place.T)]
+    rng = np.random.default_rng(seed)
+    shuffled = [_drift(place, known[rng.permutation(len(known))]) for _ in range(500)]
+    return Tone(colours, _drift(place, known), *map(float, np.percentile(shuffled, (2.5, 97.5))))
+
+
+def _drift(place: np.ndarray, colours: np.ndarray) -> float:
+    """The largest Delta E between two corners of the canvas of the plane through colours (n,3) at place (n,2)."""
+    design = np.column_stack([np.ones(len(place)), place])
+    planes, *_ = np.linalg.lstsq(design, colours, rcond=None)  # (3,3): constant, per row, per column
+    low, high = place.min(0), place.max(0)
+    corners = np.array([[1, r, c] for r in (low[0], high[0]) for c in (low[1], high[1])]) @ planes
+    return float(max(np.linalg.norm(a - b) for a in corners for b in corners))
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """Autocorrelation (2R-1,2C-1) of window features by lag, lag 0 in the middle; the strongest at FAR windows or more,
+    its lag (rows, cols), and the largest similarity of two single windows so far apart."""
+
+    map: np.ndarray
+    strongest: float
+    lag: tuple[int, int]
+    closest: float
+
+
+def repetition(features: np.ndarray) -> Repetition:
+    """Of features (rows,cols,D) of windows side by side, NaN where there is none.
+
+    The autocorrelation at a lag is the mean cosine similarity of windows that far apart, of features less their mean
+    and over lags of which there are at least as many pairs as a quarter of the windows.
+    """
+    rows, cols = features.shape[:2]
+    known = ~np.isnan(features[..., 0])
+    if known.sum() < LEAST:
+        raise UserError(f"repetition needs {LEAST} windows with tissue; there are {int(known.sum())}.")
+    unit = np.where(known[..., None], features, 0) - features[known].mean(0)
+    unit = unit / np.linalg.norm(unit, axis=-1, keepdims=True).clip(min=1e-12) * known[..., None]
+    shape = (2 * rows, 2 * cols)  # zero padding: no wrapping around
+    spectrum = np.fft.rfft2(unit, shape, axes=(0, 1))
+    sums = np.fft.irfft2((np.abs(spectrum) ** 2).sum(-1), shape)
+    pairs = np.fft.irfft2(np.abs(np.fft.rfft2(known.astype(float), shape)) ** 2, shape).round()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        by_lag = np.where(pairs > 0, sums / pairs, np.nan)
+    by_lag = np.fft.fftshift(by_lag)[1:, 1:]  # lags -(R-1)..R-1
+    enough = np.fft.fftshift(pairs)[1:, 1:] >= known.sum() / 4
+    lags = np.stack(np.meshgrid(np.arange(1 - rows, rows), np.arange(1 - cols, cols), indexing="ij"), -1)
+    apart = (np.abs(lags).max(-1) >= FAR) & enough
+    strongest = np.where(apart, by_lag, -np.inf)
+    lag = lags[np.unravel_index(strongest.argmax(), strongest.shape)]
+    place = np.argwhere(known)
+    similar = unit[known] @ unit[known].T
+    far = np.abs(place[:, None] - place[None]).max(-1) >= FAR
+    closest = float(similar[far].max()) if far.any() else np.nan
+    return Repetition(by_lag, float(strongest.max()), tuple(map(int, np.abs(lag))), closest)
+
+
+def seam_figures(image: LargeImage, tile: int) -> list[Figure]:
+    """Seam ratios on the lattice of `tile` px; none for an image of less than two tiles along a side."""
+    if min(image.shape[:2]) < 2 * tile:
+        return []
+    found = []
+    for name, near, note in (("seams", None, "all lines"), ("seams_like", NEAR, "edges of 8 px blocks near a border")):
+        bands = (image.read(0, top, image.shape[1], bottom - top) for top, bottom in image.bands())
+        ratios = seam_ratios(bands, tile, near)
+        low, high = map(float, np.percentile(ratios[1:], (2.5, 97.5)))
+        of = (
+            f"gradient across {tile} px borders over that inside, {note}; 95% of other lattices {low:.3f} to {high:.3f}"
+        )
+        said = "" if ratios[0] <= high else "above what other lattices have: borders show"
+        found.append(Figure(name, f"seam ratio, {note}", float(ratios[0]), better=LOWER, note=f"{of}. {said}".strip()))
+    return found
+
+
+def tone_figures(found: Tone) -> list[Figure]:
+    if np.isnan(found.drift):
+        return []
+    note = f"ΔE between corners of the linear trend; shuffled windows {found.low:.1f} to {found.high:.1f}"
+    return [Figure("tone_drift", "tone drift over the canvas", found.drift, better=LOWER, note=note)]
+
+
+def repetition_figures(found: Repetition) -> list[Figure]:
+    rows, cols = found.lag
+    note = f"autocorrelation of window features, at {rows} down and {cols} across"
+    return [
+        Figure("repetition", "repetition", found.strongest, better=LOWER, note=note),
+        Figure("closest_windows", "most similar windows", found.closest, better=LOWER,
+               note=f"cosine of centred features, {FAR} windows apart or more; near 1: a copy"),
+    ]  # fmt: skip

@@ -1,0 +1,126 @@
+"""Has a model learnt its training images by heart? Distances to the nearest of them, against those of held-out images.
+
+A held-out real image is as near to the training images as a new one of the same kind. Generated images that are nearer
+show what was learnt by heart; the comparison needs no threshold of its own, and no assumption on the features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ldm.errors import UserError
+from ldm.metrics.conditional import auroc
+from ldm.metrics.feature_files import FeatureSet, check_alike
+from ldm.metrics.figures import LOWER, Figure, figure
+from ldm.metrics.intervals import mean_of
+
+QUANTILE = 0.05  # of held-out distances; as many held-out images are nearer
+CAUGHT = 0.25  # share of generated images below it, from whose lower end on a model memorises
+NEIGHBOURS = 3
+BLOCK = 1024
+LEAST = 20  # held-out images
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The nearest training images: distance (N,k), the nearest first, and their rows (N,k). same: identical pixels."""
+
+    distance: np.ndarray
+    row: np.ndarray
+    same: np.ndarray
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """What the comparison says: `memorises`, `nearer` or `no sign`; figures; nearest of both; the copies' rows."""
+
+    verdict: str
+    figures: list[Figure]
+    generated: Nearest
+    held_out: Nearest
+    limit: float
+    copies: np.ndarray
+    repeats: list[tuple[int, int]]
+
+    @property
+    def words(self) -> str:
+        return {
+            "memorises": "The model memorises: far more generated images are close to a training image than held-out "
+            "ones are. Do not share it, nor its images, before you have looked at the sheet.",
+            "nearer": "Generated images are nearer to the training images than held-out ones are, without a sign of "
+            "copies: usual of images that are smoother or nearer to the mean than real ones. Look at the sheet.",
+            "no sign": "No sign of memorisation: generated images are as far from training images as held-out ones.",
+        }[self.verdict]
+
+
+def nearest(features: FeatureSet, train: FeatureSet, neighbours: int = NEIGHBOURS, device: str = "cpu") -> Nearest:
+    """The nearest training images by the cosine distance of features, 1 - cos, from each feature's training mean."""
+    mean = train.values.mean(0)
+    own, other = (
+        torch.nn.functional.normalize(torch.from_numpy(each.values - mean).to(device).double(), dim=1)
+        for each in (features, train)
+    )
+    found = [(1 - part @ other.T).topk(min(neighbours, len(train)), largest=False) for part in own.split(BLOCK)]
+    distance, row = (torch.cat([getattr(each, name) for each in found]).cpu().numpy() for name in ("values", "indices"))
+    same = np.zeros(len(features), bool)
+    if features.digest is not None and train.digest is not None:
+        known = {digest.tobytes(): i for i, digest in enumerate(train.digest)}
+        for i, digest in enumerate(features.digest):
+            if digest.tobytes() in known:
+                same[i], row[i, 0], distance[i, 0] = True, known[digest.tobytes()], 0.0
+    return Nearest(distance.clip(min=0), row, same)
+
+
+def memorisation(
+    generated: FeatureSet, held_out: FeatureSet, train: FeatureSet,
+    groups: tuple[np.ndarray | None, np.ndarray | None] = (None, None), device: str = "cpu", **settings: int,
+) -> Memorisation:  # fmt: skip
+    """Compare distances to the training images. groups: of generated and held-out images, for the intervals.
+
+    UserError: features of different extractors, fewer than LEAST held-out images, held-out images among the training
+    ones.
+    """
+    for features in (generated, held_out):
+        check_alike(features, train)
+    if len(held_out) < LEAST:
+        raise UserError(
+            f"memorisation needs {LEAST} held-out images to compare with; {held_out.name} has {len(held_out)}."
+        )
+    own, real = nearest(generated, train, device=device), nearest(held_out, train, device=device)
+    if real.same.mean() > 0.5:
+        raise UserError(
+            f"{int(real.same.sum())} of {len(held_out)} images of {held_out.name} are in the training set "
+            f"{train.name} too: they are not held out. Select by --where split=test and --train-where split=train."
+        )
+    near, usual = own.distance[:, 0], real.distance[:, 0]
+    limit = float(np.quantile(usual, QUANTILE))
+    below = near < limit
+    closer = auroc(-near, -usual)  # a generated image is nearer than a held-out one
+    share = mean_of(below, bounds=(0.0, 1.0))
+    figures = [
+        figure("nearer", closer, groups, "generated nearer than held-out", LOWER, "0.5: as near as real",
+               **settings),
+        figure("close_share", share, (groups[0], None), "close to a training image", LOWER,
+               f"share below {limit:.3f}, where {QUANTILE:.0%} of held-out images are", **settings),
+        Figure("nearest_median", "median distance to training", float(np.median(near)),
+               note=f"held-out {np.median(usual):.3f}; 1 - cosine of features"),
+        Figure("identical", "pixels of a training image", float(own.same.sum()), better=LOWER, note="exact duplicates"),
+    ]  # fmt: skip
+    repeats = repeated(generated, limit, device)
+    figures.append(Figure("repeated", "pairs of generated images as close", float(len(repeats)), better=LOWER,
+                          note=f"below {limit:.3f} of each other"))  # fmt: skip
+    caught = own.same.any() or figures[1].low > CAUGHT
+    verdict = "memorises" if caught else "nearer" if figures[0].low > 0.5 else "no sign"
+    return Memorisation(verdict, figures, own, real, limit, np.flatnonzero(below | own.same), repeats)
+
+
+def repeated(features: FeatureSet, limit: float, device: str = "cpu") -> list[tuple[int, int]]:
+    """Pairs of images of one set whose distance is below the limit."""
+    found = nearest(features, features, 2, device)
+    pairs = set()
+    for i, (distances, rows) in enumerate(zip(found.distance, found.row)):
+        pairs |= {(min(i, int(j)), max(i, int(j))) for d, j in zip(distances, rows) if j != i and d < limit}
+    return sorted(pairs)

@@ -1,0 +1,161 @@
+"""Pairs of images that should be the same: reconstructions, translations of registered sections.
+
+PSNR, SSIM (Wang et al. 2004), MS-SSIM (Wang et al. 2003), LPIPS (Zhang et al. 2018), SSIM of each stain (optical
+densities along haematoxylin, eosin and DAB after Ruifrok & Johnston 2001), mutual information of grey in bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from skimage.color import hdx_from_rgb, hed_from_rgb, separate_stains
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.errors import UserError, some
+from ldm.metrics.figures import HIGHER, LOWER, NONE, Figure, figure
+from ldm.metrics.intervals import mean_of
+from ldm.metrics.pictures import read_image
+
+SCALES = 5  # of MS-SSIM; the coarsest still holds its window of 11 px
+SMALLEST = (11 - 1) * 2 ** (SCALES - 1) + 1
+IDENTICAL = 100.0  # dB, for images that are the same
+BINS = 64
+STAINS = {"he": ("haematoxylin", "eosin"), "hd": ("haematoxylin", "DAB")}
+STAIN_RANGE = 0.25  # of separated stains, from none to what the darkest nuclei reach
+GREY = 2.0  # mean difference of the colour channels below which an image has no colours
+TITLES = {
+    "psnr": ("PSNR", HIGHER, "dB"),
+    "ssim": ("SSIM", HIGHER, "window of 11 px"),
+    "ms_ssim": ("MS-SSIM", HIGHER, f"{SCALES} scales"),
+    "lpips": ("LPIPS", LOWER, "perceptual distance"),
+    "mutual_information": ("mutual information", HIGHER, f"bits, grey in {BINS} bins"),
+    "mae": ("mean absolute error", LOWER, "of 255"),
+}
+
+
+def pair_up(generated: Mapping[str, Path], real: Mapping[str, Path]) -> tuple[list[str], list[str]]:
+    """Names that both have, and warnings of those that one lacks. UserError if they share none."""
+    names = [name for name in generated if name in real] or ([""] if len(generated) == len(real) == 1 else [])
+    if not names:
+        raise UserError(
+            f"no two images have the same name: one set has {some(list(generated), 3)}, the other "
+            f"{some(list(real), 3)}. Pairs are files of the same name in both folders, whatever their ending."
+        )
+    warnings = []
+    for what, own in (("generated", generated), ("real", real)):
+        if alone := [name for name in own if name not in names]:
+            warnings.append(f"{len(alone)} {what} images have no partner and are left out ({some(alone, 3)}).")
+    return names, warnings
+
+
+def read_pair(generated: Path, real: Path) -> tuple[np.ndarray, np.ndarray]:
+    a, b = read_image(generated), read_image(real)
+    if a.shape != b.shape:
+        sizes = " and ".join(f"{each.shape[1]} x {each.shape[0]} px" for each in (a, b))
+        raise UserError(f"{generated} and {real} are {sizes}; a pair is of one size.")
+    return a, b
+
+
+def compare(
+    pairs: Sequence[tuple[Path, Path]],
+    stains: str = "he",
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    device: str = "cpu",
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Measures of pairs (generated, real): name -> (N,), NaN where one has no meaning; and warnings.
+
+    stains: `he`, or `hd` for IHC with DAB. perceptual: LPIPS, of images (1,3,H,W) in [-1,1].
+    """
+    rows: list[dict[str, float]] = []
+    grey = small = 0
+    for paths in tqdm(pairs, desc="pairs", unit="pair"):
+        a, b = read_pair(*paths)
+        own = measure(a, b, device)
+        small += np.isnan(own["ms_ssim"])
+        if min(map(colourfulness, (a, b))) < GREY:
+            grey += 1
+            own |= {f"ssim_{stain}": np.nan for stain in STAINS[stains]}
+        else:
+            own |= stain_similarity(a, b, stains, device)
+        if perceptual is not None:
+            with torch.inference_mode():
+                own["lpips"] = float(perceptual(*(_tensor(each, device) / 127.5 - 1 for each in (a, b))))
+        rows.append(own)
+    warnings = []
+    if grey:
+        warnings.append(f"{grey} of {len(rows)} pairs hold a grey image, which has no stains: left out of their SSIM.")
+    if small:
+        warnings.append(f"{small} of {len(rows)} pairs are smaller than {SMALLEST} px: they have no MS-SSIM.")
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}, warnings
+
+
+def _tensor(image: np.ndarray, device: str) -> Tensor:
+    """(H,W,C) -> (1,C,H,W) float32."""
+    return torch.from_numpy(np.ascontiguousarray(image)).to(device).float().movedim(-1, 0)[None]
+
+
+def measure(a: np.ndarray, b: np.ndarray, device: str = "cpu") -> dict[str, float]:
+    """PSNR, SSIM, MS-SSIM, mean absolute error and mutual information of two images (H,W,3) uint8."""
+    from torchmetrics.functional.image import (
+        multiscale_structural_similarity_index_measure as ms_ssim,
+    )
+
+    apart = a.astype(np.float64) - b
+    error = (apart**2).mean()
+    x, y = _tensor(a, device), _tensor(b, device)
+    large = min(a.shape[:2]) >= SMALLEST
+    return {
+        "psnr": float(10 * np.log10(255**2 / error)) if error else IDENTICAL,
+        "ssim": similarity(x, y, 255.0),
+        "ms_ssim": float(ms_ssim(x, y, data_range=255.0, kernel_size=11)) if large else np.nan,
+        "mae": float(np.abs(apart).mean()),
+        "mutual_information": mutual_information(a, b),
+    }
+
+
+def similarity(x: Tensor, y: Tensor, span: float) -> float:
+    """SSIM of (1,C,H,W), mean over channels, Gaussian window of 11 px; span: of the values."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    return float(structural_similarity_index_measure(x, y, data_range=span))
+
+
+def colourfulness(image: np.ndarray) -> float:
+    """Mean range of a pixel's channels, 0 of a grey image."""
+    return float(np.ptp(image.astype(np.int16), axis=-1).mean())
+
+
+def stain_similarity(a: np.ndarray, b: np.ndarray, stains: str = "he", device: str = "cpu") -> dict[str, float]:
+    """SSIM of the amount of each stain: `ssim_haematoxylin` and so on."""
+    matrix = hed_from_rgb if stains == "he" else hdx_from_rgb
+    first, second = (separate_stains(image, matrix).clip(min=0) for image in (a, b))
+    return {
+        f"ssim_{name}": similarity(*(_tensor(each[..., [i]], device) for each in (first, second)), STAIN_RANGE)
+        for i, name in enumerate(STAINS[stains])
+    }
+
+
+def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
+    """Bits that the grey of one image (H,W,3) says of the other's: KL of their joint histogram from independence."""
+    grey = [each.astype(np.float64).mean(-1).ravel() for each in (a, b)]
+    joint = np.histogram2d(*grey, bins=BINS, range=((0, 256), (0, 256)))[0] / grey[0].size
+    alone = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    kept = joint > 0
+    return float((joint[kept] * np.log2(joint[kept] / alone[kept])).sum())
+
+
+def pair_figures(measured: Mapping[str, np.ndarray], groups: np.ndarray | None, **settings: int) -> list[Figure]:
+    """Means over pairs with their intervals."""
+    figures = []
+    for name, values in measured.items():
+        kept = ~np.isnan(values)
+        if not kept.any():
+            continue
+        title, better, note = TITLES.get(name, (f"SSIM of {name.removeprefix('ssim_')}", HIGHER, "separated stain"))
+        own = None if groups is None else groups[kept]
+        figures.append(figure(name, mean_of(values[kept]), (own, None), title, better or NONE, note, **settings))
+    return figures
