@@ -157,6 +157,9 @@ def score(
     out: Annotated[Path, typer.Option("--out", help="CSV to write: image, label, mean score, each network's.")],
     crop: CropOption = None,
     where: WhereOption = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Column of what each image shall be, for `evaluate --scores`.")
+    ] = None,
     batch_size: ScoreBatchOption = 64,
     device: DeviceOption = "auto",
 ) -> None:
@@ -167,7 +170,7 @@ def score(
     from ldm.commands.filter import score_images
     from ldm.requests import parse_where
 
-    score_images(scorer, images, out, pick_device(device), batch_size, crop, parse_where(where or []))
+    score_images(scorer, images, out, pick_device(device), batch_size, crop, parse_where(where or []), target)
 
 
 @app.command("filter")

@@ -15,6 +15,7 @@ import pandas as pd
 from ldm.data.images_out import save_png, save_real_png
 from ldm.errors import UserError, some
 from ldm.files import whole, writable_folder, write_text
+from ldm.metrics.labelled import targets_of
 from ldm.metrics.pictures import LIST, Pictures, read_pictures
 from ldm.metrics.ratings import numbered_sheet, parse_scale, synthetic_text_of, write_rating_folder
 from ldm.metrics.scorer_figures import proportion
@@ -28,15 +29,22 @@ SETTINGS, SCORES, PARTIAL = "filter.json", "scores.csv", ".scores.partial.npz"
 
 def score_images(
     scorer: Sequence[Path], images: Path, out: Path, device: str, batch_size: int, crop: int | None,
-    where: Mapping[str, str],
+    where: Mapping[str, str], target: str | None = None,
 ) -> None:  # fmt: skip
-    """`histoldm score`: a table of what the networks say of each image."""
+    """`histoldm score`: a table of what the networks say of each image.
+
+    target: a column of the images' list that says what each shall be; it goes into the table as `target`.
+    """
     if out.suffix.lower() != ".csv":
         raise UserError(f"--out is a .csv file; got {out}.")
     writable_folder(out.parent)
     network, pictures = load_scorer(scorer, device), read_pictures(images, where).middle(crop)
+    task = network.task
+    wanted = None if target is None else targets_of(pictures.column(target), task, pictures)
     work = out.with_name(f".{out.name}.partial.npz")  # what a stopped run has scored
     table = score_table(network.task, score_pictures(network, pictures, batch_size, work), pictures)
+    if wanted is not None:
+        table["target"] = task.low + wanted * (task.high - task.low) if task.kind == "graded" else wanted.astype(int)
     with whole(out) as part:
         table.to_csv(part, index=False)
     work.unlink(missing_ok=True)

@@ -91,7 +91,7 @@ def utility(
         print(f"{arm}: trained on {len(data) - len(tested)} images")
         train_scorer(data, out / arm, recipe, device, bf16, held)
         table = pd.read_csv(out / arm / TEST_SCORES)
-        columns = [f"score_{name}" for name in own.task.classes] if own.task.kind == "classes" else "score"
+        columns = [f"p_{name}" for name in own.task.classes] if own.task.kind == "classes" else "score"
         scores[arm] = table[columns].to_numpy()
     found = compared(tested, scores)
     about = {"real": real.name, "synthetic": synthetic.name, "test": len(tested), "synthetic_images": len(made)}

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -31,6 +30,7 @@ from ldm.metrics.labelled import Labelled, check_splits, split_groups
 from ldm.metrics.scorer_data import augmented, balanced_order, identity, prepared, to_range, view_of
 from ldm.metrics.scorer_figures import calibrated, figures, fit_temperature, with_intervals
 from ldm.metrics.scorers import CONFIG, MEMBER, Ensemble, View, load_scorer, logits_of, make_network, save_scorer
+from ldm.metrics.scoring import places
 from ldm.rng import fold, generator
 
 WORK, TEST_SCORES = ".training", "test_scores.csv"  # folder of an unfinished training; table of a finished one
@@ -104,9 +104,10 @@ class Run:
     def kind(self) -> str:
         return self.data.task.kind
 
-    def logits(self, network: nn.Module, rows: np.ndarray, bf16: bool = False) -> np.ndarray:
-        """Logits of images at `rows`: (n,), of classes (n,K)."""
-        found = network_logits(network, self.images[np.asarray(rows)], self.view, self.recipe.views, self.device, bf16)
+    def logits(self, network: nn.Module, rows: np.ndarray, quick: bool = False) -> np.ndarray:
+        """Logits of images at `rows`: (n,), of classes (n,K). quick: one orientation, the training's precision."""
+        views, bf16 = (1, self.bf16) if quick else (self.recipe.views, False)
+        found = network_logits(network, self.images[np.asarray(rows)], self.view, views, self.device, bf16)
         return found if self.kind == "classes" else found[:, 0]
 
 
@@ -222,7 +223,7 @@ def _member(run: Run, member: int) -> np.ndarray:
         while now["epoch"] < recipe.epochs and now["epoch"] - now["best_epoch"] < recipe.patience:
             epoch = now["epoch"] = now["epoch"] + 1
             loss = _epoch(run, network, optimizer, schedule, train, (member, epoch))
-            scores = calibrated(run.kind, run.logits(network, validation, run.bf16), 1.0, [0.0])
+            scores = calibrated(run.kind, run.logits(network, validation, quick=True), 1.0, [0.0])
             figure = float(figures(run.kind, scores, run.data.targets[validation])[name])
             now["history"].append([round(loss, 5), round(figure, 5)])
             if figure > now["best"]:
@@ -352,8 +353,8 @@ def _about(
         mean = np.mean(each, 0)
         singles = [round(figures(kind, scores, data.targets[test])[name], 5) for scores in each]
         told = {"test": measured(data, test, mean) | {f"{name}_of_members": singles}, **told}
-        table = pd.DataFrame({"image": [data.pictures.name(i) for i in test], "group": data.groups[test]})
-        columns = [f"score_{of}" for of in data.task.classes] if kind == "classes" else ["score"]
+        table = places(data.pictures.take(test)).assign(group=data.groups[test])
+        columns = [f"p_{of}" for of in data.task.classes] if kind == "classes" else ["score"]
         table[["target", *columns]] = np.column_stack([data.targets[test], mean.round(6)])
         with whole(run.out / TEST_SCORES) as part:
             table.to_csv(part, index=False)

@@ -78,14 +78,19 @@ def _score_rows(
     flush()
 
 
+def places(pictures: Pictures) -> pd.DataFrame:
+    """Which image each row of a table is of: file, or slide and row."""
+    keys = ["file"] if pictures.about and "file" in pictures.about[0] else ["slide", "row"]
+    return pd.DataFrame({key: [own[key] for own in pictures.about] for key in keys})
+
+
 def score_table(task: Task, scores: np.ndarray, pictures: Pictures) -> pd.DataFrame:
     """Scores (N,M) or (N,M,K) as a table: file or slide and row, label, score, the networks' own, of classes each.
 
     score is the mean: a probability of the positive class, a grade, or the probability of the label, the likeliest.
     """
     mean = scores.mean(1)
-    keys = ["file"] if pictures.about and "file" in pictures.about[0] else ["slide", "row"]
-    table = pd.DataFrame({key: [own[key] for own in pictures.about] for key in keys})
+    table = places(pictures)
     known = ~np.isnan(mean.reshape(len(mean), -1)).any(1)
     if task.kind == "classes":
         best = np.where(np.isnan(mean), -1, mean).argmax(1)
@@ -98,7 +103,7 @@ def score_table(task: Task, scores: np.ndarray, pictures: Pictures) -> pd.DataFr
             table["label"] = labels
         table["score"], each = mean.round(DECIMALS), scores
     for k in range(each.shape[1]):
-        table[f"member_{k + 1}"] = each[:, k].round(DECIMALS)
+        table[f"score_{k}"] = each[:, k].round(DECIMALS)
     for k, name in enumerate(task.classes if task.kind == "classes" else ()):
         table[f"p_{name}"] = mean[:, k].round(DECIMALS)
     return table
