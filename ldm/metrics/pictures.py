@@ -89,7 +89,8 @@ def read_pictures(path: Path | str, where: Mapping[str, Any] | None = None) -> P
         pictures = _listed(path)
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in CROP_SUFFIXES and p.is_file())
-        files = [p for p in files if not p.name.startswith(SHEET) and not any(d.startswith(".") for d in p.parts[1:])]
+        hidden = {p for p in files if any(part.startswith(".") for part in p.relative_to(path).parts)}
+        files = [p for p in files if p not in hidden and not p.name.startswith(SHEET)]
         if not files:
             raise UserError(f"there is no image in {path}; known endings: {' '.join(sorted(CROP_SUFFIXES))}")
         pictures = pictures_of_files(files, [{"file": str(p.relative_to(path))} for p in files], str(path))
