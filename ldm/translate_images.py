@@ -88,7 +88,7 @@ def translate(
     eta: float = 1.0,
     published: bool = False,
     seed: int = 0,
-    first: int = 0,
+    first: int | Sequence[int] = 0,
     batch_size: int = 16,
     precision: str = "fp32",
     given: Sequence[str] | None = None,
@@ -113,8 +113,8 @@ def translate(
         low: images (N,C,h,w) of a resolution lower by a whole number: the result, shrunk, is these (super-resolution).
         published: the procedure of His-MMDM in all details (`ldm.translation.invert_published`, DDIM over every
             1000/steps-th entry of the model's noise table).
-        seed, first: noise of image i depends on `seed` and `first` + i. given: names of the target's conditions, for
-            guidance scales by name.
+        seed, first: noise of image i depends on `seed` and on `first` + i, or first[i].
+        given: names of the target's conditions, for guidance scales by name.
         watch: called as watch(k, step, x, x0) with latents at every step: k is the target, -1 the way up.
     """
     targets = list(target) if isinstance(target, Sequence) else [target]
@@ -133,6 +133,7 @@ def translate(
     many = batch_size if whole else 1
     found: list[list[Tensor]] = [[] for _ in targets]
     ways = len(targets) + (start == "invert")
+    numbers = range(first, first + len(images)) if isinstance(first, int) else list(first)
     with tqdm(total=len(images) * (len(way.sigmas) - 1) * ways, desc="translate", disable=not progress) as bar:
 
         def see(k: int, step: int, x: Tensor, x0: Tensor) -> None:
@@ -142,14 +143,14 @@ def translate(
 
         for begin in range(0, len(images), many):
             rows = slice(begin, min(begin + many, len(images)))
-            seeds = [fold(seed, first + row) for row in range(rows.start, rows.stop)]
+            seeds = [fold(seed, number) for number in numbers[rows]]
             noise = partial(_noise, seeds, (model.channels, *(side // factor for side in images.shape[-2:])), whole)
             latent = way.begin(images[rows].to(model.device), _rows(known, rows), noise, partial(see, -1))
             project = None if low is None else match_low(low[rows].to(model.device), scale)
             for k, cond in enumerate(conds):
                 label = None if labels[k] is None else labels[k][rows]
                 x = way.down(latent, _rows(cond, rows), label, project, noise, partial(see, k))
-                image = _decoded(model, x)
+                image = decoded(model, x.float())
                 image = image if project is None else project(image)
                 found[k].append(image.clamp(-1, 1)[..., :height, :width].cpu())
     made = [torch.cat(parts) for parts in found]
@@ -177,7 +178,7 @@ class _Way:
         self, images: Tensor, source: Cond, noise: Callable[[int], Tensor], seen: samplers.Callback
     ) -> Tensor:
         """x at the first level."""
-        z = encoded(self.model, images)
+        z = encoded(self.model, images).to(self.model.sample_dtype)
         if self.start != "invert":
             added = noise(0).to(z) * self.sigmas[0]
             return z + added if self.start == "noise" else added
@@ -204,7 +205,7 @@ class _Way:
         denoiser = self.over(denoiser, x)
         if project is not None:
             if not isinstance(model.first_stage_model, IdentityFirstStage):
-                project = projected(project, partial(encoded, model), partial(_decoded, model))
+                project = projected(project, partial(encoded, model), partial(decoded, model))
             denoiser = consistent(denoiser, project)
         return run_solver(
             self.solver, denoiser, x, self.sigmas, cond, lambda step: noise(step + 1), self.eta, seen
@@ -350,7 +351,7 @@ def _times(part: slice, factor: int) -> slice:
     return slice(part.start * factor, part.stop * factor)
 
 
-def _decoded(model: LatentDiffusion, latents: Tensor) -> Tensor:
+def decoded(model: LatentDiffusion, latents: Tensor) -> Tensor:
     """Images (B,C,H,W) of scaled latents, where the latents are."""
     if model.first_stage_model.downsampling == 1 or max(latents.shape[-2:]) <= model.image_size:
         return model.decode(latents)

@@ -108,12 +108,12 @@ def _solved(
         history = [*history, (x.flatten(1), residual)][-memory - 1 :]
         moved = x.flatten(1) + residual
         if len(history) > 1:
-            steps, changes = (torch.stack(values, 2).diff(dim=2) for values in zip(*history))  # (B,N,m)
+            steps, changes = (torch.stack(values, 2).double().diff(dim=2) for values in zip(*history))  # (B,N,m)
             gram = changes.transpose(1, 2) @ changes                            # (B,m,m)
-            ridge = 1e-8 * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).clamp(min=1e-20)
+            ridge = 1e-9 * gram.diagonal(dim1=1, dim2=2).amax(1, keepdim=True).clamp(min=1e-12)
             gram = gram + torch.diag_embed(ridge.expand(-1, gram.shape[1]))
-            weights = torch.linalg.solve(gram, changes.transpose(1, 2) @ residual[..., None])
-            moved = moved - ((steps + changes) @ weights)[..., 0]
+            weights = torch.linalg.solve(gram, changes.transpose(1, 2) @ residual.double()[..., None])
+            moved = moved - ((steps + changes) @ weights)[..., 0].to(moved)
         x = moved.view_as(wanted)
     return best
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ldm.diffusion import samplers, schedules
+from ldm.diffusion import schedules
 from ldm.networks.unet import UNetModel
+from ldm.translation import invert_published
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -40,8 +41,5 @@ def guided_diffusion_table() -> Tensor:
 
 
 def invert(denoiser, image: Tensor, sigmas: Tensor, cond: dict) -> Tensor:
-    """guided-diffusion's ddim_reverse_sample_loop: Euler upwards, then to sigma = infinity, the noise."""
-    up = sigmas[:-1].flip(0)
-    x = samplers.sample_euler(denoiser, image * (1 + up[0] ** 2).sqrt(), up, cond)
-    with torch.no_grad():
-        return (x - denoiser(x, up[-1].expand(len(x)), cond)) / up[-1]
+    """guided-diffusion's ddim_reverse_sample_loop: to sigma = infinity, the noise."""
+    return invert_published(denoiser, image, sigmas, cond) / (1 + sigmas[0] ** 2).sqrt()

@@ -6,13 +6,13 @@ import sys
 
 import typer
 
-from ldm.cli import doctor, filter, generate, models, sequence, view
+from ldm.cli import doctor, evaluate, filter, generate, models, sequence, translate, view
 from ldm.cli.app import app
 from ldm.errors import run_command
 
 USAGE_ERROR = typer.BadParameter.__base__  # typer may bring a click of its own
 
-__all__ = ["app", "doctor", "filter", "generate", "main", "models", "sequence", "view"]
+__all__ = ["app", "doctor", "evaluate", "filter", "generate", "main", "models", "sequence", "translate", "view"]
 
 
 def main() -> None:

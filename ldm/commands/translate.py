@@ -1,0 +1,328 @@
+"""Body of `histoldm translate`."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+import torch
+import zarr
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ldm.commands.outputs import provenance, weights_of
+from ldm.commands.translate_inputs import Picture
+from ldm.commands.translate_pictures import coloured, difference, labelled_sheet
+from ldm.commands.translate_plans import pictures_and_plans
+from ldm.conditioners.edits import Target
+from ldm.convert import load_model
+from ldm.data.images_out import save_bigtiff, save_ome_zarr, save_png, to_uint8
+from ldm.errors import UserError
+from ldm.files import writable_folder, write_text
+from ldm.inference import default_guidance
+from ldm.model_folder import load_network
+from ldm.translate_images import Classifier, check_images, decoded, encoded, image_channels, translate
+from ldm.translation_spec import Plan
+
+SHOWN = 2048  # px along a large image on which differences are counted and sheets drawn
+
+
+@dataclass
+class Output:
+    """One image to make: of which picture, to which target, where, and what it says of itself."""
+
+    picture: int
+    target: Target
+    path: Path
+    text: dict[str, Any]
+
+
+def translate_pictures(
+    model_path: Path, images: Path, out: Path, device: str, batch_size: int, asked: Mapping[str, Any],
+    classifier: Path | None = None, classifier_scale: float = 1.0, enlarge: int | None = None,
+    intermediates: int = 0, differences: bool | None = None, **settings: Any,
+) -> None:  # fmt: skip
+    """`histoldm translate`: an image for every target of every image, translations.csv, and a sheet for each image.
+
+    asked: arguments of `pictures_and_plans`. Images are written as they are made; those that a run of the same settings
+    left are kept, those of others are an error.
+    """
+    writable_folder(out)
+    model = load_model(model_path, device)
+    pictures, plans = pictures_and_plans(model, images, device=device, **asked)
+    shown = _image_condition(model)
+    settings["start"] = settings["start"] or ("noise" if enlarge else "none" if shown else "invert")
+    if enlarge and settings["start"] == "invert":
+        raise UserError("--enlarge makes details that are not in the image: it goes with --start noise or none.")
+    if settings["guidance_scale"] is None:
+        settings["guidance_scale"] = default_guidance(model) if settings["start"] != "invert" else 1.0
+    for picture in pictures:
+        _check_picture(model, picture, enlarge or 1)
+    network = None if classifier is None else load_network(classifier, device)
+    used = settings | {"model_sha256": weights_of(model_path)}
+    if network is not None:
+        used |= {"classifier_sha256": weights_of(classifier), "classifier_scale": classifier_scale}
+    outputs = _outputs(model_path, model, pictures, plans, out, enlarge, used)
+    kept = {output.path for output in outputs if _is_kept(output)}
+    groups = _groups(pictures, plans, outputs, kept, batch_size)
+    with tqdm(total=len(outputs), initial=len(kept), desc="translate", unit="image") as bar:
+        for chosen in groups:
+            values = [plans[i] for i in chosen]
+            pixels = [to_tensor(model, pictures[i]) for i in chosen]
+            batch = torch.stack(pixels)
+            low = None
+            if enlarge:
+                low = batch
+                batch = torch.nn.functional.interpolate(batch, scale_factor=enlarge, mode="bicubic").clamp(-1, 1)
+            extra = {shown: batch} if shown else {}
+            count = len(values[0].targets)
+            source = _conditions(model, [plan.source for plan in values], extra)
+            targets = [_conditions(model, [plan.targets[k].values for plan in values], extra) for k in range(count)]
+            guide = _classifier(model, network, classifier_scale, values)
+            steps = _Steps(model, out, [pictures[i] for i in chosen], values, intermediates)
+            made = translate(
+                model, batch, source, targets, classifier=guide, low=low, first=chosen, batch_size=batch_size,
+                watch=steps.seen if intermediates else None, progress=False, **settings,
+            )  # fmt: skip
+            for k, results in enumerate(made):
+                for row, i in enumerate(chosen):
+                    output = next(o for o in outputs if o.picture == i and o.target is plans[i].targets[k])
+                    if output.path not in kept:
+                        _save(output, to_uint8(results[row]), _mpp(pictures[i], enlarge))
+                        bar.update()
+            steps.write(used)
+    _write_list(out, pictures, plans, outputs, settings["seed"])
+    differ = asked.get("edits") or asked.get("spec") if differences is None else differences
+    for i, picture in enumerate(tqdm(pictures, desc="sheets", disable=len(pictures) < 8)):
+        _show(model, picture, [o for o in outputs if o.picture == i], out, bool(differ) and not enlarge, used)
+    print(f"wrote {len(outputs) - len(kept)} images to {out}, kept {len(kept)}; with translations.csv and sheets")
+
+
+def _image_condition(model: Any) -> str | None:
+    """The condition that is the image itself, of a model for translation between modalities."""
+    about = {} if model.cond_stage_model is None else model.cond_stage_model.describe()
+    return next((key for key, told in about.items() if told.get("kind") == "image"), None)
+
+
+def _check_picture(model: Any, picture: Picture, times: int) -> None:
+    channels = 1 if picture.gray else 3
+    if image_channels(model) == 1:
+        channels = 1  # colours that are alike are one channel: seen when it is read
+    check_images(model, torch.zeros(1, channels, picture.size[1] * times, picture.size[0] * times), picture.file)
+
+
+def to_tensor(model: Any, picture: Picture) -> Tensor:
+    """A picture as (C,H,W) in [-1,1], with the model's channels."""
+    pixels = picture.pixels()
+    if image_channels(model) == 1:
+        spread = pixels.max(-1).astype(int) - pixels.min(-1)
+        if int(spread.max()) > 8:
+            raise UserError(f"{picture.file} is in colour, the model works on gray images; convert it to gray first.")
+        pixels = pixels[..., :1]
+    return torch.from_numpy(np.array(pixels)).movedim(-1, 0).float() / 127.5 - 1
+
+
+def _mpp(picture: Picture, enlarge: int | None) -> float | None:
+    return picture.mpp and picture.mpp / (enlarge or 1)
+
+
+def _words(values: Mapping[str, Any]) -> str:
+    """Values by condition in words; arrays by their SHA-256."""
+    words = []
+    for key, value in values.items():
+        if isinstance(value, (np.ndarray, Tensor)):
+            value = "sha256:" + hashlib.sha256(np.asarray(value, np.float32).tobytes()).hexdigest()[:12]
+        elif isinstance(value, Mapping):
+            value = ",".join(f"{name}:{number:g}" for name, number in value.items())
+        words.append(f"{key}={value}")
+    return " ".join(words)
+
+
+def _outputs(
+    model_path: Path, model: Any, pictures: Sequence[Picture], plans: Sequence[Plan], out: Path, enlarge: int | None,
+    settings: dict[str, Any],
+) -> list[Output]:  # fmt: skip
+    outputs = []
+    for i, (picture, plan) in enumerate(zip(pictures, plans)):
+        for target in plan.targets:
+            text = provenance(model_path, model, _words(target.values), settings) | picture.about
+            text |= {"source_condition": _words(plan.source), "target": target.label, "index": i}
+            text |= {"mpp": _mpp(picture, enlarge)} if picture.mpp else {}
+            text |= {"enlarge": enlarge} if enlarge else {}
+            path = out / f"{picture.name}__{target.label}{picture.suffix}"
+            outputs.append(Output(i, target, path, json.loads(json.dumps(text, default=str))))
+    return outputs
+
+
+def _is_kept(output: Output) -> bool:
+    """Whether an output is there already. UserError if it was made otherwise."""
+    if not output.path.exists():
+        return False
+    found = said_by(output.path)
+    differ = sorted(name for name in {*output.text, *found} if output.text.get(name) != found.get(name))
+    if differ or not found:
+        raise UserError(
+            f"{output.path} is there and was made otherwise ({', '.join(differ) or 'not by this program'}); choose "
+            "another --out, or remove it."
+        )
+    return True
+
+
+def said_by(path: Path) -> dict[str, Any]:
+    """What a generated PNG, TIFF or OME-Zarr says of itself; {} if nothing."""
+    try:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                image.load()
+                return json.loads(image.text["SYNTHETIC"])
+        if path.suffix == ".zarr":
+            about = dict(zarr.open_group(str(path), mode="r").attrs["histoldm"])
+            return {name: value for name, value in about.items() if name != "description"} | {
+                "SYNTHETIC": json.loads(about["description"].partition("\n")[2])["SYNTHETIC"]
+            }
+        with tifffile.TiffFile(path) as file:
+            return json.loads(file.pages[0].description.partition("\n")[2])
+    except (OSError, AttributeError, KeyError, ValueError, tifffile.TiffFileError):
+        return {}
+
+
+def _groups(
+    pictures: Sequence[Picture], plans: Sequence[Plan], outputs: Sequence[Output], kept: set[Path], batch_size: int
+) -> list[list[int]]:
+    """Pictures that still lack an output, those of one size and as many targets together, in batches."""
+    missing = dict.fromkeys(output.picture for output in outputs if output.path not in kept)
+    alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
+    for i in missing:
+        guided = tuple(tuple(sorted(target.values)) for target in plans[i].targets)
+        alike[pictures[i].size, guided, tuple(sorted(plans[i].source))].append(i)
+    return [group[k : k + batch_size] for group in alike.values() for k in range(0, len(group), batch_size)]
+
+
+def _conditions(model: Any, values: Sequence[Mapping[str, Any]], extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The condition of several images, each by its own values, and of all by `extra`, the images themselves."""
+    if model.cond_stage_model is None:
+        return {}
+    conds = []
+    for row, given in enumerate(values):
+        told = {**given, **{key: _within(model, key, images[row : row + 1]) for key, images in extra.items()}}
+        conds.append(model.condition(**told) if told else model.null_condition())
+    cond = {part: torch.cat([each[part] for each in conds]) for part in conds[0]}
+    for images in extra.values():
+        part = next(part for part in cond if part.rpartition("/")[2] == "concat")
+        cond[part] = images.to(cond[part])
+    return cond
+
+
+def _within(model: Any, key: str, image: Tensor) -> Tensor:
+    """The corner of an image that a condition takes, in its channels."""
+    side = model.cond_stage_model.describe()[key]["size"]
+    return image[..., :side, :side]
+
+
+def _classifier(
+    model: Any, network: Any, scale: float, plans: Sequence[Plan]
+) -> Classifier | None:
+    """The guiding classifier with the classes of the targets."""
+    if network is None:
+        return None
+    about = model.cond_stage_model.describe()
+    key = next((key for key, told in about.items() if told.get("kind") == "class"), None)
+    if key is None:
+        raise UserError("a classifier guides to the target's class, and the model has no condition of that kind.")
+    names = getattr(network, "metadata", {}).get("classes") or about[key]["names"]
+    network.metadata = {**getattr(network, "metadata", {}), "classes": list(names)}
+    labels = [[plan.targets[k].values.get(key) for plan in plans] for k in range(len(plans[0].targets))]
+    return Classifier(network, labels, scale)
+
+
+class _Steps:
+    """Denoised images on the way down, a bounded number of each."""
+
+    def __init__(self, model: Any, out: Path, pictures: Sequence[Picture], plans: Sequence[Plan], count: int):
+        self.model, self.out, self.pictures, self.plans, self.count = model, out, pictures, plans, count
+        self.held: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+
+    def seen(self, k: int, step: int, x: Tensor, x0: Tensor) -> None:
+        if k >= 0:
+            self.held[k, step].append(decoded(self.model, x0.float()).clamp(-1, 1).cpu())
+
+    def write(self, settings: Mapping[str, Any]) -> None:
+        for k in {k for k, _ in self.held}:
+            steps = sorted(step for number, step in self.held if number == k)
+            for step in sorted({steps[round(place)] for place in np.linspace(0, len(steps) - 1, self.count)}):
+                for picture, plan, image in zip(self.pictures, self.plans, torch.cat(self.held[k, step])):
+                    name = f"{picture.name}__{plan.targets[k].label}__step{step:03d}.png"
+                    text = {"SYNTHETIC": "generated by HistoLDM; not a real specimen", "step": step, **settings}
+                    save_png(self.out / "intermediates" / name, to_uint8(image), text)
+
+
+def _save(output: Output, image: np.ndarray, mpp: float | None) -> None:
+    if output.path.suffix == ".png":
+        save_png(output.path, image, output.text)
+    elif output.path.suffix == ".zarr":
+        save_ome_zarr(output.path, image, mpp, output.text)
+    else:
+        save_bigtiff(output.path, image, mpp, output.text)
+
+
+def _write_list(
+    out: Path, pictures: Sequence[Picture], plans: Sequence[Plan], outputs: Sequence[Output], seed: int
+) -> None:
+    table = io.StringIO()
+    writer = csv.writer(table)
+    writer.writerow(["file", "source_image", "target", "source_condition", "target_condition", "seed", "index"])
+    for output in outputs:
+        about = output.text
+        writer.writerow([output.path.name, pictures[output.picture].file, output.target.label,
+                         about["source_condition"], about["condition"], seed, output.picture])  # fmt: skip
+    write_text(out / "translations.csv", table.getvalue())
+
+
+@torch.no_grad()
+def _show(
+    model: Any, picture: Picture, outputs: Sequence[Output], out: Path, differ: bool, settings: Mapping[str, Any]
+) -> None:
+    """The sheet of one image and, if wanted, a map of what changed in each of its translations."""
+    if max(picture.size) > SHOWN:
+        return
+    image = to_tensor(model, picture)
+    before = to_uint8(image)
+    rows = [[("source", before), *((output.target.label, _read(output.path)) for output in outputs)]]
+    about = {"SYNTHETIC": "generated by HistoLDM; not a real specimen", **settings, **picture.about}
+    if differ:
+        if model.first_stage_model.downsampling > 1:  # what the first stage loses is no change
+            factor = model.first_stage_model.downsampling
+            h, w = image.shape[-2:]
+            padded = torch.nn.functional.pad(image[None], (0, -w % factor, 0, -h % factor), mode="replicate")
+            again = decoded(model, encoded(model, padded.to(model.device)))[0, :, :h, :w]
+            before = to_uint8(again.clamp(-1, 1))
+        changes = [difference(before, after) for _, after in rows[0][1:]]
+        most = max(float(np.quantile(change, 0.999)) for change in changes)
+        maps = [("changes", np.full_like(before, 255))]
+        for output, change in zip(outputs, changes):
+            shown = coloured(change, most)
+            save_png(out / "differences" / f"{output.path.name.partition('.')[0]}.png", shown,
+                     {**about, "target": output.target.label, "brightest": f"{most:.1f} grey levels"})  # fmt: skip
+            maps.append((f"mean {change.mean():.1f} grey levels", shown))
+        rows.append(maps)
+    save_png(out / "sheets" / f"{picture.name}.png", labelled_sheet(rows), about)
+
+
+def _read(path: Path) -> np.ndarray:
+    if path.suffix == ".zarr":
+        return np.moveaxis(np.asarray(zarr.open_group(str(path), mode="r")["0"]), 0, -1)
+    if path.suffix == ".png":
+        return np.asarray(Image.open(path).convert("RGB"))
+    return tifffile.imread(path, key=0)
+
+

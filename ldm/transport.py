@@ -1,0 +1,145 @@
+"""Rectified flow between two spaces of features: what a tile's features would be in another stain.
+
+The flow (arXiv:2209.03003) is a small MLP v(x, t) with x_t = (1-t)*x0 + t*x1, trained on pairs (x0, x1), the same place
+seen twice, or, where there are none, on random pairs, which minibatch optimal transport (arXiv:2302.00482) sorts into
+near ones. It is saved as a folder: `model.safetensors`, and `config.yaml` with the spaces' means and scales.
+
+    transport = fit_transport(he_features, ihc_features, paired=False)
+    mapped = transport.map(he_features)                                         # (N,D1)
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ldm.errors import UserError
+from ldm.files import whole
+from ldm.rng import generator
+
+WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+LEAST = 16  # features of each side
+
+
+class Transport(nn.Module):
+    """Maps features (N,dim) to (N,target_dim), along the flow of a time-dependent MLP over standardised features.
+
+    Spaces of different size are joined by a linear map, `bridge`, which is fitted to pairs.
+    """
+
+    def __init__(self, dim: int, target_dim: int, width: int = 512, depth: int = 3):
+        super().__init__()
+        self.dim, self.target_dim, self.width, self.depth = dim, target_dim, width, depth
+        for name, size in (("source", dim), ("target", target_dim)):
+            self.register_buffer(f"{name}_mean", torch.zeros(size))
+            self.register_buffer(f"{name}_std", torch.ones(size))
+        self.register_buffer("bridge", torch.eye(dim, target_dim))
+        self.register_buffer("frequencies", 2.0 ** torch.arange(6) * torch.pi)
+        sizes = [target_dim + 2 * len(self.frequencies), *[width] * depth]
+        hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.SiLU())]
+        self.net = nn.Sequential(*hidden, nn.Linear(width, target_dim))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity (B,target_dim) at x (B,target_dim) and time t (B,)."""
+        angles = t[:, None] * self.frequencies
+        return self.net(torch.cat([x, angles.sin(), angles.cos()], 1))
+
+    def start(self, features: Tensor) -> Tensor:
+        """Standardised features where the flow begins."""
+        return ((features - self.source_mean) / self.source_std) @ self.bridge
+
+    @torch.no_grad()
+    def map(self, features: Tensor, steps: int = 20) -> Tensor:
+        """Features (N,dim) of the source space as features (N,target_dim) of the target's; midpoint steps."""
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise UserError(f"the map takes features (N, {self.dim}); got {tuple(features.shape)}.")
+        x = self.start(features.float().to(self.bridge))
+        for i in range(steps):
+            t = torch.full((len(x),), i / steps).to(x)
+            middle = x + self(x, t) / (2 * steps)
+            x = x + self(middle, t + 0.5 / steps) / steps
+        return (x * self.target_std + self.target_mean).cpu()
+
+
+def fit_transport(
+    source: Tensor, target: Tensor, paired: bool, steps: int = 2000, batch_size: int = 128, width: int = 512,
+    learning_rate: float = 1e-3, seed: int = 0, device: str = "cpu", progress: bool = True,
+) -> Transport:  # fmt: skip
+    """Train a `Transport` of features source (N,D0) to target (M,D1); paired: row i of both is the same place.
+
+    UserError: too few features, unequal numbers of pairs, spaces of different size without pairs.
+    """
+    source, target = (values.float().to(device) for values in (source, target))
+    for name, values in (("source", source), ("target", target)):
+        if values.ndim != 2 or len(values) < LEAST or not values.isfinite().all():
+            raise UserError(f"the {name} features are (N, D), finite, {LEAST} at least; got {tuple(values.shape)}.")
+    if paired and len(source) != len(target):
+        raise UserError(f"pairs are equally many on both sides; got {len(source)} and {len(target)} features.")
+    if not paired and source.shape[1] != target.shape[1]:
+        raise UserError(
+            f"features of {source.shape[1]} and {target.shape[1]} values are of different spaces: that takes pairs."
+        )
+    torch.manual_seed(seed)
+    model = Transport(source.shape[1], target.shape[1], width).to(device)
+    for name, values in (("source", source), ("target", target)):
+        getattr(model, f"{name}_mean").copy_(values.mean(0))
+        getattr(model, f"{name}_std").copy_(values.std(0).clamp(min=1e-6))
+    ends = (target - model.target_mean) / model.target_std
+    if paired:
+        begins = (source - model.source_mean) / model.source_std
+        ridge = 1e-1 * len(begins) * torch.eye(begins.shape[1], device=begins.device)
+        model.bridge.copy_(torch.linalg.solve(begins.T @ begins + ridge, begins.T @ ends))
+    begins = model.start(source)
+    optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    rng = generator(seed, 0x666C6F77)
+    for _ in tqdm(range(steps), desc="transport", disable=not progress):
+        rows = torch.randint(len(begins), (batch_size,), generator=rng).to(begins.device)
+        others = rows if paired else torch.randint(len(ends), (batch_size,), generator=rng).to(ends.device)
+        a, b = begins[rows], ends[others]
+        if not paired:
+            b = b[torch.as_tensor(linear_sum_assignment(torch.cdist(a, b).cpu().numpy())[1]).to(b.device)]
+        t = torch.rand(batch_size, generator=rng).to(a)
+        loss = (model(torch.lerp(a, b, t[:, None]), t) - (b - a)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    return model.eval().requires_grad_(False)
+
+
+def save_transport(folder: Path, model: Transport, metadata: dict[str, Any]) -> Path:
+    """Write a folder of a map; metadata: encoders, licences, what it was trained on."""
+    if folder.exists() and not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is there and is no folder of a map; choose another --out.")
+    shape = {name: getattr(model, name) for name in ("dim", "target_dim", "width", "depth")}
+    with whole(folder) as part:
+        part.mkdir(parents=True)
+        save_file({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, part / WEIGHTS)
+        (part / CONFIG).write_text(yaml.safe_dump({"transport": shape, "metadata": metadata}), encoding="utf-8")
+    return folder
+
+
+def load_transport(folder: Path) -> Transport:
+    """The map in a folder that `save_transport` wrote, with its metadata."""
+    try:
+        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        model = Transport(**config["transport"])
+        model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, KeyError, TypeError, RuntimeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{folder} is no map of features ({str(error).splitlines()[0]}); `python -m data_prep.train_feature_map` "
+            "makes one."
+        ) from error
+    model.metadata = config.get("metadata", {})
+    return model.eval().requires_grad_(False)
