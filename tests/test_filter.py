@@ -323,11 +323,11 @@ def test_tiles_are_sampled_until_enough_pass(world, tmp_path, threshold, monkeyp
     def stopped(*args, **kwargs):
         calls.append(1)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            raise RuntimeError("power cut")
         return sample(*args, **kwargs)
 
     monkeypatch.setattr(inference, "sample", stopped)
-    with pytest.raises(BaseException, match=""):
+    with pytest.raises(RuntimeError, match="power cut"):
         resample(world, tmp_path / "b", *given, batch=1)
     monkeypatch.setattr(inference, "sample", sample)
     resample(world, tmp_path / "b", *given, batch=1)
@@ -352,6 +352,8 @@ def test_each_request_gets_its_own(world, tmp_path):
     given = ("--table", tmp_path / "t.csv", "--matches", "score", "--above", 0.05)
     said = resample(world, tmp_path / "o", *given, until=2)
     listed = pd.read_csv(tmp_path / "o" / "tiles.csv")
+    resample(world, tmp_path / "one", *given, until=2, batch=1)
+    assert pd.read_csv(tmp_path / "one" / "tiles.csv")["index"].tolist() == listed["index"].tolist()
     assert listed["row"].value_counts().to_dict() == {0: 2, 1: 2}
     assert "score=0.1: 2 of" in said
     for options, words in [
@@ -370,11 +372,10 @@ def test_rounds_ask_for_what_is_lacking():
     log = Log(3, 2)
     assert log.round() == [0, 0, 0, 1, 1, 1]
     for i, (request, passes) in enumerate([(0, True), (0, True), (0, True), (1, False), (1, True), (1, False)]):
-        log.add(request, i, 0.5, 0.5, passes)
-    assert log.lacking == [1]
-    assert log.round() == [1] * 5  # two lack, and one and a half of five passed
-    assert not log.add(0, 6, 0.9, 0.9, True)  # enough: not an attempt
-    assert len(log.rows) == 6
+        log.add({"index": i, "request": request, "kept": passes})
+    assert not log.lacks(0)
+    assert log.round() == [1] * 5  # two lack, and about two of five pass
+    assert not log.done
 
 
 # --- utility ---------------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,43 +34,35 @@ SHOWN = 48
 MOST = 4  # attempts of a round for each image that a request lacks
 
 
-@dataclass
 class Log:
-    """Attempts so far. Attempt i has the noise of index i; request, score and kept_by of each, and whether it passed.
+    """Attempts so far, of `requests` requests that are to have `needed` images each.
 
-    needed: images that each of `requests` requests is to have.
+    rows: index (of the noise), request, score, kept_by, kept of each. tried, passed: how many, of each request.
     """
 
-    needed: int
-    requests: int
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    def __init__(self, needed: int, requests: int):
+        self.needed, self.rows = needed, []
+        self.tried, self.passed = [0] * requests, [0] * requests
 
-    def passed(self, request: int | None = None) -> int:
-        return sum(row["kept"] for row in self.rows if request in (None, row["request"]))
-
-    def tried(self, request: int) -> int:
-        return sum(row["request"] == request for row in self.rows)
+    def lacks(self, request: int) -> bool:
+        return self.passed[request] < self.needed
 
     @property
-    def lacking(self) -> list[int]:
-        """Requests that do not have enough."""
-        return [r for r in range(self.requests) if self.passed(r) < self.needed]
+    def done(self) -> bool:
+        return not any(map(self.lacks, range(len(self.passed))))
 
     def round(self) -> list[int]:
         """The requests of the next attempts: of each that lacks images, as many as its acceptance so far asks for."""
         plan = []
-        for r in self.lacking:
-            lacks, share = self.needed - self.passed(r), (self.passed(r) + 1) / (self.tried(r) + 2)
-            plan += [r] * (min(math.ceil(lacks / share), MOST * lacks) if self.tried(r) else lacks)
+        for r in filter(self.lacks, range(len(self.passed))):
+            lacking, share = self.needed - self.passed[r], (self.passed[r] + 1) / (self.tried[r] + 2)
+            plan += [r] * (min(math.ceil(lacking / share), MOST * lacking) if self.tried[r] else lacking)
         return plan
 
-    def add(self, request: int, index: int, score: float, value: float, passes: bool) -> bool:
-        """Note an attempt, unless its request has had enough; whether it is kept."""
-        if self.passed(request) >= self.needed:
-            return False
-        row = {"index": index, "request": request, "score": score, "kept_by": value, "kept": passes}
+    def add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
-        return passes
+        self.tried[row["request"]] += 1
+        self.passed[row["request"]] += bool(row["kept"])
 
 
 def resample(
@@ -101,36 +92,44 @@ def resample(
     about = settings | {"model_sha256": weights_of(model_path), "scorer": network.name}
     about |= {"scorer_sha256": network.identity, "above": least[""], "class": class_name, "matches": matches}
     begin = about | {"requests": [tiles.digest(i) for i in range(len(tiles))], "until": until}
-    log = _resumed(out, json.loads(json.dumps(begin)), Log(until, len(tiles)))
-    condition_of = _conditions(model, tiles)
-    with tqdm(total=until * len(tiles), initial=log.passed(), desc="resample", unit="passed") as bar:
-        index = max((row["index"] for row in log.rows), default=-1) + 1
-        while log.lacking and len(log.rows) < max_attempts:
-            plan = log.round()[: max_attempts - len(log.rows)]
+    held, log, base = _held(out, json.loads(json.dumps(begin))), Log(until, len(tiles)), 0
+    condition_of, sheet_text = _conditions(model, tiles), provenance(model_path, model, "see tiles.csv", about)
+    with tqdm(total=until * len(tiles), desc="resample", unit="passed") as bar:
+        while not log.done and len(log.rows) < max_attempts:
+            plan = log.round()
             for start in range(0, len(plan), batch_size):
-                part = [r for r in plan[start : start + batch_size] if r in log.lacking]
-                if not part:
-                    continue
-                images = inference.sample(
-                    model, condition_of(part), len(part), batch_size=batch_size, first=index, progress=False, **settings
-                )
-                scores, values = judged(network, images.to(device), tiles, part, class_name, matches)
-                for i, (request, score, value) in enumerate(zip(part, scores, values)):
-                    if log.add(request, index + i, float(score), float(value), bool(value >= least[""])):
-                        words = " ".join(f"{k}={v}" for k, v in tiles.about[request].items() if v != "")
-                        text = provenance(model_path, model, words, about)
-                        text |= {"condition_sha256": tiles.digest(request), "index": index + i, "score": float(score)}
-                        save_png(_name(out, index + i), to_uint8(images[i]), text)
-                        bar.update()
-                index += len(part)
+                part, first = plan[start : start + batch_size], base + start
+                asked_now = {first + i: r for i, r in enumerate(part) if log.lacks(r)}
+                if any(index not in held for index in asked_now):
+                    images = inference.sample(
+                        model, condition_of(part), len(part), batch_size=batch_size, first=first, progress=False,
+                        **settings,
+                    )  # fmt: skip
+                    scores, values = judged(network, images.to(device), tiles, part, class_name, matches)
+                for index, request in asked_now.items():
+                    if not log.lacks(request) or len(log.rows) >= max_attempts:
+                        continue
+                    if index not in held:
+                        i = index - first
+                        row = {"index": index, "request": request, "score": float(scores[i])}
+                        held[index] = row | {"kept_by": float(values[i]), "kept": bool(values[i] >= least[""])}
+                        if held[index]["kept"]:
+                            words = " ".join(f"{k}={v}" for k, v in tiles.about[request].items() if v != "")
+                            text = provenance(model_path, model, words, about) | {"index": index, **held[index]}
+                            text |= {"condition_sha256": tiles.digest(request)}
+                            save_png(_name(out, index), to_uint8(images[i]), text)
+                    log.add(held[index])
+                    bar.update(held[index]["kept"])
                 with whole(out / ATTEMPTS) as file:
                     pd.DataFrame(log.rows).to_csv(file, index=False)
                 bar.set_postfix(attempts=len(log.rows))
-    _finish(out, log, tiles, settings["seed"], begin, provenance(model_path, model, "see tiles.csv", about))
-    if log.lacking:
-        share, low, high = proportion(log.passed(), len(log.rows))
+            base += len(plan)
+    _finish(out, log, tiles, settings["seed"], begin, sheet_text)
+    if not log.done:
+        passed = sum(log.passed)
+        share, low, high = proportion(passed, len(log.rows))
         raise UserError(
-            f"{log.passed()} of {until * len(tiles)} tiles passed in {len(log.rows)} attempts ({share:.1%} [{low:.1%}, "
+            f"{passed} of {until * len(tiles)} tiles passed in {len(log.rows)} attempts ({share:.1%} [{low:.1%}, "
             f"{high:.1%}]); a larger --max-attempts goes on from here, a lower --above lets more pass."
         )
 
@@ -164,24 +163,21 @@ def _name(out: Path, index: int) -> Path:
     return out / f"{index:06d}.png"
 
 
-def _resumed(out: Path, begin: dict[str, Any], log: Log) -> Log:
-    """The log of an earlier run of the same settings; UserError if `out` holds anything else."""
+def _held(out: Path, begin: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Attempts of an earlier run of the same settings by index; UserError if `out` holds anything else."""
     if not (out / SETTINGS).is_file():
         if files := sorted(path.name for path in out.iterdir()):
             raise UserError(f"{out} holds other files ({files[0]}, ...); give an --out that is empty or new.")
         write_text(out / SETTINGS, json.dumps(begin, indent=1))
-        return log
     before = json.loads((out / SETTINGS).read_text())
     if differ := sorted(name for name in begin if before.get(name) != begin[name]):
         raise UserError(f"{out} holds tiles of other settings ({', '.join(differ)} differ); give another --out.")
-    if (out / ATTEMPTS).is_file():
-        rows = pd.read_csv(out / ATTEMPTS).to_dict("records")
-        log.rows = [row for row in rows if not row["kept"] or _name(out, row["index"]).is_file()]
-    known = {row["index"] for row in log.rows}
-    for path in out.glob("[0-9]*.png"):  # made after the last note of attempts
-        if int(path.stem) not in known:
+    rows = pd.read_csv(out / ATTEMPTS).to_dict("records") if (out / ATTEMPTS).is_file() else []
+    held = {row["index"]: row for row in rows if not row["kept"] or _name(out, row["index"]).is_file()}
+    for path in out.glob("[0-9]*.png"):  # made after the attempts were last noted
+        if int(path.stem) not in held:
             path.unlink()
-    return log
+    return held
 
 
 def _finish(out: Path, log: Log, tiles: Requests, seed: int, begin: dict[str, Any], sheet_text: dict[str, Any]) -> None:
@@ -204,4 +200,4 @@ def _finish(out: Path, log: Log, tiles: Requests, seed: int, begin: dict[str, An
     print(f"{len(kept)} of {len(log.rows)} attempts passed: {share:.1%} [{low:.1%}, {high:.1%}]; in {out}")
     for r in range(len(tiles) if len(tiles) > 1 else 0):
         words = " ".join(f"{k}={v}" for k, v in tiles.about[r].items() if v not in ("", "source"))
-        print(f"  {words}: {log.passed(r)} of {log.tried(r)}")
+        print(f"  {words}: {log.passed[r]} of {log.tried[r]}")
