@@ -20,7 +20,9 @@ from ldm.errors import UserError, suggest
 from ldm.files import write_text
 
 ALLOWED = ("ldm.", "torch.optim.", "torch.nn.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.")
+BUILDERS = ("ldm.model_folder.load_first_stage",)  # functions that may be targets; all others are classes
 _ALSO_ALLOWED: ContextVar[tuple[str, ...]] = ContextVar("also_allowed", default=())
+_MODULES_ONLY: ContextVar[bool] = ContextVar("modules_only", default=False)
 TOP_LEVEL = {"model", "data", "lightning", "name", "seed"}
 LIGHTNING = {"trainer", "callbacks", "modelcheckpoint", "logger"}
 MODEL_NODE = {"target", "params", "base_learning_rate"}
@@ -156,11 +158,28 @@ def allowing(prefixes: Iterable[str]) -> Iterator[None]:
         _ALSO_ALLOWED.reset(token)
 
 
+@contextmanager
+def modules_only() -> Iterator[None]:
+    """Within it targets are modules of torch, as all parts of a model are: its config may be anybody's."""
+    token = _MODULES_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _MODULES_ONLY.reset(token)
+
+
 def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Callable[..., Any]:
-    """The class or function that a dotted name means. Nothing outside the allowed prefixes is imported."""
-    allowed = (*ALLOWED, *allow, *_ALSO_ALLOWED.get())
+    """The class, or one of BUILDERS, that a dotted name means. Nothing outside the allowed prefixes is imported.
+
+    Targets that `allow` or `allowing` names may be functions too.
+    """
+    trusted = (*allow, *_ALSO_ALLOWED.get())
+    allowed = (*ALLOWED, *trusted)
     if not target.startswith(allowed):
-        raise UserError(f"'{target}' is not allowed; a target must start with one of: {', '.join(allowed)}")
+        raise UserError(
+            f"'{target}' is not allowed; a target must start with one of: {', '.join(allowed)}. Where you trust "
+            "a model's own code, commands that load it take --allow-target with the beginning of that name."
+        )
     parts = target.split(".")
     if not all(part.isidentifier() for part in parts):
         raise UserError(f"'{target}' is not a dotted name such as ldm.module.Class")
@@ -179,7 +198,18 @@ def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Callable[..., An
     home = f"{getattr(found, '__module__', None)}."
     if not callable(found) or not home.startswith(allowed):  # a module's own imports (`ldm.config.os.system`) stay out
         raise UserError(f"'{target}' is not a class or function of {', '.join(allowed)}")
+    if target not in BUILDERS and not target.startswith(trusted):
+        if not isinstance(found, type):
+            raise UserError(f"'{target}' is a function; a target is a class")
+        if _MODULES_ONLY.get() and not _is_module(found):
+            raise UserError(f"'{target}' is no part of a model")
     return found
+
+
+def _is_module(kind: type) -> bool:
+    from torch import nn
+
+    return issubclass(kind, nn.Module)
 
 
 def _import(name: str) -> ModuleType | None:

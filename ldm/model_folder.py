@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.weights import load_weights as load_first_stage_weights
 from ldm.autoencoder.weights import read_state_dict
-from ldm.config import instantiate_from_config, load_config, save_config
+from ldm.config import instantiate_from_config, load_config, modules_only, save_config
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint
 
@@ -100,7 +100,8 @@ def load_first_stage(folder: str) -> nn.Module:
     inner = PREFIX["first stage"]
     if any(name.startswith(inner) for name in state):
         state = {name.removeprefix(inner): value for name, value in state.items() if name.startswith(inner)}
-    module = instantiate_from_config(node)
+    with modules_only():
+        module = instantiate_from_config(node)
     check_names(state, module.state_dict(), folder)
     module.load_state_dict({name: value.float() for name, value in state.items()})
     return module.eval().requires_grad_(False)
@@ -164,7 +165,7 @@ def load_network(folder: str | Path, device: str | torch.device = "cpu") -> nn.M
 
 def _filled(node: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
     """The module of a node whose parameters are the tensors of `state` themselves, in float32."""
-    with torch.device("meta"):
+    with torch.device("meta"), modules_only():
         module = instantiate_from_config(node)
     check_names(state, module.state_dict(), path)
     lost = {name for name, _ in module.named_buffers()} - module.state_dict().keys() - {"sigmas"}
@@ -280,7 +281,7 @@ def _described(path: str | Path) -> dict[str, Any] | None:
             node = within(content["histoldm_conditioner"], Path(folder))
         if node is None:
             return None
-        with torch.device("meta"):
+        with torch.device("meta"), modules_only():
             return instantiate_from_config(node).describe()
 
 

@@ -9,6 +9,7 @@ import lpips
 import torch
 from torch import Tensor, nn
 
+from ldm.autoencoder.weights import read_state_dict
 from ldm.errors import UserError
 from ldm.metrics.encoders import load_encoder
 
@@ -50,7 +51,7 @@ class LPIPS(nn.Module):
 
 def _load_trunk(trunk: nn.Module, path: Path) -> None:
     """Copy torchvision's `features.<i>.…` into lpips' `slice<k>.<i>.…`."""
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_state_dict(path)
     names = {key: "features." + key.split(".", 1)[1] for key in trunk.state_dict()}
     missing = [source for source in names.values() if source not in state]
     if missing:

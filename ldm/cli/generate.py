@@ -9,6 +9,7 @@ import typer
 
 from ldm.cli.app import app
 from ldm.cli.options import (
+    AllowTargetOption,
     BatchOption,
     ConditionOption,
     DeviceOption,
@@ -76,6 +77,7 @@ def sample(
     cache: Annotated[
         int, typer.Option("--cache", min=1, help="Deep features at every n-th step only: faster, approximate.")
     ] = 1,
+    allow_target: AllowTargetOption = None,
 ) -> None:
     """Generate tiles under conditions by name, of a table, of a file of features, or of the tiles of a store.
 
@@ -124,6 +126,7 @@ def large_image(
     batch_size: BatchOption = 16,
     device: DeviceOption = "auto",
     precision: PrecisionOption = Precision.fp32,
+    allow_target: AllowTargetOption = None,
 ) -> None:
     """Generate one image of any size from a grid of features; the one at (row, col) conditions the image there.
 

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from ldm.cli.app import app
-from ldm.cli.options import Form
+from ldm.cli.options import AllowTargetOption, Form
 
 
 @app.command()
 def describe(
     model: Annotated[Path, typer.Argument(help="Model folder (or a training run's folder).")],
+    allow_target: AllowTargetOption = None,
 ) -> None:
     """Say what a model is and which conditions it takes, by name.
 
@@ -75,9 +76,7 @@ def convert(
     base: Annotated[
         Path | None, typer.Option("--base", help="Model folder with the parts that a network alone lacks.")
     ] = None,
-    allow_target: Annotated[
-        list[str] | None, typer.Option("--allow-target", help="Beginning of further targets in the YAML (repeat).")
-    ] = None,
+    allow_target: AllowTargetOption = None,
     to: Annotated[Form | None, typer.Option("--to", help="Write a model folder in the form of others.")] = None,
     half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
 ) -> None:

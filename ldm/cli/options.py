@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ldm.config import allowing
 from ldm.errors import UserError
 
 SOLVERS = (
@@ -21,6 +22,21 @@ Mode = Enum("Mode", {name: name for name in ("shifted", "overlap")}, type=str)
 Form = Enum("Form", {name: name for name in ("diffusers", "compvis")}, type=str)
 Interpolation = Enum("Interpolation", {name: name for name in ("linear", "slerp", "nearest")}, type=str)
 
+
+
+def allow_targets(context: typer.Context, prefixes: list[str] | None) -> list[str] | None:
+    """Until the command ends, models may name classes whose dotted names begin so."""
+    context.with_resource(allowing(prefixes or ()))
+    return prefixes
+
+
+AllowTargetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-target", callback=allow_targets, show_default=False,
+        help="Beginning of names of classes outside of this package that a model may use, as mylab. (repeat).",
+    ),
+]  # fmt: skip
 ModelOption = Annotated[Path, typer.Option("--model", help="Model folder (or a training run's folder).")]
 FeaturesOption = Annotated[
     Path, typer.Option("--features", help="Features: .npy, .h5 (CLAM, TRIDENT), .pt, or a tile store (.zarr).")
