@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm import model_folder
-from ldm.config import allowing, instantiate_from_config
+from ldm.config import allowing, instantiate_from_config, modules_only
 from ldm.diffusion.schedules import make_betas
 from ldm.errors import UserError, suggest
 from ldm.interop.checkpoint import read_checkpoint
@@ -103,8 +103,10 @@ def load_model(
         for note in found.notes:
             warnings.warn(f"{path.name}: {note}", stacklevel=2)
         with tempfile.TemporaryDirectory() as folder:
-            node = _with_files(found, Path(folder))
-            return model_folder.loaded(node, found.metadata, found.state, path, device)
+            model = model_folder.loaded(_with_files(found, Path(folder)), found.metadata, found.state, path, device)
+        if model.cond_stage_model is not None and "text" not in model.cond_stage_model.keys:  # whose null takes long
+            model.check_parts()
+        return model
 
 
 def read_published(source: str | Path, **options: Any) -> Converted:
@@ -197,10 +199,12 @@ def facts(
 def check(found: Converted, source: str | Path) -> nn.Module:
     """The module that the node builds, on the meta device.
 
-    UserError unless weights and noise schedule are its own, name by name.
+    UserError unless weights and noise schedule are its own, name by name, and its parts go together.
     """
     module = build(found)
     model_folder.check_names(found.state, module.state_dict(), source)
+    if getattr(module, "cond_stage_model", None) is not None:  # without, a context may come as a tensor
+        module.check_parts()
     if found.schedule:
         _check_schedule(found, source)
     return module
@@ -231,7 +235,7 @@ def _betas(params: Mapping[str, Any]) -> Tensor:
 
 def build(found: Converted) -> nn.Module:
     """The module of a converted model, without its weights, on the meta device."""
-    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"), modules_only():
         return instantiate_from_config(_with_files(found, Path(folder)))
 
 

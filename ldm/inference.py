@@ -209,12 +209,12 @@ def sample(
             rows = range(start, min(start + batch_size, count))
             seeds = [fold(seed, first + row) for row in rows]
             part = {name: value[rows.start : rows.stop] for name, value in cond.items()}
-            x = sample_noise(seeds, shape).to(model.device) * sigmas[0]
+            x = sample_noise(seeds, shape).to(model.device, model.sample_dtype) * sigmas[0]
             x = run_solver(
                 solver, denoiser, x, sigmas, part, _tile_noise(seeds, shape), eta,
                 lambda i, x, x0: bar.update(len(x)), variance,
             )  # fmt: skip
-            images.append(model.decode(x).clamp(-1, 1).cpu())
+            images.append(model.decode(x.float()).clamp(-1, 1).cpu())
     return torch.cat(images)
 
 

@@ -127,7 +127,8 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
         self.cond_stage_node = cond_stage_config
-        self._check_parts()
+        if not next(self.model.parameters()).is_meta:
+            self.check_parts()
         self.image_size = self.model.diffusion_model.image_size
         if self.image_size is None:
             raise UserError("unet_config.params needs image_size, the side of a tile's latent; samples have that size.")
@@ -150,11 +151,11 @@ class LatentDiffusion(pl.LightningModule):
         if self.model_ema is not None:  # every rank keeps its own, equal average: nothing to broadcast
             self._ddp_params_and_buffers_to_ignore = [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
 
-    def _check_parts(self) -> None:
+    def check_parts(self) -> None:
         """UserError if the network has no place for what the conditioner tells it, or waits for what it does not."""
         outer = self.model.diffusion_model
         network = getattr(outer, "unet", outer)  # an LMIUNet has one inside
-        if next(network.parameters()).is_meta or not isinstance(network, UNetModel):
+        if not isinstance(network, UNetModel):
             return
         with torch.no_grad():
             null = {} if self.cond_stage_model is None else self.cond_stage_model.null()
@@ -191,6 +192,12 @@ class LatentDiffusion(pl.LightningModule):
         self.sigmas = schedules.sigmas_from_alphas_cumprod(alphas_cumprod).float()
 
     # --- the callables of the design: denoiser, condition, encode, decode -----------------------------------------
+
+    @property
+    def sample_dtype(self) -> torch.dtype:
+        """What a sampler's x is: float32, but for networks that float32 is too coarse for, where the device can."""
+        wanted = getattr(self.model.diffusion_model, "sample_dtype", torch.float32)
+        return torch.float32 if self.device.type == "mps" else wanted
 
     def make_denoiser(self, network: Callable[..., Tensor]) -> Denoiser:
         """`network` as denoiser(x, sigma, cond) -> x0, with this model's parameterisation and noise table."""

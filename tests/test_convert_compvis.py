@@ -11,6 +11,7 @@ import yaml
 from published import load, relative
 from torch import Tensor
 
+from ldm import cli
 from ldm.conditioners.field import FeatureField
 from ldm.conditioners.rescaler import SpatialRescaler
 from ldm.conditioners.text_transformer import TokenTransformer
@@ -499,6 +500,12 @@ def test_targets_of_others_are_refused_unless_allowed(edited, tmp_path, monkeypa
         load_model(folder)
     assert type(load_model(folder, allow_target=["mylab."]).cond_stage_model).__name__ == "Embedder"
 
+    for given, status in (([], 2), (["--allow-target", "yourlab."], 2), (["--allow-target", "mylab."], 0), ([], 2)):
+        monkeypatch.setattr("sys.argv", ["histoldm", "describe", str(folder), *given])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert stopped.value.code == status
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
@@ -593,8 +600,6 @@ def test_published_configs_have_the_published_size(tmp_path, unet_params, first_
 
 
 def test_the_command_converts_a_published_folder(oracle, tmp_path, monkeypatch, capsys):
-    from ldm import cli
-
     folder = oracle / "more" / "pathldm_class_ckpt"
     (tmp_path / "names.txt").write_text("low low\nlow high\nhigh low\nhigh high\n")
     names = str(tmp_path / "names.txt")

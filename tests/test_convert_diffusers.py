@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from ldm.config import instantiate_from_config, load_config, save_config
 from ldm.convert import build, check, convert, export_as, load_model, read_published
 from ldm.diffusion import samplers, schedules
+from ldm.diffusion.denoiser import call_network
 from ldm.diffusion.guidance import cfg
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint
@@ -60,7 +61,8 @@ def write(folder: Path, node: dict = NODE, tower: dict = TOWER) -> Path:
     """A model folder with random weights, whose every layer counts."""
     from ldm.interop.converted import Converted
 
-    files = {"text_model.json": json.dumps(tower)} if "cond_stage_config" in node["params"] else {}
+    text = (node["params"].get("cond_stage_config") or {}).get("target", "").endswith("TextEmbedder")
+    files = {"text_model.json": json.dumps(tower)} if text else {}
     shapes = {name: value.shape for name, value in build(Converted(node, {}, files=files)).state_dict().items()}
     rng = torch.Generator().manual_seed(0)
     state = {}
@@ -68,6 +70,8 @@ def write(folder: Path, node: dict = NODE, tower: dict = TOWER) -> Path:
         fan = max(1, torch.Size(shape[1:]).numel()) if len(shape) > 1 else 100
         norm = len(shape) == 1 and name.endswith("weight")
         state[name] = torch.randn(shape, generator=rng) * (0.1 if norm else fan**-0.5) + norm
+        if name.endswith("blank"):  # the null of a map, always zeros
+            state[name].zero_()
     return write_model_folder(folder, node, state, {"mpp": 0.5}, files=files)
 
 
@@ -492,10 +496,68 @@ def test_a_single_file_is_known_by_its_shapes(form, model_folder, tmp_path):
     )
 
 
+def test_stable_diffusion_2_in_a_single_file_with_its_yaml(tmp_path):
+    """Its own text tower, of which the last block is left out, linear projections, heads of one width, velocity."""
+    node = changed(num_heads=-1, num_head_channels=16)
+    text = node["params"]["cond_stage_config"]["params"]
+    text |= {"layer": "penultimate", "pad": "zero"}
+    node["params"] |= {"parameterization": "v"}
+    folder = write(tmp_path / "ours", node, {**TOWER, "quick_gelu": False})
+    state = {}
+    for name, value in load_file(folder / "model.safetensors").items():
+        linear = name.endswith(("proj_in.weight", "proj_out.weight")) and "transformer" not in name and UNET in name
+        state[name.replace(".tower.", ".model.")] = value.flatten(1) if linear else value
+    tower = f"{TEXT}model.transformer.resblocks."
+    last = {name.replace(f"{tower}0.", f"{tower}1."): v for name, v in state.items() if name.startswith(f"{tower}0.")}
+    rest = {f"{TEXT}model.logit_scale": torch.ones(()), f"{TEXT}model.text_projection": torch.ones(64, 64)}
+    torch.save({"state_dict": {**state, **last, **rest}}, tmp_path / "sd2.ckpt")
+    with pytest.raises(UserError, match="does not say whether it predicts noise or velocity"):
+        read_published(tmp_path / "sd2.ckpt")
+    export_as("compvis", write(tmp_path / "like it", changed()), tmp_path / "theirs")
+    project = load_config([tmp_path / "theirs" / "config.yaml"])
+    params = project["model"]["params"]
+    params["parameterization"] = "v"
+    params["unet_config"]["params"] |= {"num_head_channels": 16, "use_linear_in_transformer": True, "legacy": False}
+    params["cond_stage_config"] = {
+        "target": "ldm.modules.encoders.modules.FrozenOpenCLIPEmbedder",
+        "params": {"freeze": True, "layer": "penultimate"},
+    }
+    save_config(project, tmp_path / "v2-inference-v.yaml")
+    convert(tmp_path / "sd2.ckpt", tmp_path / "back", config=tmp_path / "v2-inference-v.yaml", say=lambda line: None)
+    assert_same_weights(folder, tmp_path / "back")
+    one, other = load_model(folder), load_model(tmp_path / "back")
+    given = {"text": "villous adenoma"}
+    assert torch.equal(one.condition(**given)["crossattn"], other.condition(**given)["crossattn"])
+    assert other.parameterization == "v"
+
+
+@pytest.mark.parametrize("begins", [UNET, "diffusion_model.", ""])
+def test_a_single_file_of_a_network_alone(begins, model_folder, tmp_path):
+    whole = load_file(model_folder / "model.safetensors")
+    state = {begins + n.removeprefix(UNET): v for n, v in whole.items() if n.startswith(UNET)}
+    state[f"{begins}out.2.bias"] += 1
+    save_file(state, tmp_path / "unet.safetensors")
+    with pytest.raises(UserError, match="--base"):
+        read_published(tmp_path / "unet.safetensors")
+    found = read_published(tmp_path / "unet.safetensors", base=model_folder)
+    check(found, tmp_path)
+    assert [name for name, v in whole.items() if not torch.equal(v, found.state[name])] == [f"{UNET}out.2.bias"]
+    for name, value, message in (
+        (f"{UNET}control", torch.zeros(1), "1 are not of this model"),
+        (f"{FIRST_STAGE}quant_conv.weight", torch.zeros(1), "more than a network"),
+        ("betas", torch.linspace(1e-4, 2e-2, 1000), "noise schedule"),
+    ):
+        save_file({**state, name: value}, tmp_path / "unet.safetensors")
+        with pytest.raises(UserError, match=message):
+            check(read_published(tmp_path / "unet.safetensors", base=model_folder), tmp_path)
+
+
 def test_what_a_single_file_may_not_be(model_folder, tmp_path):
     state, path = single(model_folder), tmp_path / "sd.ckpt"
-    with pytest.raises(UserError, match="Stable Diffusion 2"):
+    with pytest.raises(UserError, match=r"Stable Diffusion 2, and does not say .*v2-inference\.yaml"):
         read_stable_diffusion(path, state | {"cond_stage_model.model.transformer.resblocks.0.x": torch.zeros(1)})
+    with pytest.raises(UserError, match="Stable Diffusion XL"):
+        read_stable_diffusion(path, state | {"conditioner.embedders.0.x": torch.zeros(1)})
     with pytest.raises(UserError, match=r"1 tensors.*no place.*control\.weight"):
         read_stable_diffusion(path, state | {"control.weight": torch.zeros(1)})
     with pytest.raises(UserError, match=r"noise schedule.*betas"):
@@ -528,9 +590,22 @@ def test_the_published_size_of_stable_diffusion_1():
 
 # --- written for CompVis' code --------------------------------------------------------------------------------------
 
+MAP = {"target": "ldm.conditioners.rescaler.SpatialRescaler", "params": {"in_channels": 5, "stages": 2, "key": "seg"}}
+FREE = {"target": MAP["target"], "params": {"in_channels": 3, "stages": 0}}
+CLASS = {"target": "ldm.conditioners.class_token.ClassEmbedder", "params": {"classes": ["a", "b"], "dim": 64}}
 CONDITIONS = {
     "text": NODE["params"]["cond_stage_config"],
-    "class": {"target": "ldm.conditioners.class_token.ClassEmbedder", "params": {"classes": ["a", "b"], "dim": 64}},
+    "class": CLASS,
+    "label": {"target": CLASS["target"], "params": {"classes": ["a", "b"], "dim": 128, "acts": "vector"}},
+    "grid": {"target": "ldm.conditioners.grid.GridEmbedder", "params": {
+        "embed_dim": 6, "context_dim": 64, "magnifications": ["a", "b"], "hidden": 16, "depth": 1, "heads": 2, "mlp": 8,
+    }},
+    "regions": {"target": "ldm.conditioners.ssl.SSLEmbedder", "params": {"embed_dim": 6, "region_embed_dim": 5}},
+    "map": {**MAP, "params": {**MAP["params"], "out_channels": 3}},
+    "map as it is": FREE,
+    "hybrid": {"target": "ldm.conditioners.compose.ConditionerSet", "params": {
+        "conditioners": {"class": CLASS, "map": FREE},
+    }},
     "features": {"target": "ldm.conditioners.ssl.PatchEmbedder", "params": {"embed_dim": 6, "context_dim": 64}},
     "none": None,
 }
@@ -540,25 +615,63 @@ VQ = {
 }
 
 
+GIVEN = {
+    "text": [{"text": "polyp"}], "class": [{"class": "b"}], "label": [{"class": "a"}, {"class": "b"}],
+    "features": [{"features": torch.ones(6)}], "regions": [{"ssl": torch.ones(6), "region": torch.ones(5)}],
+    "grid": [{"ssl": torch.rand(6, 2, 2), "magnification": "b"}], "map": [{"seg": torch.rand(5, 32, 32)}],
+    "map as it is": [{"map": torch.rand(3, 8, 8)}], "hybrid": [{"class": "a", "map": torch.rand(3, 8, 8)}],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_ours_to_compvis_to_ours_is_bitwise_equal(condition, tmp_path):
-    node = changed() if condition != "none" else changed(use_spatial_transformer=False, context_dim=None)
+    plain = {"use_spatial_transformer": False, "context_dim": None}
+    of_kind = {"none": plain, "label": plain | {"num_heads_upsample": 4}, "regions": {"context_dim": 512}}
+    of_kind |= dict.fromkeys(("map", "map as it is"), plain | {"in_channels": 7}) | {"hybrid": {"in_channels": 7}}
+    node = changed(**of_kind.get(condition, {}))
     node["params"]["cond_stage_config"] = CONDITIONS[condition]
     if condition in ("none", "class"):
         node["params"]["first_stage_config"] = VQ
     if CONDITIONS[condition] is None:
         node["params"].pop("cond_stage_config")
     folder = write(tmp_path / "ours", node)
+    if condition == "label":  # no null was trained, as in every published model of labels within the UNet
+        state = load_file(folder / "model.safetensors")
+        state[f"{TEXT}embedding.weight"][-1] = 0
+        save_file(state, folder / "model.safetensors")
     assert export_as("compvis", folder, tmp_path / "theirs")
-    classes = {"classes": ["a", "b"]} if condition == "class" else {}
+    classes = {"classes": ["a", "b"]} if condition in ("class", "label", "grid", "hybrid") else {}
     convert(tmp_path / "theirs" / "model.ckpt", tmp_path / "back", say=lambda line: None, **classes)
     assert_same_weights(folder, tmp_path / "back")
     one, other = load_model(folder), load_model(tmp_path / "back")
-    given = {"text": {"text": "polyp"}, "class": {"class": "b"}, "features": {"features": torch.ones(6)}}.get(condition)
-    if given:
-        assert torch.equal(one.condition(**given)["crossattn"], other.condition(**given)["crossattn"])
+    assert one.cond_stage_model is None or one.cond_stage_model.keys == other.cond_stage_model.keys
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([500])
+    with torch.no_grad():
+        assert torch.equal(*(call_network(m.model, x, t, m.null_condition()) for m in (one, other)))
+        for given in GIVEN.get(condition, ()):
+            a, b = one.condition(**given), other.condition(**given)
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[part], b[part]) for part in a)
     assert torch.equal(one.sigmas, other.sigmas)
     assert one.scale_factor == other.scale_factor
+
+
+@pytest.mark.parametrize("kind", ["KL", "VQ"])
+def test_a_first_stage_goes_there_and_back(kind, tmp_path):
+    node = NODE["params"]["first_stage_config"] if kind == "KL" else VQ
+    folder = write(tmp_path / "ours", node)
+    export_as("compvis", folder, tmp_path / "theirs")
+    target = load_config([tmp_path / "theirs" / "config.yaml"])["model"]["target"]
+    assert target == f"ldm.models.autoencoder.{'AutoencoderKL' if kind == 'KL' else 'VQModel'}"
+    convert(tmp_path / "theirs", tmp_path / "back", say=lambda line: None)
+    assert_same_weights(folder, tmp_path / "back")
+    if kind == "VQ":
+        with pytest.raises(UserError, match="first stages of the kind VQModel"):
+            export_as("diffusers", folder, tmp_path / "vae")
+        return
+    export_as("diffusers", folder, tmp_path / "vae")
+    convert(tmp_path / "vae", tmp_path / "again", say=lambda line: None)
+    assert_same_weights(folder, tmp_path / "again")
 
 
 def test_the_checkpoint_has_the_buffers_that_compvis_code_has(oracle, model_folder, tmp_path):

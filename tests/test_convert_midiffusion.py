@@ -50,8 +50,8 @@ def test_the_networks_are_the_published_ones(published, tmp_path, name, raw):
 
 
 def test_a_translation_is_the_published_one(published, tmp_path):
-    """Published samplers add noise after the last step too. x is float64: the maps see grey levels, and rounding moves
-    some over their edges (one level is worth up to 1e-4)."""
+    """Published samplers add noise after the last step too. x is of the type that the model asks for: the maps see grey
+    levels, and rounding of float32 moves some over their edges (one level is worth up to 1e-4)."""
     run = published[DDPM][1]["sampling"]
     model = converted(published[DDPM], tmp_path)
     betas = schedules.make_betas("sqrt_linear", 6, 1e-4, 0.3)
@@ -59,7 +59,7 @@ def test_a_translation_is_the_published_one(published, tmp_path):
     sigmas, cond = schedules.table_sigmas(model.sigmas, 6), model.condition(image=2 * run["source"] - 1)
     states: list[Tensor] = []
     out = samplers.sample_ddpm(
-        model.denoiser(), run["x_T"].double() * (1 + sigmas[0] ** 2).sqrt(), sigmas, cond,
+        model.denoiser(), run["x_T"].to(model.sample_dtype) * (1 + sigmas[0] ** 2).sqrt(), sigmas, cond,
         lambda step: run["step_noises"][step : step + 1], variance=1.0, callback=lambda i, x, x0: states.append(x),
     )  # fmt: skip
     for state, sigma, wanted in zip(states[:-1], sigmas[1:], run["x_after"]):
@@ -79,6 +79,10 @@ def test_a_slice_is_translated_by_name(published, tmp_path):
     )
     assert found.shape == (2, 1, 16, 16)
     assert not torch.allclose(found, other)
+    seen = []
+    model.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
+    ldm.sample(model, model.condition(image=source[:1]), steps=1, guidance_scale=1.0, progress=False)
+    assert seen == [torch.float64]
     image = torch.linspace(-1, 1, 5).view(1, 1, 1, 5)
     torch.testing.assert_close(model.encode(image), torch.linspace(0, 1, 5).view(1, 1, 1, 5))
     torch.testing.assert_close(model.decode(model.encode(image)), image)
@@ -153,14 +157,15 @@ def test_settings_that_cannot_be(published, tmp_path, change, message):
 
 def test_arguments_of_the_guided_diffusion_network(published, tmp_path):
     path, io = published[ADM]
-    for text, heads in ((io["create_model_args"], 2), ({"image_size": 16, "num_head_channels": 32}, None)):
+    up = {"image_size": 16, "num_heads": 2, "num_heads_upsample": 4}
+    for text, heads in ((io["create_model_args"], 2), ({"image_size": 16, "num_head_channels": 32}, None), (up, 2)):
         (tmp_path / "c.yml").write_text(yaml.safe_dump(text))
         unet = convert.read_published(path, config=tmp_path / "c.yml").node["params"]["unet_config"]["params"]["unet"]
         assert unet["params"].get("num_heads") == heads
+        assert unet["params"].get("num_heads_upsample") == (4 if text is up else None)
         assert unet["params"]["image_size"] == 16
     for text, message in (
         ({"num_channels": 64}, "num_channels 64, the weights are of 32"),
-        ({"num_heads": 2, "num_heads_upsample": 4}, "num_heads_upsample"),
         ({"num_head": 2}, "did you mean 'num_heads'"),
     ):
         (tmp_path / "c.yml").write_text(yaml.safe_dump(text))

@@ -167,9 +167,11 @@ class TextEmbedder(Conditioner):
 
     def _empty(self) -> Tensor:
         """Features (1,L,D) of the empty caption; of a frozen tower they are computed once."""
+        weight = next(self.tower.parameters())
+        if weight.is_meta:  # the shape alone is asked for
+            return weight.new_empty(1, self.length, self.tower.width)
         if self.trainable:
             return self.encode(*self.empty_tokens())
-        weight = next(self.tower.parameters())
         state = (weight.data_ptr(), weight._version, weight.device, weight.dtype)
         if self._null is None or self._null[0] != state:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(weight.device.type, enabled=False):

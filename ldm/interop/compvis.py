@@ -15,6 +15,8 @@ from ldm.interop import targets
 from ldm.interop.checkpoint import state_dict_of
 from ldm.interop.clip_config import tower_config
 from ldm.interop.converted import Converted
+from ldm.interop.diffusers_folder import base_model, replace_part
+from ldm.interop.diffusers_names import to_convolutions
 from ldm.interop.text_names import to_open_clip
 
 NETWORK, FIRST_STAGE, CONDITIONER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -31,28 +33,44 @@ LEFTOVERS = {  # beginning of a name -> why the model does without it
     "lvlb_weights": "of the training loss",
     "colorize": "colours for pictures of segmentations",
 }
+WITHIN = "diffusion_model."  # begins the names of a network that was saved by itself, if anything does
 FIRST_STAGE_NAMES = {"encoder.conv_in.weight", "decoder.conv_in.weight", "post_quant_conv.weight"}
 
 
 def is_compvis(path: Path, content: Any) -> bool:
-    """Whether a checkpoint's tensors have the names of CompVis' diffusion models or first stages."""
+    """Whether a checkpoint's tensors have the names of CompVis' diffusion models, their networks, or first stages."""
     state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     names = {str(name).removeprefix("module.") for name in state} if isinstance(state, Mapping) else set()
-    return any(name.startswith((NETWORK, FIRST_STAGE)) for name in names) or names >= FIRST_STAGE_NAMES
+    whole = any(name.startswith((NETWORK, FIRST_STAGE)) for name in names) or names >= FIRST_STAGE_NAMES
+    return whole or _is_network(names)
+
+
+def _is_network(names: Iterable[str]) -> bool:
+    """Whether the names are those of a UNet with cross-attention, which guided-diffusion's have not."""
+    own = {name.removeprefix(WITHIN) for name in names}
+    return "input_blocks.0.0.weight" in own and any(".transformer_blocks." in name for name in own)
 
 
 def read_compvis(
     path: Path, content: Any, *, config: str | Path | None = None, raw_weights: bool = False,
-    classes: Sequence[str] | None = None, allow_target: Iterable[str] = (),
+    classes: Sequence[str] | None = None, allow_target: Iterable[str] = (), base: str | Path | None = None,
 ) -> Converted:  # fmt: skip
-    """A diffusion model or a first stage with its project YAML.
+    """A diffusion model or a first stage with its project YAML, or a network alone.
 
     classes: names of the classes; of the magnifications, where the model is conditioned on these.
+    base: of a network alone, the model folder (or pipeline of diffusers) that gives everything else.
     UserError: no config, targets or parameters that are not known, tensors that have no place.
     """
+    if base is not None:
+        if config is not None or classes is not None:
+            raise UserError("--base gives all but the network; leave --config and --classes out.")
+        return _read_network(path, state_dict_of(content, path), base_model(Path(base)), raw_weights)
     project = Path(config) if config else targets.find_project(path)
     if project is None:
-        raise UserError(f"{path} does not say its architecture: give the project YAML that it came with, --config.")
+        raise UserError(
+            f"{path} does not say its architecture: give the project YAML that it came with, --config; of a network "
+            "alone, the model folder that it goes with, --base."
+        )
     node, _ = targets.read_project(project)
     found = Converted({}, {})
     if config is None:
@@ -135,7 +153,7 @@ def _read_diffusion(
             "class", {"target": targets.CLASS_EMBEDDER, "params": {"dim": weights["embedding.weight"].shape[1],
                                                                    "acts": "vector"}}, {"rows": label})  # fmt: skip
         members["class"] = class_embedder(published, weights, classes, found.notes, has_null=False)
-    found.state |= {"model." + name: value for name, value in network.items()}
+    found.state |= to_convolutions({"model." + name: value for name, value in network.items()})
     if not targets.DIFFUSION_TARGETS[node["target"]]:
         told = targets.conditioning(given, allow)
         weights = rest.take(CONDITIONER)
@@ -159,6 +177,20 @@ def _read_diffusion(
             **({"cond_stage_config": cond_stage} if cond_stage else {}),
         },
     }
+
+
+def _read_network(path: Path, state: Mapping[str, Tensor], found: Converted, raw_weights: bool) -> Converted:
+    """The network of a checkpoint in the place of that in a base, which tells its architecture too."""
+    rest = _Rest(state, found)
+    if parts := [part for part in (FIRST_STAGE, CONDITIONER) if any(name.startswith(part) for name in rest.tensors)]:
+        raise UserError(f"{path} is more than a network: it holds {parts[0]}*. Give its project YAML, --config.")
+    _read_schedule(rest, found)
+    for beginning, why in LEFTOVERS.items():
+        rest.leave(beginning, why)
+    rest.leave("scale_factor", "of the latents, which the base gives")
+    network = _averaged(rest, found, "model.", raw_weights) | rest.take("")
+    replace_part(found, NETWORK, to_convolutions({name.removeprefix(WITHIN): v for name, v in network.items()}))
+    return found
 
 
 def _read_first_stage(
@@ -243,6 +275,8 @@ def class_embedder(
     if weight is None or set(weights) != {"embedding.weight"}:
         raise UserError(f"a class condition has one tensor, embedding.weight; got {', '.join(weights) or 'none'}.")
     rows, told_by_names = len(weight), has_null is None
+    if told.published.get("rows", rows) != rows:
+        raise UserError(f"the config says {told.published['rows']} classes, the checkpoint has embeddings of {rows}.")
     if told_by_names:
         has_null = classes is None or len(classes) == rows - 1
     count = rows - has_null
@@ -303,6 +337,23 @@ def _clip(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted,
     return {"target": told.node["target"], "params": params}, {f"tower.{name}": value for name, value in tower.items()}
 
 
+def _open_clip(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, path: Path) -> Member:
+    tower = {name.removeprefix("model."): value for name, value in weights.items()}
+    for name in [name for name in tower if name in ("text_projection", "logit_scale", "attn_mask")]:
+        found.unused[f"{CONDITIONER}model.{name}"] = "a part of CLIP beyond the text tower's token features"
+        del tower[name]
+    text, source = tower_config(tower, told.published["version"], path, quick_gelu=False)
+    found.files["text_model.json"] = text
+    found.notes.append(f"heads and activation of the text tower are those of {source}")
+    if told.node["params"]["layer"] == "penultimate":
+        last = f"transformer.resblocks.{json.loads(text)['text_cfg']['layers'] - 1}."
+        for name in [name for name in tower if name.startswith(last)]:
+            found.unused[f"{CONDITIONER}model.{name}"] = "the text tower's last block, which the model does not use"
+            del tower[name]
+    params = {"model": "./text_model.json", **told.node["params"]}
+    return {"target": told.node["target"], "params": params}, {f"tower.{name}": value for name, value in tower.items()}
+
+
 def _bert(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, path: Path) -> Member:
     words = path.with_name("tokenizer.json")
     if not words.is_file():
@@ -323,7 +374,7 @@ def _bert(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted,
 
 _READ: dict[str, Callable[..., Member]] = {
     "allowed": _same, "same": _same, "class": _class, "grid": _grid, "rescaler": _rescaler, "clip": _clip,
-    "bert": _bert,
+    "open_clip": _open_clip, "bert": _bert,
 }  # fmt: skip
 
 
@@ -344,7 +395,7 @@ def compose(members: Mapping[str, Member], state: dict[str, Tensor]) -> dict[str
 
 
 def _member(told: targets.Conditioning) -> str:
-    names = {"class": "class", "grid": "grid", "rescaler": "map", "clip": "text", "bert": "text"}
+    names = {"class": "class", "grid": "grid", "rescaler": "map", "clip": "text", "open_clip": "text", "bert": "text"}
     return names.get(told.kind, "condition")
 
 

@@ -16,7 +16,7 @@ from ldm.interop.clip_config import KNOWN
 from ldm.interop.converted import Converted
 from ldm.interop.diffusers_config import schedule_params, unet_node, vae_node
 from ldm.interop.diffusers_names import modern, renamed, to_convolutions
-from ldm.interop.targets import LATENT_DIFFUSION, TEXT_EMBEDDER
+from ldm.interop.targets import FIRST_STAGES, LATENT_DIFFUSION, TEXT_EMBEDDER
 from ldm.interop.text_names import left_out, open_clip_config, to_open_clip
 
 UNET, FIRST_STAGE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
@@ -51,7 +51,7 @@ def read_diffusers(
         return _first_stage_alone(parts["vae"])
     found = Converted({"target": LATENT_DIFFUSION, "params": {"use_ema": False}}, {})
     if base is not None:
-        found = _base(Path(base))
+        found = base_model(Path(base))
     elif lacking := [part for part in ("unet", "vae", "scheduler") if part not in parts]:
         raise UserError(
             f"{folder} has no {' and no '.join(lacking)}; name the model folder, or the pipeline's, that it goes with "
@@ -158,21 +158,27 @@ def _parts(folder: Path, raw_weights: bool) -> dict[str, Path]:
     return parts
 
 
-def _base(folder: Path) -> Converted:
+def base_model(folder: Path) -> Converted:
     """A whole model to replace parts of: a model folder of this toolkit, or a pipeline's."""
     if not (folder / "config.yaml").is_file():
         if folder.is_dir() and is_diffusers(folder, None):
             return read_diffusers(folder, None)
         raise UserError(f"the base {folder} is neither a model folder (config.yaml) nor a pipeline's folder.")
-    return read_own(folder)
+    base = read_own(folder)
+    if base.node["target"] != LATENT_DIFFUSION:
+        raise UserError(f"the base {folder} is a first stage; give the folder of a whole diffusion model.")
+    return base
 
 
 def read_own(folder: Path) -> Converted:
-    """A diffusion model's own model folder. UserError: it is none, or of a first stage alone."""
+    """A model folder of this toolkit, of a diffusion model or a first stage. UserError: it is none."""
     config = load_config([folder / "config.yaml"])
     node = config.get("model") or {}
-    if node.get("target") != LATENT_DIFFUSION:
-        raise UserError(f"{folder} is not the model folder of a diffusion model; its model is {node.get('target')}.")
+    if node.get("target") not in (LATENT_DIFFUSION, *FIRST_STAGES.values()):
+        raise UserError(
+            f"{folder} is not the model folder of a diffusion model or of a first stage; its model is "
+            f"{node.get('target')}."
+        )
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder} has no model.safetensors; copy the whole model folder.")
     known = ("config.yaml", "model.safetensors")
@@ -184,7 +190,8 @@ def read_own(folder: Path) -> Converted:
     return Converted(node, read_checkpoint(folder / "model.safetensors"), config.get("metadata") or {}, files)
 
 
-def _replace(found: Converted, prefix: str, state: Mapping[str, Tensor]) -> None:
+def replace_part(found: Converted, prefix: str, state: Mapping[str, Tensor]) -> None:
+    """Put a part's tensors in place of those whose names begin so."""
     kept = {name: value for name, value in found.state.items() if not name.startswith(prefix)}
     found.state = kept | {prefix + name: value for name, value in state.items()}
 
@@ -202,7 +209,7 @@ def _add_unet(found: Converted, folder: Path, based: bool) -> None:
         params["image_size"] = other.get("image_size", 64)
         found.notes.append(f"{folder} does not say its size; latents of {params['image_size']} are assumed.")
     found.node["params"]["unet_config"] = node
-    _replace(found, UNET, to_convolutions(state))
+    replace_part(found, UNET, to_convolutions(state))
 
 
 def _add_vae(found: Converted, folder: Path) -> None:
@@ -213,7 +220,7 @@ def _add_vae(found: Converted, folder: Path) -> None:
     params |= {"first_stage_config": node, "scale_factor": scale}
     params.pop("scale_by_std", None)
     found.state.pop("scale_factor", None)
-    _replace(found, FIRST_STAGE, to_convolutions(state))
+    replace_part(found, FIRST_STAGE, to_convolutions(state))
 
 
 def _first_stage_alone(folder: Path) -> Converted:
@@ -233,7 +240,7 @@ def _add_text(found: Converted, folder: Path, tokenizer: Path | None) -> None:
     name = str(config.get("_name_or_path") or "") or f"text encoder of {folder.resolve().parent.name}"
     node, files = text_condition(own, name, bool(config.get("use_attention_mask")), _padding(tokenizer))
     found.node["params"]["cond_stage_config"] = node
-    _replace(found, TEXT, {f"tower.{key}": value for key, value in to_open_clip(state).items()})
+    replace_part(found, TEXT, {f"tower.{key}": value for key, value in to_open_clip(state).items()})
     found.files = files
     found.unused |= {f"text_encoder/{key}": why for key, why in left_out(state).items()}
     if tokenizer and (words := _vocabulary(tokenizer)) and words != clip_vocabulary():

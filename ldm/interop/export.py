@@ -31,8 +31,9 @@ DDIM = {  # settings of the scheduler beside those of the noise table
 # defaults of our parameters that decide whether there is a counterpart
 UNET_DEFAULTS: dict[str, Any] = {
     "channel_mult": [1, 2, 4, 8], "context_dim": None, "conv_resample": True, "dropout": 0.0, "norm_groups": 32,
-    "num_classes": None, "num_head_channels": -1, "num_heads": -1, "resblock_updown": False, "transformer_depth": 1,
-    "use_new_attention_order": False, "use_scale_shift_norm": False, "use_spatial_transformer": False,
+    "num_classes": None, "num_head_channels": -1, "num_heads": -1, "num_heads_upsample": -1, "resblock_updown": False,
+    "transformer_depth": 1, "use_new_attention_order": False, "use_scale_shift_norm": False,
+    "use_spatial_transformer": False,
 }  # fmt: skip
 UNET_NEEDED = (
     "image_size", "in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions",
@@ -49,13 +50,16 @@ TEXT_DEFAULTS: dict[str, Any] = {
 
 
 def to_diffusers(folder: Path, out: Path, half: bool = False) -> list[str]:
-    """Write a text-to-image model as the folder of a StableDiffusionPipeline; gives what is to be said of it.
+    """Write a text-to-image model as the folder of a StableDiffusionPipeline, a KL first stage as an AutoencoderKL's;
+    gives what is to be said of it.
 
     UserError: the model has something that this pipeline does not.
     """
     form = "diffusers' StableDiffusionPipeline"
-    check_free(out, "model_index.json")
     model = read_own(folder)
+    if model.node["target"] != targets.LATENT_DIFFUSION:
+        return _first_stage_alone(model, out, half)
+    check_free(out, "model_index.json")
     params = with_defaults(model.node["params"], DIFFUSION_DEFAULTS)
     notes: list[str] = []
     unet, unet_names = _unet_config(params["unet_config"], form)
@@ -111,6 +115,18 @@ def to_diffusers(folder: Path, out: Path, half: bool = False) -> list[str]:
             file = "model.safetensors" if name == "text_encoder" else "diffusion_pytorch_model.safetensors"
             save_file(apart(state, half), part / name / file, metadata={"format": "pt"})
     return notes
+
+
+def _first_stage_alone(model: Converted, out: Path, half: bool) -> list[str]:
+    check_free(out, "config.json")
+    config, names = _vae_config(model.node, "diffusers' AutoencoderKL")
+    config["scaling_factor"] = float(model.metadata.get("scale_factor", 1.0))
+    with whole(out) as part:
+        write_json(part / "config.json", config)
+        state = apart(renamed(to_linear(model.state), names, "the first stage"), half)
+        save_file(state, part / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+    told = "" if "scale_factor" in model.metadata else ", as the model folder records none"
+    return [f"scaling_factor is {config['scaling_factor']:g}{told}"]
 
 
 def _unet_config(node: Mapping[str, Any], form: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -245,7 +261,10 @@ def unet_params(node: Mapping[str, Any], form: str) -> dict[str, Any]:
     for name in given:
         if name not in UNET_DEFAULTS and name not in UNET_NEEDED:
             raise lacks(form, f"the UNet's {name}")
-    return with_defaults(given, UNET_DEFAULTS)
+    whole = with_defaults(given, UNET_DEFAULTS)
+    if whole["use_spatial_transformer"] and whole["num_heads_upsample"] not in (-1, whole["num_heads"]):
+        raise lacks(form, "cross-attention of other heads on the way up (num_heads_upsample)")
+    return whole
 
 
 def text_node(node: Mapping[str, Any], model: Converted, form: str) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -26,6 +26,11 @@ HIS_MMDM = {"num_heads": 4, "use_new_attention_order": True}  # of its published
 DEFAULT_SIZES = {(0.5, 1, 1, 2, 2, 4, 4): 512, (1, 1, 2, 2, 4, 4): 256, (1, 1, 2, 3, 4): 128, (1, 2, 3, 4): 64}
 SCHEDULES = {"linear": "sqrt_linear", "cosine": "cosine"}
 CLASSIFIER_HEAD = 64  # width of a head in create_classifier
+NUMBERS = (  # whole, above 0; -1 is none
+    "image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample", "num_head_channels",
+    "num_classes", "diffusion_steps", "in_channels", "model_channels", "out_channels", "classifier_width",
+    "classifier_depth",
+)  # fmt: skip
 # flags that are read: those of create_model_and_diffusion, create_classifier and of the networks themselves
 FLAGS = (
     "model_type", "image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample",
@@ -227,6 +232,11 @@ def read_flags(path: Path, notes: list[str]) -> dict[str, Any]:
         notes.append(f"of the flags these concern no network: {', '.join(left)}")
     if not flags:
         raise UserError(f"{path} has none of create_model's flags{suggest(left[0] if left else '', FLAGS)}")
+    for name in NUMBERS:
+        if name in flags:
+            flags[name] = _whole(flags[name], name, path)
+    if not flags.get("conv_resample", True):
+        raise UserError(f"{path}: conv_resample false (resampling without weights) is not supported.")
     if "channel_mult" in flags:
         mult = flags["channel_mult"]
         mult = mult.split(",") if isinstance(mult, str) else mult if isinstance(mult, list) else [mult]
@@ -237,6 +247,16 @@ def read_flags(path: Path, notes: list[str]) -> dict[str, Any]:
             if "image_size" in flags:
                 flags[name] = [flags["image_size"] // int(side) for side in sides]
     return flags
+
+
+def _whole(value: Any, name: str, path: Path) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number != -1 and number < 1:
+        raise UserError(f"{path}: {name} is a whole number; got {value!r}.")
+    return number
 
 
 def check_flags(flags: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
@@ -259,13 +279,17 @@ def check_flags(flags: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
 
 
 def _heads(flags: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
-    if flags.get("num_heads_upsample", -1) not in (-1, flags.get("num_heads", 4)):
-        raise UserError("num_heads_upsample other than num_heads is not supported.")
-    if flags.get("num_head_channels", -1) != -1:
-        return {"num_head_channels": flags["num_head_channels"]}
-    if "num_heads" not in flags:
+    if "num_heads" not in flags and flags.get("num_head_channels", -1) == -1:
         notes.append("the flags have no num_heads: 4, the default of guided-diffusion")
-    return {"num_heads": flags.get("num_heads", 4)}
+    return heads_of({"num_heads": 4, **flags})
+
+
+def heads_of(told: Mapping[str, Any]) -> dict[str, int]:
+    """A UNet's heads as create_model's arguments have them: of one width, or of one number on each way."""
+    if told.get("num_head_channels", -1) != -1:
+        return {"num_head_channels": told["num_head_channels"]}
+    up = told.get("num_heads_upsample", -1)
+    return {"num_heads": told["num_heads"], **({} if up in (-1, told["num_heads"]) else {"num_heads_upsample": up})}
 
 
 def _image_size(flags: Mapping[str, Any], shape: Mapping[str, Any], notes: list[str]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ldm.config import load_config
 from ldm.errors import UserError, suggest
 from ldm.interop.converted import Converted
-from ldm.interop.guided import unet_shape
+from ldm.interop.guided import heads_of, unet_shape
 
 DDPM, ADM = "temb.dense.0.weight", "time_embed.0.weight"  # names that only the one or the other UNet has
 UNUSED_WEIGHTS = ("logvar",)  # of its "bayesian" kind, which uses it nowhere
@@ -220,13 +220,10 @@ def _adm(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str
     names = {"in_channels": "in_channels", "num_in_channels": "in_channels", "ch": "model_channels",
              "num_channels": "model_channels", "num_res_blocks": "num_res_blocks"}  # fmt: skip
     _check(own, model, names)
-    if model["num_heads_upsample"] not in (-1, model["num_heads"]):
-        raise UserError("num_heads_upsample other than num_heads is not supported.")
-    heads = "num_heads" if model["num_head_channels"] == -1 else "num_head_channels"
     return {
         "target": "ldm.networks.unet.UNetModel",
         "params": {
-            **own, "image_size": settings["data"]["image_size"], heads: model[heads],
+            **own, "image_size": settings["data"]["image_size"], **heads_of(model),
             "use_new_attention_order": model["use_new_attention_order"],
         },
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x in one file, without a config: sizes are read off the tensors."""
+"""Stable Diffusion in one file: 1.x without a config, as sizes are read off the tensors; 2.x with its YAML."""
 
 from __future__ import annotations
 
@@ -22,18 +22,16 @@ RESOLUTION = 256  # of the autoencoder's training
 BETAS = {"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}
 SCALE_FACTOR = 0.18215
 CLIP_L = "openai/clip-vit-large-patch14"
-LATER = {  # beginning of a name -> the model that has it
-    "cond_stage_model.model.transformer.resblocks.": "Stable Diffusion 2",
-    "conditioner.embedders.": "Stable Diffusion XL",
-}
+OPEN_CLIP = f"{CONDITIONER}model.transformer.resblocks."  # begins the names of Stable Diffusion 2's text tower
+XL = "conditioner.embedders."
 
 
 def is_stable_diffusion(path: Path, content: Any) -> bool:
-    """Whether a file holds a UNet, a KL autoencoder and a CLIP text tower by CompVis' names, or a later one's."""
+    """Whether a file holds a UNet, a KL autoencoder and a CLIP text tower by CompVis' names, or is a later one."""
     state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     if not isinstance(state, Mapping) or f"{NETWORK}input_blocks.0.0.weight" not in state:
         return False
-    if any(str(name).startswith(tuple(LATER)) for name in state):
+    if any(str(name).startswith((OPEN_CLIP, XL)) for name in state):
         return True
     kl = f"{FIRST_STAGE}quant_conv.weight" in state and f"{FIRST_STAGE}quantize.embedding.weight" not in state
     return kl and is_transformers({name: None for name in state if str(name).startswith(CONDITIONER)})
@@ -42,19 +40,20 @@ def is_stable_diffusion(path: Path, content: Any) -> bool:
 def read_stable_diffusion(
     path: Path, content: Any, *, config: str | Path | None = None, raw_weights: bool = False
 ) -> Converted:
-    """A Stable Diffusion 1.x checkpoint (.ckpt, .safetensors), by a project YAML if one is given or lies beside it.
+    """A Stable Diffusion checkpoint (.ckpt, .safetensors), by a project YAML if one is given or lies beside it.
 
-    UserError: a later Stable Diffusion, tensors that are missing or have no place.
+    UserError: Stable Diffusion XL, 2.x without a YAML, tensors that are missing or have no place.
     """
     state = state_dict_of(content, path)
-    for beginning, model in LATER.items():
-        if any(name.startswith(beginning) for name in state):
-            raise UserError(
-                f"{path} is {model}. Of single files those of Stable Diffusion 1.x are read; of Stable Diffusion 2 "
-                "the folder of its diffusers pipeline is."
-            )
+    if any(name.startswith(XL) for name in state):
+        raise UserError(f"{path} is Stable Diffusion XL, which has two text towers: 1.x and 2.x are supported.")
     if config is not None or _has_project(path):
         return read_compvis(path, content, config=config, raw_weights=raw_weights)
+    if any(name.startswith(OPEN_CLIP) for name in state):
+        raise UserError(
+            f"{path} is Stable Diffusion 2, and does not say whether it predicts noise or velocity: give the project "
+            "YAML that it came with (v2-inference.yaml, v2-inference-v.yaml), --config."
+        )
     found = Converted({}, {})
     tower = {name: value for name, value in state.items() if name.startswith(CONDITIONER)}
     found.unused |= left_out(tower)

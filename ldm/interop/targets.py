@@ -53,12 +53,12 @@ UNET_KEPT = (
     "image_size", "in_channels", "out_channels", "model_channels", "num_res_blocks", "attention_resolutions",
     "channel_mult", "dropout", "conv_resample", "num_heads", "num_head_channels", "use_spatial_transformer",
     "transformer_depth", "context_dim", "num_classes", "use_scale_shift_norm", "resblock_updown",
-    "use_new_attention_order", "use_checkpoint",
+    "use_new_attention_order", "use_checkpoint", "num_heads_upsample", "legacy",
 )  # fmt: skip
 # of the UNet: what it may be, as it then changes nothing; None is anything
 UNET_LEFT = {
-    "use_fp16": None, "use_bf16": None, "legacy": None, "ckpt_path": None, "ignore_keys": None, "dims": (2,),
-    "n_embed": (None,), "num_heads_upsample": (-1,), "use_linear_in_transformer": (False,),
+    "use_fp16": None, "use_bf16": None, "ckpt_path": None, "ignore_keys": None, "dims": (2,), "n_embed": (None,),
+    "use_linear_in_transformer": None,
     "disable_self_attentions": (None,), "num_attention_blocks": (None,), "disable_middle_self_attn": (False,),
 }  # fmt: skip
 DDCONFIG_LEFT = {
@@ -113,8 +113,11 @@ def unet_node(node: Any, allow: Iterable[str], image_size: Any = None) -> dict[s
     if target not in (*UNETS, UNET):
         raise unknown("unet_config", target, UNETS)
     kept = _kept(params, "unet_config", UNET_KEPT, UNET_LEFT)
-    if kept.get("num_head_channels", -1) not in (-1, None):
+    of_one_width = kept.get("num_head_channels", -1) not in (-1, None)
+    if of_one_width:
         kept.pop("num_heads", None)
+    if not kept.pop("legacy", True) or of_one_width or kept.get("use_spatial_transformer"):
+        kept.pop("num_heads_upsample", None)  # the published code does not look at it then
     kept = {name: value for name, value in kept.items() if value is not None}
     if isinstance(kept.get("context_dim"), list):
         (kept["context_dim"],) = set(kept["context_dim"])
@@ -284,6 +287,15 @@ def _bert_text(given: Mapping[str, Any], params: Mapping[str, Any]) -> Condition
     return Conditioning("bert", {"target": TEXT_EMBEDDER, "params": {"mask_padding": False}}, {"text_cfg": config})
 
 
+def _open_clip_text(given: Mapping[str, Any], params: Mapping[str, Any]) -> Conditioning:
+    _known(given, "FrozenOpenCLIPEmbedder", ("arch", "version", "device", "max_length", "freeze", "layer"))
+    if given.get("max_length", 77) != 77:
+        raise UserError(f"cond_stage_config: max_length of an open_clip tower is 77; got {given['max_length']}.")
+    ours = {"layer": given.get("layer", "last"), "mask_padding": False, "pad": "zero"}
+    published = {"version": given.get("arch", "ViT-H-14")}
+    return Conditioning("open_clip", {"target": TEXT_EMBEDDER, "params": ours}, published)
+
+
 CONDITIONERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Conditioning]] = {
     "ClassEmbedder": _class,
     "PatchEmbedder": _patch,
@@ -292,6 +304,7 @@ CONDITIONERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Conditi
     "EmbeddingViT2_5": _grid(last_norm=True),
     "SpatialRescaler": _rescaler,
     "FrozenCLIPEmbedder": _clip_text,
+    "FrozenOpenCLIPEmbedder": _open_clip_text,
     "BERTEmbedder": _bert_text,
 }
 

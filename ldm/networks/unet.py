@@ -49,6 +49,7 @@ class UNetModel(nn.Module):
         attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention is applied.
         channel_mult: width of each level in units of model_channels.
         num_heads / num_head_channels: give one; the latter fixes the width of a head instead of their number.
+        num_heads_upsample: heads on the way up, where num_heads counts them; -1 is num_heads.
         use_spatial_transformer, transformer_depth, context_dim: cross-attention to a context (B,L,context_dim).
         num_classes: labels y (B,) are embedded and added to the time embedding.
         use_scale_shift_norm, resblock_updown, use_new_attention_order: guided-diffusion's options.
@@ -81,6 +82,7 @@ class UNetModel(nn.Module):
         image_size: int | None = None,
         norm_groups: int = 32,
         stem_channels: int | None = None,
+        num_heads_upsample: int = -1,
     ):
         super().__init__()
         if (num_heads == -1) == (num_head_channels == -1):
@@ -96,8 +98,8 @@ class UNetModel(nn.Module):
         self.use_checkpoint = use_checkpoint
         emb = 4 * model_channels
 
-        def attention(channels: int) -> nn.Module:
-            heads = num_heads if num_head_channels == -1 else channels // num_head_channels
+        def attention(channels: int, count: int = num_heads) -> nn.Module:
+            heads = count if num_head_channels == -1 else channels // num_head_channels
             if channels % heads:
                 raise UserError(f"{heads} attention heads do not divide a level of {channels} channels.")
             if use_spatial_transformer:
@@ -137,12 +139,13 @@ class UNetModel(nn.Module):
         )
 
         self.output_blocks = nn.ModuleList()
+        heads_up = num_heads if num_heads_upsample == -1 else num_heads_upsample
         for level, width in reversed(list(enumerate(widths))):
             for block in range(num_res_blocks + 1):
                 layers = [res(channels + skips.pop(), width)]
                 channels = width
                 if factor in attention_resolutions:
-                    layers.append(attention(channels))
+                    layers.append(attention(channels, heads_up))
                 if level and block == num_res_blocks:
                     layers.append(
                         res(channels, channels, up=True) if resblock_updown else Upsample(channels, conv_resample)
