@@ -201,10 +201,10 @@ def test_classifier_guidance(oracle, tmp_path):
     denoiser, sigmas = model.denoiser(), schedules.respaced_sigmas(model.sigmas, "ddim10")
     likely, scale = class_log_probability(classifier, denoiser.timestep), (1 + sigmas[0] ** 2).sqrt()
 
-    def guided(strength: float, wrap=clip, y: Tensor = golden["y"]):
-        return classifier_guidance(wrap(denoiser), lambda x, sigma, _: likely(x, sigma, {"label": y}), strength)
+    def guided(strength: float, wrap=clip):
+        return classifier_guidance(wrap(denoiser), likely, strength)
 
-    cond, target = model.condition(class_=golden["y"]), model.condition(class_=golden["y_target"])
+    cond, target = (model.condition(class_=y) | {"target": y} for y in (golden["y"], golden["y_target"]))
     assert relative(predicted(model, golden, cond), golden["out"]) < 1e-5
     start = golden["x_T"] * scale
     with torch.no_grad():
@@ -212,15 +212,20 @@ def test_classifier_guidance(oracle, tmp_path):
             wrap = clip if name.endswith("_clip") else lambda d: d
             out = samplers.sample_euler(guided(golden[name]["scale"], wrap), start, sigmas, cond)
             assert relative(out, golden[name]["out"]) < 1e-4, name
-        assert relative(samplers.sample_euler(clip(denoiser), start, sigmas, cond), golden["unguided"]) < 1e-4
+        assert relative(samplers.sample_euler(guided(0.0), start, sigmas, cond), golden["unguided"]) < 1e-4
         run = golden["guided_eta_0.7"]
         noisy = samplers.sample_ddim(guided(run["scale"]), start, sigmas, cond, lambda k: run["noises"][k], eta=0.7)
         assert relative(noisy, run["out"]) < 1e-4
         run = golden["translate"]
-        assert relative(invert(denoiser, golden["image"], sigmas, cond), run["latent"]) < 3e-4
-        towards = guided(run["scale"], clip, golden["y_target"])
-        out = samplers.sample_euler(towards, run["latent"] * scale, sigmas, target)
+        assert relative(invert(guided(0.0, lambda d: d), golden["image"], sigmas, cond), run["latent"]) < 3e-4
+        out = samplers.sample_euler(guided(run["scale"]), run["latent"] * scale, sigmas, target)
         assert relative(out, run["out"]) < 1e-4
+        joint = keep_variance(denoiser.with_variance, lambda d: classifier_guidance(clip(d), likely, 8.0))
+        noisiest = sigmas[0].expand(2)
+        x0, variance = joint(start, noisiest, cond)
+        assert torch.equal(x0, guided(8.0)(start, noisiest, cond))
+        cond.pop("target")
+        assert torch.equal(variance, denoiser.with_variance(start, noisiest, cond)[1])
 
 
 # --- the architecture from shapes and flags --------------------------------------------------------------------------
@@ -284,6 +289,8 @@ def test_shapes_tell_other_architectures(options):
         (HIS | {"noise_schedule": "sigmoid"}, "noise_schedule is one of linear, cosine"),
         (HIS | {"rescale_timesteps": True, "diffusion_steps": 4000}, "rescale_timesteps with 4000 steps"),
         (HIS | {"class_mapping": "a:0,b:9"}, "class_mapping names class 9, the model has 5"),
+        (HIS | {"image_size": "16px"}, "image_size is a whole number; got '16px'"),
+        (HIS | {"conv_resample": False}, "conv_resample false"),
         ({"num_haeds": 4}, "none of create_model's flags; did you mean 'num_heads'"),
     ],
 )
@@ -291,6 +298,16 @@ def test_flags_that_do_not_fit_are_errors(oracle, tmp_path, flags, message):
     source, options = write(tmp_path, load(oracle / "hismmdm_unet.pt")["state_dict"], flags)
     with pytest.raises(UserError, match=message):
         convert(source, tmp_path / "model", say=silent, **options)
+
+
+def test_heads_on_the_way_up(oracle, tmp_path):
+    flags = HIS | {"num_heads": "4", "num_heads_upsample": 2}
+    model = load_model(converted(tmp_path, load(oracle / "hismmdm_unet.pt")["state_dict"], flags))
+    network = model.model.diffusion_model
+    for blocks, heads in ((network.input_blocks, 4), (network.middle_block, 4), (network.output_blocks, 2)):
+        assert {layer.num_heads for layer in blocks.modules() if hasattr(layer, "num_heads")} == {heads}
+    with pytest.raises(UserError, match="3 attention heads do not divide"):
+        converted(tmp_path, load(oracle / "hismmdm_unet.pt")["state_dict"], HIS | {"num_heads_upsample": 3})
 
 
 def test_names_come_from_flags_or_options(oracle, tmp_path):

@@ -10,6 +10,7 @@ from torch.nn.functional import log_softmax
 
 from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser, per_sample
 
+TARGET = "target"  # of a condition: labels that guide and that the network is not told
 LogProbability = Callable[[Tensor, Tensor, Cond], Tensor]
 
 
@@ -127,14 +128,16 @@ def classifier_guidance(denoiser: Denoiser, log_probability: LogProbability, sca
     """Guidance by the gradient of log p(y|x) (arXiv:2105.05233, algorithm 2): x0 + scale * sigma^2 * d log p / dx.
 
     `log_probability(x, sigma, cond)` -> (B,) is differentiable and works on x in variance-exploding coordinates, see
-    `class_log_probability`. Gradients are taken inside no-grad samplers; the denoiser is not differentiated.
+    `class_log_probability`. Gradients are taken inside no-grad samplers; the denoiser is not differentiated, and does
+    not see `cond["target"]`, which is for the classifier alone.
     """
 
     def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         with torch.enable_grad():
             at = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(log_probability(at, sigma, cond).sum(), at)
-        return denoiser(x, sigma, cond) + scale * per_sample(sigma, x) ** 2 * gradient
+        seen = {part: value for part, value in cond.items() if part != TARGET}
+        return denoiser(x, sigma, seen) + scale * per_sample(sigma, x) ** 2 * gradient
 
     return guided
 
@@ -144,13 +147,15 @@ def class_log_probability(
 ) -> LogProbability:
     """log p(label | x) of a classifier(x_t, timestep) -> logits (B,K) of noisy images, for `classifier_guidance`.
 
-    x_t = x / sqrt(1 + sigma^2); `timestep` maps sigma (B,) to the classifier's time, as `TableDenoiser.timestep`; the
-    labels (B,) are `cond["label"]`.
+    x_t = x / sqrt(1 + sigma^2); `timestep` maps sigma (B,) to the classifier's time, as `TableDenoiser.timestep`. The
+    labels (B,) are `cond["target"]`, else the network's own, `cond["label"]`. With a model whose classes act otherwise:
+    `cond = model.condition(class_=names) | {"target": model.cond_stage_model.labels(names)}`.
     """
 
     def log_probability(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         logits = classifier(x / (1 + per_sample(sigma, x) ** 2).sqrt(), timestep(sigma))
-        return log_softmax(logits, dim=-1).gather(1, cond["label"][:, None])[:, 0]
+        labels = cond[TARGET] if TARGET in cond else cond["label"]
+        return log_softmax(logits, dim=-1).gather(1, labels[:, None])[:, 0]
 
     return log_probability
 
@@ -206,11 +211,12 @@ def keep_variance(denoiser: RangeDenoiser, guide: Callable[[Denoiser], Denoiser]
         whole = expand_cond(cond, count)
 
         def x0_alone(points: Tensor, sigmas: Tensor, conds: Cond) -> Tensor:
-            if all(torch.equal(expand_cond(conds, len(points))[part][-count:], whole[part]) for part in whole):
+            seen = {part: whole[part] for part in conds}
+            if all(torch.equal(expand_cond(conds, len(points))[part][-count:], seen[part]) for part in seen):
                 x0, variance = denoiser(points, sigmas, conds)
                 variances.append(variance[-count:])
                 return x0
-            batch = cat_conds(expand_cond(conds, len(points)), whole)
+            batch = cat_conds(expand_cond(conds, len(points)), seen)
             x0, variance = denoiser(torch.cat([points, x]), torch.cat([sigmas, sigma]), batch)
             variances.append(variance[-count:])
             return x0[:-count]
