@@ -27,14 +27,19 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
-from ldm import model_folder
+import main
+from ldm import config, model_folder
 from ldm.autoencoder.autoencoder import AutoencoderKL
+from ldm.autoencoder.perceptual import LPIPS
 from ldm.autoencoder.weights import read_state_dict
 from ldm.conditioners.text_towers import read_tensors
 from ldm.config import instantiate_from_config
 from ldm.convert import convert, load_model, read_published
+from ldm.data.features import read_features
 from ldm.errors import UserError
 from ldm.interop.checkpoint import Inert, read_checkpoint, state_dict_of
+from ldm.metrics import encoders
+from ldm.metrics.scorers import load_scorer
 
 DDCONFIG = {
     "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
@@ -176,6 +181,35 @@ def test_nothing_is_executed_at_any_entry(tmp_path, place, legacy):
             assert enter() is not None
         assert not mark.exists(), name
     assert harms(path, mark)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_other_weights_and_features_are_only_read_too(tmp_path, place):
+    mark, path = tmp_path / "harmed", tmp_path / "weights.pt"
+    torch.save(PLACES[place](GADGETS["os.system"](f"touch {mark}"), {"features.0.weight": torch.zeros(1)}), path)
+    for enter in (
+        read_features, encoders.read_checkpoint, lambda p: LPIPS("vgg", str(p)), lambda p: load_scorer([p]),
+    ):
+        with pytest.raises(UserError):
+            enter(path)
+        assert not mark.exists()
+    assert harms(path, mark)
+
+
+def test_a_run_is_resumed_from_tensors_and_plain_values_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(config, "ALLOWED", (*config.ALLOWED, "tiny_training."))
+    monkeypatch.chdir(tmp_path)
+    tiny = str(Path(__file__).parent / "configs" / "tiny.yaml")
+    common = ["-t", "--enable_progress_bar", "false", "--max_steps", "1"]
+    assert main.main([*common, "--base", tiny, "--logdir", "logs"]) == 0
+    (run,) = Path("logs").iterdir()
+    checkpoint, mark = run / "checkpoints" / "last.ckpt", tmp_path / "harmed"
+    content = torch.load(checkpoint, weights_only=True)
+    for name, evil in GADGETS.items():
+        torch.save({**content, "callbacks": evil(f"touch {mark}")}, checkpoint)
+        with pytest.raises(pickle.UnpicklingError):
+            main.main([*common, "--resume", str(run)])
+        assert not mark.exists(), name
 
 
 @pytest.mark.parametrize("opcodes", OPCODES)
@@ -357,6 +391,40 @@ def test_archives_are_named(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(UserError, match="holds no weights"):
         state_dict_of(read_checkpoint(path), path)
+
+
+# --- configs of others ---------------------------------------------------------------------------------------------
+
+# what a downloaded model folder might name in place of a network, a first stage or a conditioner
+FOREIGN = {
+    "os.system": {"command": "touch {mark}"},
+    "ldm.files.os.system": {"command": "touch {mark}"},
+    "ldm.files.write_text": {"path": "{mark}", "text": "harm"},
+    "ldm.data.shards.WriterLock": {"path": "{mark}"},
+    "ldm.data.datasets.TileDataset": {"path": "{mark}"},
+    "pytorch_lightning.loggers.CSVLogger": {"save_dir": "{mark}"},
+    "torch.nn.modules.module.torch.load": {"f": "{mark}"},
+}
+
+
+@pytest.mark.parametrize("target", FOREIGN)
+@pytest.mark.parametrize("part", ["model", "unet_config", "first_stage_config", "cond_stage_config"])
+def test_model_folders_build_nothing_but_modules(tmp_path, part, target):
+    mark = tmp_path / "harmed"
+    node = {"target": target, "params": {name: text.format(mark=mark) for name, text in FOREIGN[target].items()}}
+    stage = {"target": "ldm.autoencoder.autoencoder.IdentityFirstStage"}
+    unet = {"in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1, "image_size": 16,
+            "attention_resolutions": [], "channel_mult": [1], "num_heads": 4}  # fmt: skip
+    params = {"unet_config": {"target": "ldm.networks.unet.UNetModel", "params": unet}, "first_stage_config": stage}
+    whole = {"target": "ldm.latent_diffusion.LatentDiffusion", "params": {**params, part: node}}
+    folder = tmp_path / "model"
+    model_folder.write_model_folder(folder, node if part == "model" else whole, first_stage(), {})
+    for load in (model_folder.load_model, model_folder.load_network, model_folder.load_first_stage):
+        if part in ("unet_config", "cond_stage_config") and load is model_folder.load_first_stage:
+            continue
+        with pytest.raises(UserError, match=r"not allowed|is a function|no part of a model|is not a class or function"):
+            load(folder)
+        assert not mark.exists()
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
