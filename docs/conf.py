@@ -1,0 +1,61 @@
+"""The documentation site: Sphinx with MyST Markdown and the theme Furo. `make docs` builds it into docs/_build/html."""
+
+from __future__ import annotations
+
+import re
+import sys
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # data_prep is read from the checkout
+
+project = "HistoLDM"
+author = "the HistoLDM authors"
+copyright = "the HistoLDM authors, MIT licence"
+release = version = version_of("histoldm")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "images"]
+html_theme = "furo"
+html_title = f"HistoLDM {release}"
+html_copy_source = False
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#7a3b69", "color-brand-content": "#7a3b69"},
+    "dark_css_variables": {"color-brand-primary": "#d59bc4", "color-brand-content": "#d59bc4"},
+}
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+default_role = "literal"
+autodoc_typehints = "signature"
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+python_use_unqualified_type_names = True
+toc_object_entries = False
+
+LITERAL = re.compile(r"(`[^`]+`)")
+SECTION = re.compile(r"^\s*(Args|Attributes|Raises|Returns|Yields|Errors):\s*$")
+
+
+def plain_to_rest(app, what, name, obj, options, lines):
+    """Docstrings are written for people: indented blocks are code, and * and | mean themselves."""
+    out, in_block = [], False
+    for i, line in enumerate(lines):
+        indented, before = line.startswith("    "), out[-1] if out else ""
+        inside_section = any(SECTION.match(earlier) for earlier in lines[:i])
+        if indented and not in_block and not before.strip() and out and not inside_section:
+            out += ["::", ""]
+            in_block = True
+        elif line.strip() and not indented:
+            in_block = False
+        if in_block:
+            out.append(line)
+            continue
+        parts = LITERAL.split(line)
+        escaped = [re.sub(r"([*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", part)) for part in parts[::2]]
+        parts[::2] = escaped
+        out.append("".join(parts))
+    lines[:] = out
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", plain_to_rest, priority=100)
