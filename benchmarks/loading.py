@@ -22,7 +22,7 @@ CHUNK = 1 << 24
 
 
 def node(quick: bool) -> dict[str, Any]:
-    width = 32 if quick else 256
+    width = 32 if quick else 192
     unet = {
         "image_size": 64, "in_channels": 3, "out_channels": 3, "model_channels": width, "num_res_blocks": 2,
         "attention_resolutions": [8, 4, 2], "channel_mult": [1, 2, 3, 5] if not quick else [1, 2], "num_heads": 1,

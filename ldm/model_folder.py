@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ldm.autoencoder.weights import load_weights as load_first_stage_weights
 from ldm.autoencoder.weights import read_state_dict
 from ldm.config import instantiate_from_config, load_config, modules_only, save_config
 from ldm.errors import UserError
@@ -175,13 +174,9 @@ def _filled(node: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) ->
 
 
 def export(
-    path: str | Path, out: str | Path, dtype: torch.dtype | None = None, metadata: Mapping[str, Any] | None = None,
-    config: str | Path | None = None,
-) -> Path:  # fmt: skip
+    path: str | Path, out: str | Path, dtype: torch.dtype | None = None, metadata: Mapping[str, Any] | None = None
+) -> Path:
     """Make a model folder of a run folder or checkpoint; `metadata` is added to what the training recorded.
-
-    config: for a published first stage, whose checkpoint does not tell its architecture: the YAML that does, as
-    configs/autoencoder/vq-f4.yaml.
 
     Of a LatentDiffusion: averaged weights, first stage and conditioner too. Of an AutoencoderStage: the first stage.
     """
@@ -189,31 +184,15 @@ def export(
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} does not exist; give a run folder or a .ckpt of this toolkit.")
-    files: dict[str, str] = {}
-    if config is not None:
-        node, recorded, state = _of_published_first_stage(checkpoint, config)
-    else:
-        node, recorded, state, files = _of_checkpoint(checkpoint)
+    node, recorded, state, files = _of_checkpoint(checkpoint)
     return write_model_folder(out, node, state, {**recorded, **(metadata or {})}, dtype, files)
-
-
-def _of_published_first_stage(
-    checkpoint: Path, config: str | Path
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
-    """The first stage that `config` trains, with the weights of a checkpoint in CompVis' names."""
-    node = load_config([config]).get("model", {}).get("params", {}).get("first_stage")
-    if node is None:
-        raise UserError(f"{config} trains no first stage (it has no model.params.first_stage).")
-    module = instantiate_from_config(node)
-    print(load_first_stage_weights(module, checkpoint))
-    return node, {"started_from": checkpoint.name}, module.state_dict()
 
 
 def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Model node, metadata, inference weights and further files of a training checkpoint of this toolkit."""
     content = read_checkpoint(checkpoint)
     if not isinstance(content, dict) or "histoldm_config" not in content:
-        raise UserError(f"{checkpoint} is no checkpoint of this toolkit; export a published first stage with --config.")
+        raise UserError(f"{checkpoint} is no checkpoint of this toolkit; `histoldm convert` takes those of others.")
     node, state = content["histoldm_config"]["model"], dict(content["state_dict"])
     metadata = content.get("histoldm_metadata", {})
     if "first_stage" in node["params"]:  # a training of a first stage: the folder is of the autoencoder alone

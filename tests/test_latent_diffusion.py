@@ -293,7 +293,8 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path):
 def test_a_published_first_stage_becomes_a_model_folder(tmp_path):
     from ldm.autoencoder.autoencoder import AutoencoderKL
     from ldm.config import save_config
-    from ldm.model_folder import export, load_first_stage
+    from ldm.convert import convert
+    from ldm.model_folder import load_first_stage
 
     torch.manual_seed(0)
     published = AutoencoderKL(DDCONFIG, 4)
@@ -301,7 +302,7 @@ def test_a_published_first_stage_becomes_a_model_folder(tmp_path):
     torch.save({"state_dict": state}, tmp_path / "model.ckpt")
     params = {"first_stage": node()["params"]["first_stage_config"], "loss": {"target": "torch.nn.Identity"}}
     save_config({"model": {"target": "ldm.autoencoder.stage.AutoencoderStage", "params": params}}, tmp_path / "c.yaml")
-    folder = export(tmp_path / "model.ckpt", tmp_path / "out", config=tmp_path / "c.yaml")
+    folder = convert(tmp_path / "model.ckpt", tmp_path / "out", config=tmp_path / "c.yaml")
     assert torch.equal(load_first_stage(folder).quant_conv.weight, published.quant_conv.weight)
 
 

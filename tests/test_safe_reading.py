@@ -126,7 +126,8 @@ def entry_points(path: Path, out: Path) -> dict[str, Callable[[], Any]]:
     params = {"ddconfig": DDCONFIG, "embed_dim": 3}
     stage = {"target": "ldm.autoencoder.autoencoder.AutoencoderKL", "params": params}
     trained = out.with_suffix(".stage.yaml")
-    trained.write_text(yaml.safe_dump({"model": {"target": "a stage", "params": {"first_stage": stage}}}))
+    training = {"target": "ldm.autoencoder.stage.AutoencoderStage", "params": {"first_stage": stage}}
+    trained.write_text(yaml.safe_dump({"model": training}))
     return {
         "read_checkpoint": lambda: read_checkpoint(path),
         "read_state_dict": lambda: read_state_dict(path),
@@ -135,7 +136,8 @@ def entry_points(path: Path, out: Path) -> dict[str, Callable[[], Any]]:
         "convert": lambda: convert(path, out, config=project, say=lambda line: None),
         "ldm.load_model": lambda: load_model(path, config=project),
         "load_model": lambda: model_folder.load_model(path),
-        "export": lambda: model_folder.export(path, out, config=trained),
+        "export": lambda: model_folder.export(path, out),
+        "convert by a config of ours": lambda: convert(path, out, config=trained, say=lambda line: None),
     }
 
 
@@ -176,8 +178,9 @@ def test_nothing_is_executed_at_any_entry(tmp_path, place, legacy):
     content = PLACES[place](GADGETS["os.system"](f"touch {mark}"), first_stage())
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     for name, enter in entry_points(path, tmp_path / "out").items():
-        refused = name in ("load_model", "ldm.load_model") or (place.startswith("in place") and name[:6] != "read_c")
-        with pytest.raises(UserError) if refused else contextlib.nullcontext():  # the former take no first stage
+        own = name in ("load_model", "ldm.load_model", "export")  # they take no first stage of others
+        refused = own or (place.startswith("in place") and name[:6] != "read_c")
+        with pytest.raises(UserError) if refused else contextlib.nullcontext():
             assert enter() is not None
         assert not mark.exists(), name
     assert harms(path, mark)

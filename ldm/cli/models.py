@@ -31,23 +31,20 @@ def export(
         Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or a checkpoint of one.")
     ],
     out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Config that a published first-stage checkpoint fits.")
-    ] = None,
     half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
     licence: Annotated[str | None, typer.Option("--licence", help="Licence of the model, recorded in it.")] = None,
 ) -> None:
     """Make a model folder of a training run: what every command takes and what you share.
 
-    Examples: histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl; of a published first stage:
-    histoldm export weights/vq-f4/model.ckpt --config configs/autoencoder/vq-f4.yaml --out models/vq-f4
+    Example: histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl. Of published models `histoldm convert` makes
+    one.
     """
     import torch
 
     from ldm.model_folder import export as export_run
 
     metadata = {"licence": licence} if licence else {}
-    folder = export_run(run, out, torch.float16 if half else None, metadata, config=config)
+    folder = export_run(run, out, torch.float16 if half else None, metadata)
     print(f"wrote {folder}")
 
 
@@ -83,6 +80,7 @@ def convert(
     """Make a model folder of a published model: latent-diffusion and its forks, guided-diffusion, diffusers, ...
 
     Examples: histoldm convert brca.ckpt --config zoomldm_brca.yaml --encoder uni --mpp 0.5 --out models/brca;
+    histoldm convert weights/vq-f4/model.ckpt --config configs/autoencoder/vq-f4.yaml --out models/vq-f4;
     histoldm convert models/brca --to compvis --out brca-compvis
     """
     from ldm.commands.models import convert_model

@@ -85,7 +85,7 @@ def read_by(
 ) -> None:  # fmt: skip
     """Fill `found` from the tensors of a checkpoint by the model node of a project, which messages call `project`."""
     rest = _Rest(state, found)
-    if node["target"] in targets.FIRST_STAGES:
+    if node["target"] in (*targets.FIRST_STAGES, *targets.FIRST_STAGES.values()):
         _read_first_stage(node, rest, found, raw_weights, allow_target)
         _none_for("classes", classes)
     elif node["target"] in targets.DIFFUSION_TARGETS:

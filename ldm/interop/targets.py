@@ -21,6 +21,7 @@ CONDITIONER_SET = "ldm.conditioners.compose.ConditionerSet"
 CLASS_EMBEDDER = "ldm.conditioners.class_token.ClassEmbedder"
 RESCALER = "ldm.conditioners.rescaler.SpatialRescaler"
 TEXT_EMBEDDER = "ldm.conditioners.text.TextEmbedder"
+TRAINING = "ldm.autoencoder.stage.AutoencoderStage"
 UNCONDITIONAL = ("__is_unconditional__", None)
 
 DIFFUSION_TARGETS = {
@@ -81,7 +82,10 @@ class Conditioning:
 
 
 def read_project(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model node and the whole of a project YAML. Nothing in it is executed, and no environment is read."""
+    """The model node and the whole of a project YAML, or of a config that trains a first stage here.
+
+    Nothing in it is executed, and no environment is read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -90,6 +94,8 @@ def read_project(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise UserError(f"{path} asks for the environment or other values outside of it (${{oc. ...}}); write them in.")
     config = load_config([path])
     node = config.get("model", config)
+    if isinstance(node, Mapping) and node.get("target") == TRAINING:  # of this toolkit: what it trains
+        node = (node.get("params") or {}).get("first_stage")
     if not isinstance(node, Mapping) or not isinstance(node.get("target"), str):
         raise UserError(f"{path} has no `model: {{target, params}}`; give the project YAML that the model came with.")
     return {"target": node["target"], "params": dict(node.get("params") or {})}, config
