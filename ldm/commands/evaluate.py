@@ -182,11 +182,11 @@ def sections_of(
 
 def grouped(features: FeatureSet, role: str, by: str | None, report: Report) -> Any:
     """Groups of a set for its intervals; what they are stands in the report."""
-    known = by in features.table if by else True
+    known = by in (None, "image") or by in features.table
     unit, warnings = choose_unit([features.table], by if known else None)
     report.sets.setdefault(role, {})["unit"] = f"{unit}s"
     report.warnings += [text for text in warnings if text not in report.warnings]
-    if not known and by != "image":
+    if not known:
         report.warnings.append(f"{features.name} does not tell the {by} of its images; their intervals draw {unit}s.")
     return groups_of(features.table, unit)
 

@@ -33,11 +33,11 @@ def evenly(count: int, most: int) -> np.ndarray:
 def samples(sets: dict[str, ImageSet]) -> Section:
     """Grids of each set, evenly chosen."""
     section = Section("samples", "Samples", "Evenly chosen. Generated images are SYNTHETIC.")
-    titles = {"generated": "Generated: SYNTHETIC", "real": "Real", "train": "Training"}
+    titles = {"generated": "SYNTHETIC", "real": "Real", "train": "Training"}
     for role, images in sets.items():
         rows = evenly(len(images), SHOWN)
         grid = plots.sheet([images.read(int(i)) for i in rows])
-        section.pictures.append((grid, f"{titles.get(role, role)}: {len(rows)} of {len(images)} images."))
+        section.pictures.append((grid, f"{titles[role]}: {len(rows)} of {len(images)} images."))
     return section
 
 

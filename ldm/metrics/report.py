@@ -104,11 +104,10 @@ def number(value: float | None) -> str:
     """Four digits that count, without an exponent where it can be."""
     if value is None or not math.isfinite(value):
         return "–"
-    if value == 0 or 1e-3 <= abs(value) < 1e5:
-        digits = (
-            0 if float(value).is_integer() and abs(value) >= 10 else max(0, 3 - math.floor(math.log10(abs(value) or 1)))
-        )
-        return f"{value:.{min(digits, 4)}f}"
+    if float(value).is_integer() and abs(value) < 1e6:
+        return f"{value:.0f}"
+    if 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{min(4, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
     return f"{value:.2e}"
 
 
@@ -126,10 +125,11 @@ header p { margin: 6px 0 0; color: var(--soft) }
 section { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 20px 24px; margin: 0 0 20px }
 h2 { font-size: 19px; margin: 0 0 4px } h2 small { font-weight: 400; font-size: 14px; color: var(--soft) }
 section > p { margin: 0 0 14px; color: var(--soft); max-width: 78ch }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 0 0 20px }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 12px; margin: 0 0 20px }
 .tile { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px }
 .tile b { display: block; font-size: 26px; font-weight: 600; font-variant-numeric: tabular-nums; line-height: 1.2 }
 .tile span { font-size: 13px; color: var(--soft) } .tile.invalid b { color: #9aa0a6 }
+.tile em { float: right; font-style: normal; font-size: 11px; color: #9aa0a6; padding-top: 3px }
 .tile i { font-style: normal; font-size: 12px; color: var(--soft); display: block; font-variant-numeric: tabular-nums }
 .verdict { border-left: 4px solid; border-radius: 4px; padding: 8px 14px; margin: 0 0 16px }
 .verdict.good { background: #eef6f0; border-color: #5f9e6e }
@@ -199,10 +199,10 @@ def headlines(report: Report) -> str:
             each, extractor = shown[name]
             ends = f"<i>{number(each.low)} – {number(each.high)}</i>" if each.low is not None else ""
             kind = "tile invalid" if each.invalid else "tile"
-            label = f"{each.title}{arrow(each)}" + (f" · {extractor}" if extractor else "")
-            tiles.append(
-                f'<div class="{kind}"><span>{html.escape(label)}</span><b>{number(each.value)}</b>{ends}</div>'
-            )
+            label = f"{each.title}{arrow(each)}"
+            of = f"<em>{html.escape(extractor)}</em>" if extractor else ""
+            label = f"<span>{html.escape(label)}</span>{of}"
+            tiles.append(f'<div class="{kind}">{label}<b>{number(each.value)}</b>{ends}</div>')
     return f'<div class="tiles">{"".join(tiles[:8])}</div>' if tiles else ""
 
 

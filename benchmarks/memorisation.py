@@ -1,0 +1,188 @@
+"""Is a model that learnt its images by heart caught, and is one that did not left alone?
+
+    python benchmarks/memorisation.py --out memorisation
+
+Two pixel models of 32 px are trained for `--minutes` of processor time each on the demo slide at 4 µm per px, outside
+its held-out band: one on COPIED images, which it learns by heart, one on as many crops as there is room for. 64 images of
+each are compared with its training images, against crops of the held-out band. A third model needs no training: the
+denoiser that is ideal for the COPIED images, their mean weighed by how likely each is under the noise.
+
+Prints, for each: the share of images that are nearer to a training image than 95% of held-out ones, the area under the
+curve of the two distances, and the verdict; fails where that is wrong. With --out, sheets of images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from demo.steps import HELD_OUT, SLIDE
+from ldm.data.images_out import save_png, to_uint8
+from ldm.data.slides import open_slide
+from ldm.diffusion.denoiser import Cond, Denoiser, EDMDenoiser
+from ldm.diffusion.losses import error_scale, scaled_error
+from ldm.diffusion.samplers import sample_dpmpp_2m
+from ldm.diffusion.schedules import karras_sigmas
+from ldm.errors import UserError, run_command
+from ldm.files import writable_folder
+from ldm.metrics import plots
+from ldm.metrics.extractors import load_extractor
+from ldm.metrics.feature_files import FeatureSet
+from ldm.metrics.memorisation import Memorisation, memorisation
+from ldm.metrics.report import number
+from ldm.networks.unet import UNetModel
+
+SIDE, MPP, COPIED, ALL, HELD = 32, 4.0, 32, 2000, 200
+PATCH = 4  # the network sees 8 x 8 places of 4 x 4 px
+BATCH, RATE = 16, 2e-3
+SIGMA_DATA = 0.5
+
+
+class Patched(nn.Module):
+    """A small UNet over patches of PATCH px."""
+
+    def __init__(self):
+        super().__init__()
+        channels = 3 * PATCH**2
+        self.unet = UNetModel(channels, channels, 64, 1, (), (1, 2), num_heads=1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        patches = nn.functional.pixel_unshuffle(x, PATCH)
+        return nn.functional.pixel_shuffle(self.unet(patches, time), PATCH)
+
+
+def crops(count: int, held_out: bool, seed: int) -> np.ndarray:
+    """(count,SIDE,SIDE,3) uint8 with tissue, inside the held-out band of the demo slide or outside it."""
+    slide = open_slide(SLIDE)
+    image = slide.thumbnail(MPP)
+    scale = slide.mpp / MPP
+    top, bottom = (round(edge * scale) for edge in (HELD_OUT[1], HELD_OUT[1] + HELD_OUT[3]))
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < count:
+        y, x = (int(rng.integers(extent - SIDE + 1)) for extent in image.shape[:2])
+        inside, outside = top <= y and y + SIDE <= bottom, y + SIDE <= top or y >= bottom
+        crop = image[y : y + SIDE, x : x + SIDE]
+        if (inside if held_out else outside) and crop.mean() < 215:
+            found.append(crop)
+    return np.stack(found)
+
+
+def train(images: np.ndarray, minutes: float, seed: int, name: str) -> Denoiser:
+    """A denoiser trained on images (N,SIDE,SIDE,3) for so many minutes of processor time."""
+    torch.manual_seed(seed)
+    network = Patched()
+    denoiser = EDMDenoiser(network, SIGMA_DATA)
+    optimiser = torch.optim.AdamW(network.parameters(), RATE)
+    data = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    begun, spent, steps = time.process_time(), 0.0, 0
+    with tqdm(total=round(60 * minutes), desc=name, unit="s") as bar:
+        while spent < 60 * minutes:
+            for group in optimiser.param_groups:
+                group["lr"] = RATE * max(0.02, 1 - spent / (60 * minutes))
+            x0 = data[torch.randint(len(data), (BATCH,))]
+            sigma = (torch.randn(BATCH) * 1.2 - 0.8).exp()
+            estimate = denoiser(x0 + sigma[:, None, None, None] * torch.randn_like(x0), sigma, {})
+            loss = scaled_error(estimate, x0, error_scale("edm", sigma, SIGMA_DATA)).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            steps += 1
+            now = time.process_time() - begun
+            bar.update(int(now) - int(spent))
+            bar.set_postfix(steps=steps, loss=f"{loss.item():.3f}")
+            spent = now
+    return denoiser
+
+
+def ideal(images: np.ndarray) -> Denoiser:
+    """The denoiser that is best for these images and no others: E[x0 | x] when x0 is one of them."""
+    data = (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1).flatten(1)  # (N,D)
+
+    def denoise(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        apart = torch.cdist(x.flatten(1), data).square()
+        return ((-apart / (2 * sigma[:, None] ** 2)).softmax(1) @ data).view_as(x)
+
+    return denoise
+
+
+@torch.no_grad()
+def sample(denoiser: Denoiser, count: int, seed: int) -> np.ndarray:
+    """(count,SIDE,SIDE,3) uint8."""
+    sigmas = karras_sigmas(24, 0.02, 40.0)
+    noise = torch.randn(count, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
+    return to_uint8(sample_dpmpp_2m(denoiser, noise * sigmas[0], sigmas, {}).clamp(-1, 1))
+
+
+def features(images: np.ndarray, name: str) -> FeatureSet:
+    table = pd.DataFrame({"name": [f"{name} {i}" for i in range(len(images))]})
+    return FeatureSet(load_extractor("pixels")(images), table, {"extractor": "pixels", "data": {"path": name}})
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out:
+        writable_folder(args.out)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    all_images, held_out = crops(ALL, False, 0), crops(HELD, True, 1)
+    few = all_images[:COPIED]
+    models = {
+        "ideal for 32 images": (few, lambda: ideal(few), "memorises"),
+        "overfitted on 32 images": (few, lambda: train(few, args.minutes, 0, "32 images"), "memorises"),
+        f"trained on {ALL} images": (
+            all_images,
+            lambda: train(all_images, args.minutes, 0, f"{ALL} images"),
+            "no sign",
+        ),
+    }
+    wrong = []
+    for name, (images, make, expected) in models.items():
+        made = sample(make(), args.count, args.seed)
+        found = memorisation(features(made, "made"), features(held_out, "held out"), features(images, "train"))
+        close, nearer = found.figures[1], found.figures[0]
+        print(f"{name}: close to a training image {number(close.value)} ({number(close.low)} to {number(close.high)}), "
+              f"nearer than held-out {number(nearer.value)} ({number(nearer.low)} to {number(nearer.high)}), median "
+              f"distance {number(found.figures[2].value)}: {found.verdict}", flush=True)  # fmt: skip
+        if (found.verdict == "memorises") != (expected == "memorises"):
+            wrong.append(f"{name}: {found.verdict}")
+        if args.out:
+            path = args.out / f"{name.replace(' ', '-')}.png"
+            save_png(
+                path,
+                sheet(made, images, found),
+                {"content": f"generated images and the nearest training images: {name}"},
+            )
+    if wrong:
+        raise UserError("; ".join(wrong))
+
+
+def sheet(made: np.ndarray, images: np.ndarray, found: Memorisation) -> np.ndarray:
+    """Generated images above the nearest training images."""
+    order = np.linspace(0, len(made) - 1, 10).round().astype(int)
+    rows = [
+        ("generated", list(made[order]), [f"{found.generated.distance[i, 0]:.3f}" for i in order]),
+        ("nearest", list(images[found.generated.row[order, 0]]), [""] * len(order)),
+    ]
+    return np.asarray(plots.labelled_rows(rows).convert("RGB"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--minutes", type=float, default=3.0, help="processor time of each training (default %(default)s)")
+    add("--count", type=int, default=64, help="images sampled from each (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the samples (default %(default)s)")
+    add("--threads", type=int, help="of torch")
+    add("--out", type=Path, help="folder for sheets of images")
+    return run_command(lambda: run(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
