@@ -1,13 +1,15 @@
 # make demo   the main job on a real slide, into demo_output/
 # make test   the whole test suite
-# Both make the virtual environment .venv first, where it is not there yet. Nothing else needs to be installed.
+# make docs   the documentation site, into docs/_build/html
+# All make the virtual environment .venv first, where it is not there yet. Nothing else needs to be installed.
 
 SHELL := /bin/bash
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
+DOCS := $(VENV)/.docs
 
-.PHONY: demo test lint install clean clean-demo
+.PHONY: demo test lint docs install clean clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -19,6 +21,10 @@ test: $(READY)
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/lint-imports
+
+docs: $(DOCS)
+	$(PYTHON) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo 'open docs/_build/html/index.html'
 
 install: $(READY)
 
@@ -35,8 +41,12 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[dev]' --constraint constraints.txt
 	@touch $@
 
+$(DOCS): $(READY)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[docs]' --constraint constraints.txt
+	@touch $@
+
 clean-demo:
 	rm -rf demo_output
 
 clean: clean-demo
-	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) docs/_build *.egg-info .pytest_cache .ruff_cache .import_linter_cache

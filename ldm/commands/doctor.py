@@ -187,11 +187,15 @@ def file_names(entry: str) -> list[str]:
 
 
 def metric_weights() -> Iterator[Finding]:
-    """Networks of losses and metrics: LPIPS' backbones."""
+    """Networks of losses and metrics: Inception for FID, LPIPS' backbones."""
     import torch
 
     from ldm.autoencoder.perceptual import BACKBONES
+    from ldm.metrics import inception
+    from ldm.metrics.encoders import weights_home
 
+    path = weights_home() / "inception" / inception.FILE
+    yield _file("Metrics and losses", "Inception (FID)", path, inception.SOURCE, inception.LICENCE)
     terms = "BSD-3-Clause; trained on ImageNet images, whose terms allow non-commercial research"
     for net, file in BACKBONES.items():
         path = Path(torch.hub.get_dir()) / "checkpoints" / file
