@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def _is_picture(path: Path) -> bool:
 
 def _of_zarr(path: Path, listed: bool) -> list[Source]:
     if "histoldm" in (attributes := _attributes(path)) and "tile_size" in attributes["histoldm"]:
-        rows = len(TileStore.open(path))
+        rows = len(_store(path))
         chosen = np.linspace(0, rows - 1, min(rows, SHOWN_TILES)).round().astype(int)
         return [Source(path, int(row), listed=True) for row in chosen]
     return [Source(path, listed=listed)]
@@ -81,21 +82,45 @@ def open_picture(source: Source) -> Slide:
     PNG and JPEG have no levels and are decoded whole; of everything else only what is looked at is read.
     """
     if source.row is not None:
-        store = TileStore.open(source.path)
+        store = _store(source.path)
         pixels = store.tile(source.row)
         return Slide(source.path, [(pixels.shape[1], pixels.shape[0])], _crop(pixels), store.mpp or 0.0, None)
     return _open_ome_zarr(source.path) if source.path.suffix == ".zarr" else open_any(source.path)
 
 
-def describe(source: Source, picture: Slide) -> dict[str, Any]:
+def describe(source: Source) -> dict[str, Any]:
     """What the page is told of a picture: name, width, height, mpp (None: unknown), synthetic (None: it does not say
     that it is), and where it says so slide, region (x, y, width, height in level-0 px of the slide), grid (rows, cols
-    of its condition) and tile_px."""
+    of its condition) and tile_px.
+
+    Raises:
+        UserError: it cannot be read. Of PNG and JPEG in folders, which may be thousands, only the header is looked at.
+    """
     said = provenance(source)
     told = {key: (said or {}).get(key) for key in ("slide", "region", "grid", "tile_px")}
-    width, height = picture.dimensions
-    mpp = picture.mpp or _number((said or {}).get("mpp"))
+    (width, height), mpp = _measure(source)
+    mpp = mpp or _number((said or {}).get("mpp"))
     return {"name": source.name, "width": width, "height": height, "mpp": mpp, "synthetic": said, **told}
+
+
+def _measure(source: Source) -> tuple[tuple[int, int], float]:
+    """Width and height in pixels, and mpp, 0 where unknown."""
+    if source.row is not None:
+        store = _store(source.path)
+        return (store.tile_size, store.tile_size), store.mpp or 0.0
+    if source.listed and source.path.suffix.lower() in PLAIN:
+        try:
+            with Image.open(source.path) as image:
+                return image.size, 0.0
+        except (OSError, Image.DecompressionBombError) as error:
+            raise UserError(f"{source.path} cannot be read: {error}") from None
+    picture = open_picture(source)
+    return picture.dimensions, picture.mpp
+
+
+@lru_cache(maxsize=8)
+def _store(path: Path) -> TileStore:
+    return TileStore.open(path)
 
 
 def provenance(source: Source) -> dict[str, Any] | None:

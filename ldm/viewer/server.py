@@ -78,7 +78,7 @@ class Gallery:
         self._lock = threading.Lock()
         for source in sources:
             try:
-                about = describe(source, open_picture(source))
+                about = describe(source)
             except UserError as error:
                 if not source.listed:
                     raise

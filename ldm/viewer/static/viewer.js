@@ -20,7 +20,8 @@ const others = {
 
 function state() {
   const [numbers, mode] = location.hash.slice(1).split("/");
-  const shown = numbers.split(",").filter((n) => /^\d+$/.test(n) && n < pictures.length).map(Number).slice(0, MOST_PANES);
+  const given = numbers.split(",").filter((n) => /^\d+$/.test(n) && n < pictures.length);
+  const shown = given.map(Number).slice(0, MOST_PANES);
   return { shown, mode: shown.length === 0 ? "gallery" : mode === "swipe" && shown.length === 2 ? "swipe" : "side" };
 }
 
@@ -54,8 +55,8 @@ function spread(seen, mode) {
 function gallery() {
   document.title = "HistoLDM";
   const synthetic = pictures.filter((picture) => picture.synthetic).length;
-  stage.append(make("p", { className: "note", textContent:
-    `${pictures.length} pictures, ${synthetic} of them say that they are synthetic. Tick two or more to compare them.` }));
+  const counted = `${pictures.length} pictures, ${synthetic} of them say that they are synthetic.`;
+  stage.append(make("p", { className: "note", textContent: `${counted} Tick two or more to compare them.` }));
   stage.append(...server.skipped.map((text) => make("p", { className: "note", textContent: `Left out: ${text}` })));
   stage.append(...pictures.map(card));
 }
@@ -68,8 +69,10 @@ function card(picture) {
     if (box.checked) chosen.add(picture.number); else chosen.delete(picture.number);
     controls([], "gallery");
   });
-  const element = make("div", { className: "card", tabIndex: 0, role: "link", title: picture.name },
-    make("img", { src: `${picture.number}/thumbnail.jpg`, loading: "lazy", alt: "" }), box,
+  const image = make("img", { loading: "lazy", alt: "", src: `${picture.number}/thumbnail.jpg` });
+  const failed = make("p", { className: "note", textContent: "cannot be read" });
+  image.addEventListener("error", () => image.replaceWith(failed));
+  const element = make("div", { className: "card", tabIndex: 0, role: "link", title: picture.name }, image, box,
     make("div", {}, make("b", { textContent: picture.name }),
       make("small", { textContent: `${picture.width} × ${picture.height} px` }),
       picture.synthetic ? make("span", { className: "badge", textContent: "SYNTHETIC" }) : null));

@@ -173,13 +173,15 @@ export class Pane {
 
   drawScale() {
     const index = Math.max(0, this.pictures.findIndex((p) => p.mpp));
-    const picture = this.pictures[index], own = picture.width / this.rects[index].w / this.unit;  // its px per screen px
+    const picture = this.pictures[index];
+    const own = picture.width / this.rects[index].w / this.unit;  // its px per screen px
     const per = own * (picture.mpp || 1), most = 170 * per;
     const power = 10 ** Math.floor(Math.log10(most));
     const length = Math.max(...NICE.filter((n) => n * power <= most)) * power;
     this.bar.style.width = `${length / per}px`;
-    this.length.textContent = !picture.mpp ? `${round(length)} px`
-      : length >= 1000 ? `${round(length / 1000)} mm` : length < 1 ? `${round(length * 1000)} nm` : `${round(length)} µm`;
+    const [count, unit] = !picture.mpp ? [length, "px"] : length >= 1000 ? [length / 1000, "mm"]
+      : length < 1 ? [length * 1000, "nm"] : [length, "µm"];
+    this.length.textContent = `${round(count)} ${unit}`;
   }
 
   drawOverlay() {
