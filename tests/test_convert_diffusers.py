@@ -535,7 +535,7 @@ def test_stable_diffusion_2_in_a_single_file_with_its_yaml(tmp_path):
 def test_a_single_file_of_a_network_alone(begins, model_folder, tmp_path):
     whole = load_file(model_folder / "model.safetensors")
     state = {begins + n.removeprefix(UNET): v for n, v in whole.items() if n.startswith(UNET)}
-    state[f"{begins}out.2.bias"] += 1
+    state[f"{begins}out.2.bias"] = state[f"{begins}out.2.bias"] + 1
     save_file(state, tmp_path / "unet.safetensors")
     with pytest.raises(UserError, match="--base"):
         read_published(tmp_path / "unet.safetensors")
