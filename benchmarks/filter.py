@@ -96,8 +96,8 @@ def measure(options: argparse.Namespace) -> None:
         [out / "scorer"], out / "test", out / "kept", options.device, 64, None, [str(options.above)], None, None, None,
         "fault", False,
     )  # fmt: skip
-    scores = pd.read_csv(out / "kept" / "scores.csv").set_index("file").join(test[["label", "fault"]], rsuffix="_true")
-    good, kept = (scores["label_true"] == "good").to_numpy(), scores["kept"].to_numpy()
+    scores = pd.read_csv(out / "kept" / "scores.csv").set_index("file").join(test[["fault"]])
+    good, kept = (scores["fault"] == "none").to_numpy(), scores["kept"].to_numpy()
     for what, rows in (("before", np.ones(len(good), bool)), ("after", kept)):
         share, low, high = proportion(int(good[rows].sum()), int(rows.sum()))
         print(f"acceptance {what}: {share:.3f} [{low:.3f}, {high:.3f}] ({good[rows].sum()} of {rows.sum()} are good)")

@@ -199,5 +199,5 @@ def _finish(out: Path, log: Log, tiles: Requests, seed: int, begin: dict[str, An
     share, low, high = found["acceptance"]
     print(f"{len(kept)} of {len(log.rows)} attempts passed: {share:.1%} [{low:.1%}, {high:.1%}]; in {out}")
     for r in range(len(tiles) if len(tiles) > 1 else 0):
-        words = " ".join(f"{k}={v}" for k, v in tiles.about[r].items() if v not in ("", "source"))
+        words = " ".join(f"{k}={v}" for k, v in tiles.about[r].items() if k != "source" and v != "")
         print(f"  {words}: {log.passed[r]} of {log.tried[r]}")

@@ -125,6 +125,10 @@ def train_scorer(
     folds = folds_of(data, recipe, test)
     make_network(recipe.arch, 1, recipe.kwargs)  # a mistake in it shows before any work
     writable_folder(out)
+    known = (WORK, TEST_SCORES, CONFIG)
+    strange = [p.name for p in out.iterdir() if p.name not in known and not p.match(MEMBER.format("*"))]
+    if strange:
+        raise UserError(f"{out} holds other files ({strange[0]}, ...); give an --out that is empty or new.")
     images, sides = prepared(data.pictures, recipe.size, out / WORK, progress)
     words = (f"{t:.6f} {g} {f}" for t, g, f in zip(data.targets, data.groups, folds))
     settings = {
@@ -175,10 +179,6 @@ def _finished(out: Path, settings: dict[str, Any], device: str) -> Ensemble:
 
 
 def _begin(out: Path, settings: dict[str, Any]) -> None:
-    known = (WORK, TEST_SCORES)
-    strange = [p.name for p in out.iterdir() if p.name not in known and not p.match(MEMBER.format("*"))]
-    if strange:
-        raise UserError(f"{out} holds other files ({strange[0]}, ...); give an --out that is empty or new.")
     path = out / WORK / "settings.json"
     if path.is_file():
         todo = "repeat its command to finish it, or give another --out"

@@ -153,6 +153,7 @@ def logits_of(network: nn.Module, seen: Tensor, views: int) -> Tensor:
 def save_scorer(folder: Path | str, scorer: Ensemble) -> Path:
     """Write a scorer folder: weights first, config.yaml last, so that one with a config is whole."""
     folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for k, network in enumerate(scorer.networks):
         state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
         with whole(folder / MEMBER.format(k)) as part:
