@@ -281,4 +281,6 @@ def test_the_page_in_a_browser(served, tmp_path):
         assert browser.evaluate("location.hash") == "#0,1/swipe"
         browser.key("Escape")
         browser.wait("document.querySelectorAll('.card').length === 2")
+        cards = "[...document.querySelectorAll('.card')]"
+        assert browser.evaluate(f"{cards}.every(card => card.scrollHeight === card.clientHeight)")  # nothing is cut off
         assert browser.errors == []
