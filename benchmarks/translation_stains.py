@@ -12,6 +12,7 @@ accuracy on held-out real tiles is printed first.
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -41,7 +42,7 @@ def train_classifier(tiles: dict[str, Tensor], steps: int, seed: int = 0) -> nn.
     torch.manual_seed(seed)
     widths = (3, 16, 32, 64)
     layers = [
-        nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.ReLU()) for a, b in zip(widths, widths[1:])
+        nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.ReLU()) for a, b in pairwise(widths)
     ]
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], len(tiles)))
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)

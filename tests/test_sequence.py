@@ -68,8 +68,9 @@ def model(model_folder):
 def scorer_folder(tmp_path_factory) -> Path:
     torch.manual_seed(1)
     view = View(16, (0.5,) * 3, (0.5,) * 3, 16, 0.5)
-    task = Task("binary", "class", ("other", "mitotic figure"))
-    return save_scorer(tmp_path_factory.mktemp("scorers") / "tiny", Ensemble(task, view, "resnet10t", 2))
+    folder = tmp_path_factory.mktemp("scorers") / "tiny"
+    folder.mkdir()
+    return save_scorer(folder, Ensemble(Task("graded", "score"), view, "resnet10t", 2))
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +148,7 @@ def test_the_command_writes_images_a_list_a_grid_and_an_animation(model_folder, 
     assert json.loads(grid.text["SYNTHETIC"])["scorer"]["name"] == "tiny"
     pixels = np.asarray(grid)
     first = np.asarray(Image.open(tmp_path / "00000_00.png").convert("RGB")).repeat(5, 0).repeat(5, 1)
-    assert np.array_equal(pixels[: first.shape[0], 44 : 44 + first.shape[1]], first)
+    assert np.array_equal(pixels[: first.shape[0], 52 : 52 + first.shape[1]], first)
     with Image.open(tmp_path / "sequence.gif") as moving:
         assert moving.n_frames == 4  # there and back
         assert moving.info["comment"].startswith(b"SYNTHETIC")

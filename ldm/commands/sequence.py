@@ -20,6 +20,7 @@ from ldm.commands.sequence_pictures import film, sheet
 from ldm.conditioners.given import known_key, parse_conditions
 from ldm.convert import load_model
 from ldm.data.images_out import save_animation, save_png, to_uint8
+from ldm.data.slides import open_slide
 from ldm.errors import UserError
 from ldm.files import sha256, writable_folder, write_text
 from ldm.metrics.scorers import load_scorer
@@ -179,17 +180,12 @@ def middle(path: Path, side: int, mpp: float | None, wanted: float | None) -> np
     """The middle of an image file as (side, side, 3) uint8 at the model's micrometres per pixel."""
     if mpp is not None and not wanted:
         raise UserError("the model does not know its micrometres per pixel; cut the images to its size yourself.")
-    try:
-        image = Image.open(path).convert("RGB")
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error}.") from error
+    image = open_slide(path, mpp or 1.0)
+    width, height = image.dimensions
     extent = side * (wanted / mpp if mpp else 1.0)  # in the file's pixels
-    if min(image.size) < round(extent):
-        raise UserError(
-            f"{path} is {image.width} x {image.height} px, smaller than the {extent:g} px that the model's tile covers."
-        )
-    left, top = (image.width - extent) / 2, (image.height - extent) / 2
-    return np.asarray(image.resize((side, side), Image.Resampling.LANCZOS, (left, top, left + extent, top + extent)))
+    if min(width, height) < round(extent):
+        raise UserError(f"{path} is {width} x {height} px, smaller than the {extent:g} px that a tile covers.")
+    return image.read((width - extent) // 2, (height - extent) // 2, extent, extent, (side, side))
 
 
 @torch.no_grad()

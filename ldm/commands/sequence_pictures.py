@@ -9,7 +9,7 @@ from PIL import Image
 
 SIDE = 72  # px of an image on the grid, at least
 GAP = 4
-AXIS = 44  # px left of the grid, where the curve has its scale
+AXIS = 52  # px left of the grid, where the curve has its scale
 CURVE = 150  # px, height of the curve
 LINE, MEAN = "#9db8dc", "#1f4e9c"
 
@@ -69,10 +69,10 @@ def curve(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    tall = CURVE if scores is not None else 40
+    bottom = 36
+    tall = CURVE if scores is not None else bottom + 3 * GAP
     figure = Figure(figsize=(width / 100, tall / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
-    bottom = 36
     axes = figure.add_axes((AXIS / width, bottom / tall, 1 - (AXIS + GAP) / width, (tall - bottom - GAP) / tall))
     axes.set_xlim(AXIS, width - GAP)
     step = -(-len(values) // max(2, int((centres[-1] - centres[0]) // 36)))

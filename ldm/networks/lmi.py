@@ -200,13 +200,14 @@ def _information(
 
 
 def lmi_score(
-    source: Tensor, target: Tensor, window: int = 9, stride: int = 4, bins: int = 27, sigma: float = 4.0
+    source: Tensor, target: Tensor, window: int = 9, stride: int = 4, bins: int = 27, sigma: float = 2.0
 ) -> Tensor:
-    """How much windows of the source tell of the target's at the same place, (B,) in 0..1; differentiable.
+    """How much windows of the source tell of the target's at the same place, (B,) from 0; differentiable.
 
     The mean over windows of 2 I / (H1 + H2), each window's grey levels counted in soft histograms of the kernel of
-    `lmi_map`, but at no whole levels, so that a gradient leads to the target (`ldm.diffusion.lmi_guidance`). Windows of
-    one grey level in the source, as on black ground, tell nothing and are left out.
+    `lmi_map`, but at no whole levels, so that a gradient leads to the target (`ldm.diffusion.lmi_guidance`). The kernel
+    keeps it below 1, to which only sharp histograms of an image and itself would come. Windows of one grey level in
+    the source, as on black ground, tell nothing and are left out.
 
     Args:
         source, target: (B,C,H,W) around [0, 1], of equally many channels, taken one by one.
