@@ -89,7 +89,6 @@ def main() -> None:
     runs += [(f"DPM-Solver++(2M), {n} steps", "dpmpp_2m", n, "karras", None) for n in (15, 25, 50)]
     runs += [("Heun, 25 steps", "heun", 25, "karras", None)]
     runs += [("DDIM, 50 steps, exact", "euler", 50, "karras", 1e-3)]
-    runs += [("DPM-Solver++(2M), 25 steps, exact", "dpmpp_2m", 25, "karras", 1e-3)]
     figures = []
     for name, solver, steps, schedule, tolerance in runs:
         levels = invertible(sampling_sigmas(model, steps, schedule))

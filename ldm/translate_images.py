@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 STARTS = ("invert", "noise", "none")
 ODE_SOLVERS = ("euler", "heun", "dpmpp_2m", "unipc")  # that are followed both ways
-EXACT = ("euler", "heun", "dpmpp_2m")
+EXACT = ("euler", "heun")
 ENCODE_PART = 256  # latents along what is encoded in one piece
 Watch = Callable[[int, int, Tensor, Tensor], None]
 
@@ -77,7 +77,7 @@ def translate(
     source: Cond | None = None,
     target: Cond | Sequence[Cond] | None = None,
     steps: int = 25,
-    solver: str = "dpmpp_2m",
+    solver: str | None = None,
     start: str = "invert",
     strength: float = 1.0,
     exact: bool = False,
@@ -102,12 +102,13 @@ def translate(
 
     Args:
         source, target: conditions of N images or of one, as `model.condition` gives them; None is the null.
-        steps: each way. solver: one of ODE_SOLVERS for `start` invert; any of `ldm.inference.SOLVERS` otherwise.
+        steps: each way. solver: one of ODE_SOLVERS for `start` invert, any of `ldm.inference.SOLVERS` otherwise; by
+            default dpmpp_2m, and euler where it is to be exact or as published.
         start: `invert`; `noise`: from the image with noise of the first level (SDEdit, arXiv:2108.01073); `none`: from
             noise alone, for models whose condition is the image itself (translation between modalities).
         strength: in (0, 1]: the share of the steps that are taken, the last ones; below 1 more of the image stays.
         exact: each step up is solved such that the step down undoes it: the source's condition gives the image back
-            to 1e-3. Costs four times the evaluations up, or more; solvers in EXACT.
+            to 1e-3. Costs about four times the evaluations up; solvers in EXACT.
         guidance_scale: classifier-free, on the way down; see `ldm.inference.sample`.
         classifier: a `Classifier`, whose gradient guides the way down.
         low: images (N,C,h,w) of a resolution lower by a whole number: the result, shrunk, is these (super-resolution).
@@ -118,9 +119,10 @@ def translate(
         watch: called as watch(k, step, x, x0) with latents at every step: k is the target, -1 the way up.
     """
     targets = list(target) if isinstance(target, Sequence) else [target]
-    _check(model, images, targets, start, solver, exact, classifier)
+    solver = solver or ("euler" if exact or published else "dpmpp_2m")
+    _check(model, images, targets, start, solver, exact, published, classifier)
     way = _Way(
-        model, _levels(model, steps, schedule, start, strength, published), "euler" if published else solver, start,
+        model, _levels(model, steps, schedule, start, strength, published), solver, start,
         exact, published, eta, guidance_scale, classifier, precision, batch_size, given,
     )  # fmt: skip
     conds = [_condition(model, cond, len(images)) for cond in targets]
@@ -241,7 +243,7 @@ def _levels(
 
 def _check(
     model: LatentDiffusion, images: Tensor, targets: Sequence[Any], start: str, solver: str, exact: bool,
-    classifier: Classifier | None,
+    published: bool, classifier: Classifier | None,
 ) -> None:  # fmt: skip
     """UserError for what cannot be translated, or not so."""
     if start not in STARTS:
@@ -250,6 +252,8 @@ def _check(
         raise UserError(f"an inversion follows one of {', '.join(ODE_SOLVERS)}; got '{solver}'.")
     if exact and (start != "invert" or solver not in EXACT):
         raise UserError(f"exact is of inversions with {', '.join(EXACT)}; got start '{start}', solver '{solver}'.")
+    if published and (exact or start != "invert" or solver != "euler"):
+        raise UserError("the published procedure is DDIM inversion, with euler and not exact; leave the others out.")
     if not targets:
         raise UserError("no target is given.")
     if classifier is not None and len(classifier.labels) != len(targets):
@@ -259,23 +263,28 @@ def _check(
     check_images(model, images)
 
 
-def check_images(model: LatentDiffusion, images: Tensor, name: str = "the images") -> None:
-    """UserError unless images (N,C,H,W) have the model's channels and at least the size of its tiles."""
-    channels, tile = image_channels(model), model.image_size * model.first_stage_model.downsampling
+def check_images(model: LatentDiffusion, images: Tensor) -> None:
+    """UserError unless images (N,C,H,W) are such as the model works on."""
     if images.ndim != 4 or not images.numel():
-        raise UserError(f"{name}: images are given as (N,C,H,W); got shape {tuple(images.shape)}.")
-    if images.shape[1] != channels:
-        kinds = {1: "gray", 3: "RGB"}
-        own, got = (kinds.get(count, f"{count} channels") for count in (channels, images.shape[1]))
-        raise UserError(f"{name}: the model works on {own} images, this is {got}; convert it, or take another model.")
-    if min(images.shape[-2:]) < tile:
-        raise UserError(
-            f"{name}: {images.shape[-1]} x {images.shape[-2]} px is smaller than the model's tile of {tile} px; give "
-            "larger images, or cut them with more of their surroundings."
-        )
+        raise UserError(f"images are given as (N,C,H,W); got shape {tuple(images.shape)}.")
+    check_shape(model, *images.shape[1:], "the images")
     low, high = float(images.min()), float(images.max())
     if not -1.001 <= low <= high <= 1.001:  # NaN too
-        raise UserError(f"{name}: images have values in [-1, 1]; got {low:g} to {high:g}.")
+        raise UserError(f"images have values in [-1, 1]; got {low:g} to {high:g}.")
+
+
+def check_shape(model: LatentDiffusion, channels: int, height: int, width: int, name: str) -> None:
+    """UserError unless images of this shape have the model's channels and at least the size of its tiles."""
+    wanted, tile = image_channels(model), model.image_size * model.first_stage_model.downsampling
+    if channels != wanted:
+        kinds = {1: "gray", 3: "RGB"}
+        own, got = (kinds.get(count, f"{count} channels") for count in (wanted, channels))
+        raise UserError(f"{name}: the model works on {own} images, this is {got}; convert it, or take another model.")
+    if min(height, width) < tile:
+        raise UserError(
+            f"{name}: {width} x {height} px is smaller than the model's tile of {tile} px; give larger images, or cut "
+            "them with more of their surroundings."
+        )
 
 
 def image_channels(model: LatentDiffusion) -> int:

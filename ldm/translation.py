@@ -24,7 +24,6 @@ from ldm.diffusion.denoiser import Cond, Denoiser, per_sample
 from ldm.diffusion.samplers import sample_dpmpp_2m, sample_euler, sample_heun
 from ldm.diffusion.schedules import sigmas_from
 
-PASSES = 12  # of the exact inversion of DPM-Solver++(2M)
 Solver = Callable[..., Tensor]  # solver(denoiser, x, sigmas, cond, callback=...), as the samplers without noise
 Callback = Callable[[int, Tensor, Tensor], None]
 
@@ -66,18 +65,16 @@ def invert_exactly(
 
     The step from a up to b is the fixed point of x <- x + (x_a - step(x)), where step is the solver's own step from b
     down to a (arXiv:2309.04907 for DDIM): a contraction where the denoiser's derivative lies between 0 and 1. Anderson
-    mixing of the last `memory` differences finds it in a few evaluations. For solvers of one step: Euler (DDIM), Heun;
-    DPM-Solver++(2M), which looks back, is inverted in several such passes (`_passes_of_2m`).
+    mixing of the last `memory` differences finds it in a few evaluations. For solvers of one step, `sample_euler`
+    (DDIM) and `sample_heun`; a step that looks back at earlier ones cannot be undone by itself.
 
     tolerance: root mean square of x_a - step(x), relative to that of the image; iterations: at most so many evaluations
     of a step. A sample that is not there by then keeps its best x.
     """
     levels = sigmas[sigmas > 0].flip(0).to(x0.device)
     scale = x0.flatten(1).square().mean(1).sqrt().clamp(min=1e-6)
-    if solver is sample_dpmpp_2m:
-        return _passes_of_2m(denoiser, x0, levels.flip(0), cond, tolerance * scale, iterations, memory, callback)
     if solver not in (sample_euler, sample_heun):
-        raise ValueError("exact inversion is for sample_euler, sample_heun and sample_dpmpp_2m")
+        raise ValueError("exact inversion is of solvers of one step, sample_euler and sample_heun")
     x, slope = x0, torch.zeros_like(x0)
     for i, (low, high) in enumerate(pairwise(levels)):
         step = partial(solver, denoiser, sigmas=torch.stack([high, low]), cond=cond)
@@ -116,59 +113,6 @@ def _solved(
             moved = moved - ((steps + changes) @ weights)[..., 0].to(moved)
         x = moved.view_as(wanted)
     return best
-
-
-def _passes_of_2m(
-    denoiser: Denoiser, x0: Tensor, levels: Tensor, cond: Cond, tolerance: Tensor, iterations: int, memory: int,
-    callback: Callback,
-) -> Tensor:  # fmt: skip
-    """The x at levels[0] (n,), descending, from which DPM-Solver++(2M) comes to x0.
-
-    A step there needs the denoised image of the noisier level before it, which is not known on the way up
-    (arXiv:2311.18387). The first pass takes those of the explicit inversion; each further pass those of the decoding
-    that started where the pass before it ended, which also tells how far from x0 that came.
-    """
-    top = len(levels) - 1
-    points: dict[int, Tensor] = {top: x0}                                       # x and denoised image by level
-    known: dict[int, Tensor] = {}
-
-    def upwards(i: int, x: Tensor, denoised: Tensor) -> None:
-        points[top - i - 1], known[top - i] = x, denoised
-        callback(i, x, denoised)
-
-    def downwards(i: int, x: Tensor, denoised: Tensor) -> None:
-        known[i] = denoised
-
-    best = invert(denoiser, x0, levels, cond, sample_dpmpp_2m, upwards)
-    least = torch.full_like(tolerance, torch.inf)
-    for _ in range(PASSES):
-        out = sample_dpmpp_2m(denoiser, points[0], levels, cond, callback=downwards)
-        error = (out - x0).flatten(1).square().mean(1).sqrt()
-        better = (least > tolerance) & (error < least)
-        best = torch.where(per_sample(better, best), points[0], best)
-        least = torch.where(better, error, least)
-        if (least <= tolerance).all():
-            break
-        for i in reversed(range(top)):
-            step = partial(_last_step_of_2m, denoiser, levels=levels[max(i - 1, 0) : i + 2], cond=cond)
-            step = partial(step, before=known[i - 1]) if i else step
-            points[i] = _solved(step, points[i + 1], points[i], tolerance / 4, iterations, memory)
-    return best
-
-
-def _last_step_of_2m(
-    denoiser: Denoiser, x: Tensor, levels: Tensor, cond: Cond, before: Tensor | None = None
-) -> Tensor:
-    """The sampler's step from x at levels[-2] to levels[-1], `before` being the denoised image at levels[-3]."""
-    if before is None:
-        return sample_dpmpp_2m(denoiser, x, levels, cond)
-    ratio = levels[1] / levels[0]
-    start = (x - (1 - ratio) * before) / ratio                                  # its first step leads to x
-
-    def told(point: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        return before if sigma[0] == levels[0] else denoiser(point, sigma, cond)
-
-    return sample_dpmpp_2m(told, start, levels, cond)
 
 
 @torch.no_grad()

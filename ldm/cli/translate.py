@@ -20,7 +20,6 @@ from ldm.cli.options import (
     ScheduleOption,
     SeedOption,
     Solver,
-    SolverOption,
     StepsOption,
     integers,
 )
@@ -99,7 +98,9 @@ def translate(
     ] = None,
     count: Annotated[int | None, typer.Option("--count", min=1, help="At most so many images.")] = None,
     steps: StepsOption = 25,
-    solver: SolverOption = Solver.dpmpp_2m,
+    solver: Annotated[
+        Solver | None, typer.Option("--solver", help="Default dpmpp_2m; euler (DDIM) of --exact and --published.")
+    ] = None,
     schedule: ScheduleOption = Schedule.karras,
     eta: EtaOption = 1.0,
     seed: SeedOption = 0,
@@ -131,6 +132,7 @@ def translate(
     translate_pictures(
         model, images, out, pick_device(device), batch_size, asked, classifier, classifier_scale, enlarge,
         save_intermediates, differences, start=start.value if start else None, strength=strength, exact=exact,
-        published=published, guidance_scale=parse_guidance(guidance_scale or []), steps=steps, solver=solver.value,
-        schedule=schedule.value, eta=eta, seed=seed, precision=precision.value,
+        published=published, guidance_scale=parse_guidance(guidance_scale or []), steps=steps,
+        solver=solver.value if solver else None, schedule=schedule.value, eta=eta, seed=seed,
+        precision=precision.value,
     )  # fmt: skip

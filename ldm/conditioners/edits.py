@@ -157,4 +157,4 @@ def completed(conditioner: Conditioner, source: Mapping[str, Any], changes: Sequ
 
 def safe(text: str) -> str:
     """A text as part of a file's name."""
-    return re.sub(r"[^A-Za-z0-9.+-]+", "-", text.strip()).strip("-")[:80] or "target"
+    return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text.strip()).strip("-")[:80] or "target"
