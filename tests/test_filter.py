@@ -130,7 +130,7 @@ def test_published_networks_score_through_the_same_command(world, tmp_path):
         tmp_path / "s.csv")  # fmt: skip
     table = pd.read_csv(tmp_path / "s.csv")
     scorer = load_scorer([tmp_path / "0.pt", tmp_path / "1.pt"])
-    image = to_range(read_pictures(tmp_path / "in").read(1).copy()).permute(2, 0, 1)
+    image = to_range(read_pictures(tmp_path / "in").read(1)).permute(2, 0, 1)
     assert table["score"][1] == pytest.approx(float(scorer(image[None])), abs=1e-5)
 
 
@@ -309,7 +309,7 @@ def test_tiles_are_sampled_until_enough_pass(world, tmp_path, threshold, monkeyp
     assert f"3 of {len(attempts)} attempts passed" in said
     name = listed["file"][1]
     scorer, image = load_scorer(world / "graded"), read_pictures(tmp_path / "a" / name).read(0)
-    score = float(scorer(to_range(image.copy()).permute(2, 0, 1)[None]))
+    score = float(scorer(to_range(image).permute(2, 0, 1)[None]))
     assert score == pytest.approx(listed["score"][1], abs=1e-5)
     about = json.loads(Image.open(tmp_path / "a" / name).text["SYNTHETIC"])
     assert about["index"] == listed["index"][1]

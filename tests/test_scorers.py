@@ -328,7 +328,7 @@ def test_grades_and_classes_are_learnt(tmp_path):
     table.to_csv(tmp_path / "cells" / "cells.csv", index=False)
     graded = train_scorer(
         read_labelled(tmp_path / "cells" / "cells.csv", label="grade"), tmp_path / "graded",
-        recipe(epochs=10, views=8), progress=False,
+        recipe(epochs=7, views=8), progress=False,
     )  # fmt: skip
     rng = np.random.default_rng(5)
     images = torch.stack([to_range(cell(rng, g)).permute(2, 0, 1) for g in (0.0, 0.45, 1.0)])
@@ -337,7 +337,7 @@ def test_grades_and_classes_are_learnt(tmp_path):
     torch.testing.assert_close(graded(images.rot90(1, (2, 3))), scores, rtol=1e-4, atol=1e-5)  # eight views
     data = read_labelled(tmp_path / "cells" / "cells.csv")
     assert data.task.kind == "classes"
-    classes = train_scorer(data, tmp_path / "classes", recipe(epochs=10), progress=False)
+    classes = train_scorer(data, tmp_path / "classes", recipe(epochs=7), progress=False)
     found = classes(images)
     assert found.shape == (3, 3)
     torch.testing.assert_close(found.sum(1), torch.ones(3))

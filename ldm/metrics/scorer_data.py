@@ -21,7 +21,7 @@ from ldm.metrics.scorers import View
 
 def to_range(images: np.ndarray | Tensor) -> Tensor:
     """uint8 of any shape -> float in [-1,1]."""
-    return torch.as_tensor(images).float() / 127.5 - 1
+    return (images if isinstance(images, Tensor) else torch.tensor(images)).float() / 127.5 - 1
 
 
 def prepared(pictures: Pictures, size: int, folder: Path, progress: bool = True) -> tuple[np.ndarray, set[int]]:
@@ -40,7 +40,7 @@ def prepared(pictures: Pictures, size: int, folder: Path, progress: bool = True)
         for i in tqdm(range(len(pictures)), desc="read images", unit="image", disable=not progress):
             image = pictures.read(i)
             sides.add(min(image.shape[:2]))
-            seen = view.fit(to_range(image.copy()).permute(2, 0, 1)[None])[0]
+            seen = view.fit(to_range(image).permute(2, 0, 1)[None])[0]
             images[i] = ((seen + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
         images.flush()
         del images
