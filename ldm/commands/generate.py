@@ -48,6 +48,7 @@ def sample_tiles(
     if settings["guidance_scale"] is None:
         settings["guidance_scale"] = 2.0 if guide else inference.default_guidance(model)
     settings_of_all = settings | {"model_sha256": weights_of(model_path)}
+    settings_of_all |= {"mpp": model.metadata["mpp"]} if model.metadata.get("mpp") else {}
     settings_of_all |= {"negative_condition": " ".join(negative)} if negative else {}
     settings_of_all |= {"guide_sha256": weights_of(guide)} if guide else {}
     paths = [out / f"{i:05d}.png" for i in range(len(tiles))]
