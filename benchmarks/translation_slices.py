@@ -10,7 +10,7 @@ the translation is ahead of it on the same slices:
     matched         its histogram made that of the real target (which no user has): the strongest such baseline
     matched, train  its histogram made that of the target's training slices
     SDEdit s        matched, train with noise of strength s, denoised by the same model without its source
-    gradient w      the same model without its source, led by the gradient of the LMI at scale w
+    gradient w      from noise, the same model without its source, led by the gradient of the LMI at scale w
     translation     the model with the source's LMI maps, from noise
 """
 
@@ -84,7 +84,7 @@ def main() -> None:
     add("--every", type=int, default=1, help="take every n-th slice")
     add("--steps", type=int, default=25)
     add("--stochastic", action="store_true", help="translate with ancestral sampling, as published")
-    add("--strengths", type=float, nargs="*", default=[0.2, 0.35, 0.5])
+    add("--strengths", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.9])
     add("--gradient", type=float, nargs="*", default=[], help="scales of guidance by the gradient of the LMI")
     add("--seed", type=int, default=0)
     add("--out", help="picture of the ways side by side")
