@@ -22,9 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from demo.steps import SLIDE
 from ldm.errors import UserError, run_command
 
+SLIDE = Path("data/demo/CMU-1-Small-Region.svs")
 MIB = 1024
 TILE, OWN_MPP = 128, 0.5
 

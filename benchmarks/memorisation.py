@@ -3,9 +3,9 @@
     python benchmarks/memorisation.py --out memorisation
 
 Two pixel models of 32 px are trained for `--minutes` of processor time each on the demo slide at 4 µm per px, outside
-its held-out band: one on COPIED images, which it learns by heart, one on as many crops as there is room for. 64 images of
-each are compared with its training images, against crops of the held-out band. A third model needs no training: the
-denoiser that is ideal for the COPIED images, their mean weighed by how likely each is under the noise.
+its held-out band: one on 32 crops, which it learns by heart, one on 2000. 64 images of each are compared with its
+training images, against crops of the held-out band. A third model needs no training: the denoiser that is ideal for the
+32 crops, their mean weighed by how likely each is under the noise.
 
 Prints, for each: the share of images that are nearer to a training image than 95% of held-out ones, the area under the
 curve of the two distances, and the verdict; fails where that is wrong. With --out, sheets of images.
@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from demo.steps import HELD_OUT, SLIDE
 from ldm.data.images_out import save_png, to_uint8
 from ldm.data.slides import open_slide
 from ldm.diffusion.denoiser import Cond, Denoiser, EDMDenoiser
@@ -40,6 +39,8 @@ from ldm.metrics.memorisation import Memorisation, memorisation
 from ldm.metrics.report import number
 from ldm.networks.unet import UNetModel
 
+SLIDE = Path("data/demo/CMU-1-Small-Region.svs")
+HELD_OUT = (1856, 2368)  # rows of it, level-0 px: what the demo holds out
 SIDE, MPP, COPIED, ALL, HELD = 32, 4.0, 32, 2000, 200
 PATCH = 4  # the network sees 8 x 8 places of 4 x 4 px
 BATCH, RATE = 16, 2e-3
@@ -64,7 +65,7 @@ def crops(count: int, held_out: bool, seed: int) -> np.ndarray:
     slide = open_slide(SLIDE)
     image = slide.thumbnail(MPP)
     scale = slide.mpp / MPP
-    top, bottom = (round(edge * scale) for edge in (HELD_OUT[1], HELD_OUT[1] + HELD_OUT[3]))
+    top, bottom = (round(edge * scale) for edge in HELD_OUT)
     rng, found = np.random.default_rng(seed), []
     while len(found) < count:
         y, x = (int(rng.integers(extent - SIDE + 1)) for extent in image.shape[:2])

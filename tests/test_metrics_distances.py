@@ -200,6 +200,10 @@ def test_groups_widen_intervals_and_are_chosen_by_what_is_known():
     alone, together = whole.interval(), whole.interval(generated=groups)
     assert together[1] - together[0] > 4 * (alone[1] - alone[0])
     assert drawn_means(values, None, 7, np.random.default_rng(0)).shape == (7,)
+    many = RNG.gamma(2.0, size=1500)
+    drawn = drawn_means(many, None, 4000, np.random.default_rng(0))
+    assert drawn.std() == pytest.approx(many.std() / len(many) ** 0.5, rel=0.05)
+    assert drawn.mean() == pytest.approx(many.mean(), rel=0.01)
 
     table = pd.DataFrame({"name": map(str, range(600)), "slide": groups, "patient": "one"})
     assert choose_unit([table])[0] == "slide"

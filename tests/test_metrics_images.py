@@ -163,7 +163,7 @@ def test_pairs_agree_with_scikit_image(region):
     same = pairs.measure(a, a)
     assert (same["psnr"], same["mae"]) == (pairs.IDENTICAL, 0)
     assert same["ssim"] == pytest.approx(1)
-    assert same["mutual_information"] > 3 * found["mutual_information"]
+    assert same["mutual_information"] > 1.5 * found["mutual_information"]
     grey = a.mean(-1)
     share = np.bincount((grey.ravel() // 4).astype(int), minlength=64) / grey.size
     entropy = -(share[share > 0] * np.log2(share[share > 0])).sum()
@@ -187,14 +187,14 @@ def test_pairs_of_folders(region, tmp_path):
     for name, shift in (("made", 10), ("real", 0)):
         (tmp_path / name).mkdir()
         for i in range(3):
-            tile = region[64 * i : 64 * i + 64, :64].astype(int) + shift
+            tile = region[300 + 64 * i : 364 + 64 * i, 300:364].astype(int) + shift
             Image.fromarray(tile.clip(0, 255).astype(np.uint8)).save(tmp_path / name / f"{i}.png")
     files = [(tmp_path / "made" / f"{i}.png", tmp_path / "real" / f"{i}.png") for i in range(3)]
     found, warnings = pairs.compare(files, perceptual=lambda x, y: (x - y).abs().mean())
     assert found["mae"].max() <= 10
     assert found["lpips"] == pytest.approx(found["mae"] / 127.5, rel=1e-4)
     assert warnings == ["3 of 3 pairs are smaller than 161 px: they have no MS-SSIM."]
-    Image.fromarray(region[:64, :64].mean(-1).astype(np.uint8)).save(files[2][0])
+    Image.fromarray(region[300:364, 300:364].mean(-1).astype(np.uint8)).save(files[2][0])
     found, warnings = pairs.compare(files)
     assert "1 of 3 pairs hold a grey image" in warnings[0]
     assert np.isnan(found["ssim_eosin"]).tolist() == [False, False, True]

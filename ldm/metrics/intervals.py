@@ -20,6 +20,7 @@ from ldm.errors import UserError
 DRAWS = 2000
 LEVEL = 0.95
 UNITS = ("patient", "slide", "block", "image")
+MANY = 1000  # groups, whose mean is normal to any purpose
 FEW = 5  # groups, below which drawing groups says nothing
 
 
@@ -60,13 +61,19 @@ def mean_of(values: np.ndarray, bounds: tuple[float, float] = (-np.inf, np.inf))
 
 
 def drawn_means(values: np.ndarray, groups: np.ndarray | None, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws,): means of `values` (N,) when whole groups (N,) are drawn with replacement."""
+    """(draws,): means of `values` (N,) when whole groups (N,) are drawn with replacement.
+
+    Of more than MANY groups these are drawn from the normal distribution that they have then.
+    """
     if groups is None:
         sums, sizes = np.asarray(values, float), np.ones(len(values))
     else:
         index = np.unique(groups, return_inverse=True)[1]
         sums, sizes = np.bincount(index, values), np.bincount(index).astype(float)
     count = len(sums)
+    if count > MANY:
+        mean = sums.sum() / sizes.sum()
+        return rng.normal(mean, np.sqrt(((sums - mean * sizes) ** 2).sum()) / sizes.sum(), draws)
     part = max(1, 4_000_000 // count)
     means = []
     for first in range(0, draws, part):

@@ -83,7 +83,7 @@ def compare(
             own |= stain_similarity(a, b, stains, device)
         if perceptual is not None:
             with torch.inference_mode():
-                own["lpips"] = float(perceptual(*(_tensor(each, device) / 127.5 - 1 for each in (a, b))))
+                own["lpips"] = float(perceptual(*(_tensor(each, device).float() / 127.5 - 1 for each in (a, b))))
         rows.append(own)
     warnings = []
     if grey:
@@ -94,8 +94,8 @@ def compare(
 
 
 def _tensor(image: np.ndarray, device: str) -> Tensor:
-    """(H,W,C) -> (1,C,H,W) float32."""
-    return torch.from_numpy(np.ascontiguousarray(image)).to(device).float().movedim(-1, 0)[None]
+    """(H,W,C) -> (1,C,H,W) float64: variances of plain areas are small differences of large numbers."""
+    return torch.from_numpy(np.array(image)).to(device).double().movedim(-1, 0)[None]
 
 
 def measure(a: np.ndarray, b: np.ndarray, device: str = "cpu") -> dict[str, float]:
