@@ -78,6 +78,14 @@ def measure(options: argparse.Namespace) -> None:
     data = read_labelled(out / "crops.csv", label="class", positive=POSITIVE)
     data = type(data)(data.pictures.middle(options.crop), data.task, data.targets, data.groups, data.notes)
     folds = split_groups(data.strata, data.groups, [1 / options.outer] * options.outer, seed=options.seed)
+    experts = table[[name for name in table if name.startswith("Expert")]].to_numpy()
+    each = []
+    for i in range(experts.shape[1]):
+        rest = np.delete(experts, i, 1).sum(1)
+        sure = rest != 2
+        each.append(auroc(experts[sure, i], rest[sure] > 2))
+    print(f"one expert against the majority of the other four: auroc {', '.join(f'{v:.3f}' for v in each)}")
+    show("colours alone", of_colours(features, data.targets, folds), data.targets, data.groups, ("auroc",))
     recipe = Recipe(
         kwargs={"channels": [32, 64, 128, 256], "stem_width": 16}, size=options.size, members=options.members,
         epochs=options.epochs, patience=options.patience, views=options.views, seed=options.seed,
@@ -89,17 +97,9 @@ def measure(options: argparse.Namespace) -> None:
         print(f"fold {k}: test auroc {scorer.about['figures']['test']['auroc'][0]:.3f}")
     with whole(out / "scores.csv") as part:
         table.assign(fold=folds, score=scores).to_csv(part, index=False)
-    experts = table[[name for name in table if name.startswith("Expert")]].to_numpy()
     show("ensemble", scores, data.targets, data.groups)
-    show("colours alone", of_colours(features, data.targets, folds), data.targets, data.groups, ("auroc",))
     clear = np.isin(table["votes"], (0.0, 1.0))
     show("ensemble, where all experts agree", scores[clear], data.targets[clear], data.groups[clear], ("auroc",))
-    each = []
-    for i in range(experts.shape[1]):
-        rest = np.delete(experts, i, 1).sum(1)
-        sure = rest != 2
-        each.append(auroc(experts[sure, i], rest[sure] > 2))
-    print(f"one expert against the majority of the other four: auroc {', '.join(f'{v:.3f}' for v in each)}")
 
 
 def show(
