@@ -190,6 +190,26 @@ def test_moving_pictures_say_that_they_are_synthetic(tmp_path, name):
         save_animation(tmp_path / "a.mp4", frames, {})
 
 
+def test_a_gene_varies_as_a_score_does():
+    from ldm.commands.sequence import conditions_of
+    from ldm.conditioners.given import conditions_given
+    from ldm.conditioners.omics import OmicsEmbedder
+
+    conditioner = OmicsEmbedder(8, mutation_genes=["TP53", "EGFR"], expression_genes=["MKI67", "PTEN"])
+
+    class Model:
+        cond_stage_model = conditioner
+
+        def condition(self, **given):
+            return conditions_given(conditioner, given)
+
+    moved = conditions_of(Model(), parse_sweep("expression=MKI67:0:1:3"), ["mutation=TP53:1"])
+    wanted = Model().condition(mutation={"TP53": 1}, expression={"MKI67": 0.5})
+    assert len(moved) == 3
+    torch.testing.assert_close(moved[1], wanted)
+    assert any(not torch.equal(moved[0][part], moved[2][part]) for part in wanted)
+
+
 def test_mistakes_are_one_message_before_any_work(model_folder, cells, tmp_path):
     asked = ("sequence", "--model", model_folder, "--out", tmp_path / "o", "--vary")
     for args, message in (
