@@ -26,6 +26,7 @@ from ldm.errors import UserError, run_command
 
 SLIDE = Path("data/demo/CMU-1-Small-Region.svs")
 MIB = 1024
+NEARNESS = ("precision", "recall", "density", "coverage")  # the more the nearer
 TILE, OWN_MPP = 128, 0.5
 
 
@@ -77,7 +78,7 @@ def order(args: argparse.Namespace) -> None:
     from ldm.commands.evaluation_sets import encoder_of
     from ldm.metrics import frechet, kernels, manifold
     from ldm.metrics.extractors import load_extractor
-    from ldm.metrics.figures import HIGHER, TITLES
+    from ldm.metrics.figures import TITLES
 
     with tempfile.TemporaryDirectory() as folder:
         he, place = tiles_of(args.he, args.he_mpp, Path(folder))
@@ -101,9 +102,9 @@ def order(args: argparse.Namespace) -> None:
         print(f"{name:<28} {'two halves':>28} {'H&E and IHC':>30}")
         for key, near in found[0].items():
             far = found[1][key]
-            title, better, _ = TITLES[key]
+            title = TITLES[key][0]
             shown = [f"{each.value:.4g} ({each.interval()[0]:.4g} to {each.interval()[1]:.4g})" for each in (near, far)]
-            holds = near.value > far.value if better == HIGHER else near.value < far.value
+            holds = near.value > far.value if key in NEARNESS else near.value < far.value
             print(f"  {title:<20} {shown[0]:>34} {shown[1]:>34}   {'holds' if holds else 'FAILS'}")
             wrong += [] if holds else [f"{name} {title}"]
     if wrong:

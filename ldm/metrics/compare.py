@@ -19,8 +19,10 @@ def read_report(path: Path) -> dict[str, Any]:
     path = path / "report.json" if path.is_dir() else path
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the report {path}: {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read the report {path}: {error.strerror}") from error
+    except ValueError:
+        found = None
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UserError(f"{path} is no report of `histoldm evaluate`; it writes report.json into its --out.")
     return found

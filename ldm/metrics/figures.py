@@ -18,7 +18,7 @@ TITLES = {  # name -> title, what is better, one line
     "cmmd": ("CMMD", LOWER, "Gaussian kernel on features of unit length, times 1000"),
     "precision": ("precision", HIGHER, "share of generated images near real ones"),
     "recall": ("recall", HIGHER, "share of real images near generated ones"),
-    "density": ("density", HIGHER, "how many real neighbourhoods hold a generated image; about 1"),
+    "density": ("density", NONE, "real neighbourhoods around a generated image; 1 is usual, more a few modes"),
     "coverage": ("coverage", HIGHER, "share of real images with a generated one in their neighbourhood"),
 }
 

@@ -119,8 +119,8 @@ def seam_figures(image: LargeImage, tile: int) -> list[Figure]:
         of = (
             f"gradient across {tile} px borders over that inside, {note}; 95% of other lattices {low:.3f} to {high:.3f}"
         )
-        said = "" if ratios[0] <= high else "above what other lattices have: borders show"
-        found.append(Figure(name, f"seam ratio, {note}", float(ratios[0]), better=LOWER, note=f"{of}. {said}".strip()))
+        said = "" if ratios[0] <= high else ": borders show"
+        found.append(Figure(name, f"seam ratio, {note}", float(ratios[0]), better=LOWER, note=of + said))
     return found
 
 

@@ -61,7 +61,7 @@ def size_line(inverse: np.ndarray, values: np.ndarray, at_infinity: float, count
         slope = np.polyfit(inverse, values, 1)[0]
         axes.plot([0, inverse.max()], [at_infinity, at_infinity + slope * inverse.max()], color=REAL, lw=1)
         axes.scatter([0], [at_infinity], s=36, color=GENERATED, zorder=3, clip_on=False)
-        axes.annotate(f"FD∞ {at_infinity:.3g}", (0, at_infinity), (8, -3), textcoords="offset points")
+        axes.annotate(f"FD∞ {at_infinity:.4g}", (0, at_infinity), (8, -14), textcoords="offset points")
         ticks = sorted({1.0, float(inverse.max().round(1))})
         axes.set_xticks([0, *ticks], ["∞", *(f"{count / tick:.0f}" for tick in ticks)])
         axes.set(xlabel="images of the smaller set", ylabel="FID", xlim=(0, None))
