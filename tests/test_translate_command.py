@@ -53,8 +53,9 @@ def write_model(folder, node: dict, metadata: dict):
     torch.manual_seed(0)
     model = instantiate_from_config(node)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             parameter.add_(torch.randn_like(parameter) * 0.03)
+            parameter.mul_(40.0 if name.startswith("cond_stage") else 1.0)  # conditions that show in an untrained model
     return write_model_folder(folder, node, model.state_dict(), metadata)
 
 
@@ -85,7 +86,7 @@ def refused(*args) -> str:
 def test_a_folder_to_several_targets_resumes_and_says_what_it_is(world, tmp_path):
     given = ["--model", world / "model", "--images", world / "images", "--class-of-name", "--target", "class=LUAD",
              "--target", "two: class=BRCA; mutation=TP53:1", "--steps", 3, "--save-intermediates", 2,
-             "--out", tmp_path]  # fmt: skip
+             "--batch-size", 1, "--out", tmp_path]  # fmt: skip
     run(*given)
     rows = list(csv.DictReader((tmp_path / "translations.csv").open()))
     assert [row["file"] for row in rows][:3] == ["COAD__a__LUAD.png", "COAD__a__two.png", "COAD__b__LUAD.png"]
@@ -99,14 +100,16 @@ def test_a_folder_to_several_targets_resumes_and_says_what_it_is(world, tmp_path
     assert len(list((tmp_path / "intermediates").glob("COAD__a__LUAD__step*.png"))) == 2
     sheet = Image.open(tmp_path / "sheets" / "COAD__a.png")
     assert "SYNTHETIC" in sheet.text
-    before = {path: path.read_bytes() for path in tmp_path.glob("*.png")}
+    before = list(tmp_path.glob("*.png"))
     times = {path: path.stat().st_mtime_ns for path in before}
-    (tmp_path / "COAD__b__two.png").unlink()
+    lost = tmp_path / "COAD__b__two.png"
+    was = lost.read_bytes()
+    lost.unlink()
     done = run(*given)
     assert "wrote 1 images" in done.stdout
     assert "kept 5" in done.stdout
-    assert before == {path: path.read_bytes() for path in before}
-    assert sum(path.stat().st_mtime_ns != times[path] for path in before) == 1
+    assert {path for path in before if path.stat().st_mtime_ns != times[path]} == {lost}
+    assert lost.read_bytes() == was
     assert "was made otherwise (seed)" in refused(*given, "--seed", 1)
 
 
@@ -121,7 +124,7 @@ def test_edits_keep_the_image_and_write_maps(world, tmp_path):
         apart.append(np.abs(np.asarray(Image.open(tmp_path / name)) - source).mean())
         assert Image.open(tmp_path / "differences" / name).size == (16, 16)
     assert apart[0] < 2                                                          # the source's own value: the image
-    assert apart[0] < apart[1] < apart[2]
+    assert min(apart[1:]) > 10
 
 
 def test_size_mpp_and_form_of_large_images_stay(world, tmp_path):
