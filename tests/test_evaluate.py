@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import shutil
 
 import numpy as np
+import open_clip
 import pandas as pd
 import pytest
+import torch
+from conftest import ROOT
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -197,6 +202,33 @@ def test_pairs_and_scores(world):
     assert figures(out, "scores")["auroc"]["value"] == 1
     if "lpips" not in measured:
         assert any("LPIPS is left out" in text and "https://" in text for text in report(out)["warnings"])
+
+
+def test_captions_are_scored_by_clip(world, tmp_path):
+    config = ROOT / "tests" / "configs" / "tiny_clip.json"
+    known = json.loads(config.read_text())
+    torch.manual_seed(0)
+    network = open_clip.model.CLIP(known["embed_dim"], known["vision_cfg"], known["text_cfg"], quick_gelu=True)
+    torch.save(network.state_dict(), tmp_path / "clip.pt")
+    shutil.copytree(world / "made", tmp_path / "made")
+    table = pd.read_csv(tmp_path / "made" / "tiles.csv")
+    table.assign(text=[f"tile {i % 5}" for i in range(len(table))]).to_csv(tmp_path / "made" / "tiles.csv", index=False)
+    run("--generated", tmp_path / "made", "--real", world / "cohort", "--features", f"clip:{config}", "--weights",
+        tmp_path / "clip.pt", "--out", tmp_path / "out")  # fmt: skip
+    captions = figures(tmp_path / "out", "captions")
+    assert captions["clip_score"]["low"] <= captions["clip_score"]["value"] <= 100
+    assert figures(tmp_path / "out")["cmmd"]["value"] >= 0
+    assert report(tmp_path / "out")["extractors"]["clip:tiny_clip"]["dim"] == known["embed_dim"]
+
+
+def test_halves_of_a_slide_are_near_and_another_stain_is_far(shared, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("evaluation", ROOT / "benchmarks" / "evaluation.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    ihc = shared / "data" / "ihc" / "OS-2-ndpi.ome.tif"
+    assert benchmark.main(["--only", "order", "--ihc", str(ihc), "--features", "pixels"]) == 0
+    assert capsys.readouterr().out.count("holds") == 8  # every figure
 
 
 def test_mistakes_are_one_message_each(world, tmp_path):
