@@ -108,7 +108,7 @@ def translate(
             noise alone, for models whose condition is the image itself (translation between modalities).
         strength: in (0, 1]: the share of the steps that are taken, the last ones; below 1 more of the image stays.
         exact: each step up is solved such that the step down undoes it: the source's condition gives the image back
-            to 1e-3. Costs about four times the evaluations up; solvers in EXACT.
+            to 1e-3. Costs two to four times the evaluations up; solvers in EXACT.
         guidance_scale: classifier-free, on the way down; see `ldm.inference.sample`.
         classifier: a `Classifier`, whose gradient guides the way down.
         low: images (N,C,h,w) of a resolution lower by a whole number: the result, shrunk, is these (super-resolution).

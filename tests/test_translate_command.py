@@ -20,7 +20,9 @@ from ldm.commands.translate import said_by
 from ldm.conditioners.compose import ConditionerSet
 from ldm.conditioners.edits import edited, parse_edits
 from ldm.config import instantiate_from_config
+from ldm.data.cohort import write_store
 from ldm.data.images_out import save_bigtiff, save_ome_zarr
+from ldm.data.tile_store import ArrayWriter
 from ldm.errors import UserError
 from ldm.model_folder import write_model_folder
 from ldm.translation_spec import load_spec, plan_of_flags, read_pairs, read_spec
@@ -181,6 +183,49 @@ def test_a_model_of_modalities_takes_the_image_as_its_condition(tmp_path):
     Image.fromarray(colour).save(tmp_path / "colour.png")
     message = refused("--model", tmp_path / "model", "--images", tmp_path / "colour.png", "--out", tmp_path / "x")
     assert "is in colour, the model works on gray images" in message
+
+
+def test_tiles_of_a_store_bring_their_own_conditions(world, tmp_path):
+    rng = np.random.default_rng(5)
+    tiles = rng.integers(0, 255, (3, 16, 16, 3), dtype=np.uint8)
+    store = write_store(
+        tmp_path / "cohort", "slide-a", lambda i: tiles[i], 3, attrs={"tile_size": 16, "mpp": 0.5},
+        coords=np.zeros((3, 2)),
+    )  # fmt: skip
+    with ArrayWriter(store.path, "features/tiny", (6,), "f4", {"encoder": "tiny"}) as writer:
+        writer.append(rng.normal(size=(3, 6)))
+    run("--model", world / "model", "--images", tmp_path / "cohort", "--target", "class=LUAD", "--count", 2,
+        "--steps", 2, "--out", tmp_path / "out")  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "out" / "translations.csv").open()))
+    assert [row["file"] for row in rows] == ["slide-a_000000__LUAD.png", "slide-a_000002__LUAD.png"]
+    assert rows[0]["source_condition"].startswith("ssl=sha256:")
+    assert rows[0]["target_condition"] == rows[0]["source_condition"] + " class=LUAD"
+    about = said_by(tmp_path / "out" / rows[1]["file"])
+    assert (about["source_image"], about["row"], about["mpp"]) == ("slide-a", 2, 0.5)
+
+
+def test_a_classifier_guides_to_the_targets_class(world, tmp_path):
+    node = {"target": "ldm.networks.encoder_unet.EncoderUNetModel", "params": {
+        "image_size": 16, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1,
+        "attention_resolutions": [], "channel_mult": [1, 2], "num_head_channels": 32, "pool": "adaptive"}}  # fmt: skip
+    torch.manual_seed(1)
+    network = instantiate_from_config(node)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    write_model_folder(tmp_path / "classifier", node, network.state_dict(), {"classes": ["BRCA", "LUAD", "COAD"]})
+    common = ["--model", world / "model", "--images", world / "images", "--target", "class=LUAD", "--steps", 3,
+              "--strength", 0.7]  # fmt: skip
+    run(*common, "--out", tmp_path / "plain")
+    run(*common, "--classifier", tmp_path / "classifier", "--classifier-scale", 50, "--out", tmp_path / "guided")
+    pairs = [[np.asarray(Image.open(tmp_path / way / f"{name}__LUAD.png")) for way in ("plain", "guided")]
+             for name in ("COAD__a", "LUAD__large")]  # fmt: skip
+    assert all((plain != guided).any() for plain, guided in pairs)
+    assert said_by(tmp_path / "guided" / "COAD__a__LUAD.png")["classifier_scale"] == 50
+    network.metadata = {"classes": ["BRCA", "KIRC", "COAD"]}
+    write_model_folder(tmp_path / "other", node, network.state_dict(), network.metadata)
+    message = refused(*common, "--classifier", tmp_path / "other", "--out", tmp_path / "x")
+    assert "the classifier has no class 'LUAD'" in message
 
 
 def test_features_are_mapped_to_those_of_the_target(world, tmp_path):
