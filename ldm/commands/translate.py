@@ -64,6 +64,8 @@ def translate_pictures(
     pictures, plans = pictures_and_plans(model, images, device=device, **asked)
     shown = _image_condition(model)
     settings["start"] = settings["start"] or ("noise" if enlarge else "none" if shown else "invert")
+    if settings["start"] == "none" and not shown:
+        raise UserError("--start none keeps nothing of the image in a model whose condition is not the image itself.")
     if enlarge and settings["start"] == "invert":
         raise UserError("--enlarge makes details that are not in the image: it goes with --start noise or none.")
     if settings["guidance_scale"] is None:
@@ -95,7 +97,7 @@ def translate_pictures(
             steps = _Steps(model, out, [pictures[i] for i in chosen], own, intermediates)
             made = translate(
                 model, batch, source, targets, classifier=guide, low=low, first=chosen, batch_size=batch_size,
-                watch=steps.seen if intermediates else None, progress=False, **settings,
+                watch=steps.seen if intermediates else None, progress=max(pictures[chosen[0]].size) > side, **settings,
             )  # fmt: skip
             for k, results in enumerate(made):
                 for plan, i, result in zip(own, chosen, results):
