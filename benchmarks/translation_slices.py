@@ -4,7 +4,7 @@
 
 Slices from number `--from` on were not trained on. SSIM and mean absolute error (of 255 grey levels) inside the head,
 against the real slice of the target modality, with the middle 95% over draws of slices; after each other way, how much
-the translation is ahead of it on the same slices:
+the last one, the translation, is ahead of it on the same slices:
 
     source          the source itself
     matched         its histogram made that of the real target (which no user has): the strongest such baseline
@@ -12,6 +12,7 @@ the translation is ahead of it on the same slices:
     SDEdit s        matched, train with noise of strength s, denoised by the same model without its source
     gradient w      from noise, the same model without its source, led by the gradient of the LMI at scale w
     translation     the model with the source's LMI maps, from noise
+    mean of K       of so many translations, from K noises (--samples): what they have in common
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ def main() -> None:
     add("--stochastic", action="store_true", help="translate with ancestral sampling, as published")
     add("--strengths", type=float, nargs="*", default=[0.3, 0.5, 0.7, 0.9])
     add("--gradient", type=float, nargs="*", default=[], help="scales of guidance by the gradient of the LMI")
+    add("--samples", type=int, default=1, help="translations that the last way averages (default %(default)s)")
     add("--seed", type=int, default=0)
     add("--out", help="picture of the ways side by side")
     options = parser.parse_args()
@@ -111,26 +113,34 @@ def main() -> None:
 
             led = likeness_guidance(model.denoiser(), likeness, scale)
             ways[f"gradient {scale:g}"] = sample_euler(clip(led), noise * sigmas[0], sigmas, null)
-        run = sample_dpmpp_2m
-        if options.stochastic:
-            run = partial(sample_ddpm, noise=lambda step: sample_noise(seeds, shape, stream=step + 1))
-        with torch.no_grad():
-            ways["translation"] = run(denoiser, noise * sigmas[0], sigmas, model.condition(image=source)).clamp(-1, 1)
+        found = []
+        for sample in range(options.samples):
+            others = [fold(options.seed + sample, i) for i in range(len(real))]
+            run = sample_dpmpp_2m
+            if options.stochastic:
+                run = partial(sample_ddpm, noise=lambda step, of=others: sample_noise(of, shape, stream=step + 1))
+            start = sample_noise(others, shape) * sigmas[0]
+            with torch.no_grad():
+                found.append(run(denoiser, start, sigmas, model.condition(image=source)).clamp(-1, 1))
+        ways["translation"] = found[0]
+        if options.samples > 1:
+            ways[f"mean of {options.samples}"] = torch.stack(found).mean(0)
         rows = {way: figures(image.clamp(-1, 1), real) for way, image in ways.items()}
-        own = rows["translation"]
+        last = list(ways)[-1]
         print(f"{name} -> {options.target}: {len(real)} slices that were not trained on, {options.steps} steps")
         for way, found in rows.items():
             (a, b), (c, d) = (interval(found[:, k]) for k in (0, 1))
             line = f"  {way:15} SSIM {found[:, 0].mean():.3f} ({a:.3f} to {b:.3f})   "
             line += f"MAE {found[:, 1].mean():5.1f} ({c:.1f} to {d:.1f})"
-            if way != "translation":
-                (a, b), (c, d) = interval(own[:, 0] - found[:, 0]), interval(found[:, 1] - own[:, 1])
-                line += f"   translation ahead by {a:+.3f} to {b:+.3f}, {c:+.1f} to {d:+.1f}"
+            if way != last:
+                ahead = rows[last] - found
+                (a, b), (c, d) = interval(ahead[:, 0]), interval(-ahead[:, 1])
+                line += f"   {last} ahead by {a:+.3f} to {b:+.3f}, {c:+.1f} to {d:+.1f}"
             print(line, flush=True)
         chosen = np.linspace(0, len(real) - 1, 3).round().astype(int)
         edits = [way for way in rows if way.startswith("SDEdit")]
         best = [max(edits, key=lambda way, rows=rows: rows[way][:, 0].mean())] if edits else []
-        columns = ["source", "matched", *best, *[way for way in rows if way.startswith("gradient")], "translation"]
+        columns = ["source", "matched", *best, *[way for way in rows if way.startswith("gradient")], last]
         shown = [ways[way][chosen].clamp(-1, 1) for way in columns] + [real[chosen]]
         shown.append((shown[-2] - shown[-1]).abs() - 1)
         pictures.append(torch.cat(shown, 3).flatten(0, 2))                      # (3H, columns*W)
