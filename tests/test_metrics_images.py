@@ -139,6 +139,22 @@ def test_the_nearest_training_image_and_equal_pixels_are_named():
     assert found.verdict == "memorises"
 
 
+def test_held_out_images_that_are_in_the_training_set_hide_nothing():
+    train = spread(300)
+    copies = feature_set(train[RNG.integers(300, size=80)] + 0.05 * spread(80))
+    mixed = feature_set(np.concatenate([train[:20], spread(100)]))
+    found = memorisation(copies, mixed, feature_set(train))
+    assert found.limit > 0.01
+    assert found.verdict == "memorises"
+    assert "20 held-out images" in found.figures[3].note
+
+
+def test_a_model_of_one_image_repeats_itself():
+    made = 3 * spread(1) + 1e-3 * spread(20)
+    found = memorisation(feature_set(made), feature_set(spread(100)), feature_set(spread(300)))
+    assert len(found.repeats) >= 10
+
+
 def test_memorisation_needs_held_out_images():
     train = feature_set(spread(60))
     with pytest.raises(UserError, match="needs 20 held-out images"):
@@ -205,7 +221,7 @@ def test_pairs_of_folders(region, tmp_path):
     assert names == ["a"]
     assert "1 generated images have no partner" in warnings[0]
     with pytest.raises(UserError, match="no two images have the same name"):
-        pairs.pair_up({"a": files[0][0], "c": files[0][0]}, {"b": files[0][1]})
+        pairs.pair_up({"a": files[0][0]}, {"b": files[0][1]})
 
 
 # ------------------------------------------------------------------------------------------------------- large images

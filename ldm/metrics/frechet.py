@@ -129,11 +129,12 @@ def fd_infinity(inverse: np.ndarray, values: np.ndarray, whole: Estimate) -> Est
     """FID at infinitely many images (Chong & Forsyth 2020, arXiv:1911.07023): the line of `fid_by_size` at 1/f = 0.
 
     FID is biased upwards by about c1/N + c2/M, which is proportional to 1/f. The publication takes fractions of the
-    generated set only, which is the same for a real set of any size to spare. whole: `fid` of the whole sets, whose
-    influences the interval takes.
+    generated set only, which is the same for a real set of any size to spare. whole: `fid` of the whole sets, which the
+    line goes through at 1/f = 1, and whose influences the interval takes.
     """
-    design = np.stack([np.ones_like(inverse), inverse], 1)
-    (at_infinity, slope), *_ = np.linalg.lstsq(design, values, rcond=None)
-    rest = values - design @ (at_infinity, slope)
-    error = np.sqrt((rest @ rest) / max(len(values) - 2, 1) * np.linalg.inv(design.T @ design)[0, 0])
-    return Estimate(float(at_infinity), whole.generated, whole.real, spread=float(error))
+    away, more = inverse - 1, values - whole.value
+    spread = max(away @ away, 1e-12)
+    slope = away @ more / spread
+    rest = more - slope * away
+    error = np.sqrt((rest @ rest) / max(len(values) - 1, 1) / spread)
+    return Estimate(float(whole.value - slope), whole.generated, whole.real, spread=float(error))

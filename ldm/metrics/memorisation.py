@@ -22,6 +22,7 @@ CAUGHT = 0.25  # share of generated images below it, from whose lower end on a m
 NEIGHBOURS = 3
 BLOCK = 1024
 LEAST = 20  # held-out images
+EQUAL = 1e-7  # distance up to which features are those of the same image
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,12 @@ class Memorisation:
         }[self.verdict]
 
 
-def nearest(features: FeatureSet, train: FeatureSet, neighbours: int = NEIGHBOURS, device: str = "cpu") -> Nearest:
-    """The nearest training images by the cosine distance of features, 1 - cos, from each feature's training mean."""
-    mean = train.values.mean(0)
+def nearest(
+    features: FeatureSet, train: FeatureSet, neighbours: int = NEIGHBOURS, device: str = "cpu",
+    centre: np.ndarray | None = None,
+) -> Nearest:  # fmt: skip
+    """The nearest training images by the cosine distance of features, 1 - cos, from `centre` (D,): the training mean."""
+    mean = train.values.mean(0) if centre is None else centre
     own, other = (
         torch.nn.functional.normalize(torch.from_numpy(each.values - mean).to(device).double(), dim=1)
         for each in (features, train)
@@ -80,8 +84,8 @@ def memorisation(
 ) -> Memorisation:  # fmt: skip
     """Compare distances to the training images. groups: of generated and held-out images, for the intervals.
 
-    UserError: features of different extractors, fewer than LEAST held-out images, held-out images among the training
-    ones.
+    Held-out images that are training images too are left out. UserError: features of different extractors, fewer than
+    LEAST held-out images, most of them among the training ones.
     """
     for features in (generated, held_out):
         check_alike(features, train)
@@ -90,12 +94,15 @@ def memorisation(
             f"memorisation needs {LEAST} held-out images to compare with; {held_out.name} has {len(held_out)}."
         )
     own, real = nearest(generated, train, device=device), nearest(held_out, train, device=device)
-    if real.same.mean() > 0.5:
+    fresh = ~(real.same | (real.distance[:, 0] < EQUAL))
+    known = int((~fresh).sum())
+    if fresh.mean() < 0.5 or fresh.sum() < LEAST:
         raise UserError(
-            f"{int(real.same.sum())} of {len(held_out)} images of {held_out.name} are in the training set "
+            f"{known} of {len(held_out)} images of {held_out.name} are in the training set "
             f"{train.name} too: they are not held out. Select by --where split=test and --train-where split=train."
         )
-    near, usual = own.distance[:, 0], real.distance[:, 0]
+    near, usual = own.distance[:, 0], real.distance[fresh, 0]
+    groups = groups[0], None if groups[1] is None else groups[1][fresh]
     limit = float(np.quantile(usual, QUANTILE))
     below = near < limit
     closer = auroc(-near, -usual)  # a generated image is nearer than a held-out one
@@ -107,9 +114,10 @@ def memorisation(
                f"share below {limit:.3f}, where {QUANTILE:.0%} of held-out images are", **settings),
         Figure("nearest_median", "median distance to training", float(np.median(near)),
                note=f"held-out {np.median(usual):.3f}; 1 - cosine of features"),
-        Figure("identical", "pixels of a training image", float(own.same.sum()), better=LOWER, note="exact duplicates"),
+        Figure("identical", "pixels of a training image", float(own.same.sum()), better=LOWER,
+               note="exact duplicates" + (f"; {known} held-out images are such too, and left out" if known else "")),
     ]  # fmt: skip
-    repeats = repeated(generated, limit, device)
+    repeats = repeated(generated, limit, train.values.mean(0), device)
     figures.append(Figure("repeated", "pairs of generated images as close", float(len(repeats)), better=LOWER,
                           note=f"below {limit:.3f} of each other"))  # fmt: skip
     caught = own.same.any() or figures[1].low > CAUGHT
@@ -117,9 +125,9 @@ def memorisation(
     return Memorisation(verdict, figures, own, real, limit, np.flatnonzero(below | own.same), repeats)
 
 
-def repeated(features: FeatureSet, limit: float, device: str = "cpu") -> list[tuple[int, int]]:
-    """Pairs of images of one set whose distance is below the limit."""
-    found = nearest(features, features, 2, device)
+def repeated(features: FeatureSet, limit: float, centre: np.ndarray, device: str = "cpu") -> list[tuple[int, int]]:
+    """Pairs of images of one set whose distance from `centre` (D,), the training mean, is below the limit."""
+    found = nearest(features, features, 2, device, centre)
     pairs = set()
     for i, (distances, rows) in enumerate(zip(found.distance, found.row)):
         pairs |= {(min(i, int(j)), max(i, int(j))) for d, j in zip(distances, rows) if j != i and d < limit}

@@ -39,7 +39,7 @@ TITLES = {
 
 def pair_up(generated: Mapping[str, Path], real: Mapping[str, Path]) -> tuple[list[str], list[str]]:
     """Names that both have, and warnings of those that one lacks. UserError if they share none."""
-    names = [name for name in generated if name in real] or ([""] if len(generated) == len(real) == 1 else [])
+    names = [name for name in generated if name in real]
     if not names:
         raise UserError(
             f"no two images have the same name: one set has {some(list(generated), 3)}, the other "

@@ -58,7 +58,7 @@ def size_line(inverse: np.ndarray, values: np.ndarray, at_infinity: float, count
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4.2, 3.2))
         axes.scatter(inverse, values, s=12, color=REAL, alpha=0.7, lw=0)
-        slope = np.polyfit(inverse, values, 1)[0]
+        slope = inverse @ (values - at_infinity) / (inverse @ inverse)
         axes.plot([0, inverse.max()], [at_infinity, at_infinity + slope * inverse.max()], color=REAL, lw=1)
         axes.scatter([0], [at_infinity], s=36, color=GENERATED, zorder=3, clip_on=False)
         axes.annotate(f"FD∞ {at_infinity:.4g}", (0, at_infinity), (8, -14), textcoords="offset points")
@@ -108,7 +108,7 @@ def bars(figures: Sequence[Figure], label: str) -> str:
             low, high = (each.value if end is None else end for end in (each.low, each.high))
             axes.plot([low, high], [place, place], color=REAL, lw=2, alpha=0.5)
             axes.scatter([each.value], [place], color=GREY if each.invalid else REAL, s=22, zorder=3)
-        axes.set_yticks(range(len(figures)), [each.title for each in figures])
+        axes.set_yticks(range(len(figures)), [each.title.replace("$", r"\$") for each in figures])
         axes.invert_yaxis()
         axes.set(xlabel=label)
         return _svg(figure)
