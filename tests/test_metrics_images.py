@@ -49,6 +49,18 @@ def test_images_that_follow_find_their_condition_first():
     assert np.allclose(alike.margin, 0)
 
 
+def test_images_of_one_condition_share_it():
+    conditions, which = RNG.normal(size=(10, 32)), np.repeat(np.arange(10), 5)
+    made = conditions[which] + 0.3 * RNG.normal(size=(50, 32))
+    found = conditional.following(made, conditions, which)
+    assert (found.rank == 1).all()
+    assert found.count == 10
+    assert np.allclose(found.own, [conditional.cosines(made, conditions)[i, k] for i, k in enumerate(which)])
+    assert conditional.clip_score(made, conditions, None, which)[1].value > 80
+    with pytest.raises(UserError, match="from 2 conditions on"):
+        conditional.following(made, conditions[:1], np.zeros(50, int))
+
+
 def test_fid_by_class_finds_the_class_that_is_wrong():
     labels = np.repeat(["a", "b", "c"], 60)
     real = feature_set(RNG.normal(size=(180, 4)), **{"class": labels})
@@ -91,6 +103,20 @@ def test_calibration_of_scores():
         conditional.calibration(good.rename(columns={"target": "targets"}))
     with pytest.raises(UserError, match="number from 0 to 1; row 2 has '7"):
         conditional.calibration(good.assign(score=7))
+
+
+def test_a_patients_positives_and_negatives_are_drawn_together():
+    rng, groups = np.random.default_rng(0), np.repeat(np.arange(30), 20)
+    shift = rng.normal(scale=0.15, size=30)[groups]  # one patient's images all score higher
+    target = np.tile([0.0, 1.0], 300)
+    score = (0.5 + 0.1 * (target - 0.5) + shift + rng.normal(scale=0.05, size=600)).clip(0, 1)
+    table = pd.DataFrame({"score": score, "target": target})
+    found = next(each for each in conditional.calibration(table, groups).figures if each.name == "auroc")
+    drawn = []
+    for _ in range(300):
+        rows = np.concatenate([np.flatnonzero(groups == g) for g in rng.integers(30, size=30)])
+        drawn.append(conditional.auroc(score[rows][target[rows] == 1], score[rows][target[rows] == 0]).value)
+    assert found.high - found.low == pytest.approx(np.diff(np.percentile(drawn, (2.5, 97.5)))[0], rel=0.25)
 
 
 def test_auroc_and_its_interval_are_those_of_all_pairs():

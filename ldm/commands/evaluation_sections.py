@@ -86,7 +86,9 @@ def following(
     pictures: tuple[ImageSet, ImageSet] | None, seed: int,
 ) -> Section:  # fmt: skip
     """Whether generated images show the tile whose features conditioned them. known: those that have one."""
-    found = conditional.following(generated.values[known], conditions.values)
+    which = conditions.table.groupby(["slide", "row"], sort=False).ngroup().to_numpy()
+    tiles_of = np.unique(which, return_index=True)[1]  # several images may be of one tile
+    found = conditional.following(generated.values[known], conditions.values[tiles_of], which)
     own = None if groups is None else groups[known]
     figures = conditional.following_figures(found, own, seed=seed)
     follows = figures[1].low > 0
@@ -96,7 +98,7 @@ def following(
     )  # fmt: skip
     section = Section(
         "conditions", "Do images follow their conditions?",
-        f"Features of {len(known)} generated images against those of the tiles that conditioned them.",
+        f"Features of {len(known)} generated images against those of the {found.count} tiles that conditioned them.",
         extractor_of(generated), figures, verdict=("good" if follows else "bad", words),
     )  # fmt: skip
     if pictures is not None:
@@ -125,9 +127,9 @@ def classes(
 
 def captions(features: FeatureSet, extractor: Extractor, groups: np.ndarray | None, seed: int) -> Section:
     """CLIP score of images and the text that they were generated from."""
-    texts = features.table["text"].astype(str).tolist()
-    figures = conditional.clip_score(features.values, extractor.words(texts), groups, seed=seed)
-    return Section("captions", "Do images show their captions?", f"{len(set(texts))} captions of {len(texts)} images.",
+    which, texts = pd.factorize(features.table["text"].astype(str))
+    figures = conditional.clip_score(features.values, extractor.words(list(texts)), groups, which, seed=seed)
+    return Section("captions", "Do images show their captions?", f"{len(texts)} captions of {len(which)} images.",
                    extractor.name, figures)  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def of_conditions(
 ) -> tuple[FeatureSet, np.ndarray] | None:
     """The features of the tiles that generated images were conditioned on, and which images those are.
 
-    None where the list does not name tiles (slide, row) of that cohort.
+    None where the list does not name two tiles (slide, row) of that cohort.
     """
     table = generated.table
     if not source.has_stores or not {"slide", "row"} <= set(table):
@@ -140,9 +140,9 @@ def of_conditions(
     asked = pd.MultiIndex.from_arrays([table["slide"].astype(str), table["row"].astype(int)])
     found = place.reindex(asked)
     known = np.flatnonzero(found.notna())
-    if len(known) < 2:
-        return None
     rows = found.to_numpy()[known].astype(int)
+    if len(set(rows)) < 2:
+        return None
     whole = Source("conditions", source.path, {})
     stored = whole.stored(name, extractors.weights.get(name))
     if stored is not None:

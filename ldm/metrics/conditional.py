@@ -15,6 +15,7 @@ from ldm.metrics.figures import HIGHER, LOWER, Figure, figure
 from ldm.metrics.intervals import Estimate, mean_of
 
 BINS = 10
+BLOCK = 2048  # images whose similarities are held at once
 LEAST = 2  # images of a class that a distance needs
 
 
@@ -26,30 +27,42 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Following:
-    """How N generated images follow N conditions. own (N,): cosine to the own condition; rank (N,): 1 is best."""
+    """How N generated images follow their conditions, of which there are `count`.
+
+    own (N,): cosine to the own condition. margin (N,): that less the mean cosine to the others. rank (N,): 1 is best.
+    """
 
     own: np.ndarray
     margin: np.ndarray
     rank: np.ndarray
+    count: int
 
 
-def following(generated: np.ndarray, conditions: np.ndarray) -> Following:
-    """Features of generated images (N,D) and of what conditioned each (N,D), row by row.
+def following(generated: np.ndarray, conditions: np.ndarray, which: np.ndarray | None = None) -> Following:
+    """Features of generated images (N,D) against those of conditions (M,D).
 
-    margin: cosine similarity to the own condition less the mean of that to the others'. rank: place of the own
-    condition among those of all images, by similarity; equal ones count as before it.
+    which: (N,) the row of the condition that each image was made from; None: row by row. rank: place of the own
+    condition among all, by similarity; equal ones count as before it. UserError: a single condition.
     """
-    if len(generated) < 2:
-        raise UserError("whether images follow their conditions is told from 2 images on; got 1.")
-    similarity, count = cosines(generated, conditions), len(generated)
-    own = np.diag(similarity)
-    margin = own - (similarity.sum(1) - own) / (count - 1)
-    rank = (similarity >= own[:, None]).sum(1)
-    return Following(own, margin, rank)
+    if len(conditions) < 2:
+        raise UserError("whether images follow their conditions is told from 2 conditions on; got 1.")
+    return _against(generated, conditions, which)
+
+
+def _against(images: np.ndarray, given: np.ndarray, which: np.ndarray | None, least: float = -1.0) -> Following:
+    """Cosines of images (N,D) and what was given (M,D), smaller ones than `least` counting as that."""
+    which = np.arange(len(images)) if which is None else which
+    parts = []
+    for first in range(0, len(images), BLOCK):
+        similarity = cosines(images[first : first + BLOCK], given).clip(min=least)
+        own = similarity[np.arange(len(similarity)), which[first : first + BLOCK]]
+        others = (similarity.sum(1) - own) / max(len(given) - 1, 1)
+        parts.append((own, own - others, (similarity >= own[:, None]).sum(1)))
+    return Following(*(np.concatenate(each) for each in zip(*parts)), len(given))
 
 
 def following_figures(found: Following, groups: np.ndarray | None, **settings: int) -> list[Figure]:
-    count = len(found.own)
+    count = found.count
 
     def mean(name: str, values: np.ndarray, title: str, note: str, better: str = HIGHER, **bounds: tuple) -> Figure:
         return figure(name, mean_of(values, **bounds), (groups, None), title, better, note, **settings)
@@ -106,17 +119,20 @@ def few_images(generated: int, real: int, dim: int) -> str:
     return f"{fewest} images, {dim} dimensions: the covariance is singular and the bias large; compare by KID or CMMD"
 
 
-def clip_score(images: np.ndarray, captions: np.ndarray, groups: np.ndarray | None, **settings: int) -> list[Figure]:
-    """CLIP score, 100 max(cos, 0) of images (N,D) and their captions (N,D) (Hessel et al. 2021, arXiv:2104.08718)."""
-    similarity = cosines(images, captions)
-    own = 100 * np.diag(similarity).clip(min=0)
-    others = 100 * similarity.clip(min=0)
-    count = len(own)
-    margin = own - (others.sum(1) - own) / max(count - 1, 1)
+def clip_score(
+    images: np.ndarray, captions: np.ndarray, groups: np.ndarray | None, which: np.ndarray | None = None,
+    **settings: int,
+) -> list[Figure]:  # fmt: skip
+    """CLIP score, 100 max(cos, 0) of images (N,D) and their captions (M,D) (Hessel et al. 2021, arXiv:2104.08718).
+
+    which: (N,) the row of each image's caption; None: row by row.
+    """
+    found = _against(images, captions, which, 0.0)
     return [
-        figure("clip_score", mean_of(own), (groups, None), "CLIP score", HIGHER, "100 · cosine", **settings),
-        figure("clip_margin", mean_of(margin), (groups, None), "CLIP score less that of others' captions", HIGHER,
-               "0: the caption has no effect", **settings),
+        figure("clip_score", mean_of(100 * found.own), (groups, None), "CLIP score", HIGHER, "100 · cosine",
+               **settings),
+        figure("clip_margin", mean_of(100 * found.margin), (groups, None), "CLIP score less that of other captions",
+               HIGHER, "0: the caption has no effect", **settings),
     ]  # fmt: skip
 
 
@@ -160,10 +176,12 @@ def calibration(table: pd.DataFrame, groups: np.ndarray | None = None, **setting
         ),
     ]
     if set(np.unique(target)) == {0.0, 1.0}:
-        estimate = auroc(score[target == 1], score[target == 0])
-        own = (None, None) if groups is None else (groups[target == 1], groups[target == 0])
+        parts, influence = auroc(score[target == 1], score[target == 0]), np.empty(len(score))
+        for own, added in ((target == 1, parts.generated), (target == 0, parts.real)):
+            influence[own] = added * len(score) / own.sum()  # a patient's positives and negatives are drawn together
+        estimate = Estimate(parts.value, influence, bounds=parts.bounds)
         figures.append(
-            figure("auroc", estimate, own, "AUROC", HIGHER, "a positive scores above a negative", **settings)
+            figure("auroc", estimate, both, "AUROC", HIGHER, "a positive scores above a negative", **settings)
         )
     members = [table[name].to_numpy(float) for name in table if name.startswith("score_") and name[6:].isdigit()]
     if len(members) > 1:

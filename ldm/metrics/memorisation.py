@@ -61,7 +61,10 @@ def nearest(
     features: FeatureSet, train: FeatureSet, neighbours: int = NEIGHBOURS, device: str = "cpu",
     centre: np.ndarray | None = None,
 ) -> Nearest:  # fmt: skip
-    """The nearest training images by the cosine distance of features, 1 - cos, from `centre` (D,): the training mean."""
+    """The nearest training images by the cosine distance of features, 1 - cos, from `centre` (D,), the training mean.
+
+    Digests tell equal pixels.
+    """
     mean = train.values.mean(0) if centre is None else centre
     own, other = (
         torch.nn.functional.normalize(torch.from_numpy(each.values - mean).to(device).double(), dim=1)
