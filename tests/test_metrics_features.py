@@ -21,7 +21,13 @@ from ldm.errors import UserError
 from ldm.metrics import inception
 from ldm.metrics.clip_images import load_clip
 from ldm.metrics.extractors import Extractor, load_extractor
-from ldm.metrics.feature_files import check_alike, extract, features_of_stores, read_feature_file
+from ldm.metrics.feature_files import (
+    check_alike,
+    extract,
+    features_of_stores,
+    read_feature_file,
+    write_feature_file,
+)
 from ldm.metrics.image_sets import images_by_name, open_images
 
 SIDE = 48
@@ -94,6 +100,20 @@ def test_a_large_image_is_its_crops(tiles, tmp_path):
     assert all(np.array_equal(images.read(i), tiles[i]) for i in range(6))
     with pytest.raises(UserError, match="smaller than crops of 256 px"):
         open_images(tmp_path / "big.png")
+
+
+def test_crops_are_alike_whatever_they_were_cut_from(tiles, tmp_path):
+    folder = save(tmp_path / "mixed", [tiles[0], np.pad(tiles[1], ((0, 9), (0, 5), (0, 0)))])
+    images = open_images(folder, crop=40)
+    assert len(images) == 2  # one of each
+    assert images.about["size"] == [40, 40]
+
+
+def test_stores_of_other_tile_sizes_are_told(tiles, tmp_path):
+    for name, side in (("a", SIDE), ("b", SIDE // 2)):
+        write_store(tmp_path, name, tiles[:3, :side, :side].__getitem__, 3, attrs={"tile_size": side, "mpp": 0.5})
+    with pytest.raises(UserError, match=r"2 sizes: 48 x 48 px \(3, as a row 0\), 24 x 24 px"):
+        open_images(tmp_path)
 
 
 def test_bad_folders_are_told(tiles, tmp_path):
@@ -178,6 +198,11 @@ def test_values_that_are_not_finite_are_refused(tiles, tmp_path):
     bad = Extractor("bad", 2, lambda images: torch.full((len(images), 2), torch.nan), {"extractor": "bad"})
     with pytest.raises(UserError, match="bad gives values that are not finite"):
         extract(open_images(save(tmp_path / "tiles", tiles)), bad, tmp_path / "f.h5")
+    features = extract(open_images(tmp_path / "tiles"), load_extractor("pixels"), tmp_path / "g.h5")
+    features.values[2, 5] = np.nan
+    write_feature_file(tmp_path / "g.h5", features)
+    with pytest.raises(UserError, match=r"1 of 24 features of .*g.h5 are NaN or infinite"):
+        read_feature_file(tmp_path / "g.h5")
     (tmp_path / "broken.h5").write_bytes(b"no file")
     with pytest.raises(UserError, match="cannot be read as a feature file"):
         read_feature_file(tmp_path / "broken.h5")

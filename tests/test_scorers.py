@@ -179,6 +179,9 @@ def test_folders_tables_and_cohorts_hold_the_same_labels(cells, tmp_path):
         assert np.array_equal(of_cohort.pictures.read(i), of_table.pictures.read(i))
         assert of_cohort.targets[i] == of_table.targets[i]
         assert of_cohort.groups[i] == of_table.groups[i]
+    write_store(tmp_path / "bare", "t", lambda i: images[i], 4, attrs={"tile_size": 16}, labels={"grade": [0, 1, 0, 1]})
+    write_store(tmp_path / "bare", "u", lambda i: images[i], 4, attrs={"tile_size": 16}, labels={"grade": [0, 1, 0, 1]})
+    assert read_labelled(tmp_path / "bare", label="grade").groups.tolist() == ["t"] * 4 + ["u"] * 4
     chosen = read_labelled(tmp_path, label="grade", patient="case", where={"label": "good"}, task=of_cohort.task)
     assert chosen.targets.tolist() == [1] * 20
     with pytest.raises(UserError, match="all images have the case 'P0'; they cannot be split by it"):

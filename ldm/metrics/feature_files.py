@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ldm.data.features import read_features
 from ldm.data.tile_store import open_cohort, tool_version
 from ldm.errors import UserError
-from ldm.files import remove, whole, writable_folder
+from ldm.files import remove, whole, writable_folder, write_text
 from ldm.metrics.extractors import Extractor
 from ldm.metrics.image_sets import ImageSet, table_of
 from ldm.metrics.pictures import read_pictures
@@ -74,7 +74,7 @@ def extract(images: ImageSet, extractor: Extractor, out: Path, batch_size: int =
     if not (begun.is_file() and json.loads(begun.read_text()) == wanted):
         remove(part)
         part.mkdir()
-        begun.write_text(json.dumps(wanted))
+        write_text(begun, json.dumps(wanted))
     with (part / "features").open("ab") as rows, (part / "digest").open("ab") as digests:
         first = min(rows.tell() // (4 * extractor.dim), digests.tell() // DIGEST)
         rows.truncate(first * 4 * extractor.dim)
@@ -165,7 +165,16 @@ def read_feature_file(path: Path) -> FeatureSet:
         for name, column in file.get("table", {}).items():
             columns[name] = column.asstr()[:] if h5py.check_string_dtype(column.dtype) else column[:]
     table = pd.DataFrame(columns)
-    return FeatureSet(values, table[["name", *[name for name in table if name != "name"]]], about, digest)
+    own = table[["name", *[name for name in table if name != "name"]]]
+    return FeatureSet(finite(values, path), own, about, digest)
+
+
+def finite(values: np.ndarray, path: Path) -> np.ndarray:
+    """The values (N,D). UserError where one is NaN or infinite."""
+    wrong = int((~np.isfinite(values).all(1)).sum())
+    if wrong:
+        raise UserError(f"{wrong} of {len(values)} features of {path} are NaN or infinite; extract them again.")
+    return values
 
 
 def sha256_of(values: np.ndarray) -> str:
@@ -197,7 +206,7 @@ def features_of_stores(path: Path, feature: str, where: Mapping[str, Any] | None
         data["splits"] = {str(name): int(n) for name, n in table["split"].value_counts().items()}
     about = {"extractor": attrs.get("encoder", feature), "dim": values.shape[1], "data": data}
     about |= {name: attrs[name] for name in ("weights_sha256", "preprocessing", "licence") if name in attrs}
-    return FeatureSet(values, table, about)
+    return FeatureSet(finite(values, path), table, about)
 
 
 def check_alike(a: FeatureSet, b: FeatureSet) -> None:

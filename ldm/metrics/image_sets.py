@@ -86,7 +86,7 @@ def open_images(
                 raise UserError(f"--crop cuts files of images; {path} holds tiles of stores, which are cut already.")
             kind = "crops of a folder"
             pictures = _crops(pictures.paths, [pictures.name(i) for i in range(len(pictures))], crop, str(path))
-    sizes, grey = _looked_at(pictures)
+    sizes, grey = _looked_at(pictures, "crop" in kind or kind == "large image")
     warnings = []
     if len(sizes) > 1 and side is None:
         listed = ", ".join(f"{w} x {h} px ({len(rows)}, as {pictures.name(rows[0])})" for (w, h), rows in sizes.items())
@@ -147,13 +147,18 @@ def listing_sha256(path: Path, pictures: Pictures) -> str:
     return digest.hexdigest()
 
 
-def _looked_at(pictures: Pictures) -> tuple[dict[tuple[int, int], list[int]], list[int]]:
-    """Sizes (w,h) -> the images that have it, the most frequent first; and which images are grey."""
-    if pictures.paths is None or len(pictures) != len(set(pictures.paths)):
-        height, width = pictures.read(0).shape[:2]  # tiles of stores and crops are alike
-        return {(width, height): list(range(len(pictures)))}, []
+def _looked_at(pictures: Pictures, cut: bool) -> tuple[dict[tuple[int, int], list[int]], list[int]]:
+    """Sizes (w,h) -> the images that have it, the most frequent first; and which images are grey. cut: crops."""
     sizes: dict[tuple[int, int], list[int]] = {}
     grey = []
+    if cut or pictures.paths is None:  # crops are alike, and so are tiles of one store
+        alike: dict[str, list[int]] = {}
+        for i, own in enumerate(pictures.about):
+            alike.setdefault("" if cut else str(own["slide"]), []).append(i)
+        for rows in alike.values():
+            height, width = pictures.read(rows[0]).shape[:2]
+            sizes.setdefault((width, height), []).extend(rows)
+        return sizes, grey
     for i, path in enumerate(tqdm(pictures.paths, desc="headers", unit="image", disable=len(pictures) < 5000)):
         try:
             with Image.open(path) as image:

@@ -17,7 +17,7 @@ from ldm.metrics.pictures import LIST, Pictures, pictures_of_files, read_picture
 from ldm.metrics.scorer_figures import KINDS
 
 GRADES = 5  # bins of grades of which there are many
-PATIENTS = ("patient", "group", "case")  # columns that say whose an image is
+PATIENTS = ("patient", "group", "case", "slide")  # columns that say whose an image is, the surest first
 LABELS = ("label", "rating", "class")
 UNKNOWN = "unknown"
 
@@ -105,7 +105,7 @@ def read_labelled(
         label: column that holds the label; default: `label`, `rating` or `class`.
         kind: binary, graded or classes; by default what the labels look like: two names, numbers, several names.
         positive: the class that a binary scorer gives the probability of; not asked for where the labels are 0 and 1.
-        patient: column that says whose an image is; default: `patient`, `group` or `case`, if there is one.
+        patient: column that says whose an image is; default: `patient`, `group`, `case` or `slide`, if there is one.
         where: keeps images of which the table says so.
         task: the labels are to fit that task, of other images.
     Raises:

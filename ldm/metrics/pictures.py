@@ -1,8 +1,8 @@
 """Images to score or to learn from: files of a folder, what `histoldm sample` wrote, tiles of stores.
 
-    pictures = read_pictures(Path("tiles"))                    # or a .zarr store, a cohort, an image
-    pictures.read(0)                                           # (H,W,3) uint8
-    pictures.about[0]                                          # {"file": "00000.png", "class": "LUAD", ...}
+pictures = read_pictures(Path("tiles"))                    # or a .zarr store, a cohort, an image
+pictures.read(0)                                           # (H,W,3) uint8
+pictures.about[0]                                          # {"file": "00000.png", "class": "LUAD", ...}
 """
 
 from __future__ import annotations
@@ -150,9 +150,7 @@ def pictures_of_stores(path: Path) -> Pictures:
             values = store.labels(name).tolist()
             about = [own | {name: values[row]} if at is store else own for own, (at, row) in zip(about, places)]
     mpp = resolutions.pop() if len(resolutions) == 1 else None
-    return Pictures(
-        about, lambda i: places[i][0].tile(places[i][1]), str(path), None, mpp, "; ".join(sorted(licences))
-    )
+    return Pictures(about, lambda i: places[i][0].tile(places[i][1]), str(path), None, mpp, "; ".join(sorted(licences)))
 
 
 def cohort_of(store: TileStore) -> Path | None:

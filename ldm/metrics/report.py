@@ -174,7 +174,7 @@ def embed(picture: Image.Image, alt: str) -> str:
 
 def page(report: Report) -> str:
     sets = " against ".join(
-        f"{about['count']} {name} images of {html.escape(str(about['path']))}"
+        html.escape(f"{about['count']} {name} images of {about['path']}")
         for name, about in report.sets.items() if name != "train"
     )  # fmt: skip
     lead = " · ".join(part for part in (report.date, sets, f"HistoLDM {tool_version()}") if part)
@@ -249,9 +249,9 @@ def data_section(report: Report) -> str:
     blocks = []
     for name, about in report.sets.items():
         rows = [(label, told(about[key])) for key, label in ABOUT.items() if about.get(key)]
-        digest = next((about[key] for key in IDENTITY if about.get(key)), "")
+        digest = html.escape(str(next((about[key] for key in IDENTITY if about.get(key)), ""))[:24])
         cells = "".join(f'<tr><th scope="row">{label}</th><td>{html.escape(value)}</td></tr>' for label, value in rows)
-        cells += f'<tr><th scope="row">SHA-256</th><td><code>{digest[:24]}…</code></td></tr>' if digest else ""
+        cells += f'<tr><th scope="row">SHA-256</th><td><code>{digest}…</code></td></tr>' if digest else ""
         dot = f'<i class="dot" style="background:{COLOURS.get(name, "#9aa0a6")}"></i>'
         title = f"<h3>{dot}{name}: {html.escape(str(about['path']))}</h3>"
         blocks.append(f"<div>{title}<table><tbody>{cells}</tbody></table></div>")
