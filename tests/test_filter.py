@@ -214,9 +214,22 @@ def test_filter_links_and_goes_by_conditions(world, tmp_path):
     listed = pd.read_csv(tmp_path / "near" / "tiles.csv")
     wanted = pd.read_csv(world / "tiles" / "tiles.csv").set_index("file")["score"][listed["file"]]
     assert np.isin(listed["file"], GOOD).tolist() == (wanted == 1).tolist()
+    assert listed["score"].tolist() == wanted.tolist()  # the condition stays what it was
     assert os.stat(tmp_path / "near" / listed["file"][0]).st_nlink >= 2
     with pytest.raises(UserError, match="nothing says the 'grade' of the images"):
         run(*command[:-1], "grade", "--top", 0.5, "--out", tmp_path / "x")
+
+
+def test_images_of_other_folders_are_kept_inside(world, tmp_path):
+    (tmp_path / "list").mkdir()
+    files = [f"../{i}.png" if i % 2 else str(tmp_path / f"{i}.png") for i in range(2)]
+    for i in range(2):
+        Image.fromarray(cell(np.random.default_rng(i), 1.0)).save(tmp_path / f"{i}.png")
+    pd.DataFrame({"file": files}).to_csv(tmp_path / "list" / "tiles.csv", index=False)
+    kept = tmp_path / "o" / "kept"
+    run("filter", "--scorer", world / "binary", "--images", tmp_path / "list", "--top", 1, "--out", kept)
+    assert pd.read_csv(kept / "tiles.csv")["file"].tolist() == ["000000_0.png", "000001_1.png"]
+    assert [path.name for path in (tmp_path / "o").iterdir()] == ["kept"]
 
 
 # --- people ----------------------------------------------------------------------------------------------------------
@@ -310,7 +323,7 @@ def test_tiles_are_sampled_until_enough_pass(world, tmp_path, threshold, monkeyp
     name = listed["file"][1]
     scorer, image = load_scorer(world / "graded"), read_pictures(tmp_path / "a" / name).read(0)
     score = float(scorer(to_range(image).permute(2, 0, 1)[None]))
-    assert score == pytest.approx(listed["score"][1], abs=1e-5)
+    assert score == pytest.approx(listed["scored"][1], abs=1e-5)
     about = json.loads(Image.open(tmp_path / "a" / name).text["SYNTHETIC"])
     assert about["index"] == listed["index"][1]
     assert about["scorer_sha256"] == scorer.identity
@@ -355,6 +368,7 @@ def test_each_request_gets_its_own(world, tmp_path):
     resample(world, tmp_path / "one", *given, until=2, batch=1)
     assert pd.read_csv(tmp_path / "one" / "tiles.csv")["index"].tolist() == listed["index"].tolist()
     assert listed["row"].value_counts().to_dict() == {0: 2, 1: 2}
+    assert listed["score"].tolist() == [(0.1, 0.9)[row] for row in listed["row"]]  # what was asked for
     assert "score=0.1: 2 of" in said
     for options, words in [
         (("--above", "a=0.5"), "takes one number here"),

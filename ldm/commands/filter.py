@@ -97,7 +97,7 @@ def filter_images(
     rows = np.flatnonzero(keep)
     names = _copied(pictures, rows, out, link)
     listed = [
-        {**{k: v for k, v in pictures.about[row].items() if k != "file"}, "score": table["score"][row]} for row in rows
+        {**{k: v for k, v in pictures.about[row].items() if k != "file"}, "scored": table["score"][row]} for row in rows
     ]
     own = pd.DataFrame([{"file": name} | row for name, row in zip(names, listed)])
     with whole(out / LIST) as part:
@@ -136,6 +136,8 @@ def _copied(pictures: Pictures, rows: Sequence[int], out: Path, link: bool) -> l
     for row in rows:
         own = pictures.about[row]
         name = own["file"] if "file" in own else f"{Path(own['slide']).stem}_{own['row']:06d}.png"
+        if Path(name).is_absolute() or ".." in Path(name).parts:  # a list may name images of other folders
+            name = f"{row:06d}_{Path(name).name}"
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if pictures.paths is None:

@@ -185,7 +185,7 @@ def _finish(out: Path, log: Log, tiles: Requests, seed: int, begin: dict[str, An
     if kept:
         listed = [
             {"file": _name(out, row["index"]).name, **tiles.about[row["request"]], "seed": seed, "index": row["index"]}
-            | {"score": round(row["score"], 6)}
+            | {"scored": round(row["score"], 6)}
             for row in kept
         ]
         with whole(out / LIST) as part:
