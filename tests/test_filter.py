@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from ldm import inference
 from ldm.cli import app
+from ldm.commands.filter import as_scores
 from ldm.commands.resample import Log
+from ldm.commands.scorers import held_out_of
 from ldm.config import instantiate_from_config
 from ldm.data.cohort import merge_index, write_store
 from ldm.data.images_out import save_png
@@ -81,6 +83,12 @@ def test_score_writes_a_row_for_each_image(world, tmp_path):
     assert set(table.nlargest(4, "score")["label"]) == {"good"}
     assert table["target"].tolist() == [1, 0] * 6
     assert [p.name for p in tmp_path.iterdir()] == ["s.csv"]
+
+
+def test_targets_are_what_scores_should_be():
+    wanted, table = np.array([0.0, 0.0, 1.0]), pd.DataFrame({"label": ["a", "b", ""]})
+    assert as_scores(Task("classes", "class", ("a", "b")), wanted, table).tolist() == [1, 0, 0]
+    assert as_scores(Task("graded", "rating", (), 1.0, 5.0), wanted, table).tolist() == [1, 1, 5]
 
 
 def test_a_store_is_scored_by_slide_and_row_and_its_tiles_are_kept(world, tmp_path):
@@ -414,3 +422,15 @@ def test_utility_compares_on_the_same_real_images(world, tmp_path):
     assert low <= value <= high
     assert value > 0.8
     assert "auroc both - real" in said
+    assert "must not have seen the held-out images" in said
+
+
+def test_utility_tests_on_the_images_that_are_named(world):
+    own = read_labelled(world / "cells" / "cells.csv", positive="good")
+    test = held_out_of(own, Recipe(test=0.3), {"patient": "P3"})
+    assert set(own.groups[test]) == {"P3"}
+    assert test.sum() == 4
+    with pytest.raises(UserError, match=r"are on both sides of --held-out label=good: P0, P1"):
+        held_out_of(own, Recipe(test=0.3), {"label": "good"})
+    with pytest.raises(UserError, match="no real image has patient=P9"):
+        held_out_of(own, Recipe(test=0.3), {"patient": "P9"})

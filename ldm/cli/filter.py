@@ -279,6 +279,10 @@ def utility(
     crop: Annotated[int | None, typer.Option("--crop", help="Only the middle of each real image counts, px.")] = None,
     members: MembersOption = 2,
     test: TestOption = 0.3,
+    held_out: Annotated[
+        list[str] | None,
+        typer.Option("--held-out", help="Real images to test on, as split=test; default: --test at random (repeat)."),
+    ] = None,
     epochs: EpochsOption = 40,
     patience: PatienceOption = 10,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Images per step.")] = 32,
@@ -294,6 +298,7 @@ def utility(
     Example: histoldm utility --real crops.csv --synthetic cells --label score --crop 32 --out utility
     """
     from ldm.commands.scorers import utility as run
+    from ldm.requests import parse_where
 
     recipe = _recipe(
         arch_arg, weights, arch=arch, size=size, members=members, test=test, epochs=epochs,
@@ -301,4 +306,4 @@ def utility(
     )  # fmt: skip
     asked = {"label": label, "kind": kind.value if kind else None, "positive": positive, "patient": patient}
     asked["crop"] = crop
-    run(real, synthetic, out, asked, recipe, pick_device(device), _bf16(precision))
+    run(real, synthetic, out, asked, recipe, pick_device(device), _bf16(precision), parse_where(held_out or []))

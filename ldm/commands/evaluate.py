@@ -74,18 +74,19 @@ def is_large(path: Path) -> bool:
 def evaluate(asked: Asked, device: str) -> None:
     """Measure, write report.html and report.json into `asked.out`, and print the figures."""
     writable_folder(asked.out)
+    exact = "cpu" if device == "mps" else device  # Apple's GPUs have no float64, which distances are in
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(asked).items()}
     report = Report(asked.title, settings, date=f"{date.today():%d %B %Y}")
     if asked.scores is not None:
         report.sections.append(ask.scores(asked.scores, asked.seed))
     if asked.pairs is not None:
-        perceptual = lpips_of(asked, report, device)
-        section, warnings = ask.paired(asked.generated, asked.pairs, asked.stains, perceptual, device, asked.seed)
+        perceptual = lpips_of(asked, report, exact)
+        section, warnings = ask.paired(asked.generated, asked.pairs, asked.stains, perceptual, exact, asked.seed)
         report.sections.append(section)
         report.warnings += warnings
     extractors = Extractors(parse_weights(asked.weights, asked.features), device, asked.resize)
     if asked.generated is not None and (asked.real is not None or is_large(asked.generated)):
-        compare_sets(asked, report, extractors, device)
+        compare_sets(asked, report, extractors, exact)
     report.write(asked.out)
     print("\n".join(report.lines()))
     for warning in report.warnings:

@@ -15,7 +15,7 @@ import pandas as pd
 from ldm.data.images_out import save_png, save_real_png
 from ldm.errors import UserError, some
 from ldm.files import whole, writable_folder, write_text
-from ldm.metrics.labelled import targets_of
+from ldm.metrics.labelled import Task, targets_of
 from ldm.metrics.pictures import LIST, Pictures, read_pictures
 from ldm.metrics.ratings import numbered_sheet, parse_scale, synthetic_text_of, write_rating_folder
 from ldm.metrics.scorer_figures import proportion
@@ -33,7 +33,8 @@ def score_images(
 ) -> None:  # fmt: skip
     """`histoldm score`: a table of what the networks say of each image.
 
-    target: a column of the images' list that says what each shall be; it goes into the table as `target`.
+    target: a column of the images' list that says what each shall be; it goes into the table as `target`, of classes
+    as 1 where the label is that.
     """
     if out.suffix.lower() != ".csv":
         raise UserError(f"--out is a .csv file; got {out}.")
@@ -44,13 +45,22 @@ def score_images(
     work = out.with_name(f".{out.name}.partial.npz")  # what a stopped run has scored
     table = score_table(network.task, score_pictures(network, pictures, batch_size, work), pictures)
     if wanted is not None:
-        table["target"] = task.low + wanted * (task.high - task.low) if task.kind == "graded" else wanted.astype(int)
+        table["target"] = as_scores(task, wanted, table)
     with whole(out) as part:
         table.to_csv(part, index=False)
     work.unlink(missing_ok=True)
     told = table["score"].dropna()
     print(f"wrote {len(table)} scores to {out}: mean {told.mean():.4f}, from {told.min():.4f} to {told.max():.4f}")
     say_unreadable(table, pictures)
+
+
+def as_scores(task: Task, wanted: np.ndarray, table: pd.DataFrame) -> np.ndarray:
+    """Targets (N,) as the scores of a table are: 0 or 1, a grade; of classes 1 where its label is the wanted one."""
+    if task.kind == "graded":
+        return task.low + wanted * (task.high - task.low)
+    if task.kind == "binary":
+        return wanted.astype(int)
+    return (table["label"] == [task.classes[int(k)] for k in wanted]).to_numpy(int)
 
 
 def say_unreadable(table: pd.DataFrame, pictures: Pictures) -> None:

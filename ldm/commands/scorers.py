@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ldm.errors import UserError
+from ldm.errors import UserError, some
 from ldm.files import write_text
 from ldm.metrics.labelled import Labelled, read_labelled
 from ldm.metrics.pictures import joined
@@ -68,20 +68,21 @@ def report(scorer: Ensemble) -> list[str]:
 
 
 def utility(
-    real: Path, synthetic: Path, out: Path, asked: Mapping[str, Any], recipe: Recipe, device: str, bf16: bool
-) -> None:
+    real: Path, synthetic: Path, out: Path, asked: Mapping[str, Any], recipe: Recipe, device: str, bf16: bool,
+    held_out: Mapping[str, str],
+) -> None:  # fmt: skip
     """`histoldm utility`: what synthetic images are worth for training a classifier.
 
     Three ensembles of one recipe learn from the real images, from the synthetic ones and from both, and are tested on
-    the same held-out groups of real images. Writes utility.json and a scorer folder for each.
+    the same held-out groups of real images, see `held_out_of`. Writes utility.json and a scorer folder for each.
     """
     own = labelled(real, **asked)
     made = read_labelled(synthetic, label=asked.get("label"), task=own.task)
-    test = folds_of(own, recipe) < 0
-    if not test.any():
-        raise UserError("--test 0 leaves no real images to compare on; give a fraction.")
+    test = held_out_of(own, recipe, held_out)
     made = replace(made, groups=np.array([f"synthetic {group}" for group in made.groups], dtype=object))
     print(f"{len(own)} real images ({test.sum()} held out) and {len(made)} synthetic ones; {own.task.kind}")
+    if not held_out:
+        print("note: the model of the synthetic images must not have seen the held-out images; --held-out names those")
     tested, arms = own.take(np.flatnonzero(test)), own.take(np.flatnonzero(~test))
     parts = {"real": (arms,), "synthetic": (made,), "both": (arms, made)}
     scores = {}
@@ -96,10 +97,31 @@ def utility(
     found = compared(tested, scores)
     about = {"real": real.name, "synthetic": synthetic.name, "test": len(tested), "synthetic_images": len(made)}
     about |= {"test_groups": len(set(tested.groups)), "real_images": len(arms), "recipe": recipe.__dict__}
+    about["held_out"] = dict(held_out)
     write_text(out / "utility.json", json.dumps({**about, "figures": found}, indent=1))
     for name, value in found.items():
         print(f"{name:<28} {value[0]:+.4f} [{value[1]:+.4f}, {value[2]:+.4f}]")
     print("95% intervals: a bootstrap over the held-out groups; another training's chance is not in them")
+
+
+def held_out_of(own: Labelled, recipe: Recipe, named: Mapping[str, str]) -> np.ndarray:
+    """(N,) bool: the real images to test on: those of which their table says so, else a part of the groups at random.
+
+    UserError: none, all, or a group on both sides.
+    """
+    if not named:
+        test = folds_of(own, recipe) < 0
+        if not test.any():
+            raise UserError("--test 0 leaves no real images to compare on; give a fraction.")
+        return test
+    words = ", ".join(f"{name}={value}" for name, value in named.items())
+    each = [[str(own_value) == value for own_value in own.pictures.column(name)] for name, value in named.items()]
+    test = np.all(each, axis=0)
+    if test.all() or not test.any():
+        raise UserError(f"{'every' if test.all() else 'no'} real image has {words}; --held-out names a part of them.")
+    if both := sorted(set(own.groups[test]) & set(own.groups[~test])):
+        raise UserError(f"{len(both)} groups are on both sides of --held-out {words}: {some(both, 5)}.")
+    return test
 
 
 def together(*parts: Labelled) -> Labelled:

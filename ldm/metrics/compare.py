@@ -58,7 +58,7 @@ def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[dict[str,
         warnings.append(f"generated: {counts[0]} and {counts[1]} images: FID falls with their number; FD∞, KID "
                         "and CMMD can be compared.")  # fmt: skip
     known = [_by_key(report) for report in (a, b)]
-    rows = []
+    rows, invalid = [], {}
     for key, (section, one) in known[0].items():
         if key not in known[1]:
             continue
@@ -77,6 +77,9 @@ def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[dict[str,
                 ("better" if better else "worse") if counts and row["better"] else "differs" if counts else "same"
             )
         rows.append(row)
+        if why := one.get("invalid") or other.get("invalid"):
+            invalid.setdefault(why, []).append(row["title"])
+    warnings += [f"not valid: {', '.join(titles)} ({why})." for why, titles in invalid.items()]
     if not rows:
         raise UserError("the two reports have no figure in common; evaluate both with the same --features.")
     return rows, warnings
