@@ -201,6 +201,9 @@ def test_pairs_and_scores(world):
     assert measured["psnr"]["value"] == 100
     assert len(section(out, "pairs")["data"]["pairs"]) == 50
     assert figures(out, "scores")["auroc"]["value"] == 1
+    sets = report(out)["sets"]
+    assert sets["generated"]["files_sha256"] == sets["paired"]["files_sha256"] != sets["scores"]["files_sha256"]
+    assert "50 generated images of made against 50 paired images of made" in (out / "report.html").read_text()
     if "lpips" not in measured:
         assert any("LPIPS is left out" in text and "https://" in text for text in report(out)["warnings"])
 
@@ -252,6 +255,8 @@ def test_mistakes_are_one_message_each(world, tmp_path):
         (("--generated", world / "made", "--features", "incepton", *real), "did you mean 'inception'"),
         (("--generated", world / "made", "--features", "pixels", "--where", "split=vall", *real), "has split=vall"),
         (("--generated", tmp_path / "x.npy", "--real", tmp_path / "y.npy", "--out", tmp_path), "different extractors"),
+        (("--generated", tmp_path / "x.npy", "--real", tmp_path / "x.npy", "--features", "pixels", "--out", tmp_path),
+         "hold theirs already"),
         (("--generated", tmp_path / "few.npy", "--real", tmp_path / "x.npy", "--out", tmp_path), "need 8 at least"),
         (("--generated", world / "made", "--features", "pixels", "--by", "patient", *real), "need 2 patients"),
         (("--generated", world / "made", "--train", world / "cohort", "--pairs", world / "made", "--out", tmp_path),

@@ -14,7 +14,7 @@ from torch.hub import get_dir
 from ldm.commands import evaluation_sections as ask
 from ldm.commands.evaluation_sets import Extractors, Source, known_of, of_conditions, parse_weights
 from ldm.errors import UserError
-from ldm.files import writable_folder, write_text
+from ldm.files import sha256, writable_folder, write_text
 from ldm.metrics.compare import compare_lines, compare_page, compared, read_report
 from ldm.metrics.conditional import few_images
 from ldm.metrics.feature_files import FeatureSet, check_alike
@@ -87,6 +87,12 @@ def evaluate(asked: Asked, device: str) -> None:
     extractors = Extractors(parse_weights(asked.weights, asked.features), device, asked.resize)
     if asked.generated is not None and (asked.real is not None or is_large(asked.generated)):
         compare_sets(asked, report, extractors, exact)
+    if asked.pairs is not None:
+        report.sets.setdefault("generated", ask.known_of_files(asked.generated))
+        report.sets["paired"] = ask.known_of_files(asked.pairs)
+    if asked.scores is not None:
+        about = {"path": asked.scores.name, "kind": "table of scores", "files_sha256": sha256(asked.scores)}
+        report.sets["scores"] = about
     report.write(asked.out)
     print("\n".join(report.lines()))
     for warning in report.warnings:
@@ -108,7 +114,11 @@ def compare_sets(asked: Asked, report: Report, extractors: Extractors, device: s
     images = {role: source.images for role, source in sources.items() if not source.is_file_of_features}
     report.warnings += [text for each in images.values() for text in each.warnings]
     check_sizes(sources)
-    names = asked.features or ([""] if all(source.is_file_of_features for source in sources.values()) else [])
+    names = asked.features
+    if all(source.is_file_of_features for source in sources.values()):
+        if names:
+            raise UserError("--features is of images; the sets are feature files, which hold theirs already.")
+        names = [""]
     if not names and asked.real is not None:
         raise UserError(
             "say what features to measure in: --features inception, --features data/models/demo-encoder, any encoder "

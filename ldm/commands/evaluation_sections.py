@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pandas as pd
 
 from ldm.data.cohort import patient_of
 from ldm.errors import UserError
+from ldm.files import sha256
 from ldm.metrics import conditional, frechet, kernels, large_images, manifold, memorisation, pairs, plots
 from ldm.metrics.extractors import Extractor
 from ldm.metrics.feature_files import FeatureSet
@@ -262,6 +264,14 @@ def paired(
                       pictures=[(grid, "From the least similar pair to the most similar one.")],
                       data={"pairs": table.replace({np.nan: None}).to_dict("records")})  # fmt: skip
     return section, warnings + more
+
+
+def known_of_files(path: Path) -> dict[str, Any]:
+    """What a report tells of a folder of images by name, or of one file: their contents' SHA-256."""
+    files = images_by_name(path)
+    words = "".join(f"{name} {sha256(files[name])}\n" for name in sorted(files))
+    digest = hashlib.sha256(words.encode()).hexdigest()
+    return {"path": path.name, "kind": "files by name", "count": len(files), "files_sha256": digest}
 
 
 def scores(path: Path, seed: int) -> Section:

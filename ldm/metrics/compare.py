@@ -43,7 +43,7 @@ def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[dict[str,
     A difference counts where the intervals of the two, added in quadrature, leave 0 out.
     """
     warnings = []
-    of = [report["sets"].get("real", {}) for report in (a, b)]
+    of = [report["sets"].get("real") or report["sets"].get("paired", {}) for report in (a, b)]
     marks = [next((each[key] for key in IDENTITY if each.get(key)), None) for each in of]
     if marks[0] != marks[1]:
         names = " and ".join(str(each.get("path", "none")) for each in of)

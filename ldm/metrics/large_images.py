@@ -18,6 +18,7 @@ from ldm.metrics.seams import NEAR, seam_ratios
 GLASS = 0.05  # mean optical density up to which a pixel is glass
 TISSUE = 0.25  # least share of tissue of a window whose tone counts
 LEAST = 6  # windows that a trend over the canvas needs
+BLOCK = 512  # windows that are compared with all at once
 FAR = 2  # windows apart, from which similarity is repetition: neighbours share tissue
 
 
@@ -100,10 +101,12 @@ def repetition(features: np.ndarray) -> Repetition:
     apart = (np.abs(lags).max(-1) >= FAR) & enough
     strongest = np.where(apart, by_lag, -np.inf)
     lag = lags[np.unravel_index(strongest.argmax(), strongest.shape)]
-    place = np.argwhere(known)
-    similar = unit[known] @ unit[known].T
-    far = np.abs(place[:, None] - place[None]).max(-1) >= FAR
-    closest = float(similar[far].max()) if far.any() else np.nan
+    place, own, closest = np.argwhere(known), unit[known], -np.inf
+    for first in range(0, len(own), BLOCK):
+        part = slice(first, first + BLOCK)
+        far = np.abs(place[part, None] - place[None]).max(-1) >= FAR
+        closest = max(closest, np.where(far, own[part] @ own.T, -np.inf).max())
+    closest = float(closest) if np.isfinite(closest) else np.nan
     return Repetition(by_lag, float(strongest.max()), tuple(map(int, np.abs(lag))), closest)
 
 

@@ -19,7 +19,7 @@ from ldm.files import write_text
 from ldm.metrics.figures import HIGHER, LOWER, Figure
 
 KIND = "histoldm evaluation"
-IDENTITY = ("pixels_sha256", "features_sha256", "listing_sha256")  # of data, the surest first
+IDENTITY = ("pixels_sha256", "features_sha256", "files_sha256", "listing_sha256")  # of data, the surest first
 ABOUT = {  # what a report tells of a set
     "kind": "kind", "count": "images", "size": "size, px", "original_size": "as given, px", "mpp": "µm per px",
     "patients": "patients", "slides": "slides", "splits": "splits", "where": "selected by", "unit": "intervals draw",
@@ -175,7 +175,7 @@ def embed(picture: Image.Image, alt: str) -> str:
 def page(report: Report) -> str:
     sets = " against ".join(
         html.escape(f"{about['count']} {name} images of {about['path']}")
-        for name, about in report.sets.items() if name != "train"
+        for name, about in report.sets.items() if name in ("generated", "real", "paired")
     )  # fmt: skip
     lead = " · ".join(part for part in (report.date, sets, f"HistoLDM {tool_version()}") if part)
     warnings = "".join(f"<li>{html.escape(text)}</li>" for text in report.warnings)
