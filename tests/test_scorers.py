@@ -271,6 +271,16 @@ def test_an_ensemble_learns_and_says_what_it_is(cells, trained):
     assert not (trained / scorer_training.WORK).exists()
 
 
+def test_images_that_change_are_scored_anew(trained, tmp_path):
+    rng, scorer, work = np.random.default_rng(0), load_scorer(trained), tmp_path / "scores.npz"
+    (tmp_path / "in").mkdir()
+    found = []
+    for grade in (1.0, 0.0):
+        Image.fromarray(cell(rng, grade)).save(tmp_path / "in" / "0.png")
+        found.append(score_pictures(scorer, read_pictures(tmp_path / "in"), work=work, progress=False).mean())
+    assert found[0] > found[1] + 0.1
+
+
 def test_a_stopped_training_gives_the_same_weights(cells, trained, tmp_path, monkeypatch):
     data, calls = read_labelled(cells / "cells.csv", positive="good"), []
     epoch = scorer_training._epoch

@@ -50,6 +50,12 @@ class Pictures:
         own = self.about[i]
         return str(own["file"]) if "file" in own else f"{own['slide']} row {own['row']}"
 
+    def words(self) -> list[str]:
+        """What tells these images from others without reading them: source, names, sizes and times of files."""
+        stats = [] if self.paths is None else [path.stat() for path in self.paths]
+        names = [self.name(i) for i in range(len(self))]
+        return [self.source, *names, *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)]
+
     def column(self, name: str) -> list[Any]:
         """What the list says of each image under `name`. UserError where it does not."""
         known = {key for own in self.about for key in own}

@@ -31,7 +31,7 @@ def score_pictures(
     work: a file that holds what a stopped run has scored.
     UserError: images of another extent than the scorer's, none that can be read.
     """
-    names = digest([scorer.identity, pictures.source, *map(pictures.name, range(len(pictures)))])
+    names = digest([scorer.identity, *pictures.words()])
     tail = (scorer.count, scorer.task.outputs) if scorer.task.kind == "classes" else (scorer.count,)
     scores, done = np.full((len(pictures), *tail), np.nan, np.float32), 0
     if work is not None and work.is_file():
