@@ -259,6 +259,7 @@ def test_mistakes_are_one_message_each(world, tmp_path):
          "hold theirs already"),
         (("--generated", tmp_path / "few.npy", "--real", tmp_path / "x.npy", "--out", tmp_path), "need 8 at least"),
         (("--generated", world / "made", "--features", "pixels", "--by", "patient", *real), "need 2 patients"),
+        (("--generated", world / "made", "--features", "incepton", "--class", "clas", *real), "did you mean 'class'"),
         (("--generated", world / "made", "--train", world / "cohort", "--pairs", world / "made", "--out", tmp_path),
          "give --real too"),
     ]  # fmt: skip

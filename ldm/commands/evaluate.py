@@ -13,7 +13,7 @@ from torch.hub import get_dir
 
 from ldm.commands import evaluation_sections as ask
 from ldm.commands.evaluation_sets import Extractors, Source, known_of, of_conditions, parse_weights
-from ldm.errors import UserError
+from ldm.errors import UserError, suggest
 from ldm.files import sha256, writable_folder, write_text
 from ldm.metrics.compare import compare_lines, compare_page, compared, read_report
 from ldm.metrics.conditional import few_images
@@ -114,6 +114,7 @@ def compare_sets(asked: Asked, report: Report, extractors: Extractors, device: s
     images = {role: source.images for role, source in sources.items() if not source.is_file_of_features}
     report.warnings += [text for each in images.values() for text in each.warnings]
     check_sizes(sources)
+    check_column(asked.class_column, [sources[role] for role in ("generated", "real") if role in sources])
     names = asked.features
     if all(source.is_file_of_features for source in sources.values()):
         if names:
@@ -132,6 +133,14 @@ def compare_sets(asked: Asked, report: Report, extractors: Extractors, device: s
     report.sections += sections
     for role, each in images.items():
         report.sets[role] = each.about | report.sets.get(role, {})
+
+
+def check_column(column: str, sources: Sequence[Source]) -> None:
+    """UserError where a column that is asked for, which `class` need not be, is not known of a set of images."""
+    for source in sources:
+        if column != "class" and not source.is_file_of_features and column not in source.images.table:
+            known = suggest(column, source.images.table.columns)
+            raise UserError(f"--class {column} is not known of the images of {source.path}{known}")
 
 
 def check_sizes(sources: dict[str, Source]) -> None:
