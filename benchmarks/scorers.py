@@ -9,14 +9,16 @@ crops of a slide are in one group, and a group is never on both sides of a split
 
 The groups are cut into `--outer` folds. For each, an ensemble learns from the others (`histoldm train-scorer`: early
 stopping, calibration inside them), and scores the fold. All crops are thus scored by networks that have seen nothing of
-their group. Printed: AUROC and calibration of these scores with 95% intervals over groups; beside them what each expert
-reaches against the majority of the other four, a bound that the labels set; and a baseline of the colours alone.
+their group. Printed: AUROC and calibration of these scores for the majority, with 95% intervals over groups; beside
+them what each expert reaches against the majority of the other four, a bound that the labels set; and a baseline of the
+colours alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,8 +77,10 @@ def measure(options: argparse.Namespace) -> None:
     features = colours(table)
     near = ", ".join(f"{lag}: {(features[lag:] * features[:-lag]).mean():.2f}" for lag in LAGS)
     print(f"{len(table)} crops in {table['group'].nunique()} groups; correlation of colours by distance: {near}")
-    data = read_labelled(out / "crops.csv", label="class", positive=POSITIVE)
-    data = type(data)(data.pictures.middle(options.crop), data.task, data.targets, data.groups, data.notes)
+    positive = POSITIVE if options.label == "class" else None
+    data = read_labelled(out / "crops.csv", label=options.label, positive=positive)
+    data = replace(data, pictures=data.pictures.middle(options.crop))
+    majority = (table["votes"] >= 0.5).to_numpy(float)
     folds = split_groups(data.strata, data.groups, [1 / options.outer] * options.outer, seed=options.seed)
     experts = table[[name for name in table if name.startswith("Expert")]].to_numpy()
     each = []
@@ -85,7 +89,7 @@ def measure(options: argparse.Namespace) -> None:
         sure = rest != 2
         each.append(auroc(experts[sure, i], rest[sure] > 2))
     print(f"one expert against the majority of the other four: auroc {', '.join(f'{v:.3f}' for v in each)}")
-    show("colours alone", of_colours(features, data.targets, folds), data.targets, data.groups, ("auroc",))
+    show("colours alone", of_colours(features, majority, folds), majority, data.groups, ("auroc",))
     recipe = Recipe(
         kwargs={"channels": [32, 64, 128, 256], "stem_width": 16}, size=options.size, members=options.members,
         epochs=options.epochs, patience=options.patience, views=options.views, seed=options.seed,
@@ -97,9 +101,9 @@ def measure(options: argparse.Namespace) -> None:
         print(f"fold {k}: test auroc {scorer.about['figures']['test']['auroc'][0]:.3f}")
     with whole(out / "scores.csv") as part:
         table.assign(fold=folds, score=scores).to_csv(part, index=False)
-    show("ensemble", scores, data.targets, data.groups)
+    show("ensemble", scores, majority, data.groups)
     clear = np.isin(table["votes"], (0.0, 1.0))
-    show("ensemble, where all experts agree", scores[clear], data.targets[clear], data.groups[clear], ("auroc",))
+    show("ensemble, where all experts agree", scores[clear], majority[clear], data.groups[clear], ("auroc",))
 
 
 def show(
@@ -117,10 +121,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True)
     parser.add_argument("--run", type=int, default=50, help="consecutive numbers of a group")
     parser.add_argument("--crop", type=int, default=64, help="middle of the crops that counts, px")
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--outer", type=int, default=4)
-    parser.add_argument("--members", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--size", type=int, default=48)
+    parser.add_argument("--label", choices=("votes", "class"), default="votes", help="fractions, or majorities")
+    parser.add_argument("--outer", type=int, default=3)
+    parser.add_argument("--members", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=25)
     parser.add_argument("--patience", type=int, default=10)
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
