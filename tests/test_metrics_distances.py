@@ -216,7 +216,9 @@ def test_groups_widen_intervals_and_are_chosen_by_what_is_known():
     assert drawn.mean() == pytest.approx(many.mean(), rel=0.01)
 
     table = pd.DataFrame({"name": map(str, range(600)), "slide": groups, "patient": "one"})
-    assert choose_unit([table])[0] == "slide"
+    unit, warnings = choose_unit([table])
+    assert unit == "slide"
+    assert "1 patient: intervals draw slides" in warnings[0]
     only = table.drop(columns="slide")
     unit, warnings = choose_unit([table, only])
     assert unit == "image"

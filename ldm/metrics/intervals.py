@@ -95,7 +95,7 @@ def choose_unit(tables: Sequence[pd.DataFrame], asked: str | None = None) -> tup
         return asked, []
     unit = next((unit for unit in UNITS if counts[unit] >= FEW), "image")
     warnings = []
-    if counts["patient"] and unit not in ("patient", "slide"):
+    if counts["patient"] and unit != "patient":
         fewest = counts["patient"]
         warnings.append(
             f"the images of a set are of {fewest} patient{'s' * (fewest > 1)}: intervals draw {unit}s, and say how the "

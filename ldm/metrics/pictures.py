@@ -146,15 +146,15 @@ def pictures_of_stores(path: Path) -> Pictures:
     resolutions = {store.mpp for store in stores}
     licences = {str(store.attrs["licence"]) for store in stores if store.attrs.get("licence")}
     places = [(store, row) for store in stores for row in range(len(store))]
-    about = [{"slide": store.slide, "row": row} for store, row in places]
+    known, about = {}, []
     for folder in {cohort_of(store) for store in stores} - {None}:
         rows = read_index(folder).set_index(["slide", "row"])
-        rows = rows[~rows.index.duplicated()].to_dict("index")
-        about = [own | rows.get((own["slide"], own["row"]), {}) for own in about]
+        known |= rows[~rows.index.duplicated()].to_dict("index")
     for store in stores:
-        for name in store.label_names:
-            values = store.labels(name).tolist()
-            about = [own | {name: values[row]} if at is store else own for own, (at, row) in zip(about, places)]
+        labels = {name: store.labels(name).tolist() for name in store.label_names}
+        for row in range(len(store)):
+            own = {name: values[row] for name, values in labels.items()}
+            about.append({"slide": store.slide, "row": row} | known.get((store.slide, row), {}) | own)
     mpp = resolutions.pop() if len(resolutions) == 1 else None
     return Pictures(about, lambda i: places[i][0].tile(places[i][1]), str(path), None, mpp, "; ".join(sorted(licences)))
 
