@@ -19,6 +19,7 @@ GLASS = 0.05  # mean optical density up to which a pixel is glass
 TISSUE = 0.25  # least share of tissue of a window whose tone counts
 LEAST = 6  # windows that a trend over the canvas needs
 BLOCK = 512  # windows that are compared with all at once
+SAME = 1e-3  # autocorrelations that are told as equal
 FAR = 2  # windows apart, from which similarity is repetition: neighbours share tissue
 
 
@@ -100,7 +101,8 @@ def repetition(features: np.ndarray) -> Repetition:
     lags = np.stack(np.meshgrid(np.arange(1 - rows, rows), np.arange(1 - cols, cols), indexing="ij"), -1)
     apart = (np.abs(lags).max(-1) >= FAR) & enough
     strongest = np.where(apart, by_lag, -np.inf)
-    lag = lags[np.unravel_index(strongest.argmax(), strongest.shape)]
+    equal = lags[strongest >= strongest.max() - SAME]
+    lag = equal[np.abs(equal).sum(1).argmin()]  # a period shows at its multiples too
     place, own, closest = np.argwhere(known), unit[known], -np.inf
     for first in range(0, len(own), BLOCK):
         part = slice(first, first + BLOCK)
