@@ -1,0 +1,64 @@
+"""The small models that come with the repository: they load, say what they are, and do what they were trained for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from conftest import ROOT
+from PIL import Image
+from typer.testing import CliRunner
+
+import ldm
+from ldm.cli import app
+
+MODELS = ROOT / "data" / "models"
+
+
+def run(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("name", ["demo-ssl", "demo-mitosis", "demo-stains", "demo-slices"])
+def test_a_model_says_what_it_is_and_the_data_page_lists_it(name):
+    told = run("describe", MODELS / name).output
+    assert "licence: MIT" in told or name == "demo-ssl"
+    assert f"`models/{name}/`" in (ROOT / "data" / "README.md").read_text()
+
+
+def test_the_models_are_small():
+    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) < 60e6
+
+
+def test_a_rising_score_darkens_and_spreads_the_mitotic_figure():
+    model = ldm.load_model(MODELS / "demo-mitosis")
+    cells = [
+        ldm.sample(model, model.condition(score=score), 8, steps=6, guidance_scale=6.0, seed=1, progress=False)
+        for score in (0.0, 1.0)
+    ]
+    dark = [(images.mean(1) < -0.4).float().mean().item() for images in cells]  # share of dark pixels
+    assert dark[1] > 1.3 * dark[0], dark
+
+
+def test_a_tile_translated_to_ki67_turns_blue_and_brown(tmp_path):
+    region = tifffile.imread(ROOT / "data" / "pretrain" / "OS-1-detail.ome.tif")[900:1041, 100:241]
+    tile = Image.fromarray(region).resize((32, 32), Image.Resampling.LANCZOS)  # about 1 um/px
+    tile.save(tmp_path / "tile.png")
+    run("translate", "--model", MODELS / "demo-stains", "--images", tmp_path / "tile.png", "--source", "stain=he",
+        "--target", "stain=ki67", "--guidance-scale", 2, "--steps", 8, "--mpp", 1, "--out", tmp_path / "out")  # fmt: skip
+    made = np.asarray(Image.open(next((tmp_path / "out").glob("tile__*.png"))).convert("RGB")).astype(float)
+    before = np.asarray(tile).astype(float)
+    violet = [float((image[..., 0] - image[..., 1]).mean()) for image in (before, made)]  # eosin is red, not green
+    assert violet[0] > 25, violet
+    assert violet[1] < violet[0] / 2, violet
+
+
+def test_a_slice_of_another_contrast_keeps_its_head():
+    model = ldm.load_model(MODELS / "demo-slices")
+    rows, cols = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    radius = (rows**2 + (cols * 1.2) ** 2).sqrt()
+    source = torch.where(radius < 0.6, 0.2 + 0.4 * torch.cos(9 * radius), -1.0)[None, None]
+    made = ldm.sample(model, model.condition(image=source), steps=6, seed=0, progress=False)
+    inside, outside = made[0, 0][radius < 0.5].mean(), made[0, 0][radius > 0.8].mean()
+    assert inside > outside + 0.5, (float(inside), float(outside))
