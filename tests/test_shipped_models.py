@@ -45,8 +45,8 @@ def test_a_tile_translated_to_ki67_turns_blue_and_brown(tmp_path):
     region = tifffile.imread(ROOT / "data" / "pretrain" / "OS-1-detail.ome.tif")[900:1041, 100:241]
     tile = Image.fromarray(region).resize((32, 32), Image.Resampling.LANCZOS)  # about 1 um/px
     tile.save(tmp_path / "tile.png")
-    run("translate", "--model", MODELS / "demo-stains", "--images", tmp_path / "tile.png", "--source", "stain=he",
-        "--target", "stain=ki67", "--guidance-scale", 2, "--steps", 8, "--mpp", 1, "--out", tmp_path / "out")  # fmt: skip
+    run("translate", "--model", MODELS / "demo-stains", "--images", tmp_path / "tile.png", "--out", tmp_path / "out",
+        "--source", "stain=he", "--target", "stain=ki67", "--guidance-scale", 2, "--steps", 8, "--mpp", 1)  # fmt: skip
     made = np.asarray(Image.open(next((tmp_path / "out").glob("tile__*.png"))).convert("RGB")).astype(float)
     before = np.asarray(tile).astype(float)
     violet = [float((image[..., 0] - image[..., 1]).mean()) for image in (before, made)]  # eosin is red, not green
