@@ -11,6 +11,7 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -214,14 +215,20 @@ def test_hosts(header, bound, allowed):
 def test_the_command_serves_on_loopback_until_it_is_stopped(folder):
     code = "import sys, ldm.cli; sys.argv[0] = 'histoldm'; ldm.cli.main()"
     call = [sys.executable, "-c", code, "view", str(folder / "a.png"), "--no-browser"]
-    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell in the background leaves it ignored
+    with subprocess.Popen(
+        call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
+    ) as process:  # fmt: skip
         line = process.stdout.readline()
         url = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
         told = json.load(urllib.request.urlopen(f"{url}pictures.json", timeout=30))
         with pytest.raises(urllib.error.HTTPError, match="404"):
             urllib.request.urlopen(url.rsplit("/", 2)[0] + "/", timeout=30)
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        try:
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
         assert process.stderr.read() == ""
     assert told["pictures"][0]["name"] == "a.png"
 
