@@ -271,7 +271,8 @@ def test_clip_is_that_of_transformers_and_of_open_clip(tiles, tmp_path):
     text = transformers.CLIPTextConfig(hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     vision = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=128, num_hidden_layers=1,
                                            num_attention_heads=2, image_size=32, patch_size=16)  # fmt: skip
-    theirs = transformers.CLIPModel(transformers.CLIPConfig(text.to_dict(), vision.to_dict(), projection_dim=16)).eval()
+    both = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
+    theirs = transformers.CLIPModel(transformers.CLIPConfig(**both, projection_dim=16)).eval()
     torch.save(theirs.state_dict(), tmp_path / "clip.bin")
     ours = load_clip("tiny", CLIP, tmp_path / "clip.bin")
     inputs = torch.from_numpy(tiles[:3, :32, :32]).permute(0, 3, 1, 2).float() / 255
