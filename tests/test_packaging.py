@@ -107,7 +107,7 @@ def test_readme_commands_exist(line):
         return
     source = source_of(words)
     if program == "histoldm":
-        assert f'@app.command("{rest[0]}")' in source or f"def {rest[0]}(" in source
+        assert f'@app.command("{rest[0]}"' in source or f"def {rest[0]}(" in source
     known = set(re.findall(r"\"(--?[a-z][\w-]*)\"", source))
     trainer = set()
     if rest[0] == "main.py":

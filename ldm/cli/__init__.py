@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from ldm.cli import doctor, evaluate, filter, generate, models, sequence, translate, view
+from ldm.cli import generate, translate, sequence, evaluate, filter, models, view, doctor  # isort: skip (as help lists them)
 from ldm.cli.app import app
 from ldm.errors import run_command
 

@@ -9,7 +9,7 @@ import typer
 from ldm.cli.app import app
 
 
-@app.command()
+@app.command(rich_help_panel="Look and check")
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON.")] = False,
 ) -> None:

@@ -18,7 +18,7 @@ Unit = Enum("Unit", {name: name for name in ("patient", "slide", "block", "image
 Stains = Enum("Stains", {name: name for name in ("he", "hd")}, type=str)
 
 
-@app.command()
+@app.command(rich_help_panel="Measure and choose")
 def evaluate(
     out: Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and feature files.")],
     generated: Annotated[

@@ -95,7 +95,7 @@ def _recipe(arch_args: list[str] | None, weights: Path | None, **given: Any) -> 
     return Recipe(kwargs=kwargs or None, weights=None if weights is None else str(weights), **given)
 
 
-@app.command("train-scorer")
+@app.command("train-scorer", rich_help_panel="Measure and choose")
 def train_scorer(
     data: Annotated[
         Path, typer.Option("--data", help="Folder of class subfolders, CSV (path, label, patient), ratings, cohort.")
@@ -150,7 +150,7 @@ def _bf16(precision: Precision) -> bool:
     return precision is Precision.bf16
 
 
-@app.command()
+@app.command(rich_help_panel="Measure and choose")
 def score(
     scorer: ScorerOption,
     images: ImagesOption,
@@ -173,7 +173,7 @@ def score(
     score_images(scorer, images, out, pick_device(device), batch_size, crop, parse_where(where or []), target)
 
 
-@app.command("filter")
+@app.command("filter", rich_help_panel="Measure and choose")
 def filter_command(
     scorer: ScorerOption,
     images: ImagesOption,
@@ -200,7 +200,7 @@ def filter_command(
     )
 
 
-@app.command()
+@app.command(rich_help_panel="Measure and choose")
 def rate(
     images: ImagesOption,
     out: Annotated[Path, typer.Option("--out", help="Rating folder to write.")],
@@ -217,7 +217,7 @@ def rate(
     write(images, out, count, scale, seed)
 
 
-@app.command()
+@app.command(rich_help_panel="Measure and choose")
 def resample(
     model: ModelOption,
     scorer: ScorerOption,
@@ -261,7 +261,7 @@ def resample(
     )  # fmt: skip
 
 
-@app.command()
+@app.command(rich_help_panel="Measure and choose")
 def utility(
     real: Annotated[Path, typer.Option("--real", help="Labelled real images, as of `train-scorer --data`.")],
     synthetic: Annotated[

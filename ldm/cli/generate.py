@@ -35,7 +35,7 @@ from ldm.cli.options import (
 from ldm.devices import pick_device
 
 
-@app.command()
+@app.command(rich_help_panel="Generate")
 def sample(
     model: ModelOption,
     out: Annotated[Path, typer.Option("--out", help="Folder for the tiles, their list and a contact sheet.")],
@@ -97,7 +97,7 @@ def sample(
     )  # fmt: skip
 
 
-@app.command("large-image")
+@app.command("large-image", rich_help_panel="Generate")
 def large_image(
     model: ModelOption,
     features: FeaturesOption,

@@ -11,7 +11,7 @@ from ldm.cli.app import app
 from ldm.cli.options import AllowTargetOption, Form
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 def describe(
     model: Annotated[Path, typer.Argument(help="Model folder (or a training run's folder).")],
     allow_target: AllowTargetOption = None,
@@ -25,7 +25,7 @@ def describe(
     describe_model(model)
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 def export(
     run: Annotated[
         Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or a checkpoint of one.")
@@ -48,7 +48,7 @@ def export(
     print(f"wrote {folder}")
 
 
-@app.command()
+@app.command(rich_help_panel="Models")
 def convert(
     source: Annotated[Path, typer.Argument(help="Published checkpoint or folder; a model folder with --to.")],
     out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],

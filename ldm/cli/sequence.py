@@ -27,7 +27,7 @@ from ldm.devices import pick_device
 Animation = Enum("Animation", {name: name for name in ("gif", "apng", "webp")}, type=str)
 
 
-@app.command()
+@app.command(rich_help_panel="Generate")
 def sequence(
     model: ModelOption,
     vary: Annotated[str, typer.Option("--vary", help="name=start:stop:count, as score=0:1:5; of genes MKI67:0:1:5.")],

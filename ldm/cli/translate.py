@@ -29,7 +29,7 @@ Start = Enum("Start", {name: name for name in ("invert", "noise", "none")}, type
 Texts = list[str] | None
 
 
-@app.command()
+@app.command(rich_help_panel="Generate")
 def translate(
     model: ModelOption,
     images: Annotated[Path, typer.Option("--images", help="An image, a folder of them, a tile store, an OME-Zarr.")],

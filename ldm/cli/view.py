@@ -10,7 +10,7 @@ import typer
 from ldm.cli.app import app
 
 
-@app.command()
+@app.command(rich_help_panel="Look and check")
 def view(
     paths: Annotated[
         list[Path],
