@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import ldm
 from ldm.cli import app
+from ldm.metrics.pictures import read_pictures
 
 MODELS = ROOT / "data" / "models"
 
@@ -62,3 +63,12 @@ def test_a_slice_of_another_contrast_keeps_its_head():
     made = ldm.sample(model, model.condition(image=source), steps=6, seed=0, progress=False)
     inside, outside = made[0, 0][radius < 0.5].mean(), made[0, 0][radius > 0.8].mean()
     assert inside > outside + 0.5, (float(inside), float(outside))
+
+
+def test_the_sheets_of_a_command_are_no_images_of_its_output(tmp_path):
+    out = tmp_path / "sequences"
+    call = ["sequence", "--model", MODELS / "demo-mitosis", "--vary", "score=0:1:2"]
+    run(*call, "--count", 2, "--steps", 1, "--out", out)
+    pictures = read_pictures(out)
+    assert len(pictures) == 4  # and grid.png beside them
+    assert pictures.column("score") == [0, 1, 0, 1]

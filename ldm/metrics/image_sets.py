@@ -26,7 +26,7 @@ from ldm.data.cohort import patient_of
 from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, some
 from ldm.metrics.large_reader import open_large
-from ldm.metrics.pictures import Pictures, read_image, read_pictures
+from ldm.metrics.pictures import Pictures, list_of, read_image, read_pictures
 
 CROP = 256
 BLOCK_SIDE = 512  # level-0 px of the squares of a slide that intervals draw where the slides are too few
@@ -80,7 +80,7 @@ def open_images(
         pictures, kind = _crops([path], [path.name], crop or CROP, str(path)), "large image"
     else:
         pictures = read_pictures(path, where)
-        kind = "tiles of stores" if pictures.paths is None else "list" if (path / "tiles.csv").is_file() else "folder"
+        kind = "tiles of stores" if pictures.paths is None else "list" if list_of(path) else "folder"
         if crop is not None:
             if pictures.paths is None:
                 raise UserError(f"--crop cuts files of images; {path} holds tiles of stores, which are cut already.")

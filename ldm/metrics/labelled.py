@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ldm.errors import UserError, some, suggest
-from ldm.metrics.pictures import LIST, Pictures, pictures_of_files, read_pictures, read_table
+from ldm.metrics.pictures import Pictures, list_of, pictures_of_files, read_pictures, read_table
 from ldm.metrics.scorer_figures import KINDS
 
 GRADES = 5  # bins of grades of which there are many
@@ -112,7 +112,7 @@ def read_labelled(
         UserError: one class only, labels missing or of no use, images that are not there.
     """
     path = Path(path)
-    if path.is_dir() and not (path / LIST).is_file() and not _has_stores(path):
+    if path.is_dir() and list_of(path) is None and not _has_stores(path):
         pictures = _of_subfolders(path)
         label = label or "class"
     elif path.suffix.lower() in (".csv", ".tsv"):

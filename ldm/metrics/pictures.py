@@ -22,6 +22,7 @@ from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, some, suggest
 
 LIST, SHEET = "tiles.csv", "contact_sheet"  # what `histoldm sample` writes beside its tiles
+LISTS = (LIST, "sequences.csv", "translations.csv")  # of `sample`, `filter`, `resample`; `sequence`; `translate`
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # Pillow's modes of more than 8 bits
 
 
@@ -91,8 +92,8 @@ def read_pictures(path: Path | str, where: Mapping[str, Any] | None = None) -> P
     path = Path(path)
     if path.is_dir() and (path.suffix == ".zarr" or any(path.glob("*.zarr")) or any(path.glob("slides/*.zarr"))):
         pictures = pictures_of_stores(path)
-    elif path.is_dir() and (path / LIST).is_file():
-        pictures = _listed(path)
+    elif (listed := list_of(path)) is not None:
+        pictures = _listed(listed)
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in CROP_SUFFIXES and p.is_file())
         hidden = {p for p in files if any(part.startswith(".") for part in p.relative_to(path).parts)}
@@ -165,15 +166,20 @@ def cohort_of(store: TileStore) -> Path | None:
     return folder if (folder / "index.parquet").is_file() else None
 
 
-def _listed(folder: Path) -> Pictures:
-    """The output of `histoldm sample`, with the columns of its tiles.csv."""
-    table = read_table(folder / LIST)
+def list_of(folder: Path) -> Path | None:
+    """The table in a folder that a command made which says which of its files are images of their own."""
+    return next((folder / name for name in LISTS if (folder / name).is_file()), None)
+
+
+def _listed(path: Path) -> Pictures:
+    """The output of `histoldm sample`, `sequence` or `translate`, with the columns of its list."""
+    table = read_table(path)
     if "file" not in table:
-        raise UserError(f"{folder / LIST} has no column 'file'; it lists the images of its folder.")
-    paths = [folder / str(name) for name in table["file"]]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise UserError(f"{folder / LIST} lists {len(missing)} images that are not there: {some(missing, 5)}")
-    return pictures_of_files(paths, table.to_dict("records"), str(folder))
+        raise UserError(f"{path} has no column 'file'; it lists the images of its folder.")
+    paths = [path.parent / str(name) for name in table["file"]]
+    if missing := [file.name for file in paths if not file.is_file()]:
+        raise UserError(f"{path} lists {len(missing)} images that are not there: {some(missing, 5)}")
+    return pictures_of_files(paths, table.to_dict("records"), str(path.parent))
 
 
 def read_table(path: Path, text: bool = False) -> pd.DataFrame:
