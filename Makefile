@@ -1,5 +1,6 @@
 # make demo   the main job on a real slide, into demo_output/
 # make test   the whole test suite
+# make notebooks   all notebooks, top to bottom; SAVE=1 writes their outputs back
 # make docs   the documentation site, into docs/_build/html
 # All make the virtual environment .venv first, where it is not there yet. Nothing else needs to be installed.
 
@@ -9,7 +10,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DOCS := $(VENV)/.docs
 
-.PHONY: demo test lint docs install clean clean-demo
+.PHONY: demo test notebooks lint docs install clean clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -17,6 +18,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m pytest
+
+notebooks: $(READY)
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) -m pytest --nbmake --nbmake-timeout=600 $(if $(SAVE),--overwrite) $(or $(ONLY),notebooks)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
