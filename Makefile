@@ -1,6 +1,7 @@
 # make demo   the main job on a real slide, into demo_output/
 # make test   the whole test suite
 # make notebooks   all notebooks, top to bottom; SAVE=1 writes their outputs back
+# make models-report   the figures of the demo models' cards; SAVE=1 writes data/models/figures.json
 # make docs   the documentation site, into docs/_build/html
 # All make the virtual environment .venv first, where it is not there yet. Nothing else needs to be installed.
 
@@ -10,7 +11,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DOCS := $(VENV)/.docs
 
-.PHONY: demo test notebooks lint docs install clean clean-demo
+.PHONY: demo test notebooks models-report lint docs install clean clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -21,6 +22,9 @@ test: $(READY)
 
 notebooks: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) -m pytest --nbmake --nbmake-timeout=600 $(if $(SAVE),--overwrite) $(or $(ONLY),notebooks)
+
+models-report: $(READY)
+	$(PYTHON) benchmarks/models_report.py $(if $(SAVE),--save)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

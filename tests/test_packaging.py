@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import shlex
 import subprocess
@@ -70,15 +71,56 @@ def test_conda_installs_this_project_under_the_constraints():
     assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
 
 
+def resolution(arguments: list[str], report: Path) -> subprocess.Popen:
+    """pip, at work on what it would install for `arguments` into an empty environment."""
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+    command += ["--disable-pip-version-check", "--report", str(report), *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_the_environment_file_resolves_to_what_make_installs(tmp_path):
+    (made,) = [
+        shlex.split(line)
+        for line in subprocess.run(
+            ["make", "-n", "--always-make", "install"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        if "pip install" in line
+    ]
+    environment = yaml.safe_load((ROOT / "environment.yaml").read_text())
+    listed = environment["dependencies"][-1]["pip"]
+    arguments = {
+        "make": [word for word in made[made.index("install") + 1 :] if word not in ("--quiet",)],
+        "environment": [word for line in listed for word in shlex.split(line)],  # as conda hands them to pip
+    }
+    runs = {name: resolution(words, tmp_path / name) for name, words in arguments.items()}
+    for run in runs.values():
+        _, problems = run.communicate(timeout=600)
+        if run.returncode and re.search(r"NewConnectionError|connection broken|timed out|name resolution", problems, re.I):
+            pytest.skip(f"pip reaches no package index: {problems.strip().splitlines()[-1]}")
+        assert run.returncode == 0, problems
+    sets = {}
+    for name in runs:
+        installed = json.loads((tmp_path / name).read_text())["install"]
+        sets[name] = {canonicalize_name(d["metadata"]["name"]): d["metadata"]["version"] for d in installed}
+    assert sets["make"] == sets["environment"]
+    pins = constraints()
+    assert {name: version for name, version in sets["make"].items() if name in pins} == {
+        name: version for name, version in pins.items() if name in sets["make"]
+    }
+    assert len(sets["make"]) > len(requirements())
+
+
 def test_no_file_that_installs_names_a_host():
     for name in ("Makefile", "environment.yaml", "constraints.txt", "pyproject.toml", ".ci/run"):
         assert "://" not in (ROOT / name).read_text(), name
 
 
-def test_ci_runs_the_tests_ruff_and_the_import_contracts():
+def test_ci_runs_the_tests_the_notebooks_ruff_and_the_import_contracts():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
-    assert "make test" in script.read_text()
+    assert {"make test", "make notebooks", "make lint"} <= set(script.read_text().splitlines())
+    notebooks = subprocess.run(["make", "-n", "notebooks"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert notebooks.rstrip().endswith("notebooks")
     lint = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "ruff check" in lint
     assert "lint-imports" in lint
