@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ldm.data.captions import open_image, read_captions, square
 from ldm.data.slides import TissueMask, open_any, open_slide
-from ldm.data.volumes import Volume, cut_slice, to_tile, windowed
+from ldm.data.volumes import Volume, cut_slice, in_plane, to_tile, windowed
 from ldm.errors import UserError, run_command
 
 SIZE = 64  # px of all images
@@ -64,9 +64,9 @@ def slices(volumes: dict[str, Path], tumour: Path) -> Iterator[Row]:
         if values.shape != labels.shape:
             raise UserError(f"{path} has the shape {values.shape}, {tumour} {labels.shape}: give one subject's volumes")
         low, high = np.percentile(values, (0.5, 99.5))
-        for i in SLICES:
+        for i in range(SLICES.start, min(SLICES.stop, values.shape[2])):
             ill = (cut_slice(labels, 2, i) > 0).sum() >= TUMOUR
-            image = to_tile(windowed(cut_slice(values, 2, i), low, high), SIZE, volume.spacing[:2])
+            image = to_tile(windowed(cut_slice(values, 2, i), low, high), SIZE, in_plane(volume.spacing, 2))
             yield image, f"{sequence}, {'with' if ill else 'without'} tumour", "MRI", f"slices-{i // 5}"
 
 

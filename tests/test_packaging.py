@@ -95,7 +95,9 @@ def test_the_environment_file_resolves_to_what_make_installs(tmp_path):
     runs = {name: resolution(words, tmp_path / name) for name, words in arguments.items()}
     for run in runs.values():
         _, problems = run.communicate(timeout=600)
-        if run.returncode and re.search(r"NewConnectionError|connection broken|timed out|name resolution", problems, re.I):
+        if run.returncode and re.search(
+            r"NewConnectionError|connection broken|timed out|name resolution", problems, re.I
+        ):
             pytest.skip(f"pip reaches no package index: {problems.strip().splitlines()[-1]}")
         assert run.returncode == 0, problems
     sets = {}
