@@ -1,0 +1,110 @@
+"""The notebooks as they are committed: run from top to bottom, with their pictures. `make notebooks` executes them."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NAMES = [
+    "01_slide_to_tile_store", "02_first_stage", "03_tiles_from_embeddings", "04_large_image", "05_domain_translation",
+    "06_omics_editing", "07_mitosis_sequences_and_scorers", "08_text_to_image_and_filter", "09_lmi_translation",
+    "10_evaluation", "11_your_own_cohort", "12_published_checkpoints",
+]  # fmt: skip
+THERE = [name for name in NAMES if (ROOT / "notebooks" / f"{name}.ipynb").exists()]
+LARGEST = 1_200_000  # bytes of a file
+LONGEST = 40  # lines of an output
+PICTURES = {"image/png", "image/jpeg", "image/svg+xml"}
+PLACE = re.compile(
+    r"(?<![\w.:/])/(?:home|root|tmp|work(?:space)?|Users|usr|opt|mnt|var|private|content)/|[A-Z]:\\Users"
+)
+BEGINS = """\
+while not Path("pyproject.toml").exists():  # the repository's folder
+    os.chdir("..")
+out = Path("out/notebooks/{number}")
+"""
+
+
+@cache
+def notebook(name: str) -> Any:
+    return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=nbformat.NO_CONVERT)
+
+
+def code_cells(name: str) -> list[Any]:
+    return [cell for cell in notebook(name).cells if cell.cell_type == "code"]
+
+
+def outputs(name: str) -> list[Any]:
+    return [output for cell in code_cells(name) for output in cell.outputs]
+
+
+def texts(output: Any) -> list[str]:
+    """What an output says in letters."""
+    shown = [value for kind, value in output.get("data", {}).items() if kind not in PICTURES]
+    said = [output.get("text", ""), output.get("evalue", ""), "\n".join(output.get("traceback", []))]
+    return [text for text in [*said, *map(str, shown)] if text]
+
+
+def test_the_notebooks_are_there_and_listed():
+    files = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+    assert set(files) <= set(NAMES)
+    listed = re.findall(r"\(\.\./notebooks/(\w+)\.ipynb\)", (ROOT / "docs" / "notebooks.md").read_text())
+    assert listed == NAMES
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_a_notebook_is_whole_and_small(name):
+    book = notebook(name)
+    nbformat.validate(book)
+    assert (book.nbformat, book.metadata.kernelspec.name) == (4, "python3")
+    assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size <= LARGEST
+    first, prose = book.cells[0], "\n".join(cell.source for cell in book.cells if cell.cell_type == "markdown")
+    assert first.cell_type == "markdown"
+    assert first.source.startswith("# ")
+    assert "Limits" in prose
+    assert "Next" in prose
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_a_notebook_begins_in_the_repository_with_an_empty_folder(name):
+    first = code_cells(name)[0].source
+    assert BEGINS.format(number=name[:2]) in first + "\n"
+    assert "shutil.rmtree(out, ignore_errors=True)" in first
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_a_notebook_was_run_from_top_to_bottom_without_errors(name):
+    cells = [cell for cell in code_cells(name) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not [output.ename for output in outputs(name) if output.output_type == "error"]
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_outputs_are_short_and_name_no_place_of_a_machine(name):
+    for output in outputs(name):
+        for text in texts(output):
+            assert not PLACE.search(text), text[:500]
+            assert str(ROOT) not in text
+            if "text/html" not in output.get("data", {}):
+                assert text.count("\n") <= LONGEST, text[:500]
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_a_notebook_ends_with_a_picture_and_checks_what_it_shows(name):
+    cells = code_cells(name)
+    shown = [kind for cell in cells[-3:] for output in cell.outputs for kind in output.get("data", {})]
+    assert PICTURES & set(shown)
+    assert any(re.search(r"^\s*assert ", cell.source, re.MULTILINE) for cell in cells)
+
+
+@pytest.mark.parametrize("name", THERE)
+def test_a_failing_command_fails_its_cell(name):
+    """`!command` goes on after an error, %%bash does not."""
+    for cell in code_cells(name):
+        assert not re.search(r"^\s*(?:\w+\s*=\s*)?(?:!|%sx\b|%system\b)", cell.source, re.MULTILINE), cell.source[:500]
+        assert not re.search(r"^%%(?:bash|sh|script)\b.*--no-raise-error", cell.source), cell.source[:500]
