@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ldm.errors import UserError
 
+CARD = "README.md"  # in the folder of a model: what it is, its figures, what it must not be used for
+
 
 @contextmanager
 def whole(path: Path | str) -> Iterator[Path]:

@@ -437,6 +437,26 @@ def test_a_folder_comes_back_whole_and_runs_nothing(trained, tmp_path):
         load_scorer(tmp_path)
 
 
+def test_half_weights_are_stored_half_and_computed_whole(cells, trained, tmp_path):
+    data = read_labelled(cells / "cells.csv", positive="good")
+    for _ in range(2):  # the second time nothing is left to do, a card beside it or not
+        made = train_scorer(data, tmp_path / "s", recipe(), licence="CC0", progress=False, half=True)
+        (tmp_path / "s" / "README.md").write_text("what it is")
+    with pytest.raises(UserError, match=r"a scorer of other settings \(half differ\)"):
+        train_scorer(data, tmp_path / "s", recipe(), progress=False)
+    for k in range(2):
+        ours, theirs = (load_file(folder / f"member-{k}.safetensors") for folder in (tmp_path / "s", trained))
+        assert all(torch.equal(ours[name], theirs[name].half() if theirs[name].is_floating_point() else theirs[name])
+                   for name in theirs)  # fmt: skip
+    assert all(value.dtype == torch.float32 for value in made.parameters())
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert (made(images) - load_scorer(trained)(images)).abs().max() < 5e-3
+    told, names = pd.read_csv(tmp_path / "s" / "test_scores.csv"), [data.pictures.name(i) for i in range(len(data))]
+    held_out = data.pictures.take([names.index(name) for name in told.iloc[:, 0]])
+    scores = score_pictures(made, held_out, progress=False).mean(1)
+    np.testing.assert_allclose(scores, told["score"], atol=2e-5)  # the figures are of the weights that are kept
+
+
 def test_published_networks_have_the_same_face():
     torch.manual_seed(0)
     scorer = ResNetEnsemble(2).eval()

@@ -122,6 +122,7 @@ def train_scorer(
     shift: ShiftOption = 4,
     views: ViewsOption = 1,
     licence: Annotated[str, typer.Option("--licence", help="Licence of the scorer, recorded in it.")] = "",
+    half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     precision: PrecisionOption = Precision.fp32,
@@ -141,7 +142,7 @@ def train_scorer(
     )  # fmt: skip
     asked = {"label": label, "kind": kind.value if kind else None, "positive": positive, "patient": patient}
     asked |= {"where": parse_where(where or []), "skip_unrated": skip_unrated, "crop": crop}
-    train(data, out, asked, recipe, pick_device(device), _bf16(precision), licence)
+    train(data, out, asked, recipe, pick_device(device), _bf16(precision), licence, half)
 
 
 def _bf16(precision: Precision) -> bool:

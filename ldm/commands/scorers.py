@@ -41,15 +41,16 @@ def _read(data: Path, skip_unrated: bool, asked: Mapping[str, Any]) -> Labelled:
 
 
 def train(
-    data: Path, out: Path, asked: Mapping[str, Any], recipe: Recipe, device: str, bf16: bool, licence: str
-) -> None:
+    data: Path, out: Path, asked: Mapping[str, Any], recipe: Recipe, device: str, bf16: bool, licence: str,
+    half: bool = False,
+) -> None:  # fmt: skip
     """`histoldm train-scorer`: a scorer folder of labelled images."""
     images = labelled(data, **asked)
     counts = ", ".join(f"{count} {name}" for name, count in images.counts().items())
     print(f"{len(images)} images in {len(set(images.groups))} groups, {images.task.kind}: {counts}")
     for note in images.notes:
         print(f"note: {note}")
-    scorer = train_scorer(images, out, recipe, device, bf16, licence=licence)
+    scorer = train_scorer(images, out, recipe, device, bf16, licence=licence, half=half)
     for line in report(scorer):
         print(line)
     print(f"wrote {out}")

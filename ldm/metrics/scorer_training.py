@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ldm.data.tile_store import tool_version
 from ldm.errors import UserError
-from ldm.files import remove, whole, writable_folder, write_text
+from ldm.files import CARD, remove, whole, writable_folder, write_text
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.metrics.labelled import Labelled, check_splits, split_groups
 from ldm.metrics.scorer_data import augmented, balanced_order, identity, prepared, to_range, view_of
@@ -113,11 +113,12 @@ class Run:
 
 def train_scorer(
     data: Labelled, out: Path | str, recipe: Recipe, device: str = "cpu", bf16: bool = False,
-    test: np.ndarray | None = None, licence: str = "", progress: bool = True,
+    test: np.ndarray | None = None, licence: str = "", progress: bool = True, half: bool = False,
 ) -> Ensemble:  # fmt: skip
     """Train an ensemble and write it as the scorer folder `out`; go on where a stopped run of the same settings was.
 
     test: (N,) bool, the images to hold out in place of a random part of the groups. bf16: of the networks' arithmetic.
+    half: keep weights in float16; the figures of the test are of these.
     Returns the scorer, ready to score.
     UserError: too few groups or classes, an image that cannot be read, `out` holding something else.
     """
@@ -125,14 +126,14 @@ def train_scorer(
     folds = folds_of(data, recipe, test)
     make_network(recipe.arch, 1, recipe.kwargs)  # a mistake in it shows before any work
     writable_folder(out)
-    known = (WORK, TEST_SCORES, CONFIG)
+    known = (WORK, TEST_SCORES, CONFIG, CARD)
     strange = [p.name for p in out.iterdir() if p.name not in known and not p.match(MEMBER.format("*"))]
     if strange:
         raise UserError(f"{out} holds other files ({strange[0]}, ...); give an --out that is empty or new.")
     images, sides = prepared(data.pictures, recipe.size, out / WORK, progress)
     words = (f"{t:.6f} {g} {f}" for t, g, f in zip(data.targets, data.groups, folds))
     settings = {
-        "recipe": asdict(recipe), "task": data.task.as_dict(), "bf16": bf16, "version": tool_version(),
+        "recipe": asdict(recipe), "task": data.task.as_dict(), "bf16": bf16, "half": half, "version": tool_version(),
         "data_sha256": identity(images, words),
     }  # fmt: skip
     if (out / CONFIG).is_file():
@@ -149,10 +150,12 @@ def train_scorer(
     )  # fmt: skip
     for k, network in enumerate(scorer.networks):
         _read_weights(network, out / MEMBER.format(k))
+    if half:
+        scorer.half().float()  # as it will be read back
     scorer.to(device).eval()
     own = calibrated(run.kind, held_out, scorer.temperature, scorer.offset)
     scorer.about = _about(run, scorer, measured(data, rows, own), settings, licence)
-    save_scorer(out, scorer)
+    save_scorer(out, scorer, half)
     remove(out / WORK)
     return load_scorer(out, device)
 
@@ -187,7 +190,7 @@ def _begin(out: Path, settings: dict[str, Any]) -> None:
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], what: str, todo: str) -> None:
-    now = json.loads(json.dumps(now))
+    before, now = {"half": False, **before}, json.loads(json.dumps(now))
     differ = sorted(name for name in now if before.get(name) != now[name])
     if "recipe" in differ and isinstance(before.get("recipe"), dict):
         own = {key for key, value in now["recipe"].items() if before["recipe"].get(key) != value}

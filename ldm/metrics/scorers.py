@@ -150,12 +150,17 @@ def logits_of(network: nn.Module, seen: Tensor, views: int) -> Tensor:
     return sum(network(each).float() for each in turned) / views
 
 
-def save_scorer(folder: Path | str, scorer: Ensemble) -> Path:
-    """Write a scorer folder: weights first, config.yaml last, so that one with a config is whole."""
+def save_scorer(folder: Path | str, scorer: Ensemble, half: bool = False) -> Path:
+    """Write a scorer folder: weights first, config.yaml last, so that one with a config is whole.
+
+    half: weights in float16, which `load_scorer` reads back as float32.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for k, network in enumerate(scorer.networks):
         state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+        if half:
+            state = {name: value.half() if value.is_floating_point() else value for name, value in state.items()}
         with whole(folder / MEMBER.format(k)) as part:
             save_file(state, part)
     config = {
