@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
@@ -14,8 +15,11 @@ author = "the HistoLDM authors"
 copyright = "the HistoLDM authors, MIT licence"
 release = version = version_of("histoldm")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "images"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "images", "jupyter_execute"]
+nb_execution_mode = "off"  # notebooks are kept with their outputs; `make notebooks` runs them
+nb_merge_streams = True
+suppress_warnings = ["misc.highlighting_failure"]  # %%bash cells are no Python
 html_theme = "furo"
 html_title = f"HistoLDM {release}"
 html_copy_source = False
@@ -31,6 +35,23 @@ autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 toc_object_entries = False
+
+HERE = Path(__file__).resolve().parent
+TUTORIALS = HERE / "tutorials"  # copies of notebooks/, whose links start from there
+
+
+def copy_notebooks() -> None:
+    shutil.rmtree(TUTORIALS, ignore_errors=True)
+    TUTORIALS.mkdir()
+    for path in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
+        text = path.read_text(encoding="utf-8").replace("](../", "](../../").replace("](../../docs/", "](../")
+        (TUTORIALS / path.name).write_text(text, encoding="utf-8")
+
+
+def link_tutorials(app, name, source):
+    """Pages link to notebooks/ where they are read in the repository, to the site's copies here."""
+    source[0] = source[0].replace("../notebooks/", "tutorials/")
+
 
 LITERAL = re.compile(r"(`[^`]+`)")
 SECTION = re.compile(r"^\s*(Args|Attributes|Raises|Returns|Yields|Errors):\s*$")
@@ -58,4 +79,6 @@ def plain_to_rest(app, what, name, obj, options, lines):
 
 
 def setup(app):
+    copy_notebooks()
+    app.connect("source-read", link_tutorials)
     app.connect("autodoc-process-docstring", plain_to_rest, priority=100)
