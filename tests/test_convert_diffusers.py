@@ -656,6 +656,21 @@ def test_ours_to_compvis_to_ours_is_bitwise_equal(condition, tmp_path):
     assert one.scale_factor == other.scale_factor
 
 
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_what_the_network_predicts_goes_there_and_back(parameterization, tmp_path):
+    node = changed()
+    node["params"] |= {"parameterization": parameterization, "beta_schedule": "cosine"}
+    folder = write(tmp_path / "ours", node)
+    notes = export_as("compvis", folder, tmp_path / "theirs")
+    assert any("Stable Diffusion 2" in note for note in notes) == (parameterization == "v")
+    assert load_config([tmp_path / "theirs" / "config.yaml"])["model"]["params"]["parameterization"] == parameterization
+    convert(tmp_path / "theirs", tmp_path / "back", say=lambda line: None)
+    assert_same_weights(folder, tmp_path / "back")
+    one, other = load_model(folder), load_model(tmp_path / "back")
+    assert other.parameterization == parameterization
+    assert torch.equal(one.sigmas, other.sigmas)
+
+
 @pytest.mark.parametrize("kind", ["KL", "VQ"])
 def test_a_first_stage_goes_there_and_back(kind, tmp_path):
     node = NODE["params"]["first_stage_config"] if kind == "KL" else VQ
@@ -714,7 +729,7 @@ SCORE = {"target": "ldm.conditioners.score.ScoreEmbedder", "params": {}}
         ("diffusers", lambda p: p.update(cond_stage_config=CONDITIONS["class"]), "the condition ClassEmbedder"),
         ("diffusers", lambda p: p.update(first_stage_config=VQ), "first stages of the kind VQModel"),
         ("diffusers", lambda p: p.update(parameterization="edm"), "parameterization 'edm'"),
-        ("compvis", lambda p: p.update(parameterization="v"), "parameterization 'v'"),
+        ("compvis", lambda p: p.update(parameterization="edm"), "parameterization 'edm'"),
         ("diffusers", lambda p: p.update(beta_schedule="sqrt"), "beta_schedule 'sqrt'"),
         ("diffusers", lambda p: p["unet_config"]["params"].update(resblock_updown=True), "resblock_updown True"),
         ("compvis", lambda p: p["unet_config"]["params"].update(norm_groups=16), "16 groups"),

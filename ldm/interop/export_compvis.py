@@ -29,6 +29,8 @@ from ldm.interop.export_conditions import FORM, conditioning
 from ldm.interop.noise_buffers import posterior_buffers, schedule_buffers
 
 VQ = "ldm.autoencoder.autoencoder.VQModel"
+PREDICTIONS = ("eps", "x0", "v")
+OF_FORK = "it predicts velocity (v): Stability AI's fork for Stable Diffusion 2 has that, CompVis' own code has not"
 
 
 def to_compvis(folder: Path, out: Path, half: bool, betas: Tensor) -> list[str]:
@@ -44,8 +46,8 @@ def to_compvis(folder: Path, out: Path, half: bool, betas: Tensor) -> list[str]:
         node["target"] = node["target"].replace("VQModelInterface", "VQModel")
         return _written(out, {"base_learning_rate": 4.5e-6, **node}, apart(model.state, half), {}, [])
     params = with_defaults(model.node["params"], DIFFUSION_DEFAULTS)
-    if params["parameterization"] not in ("eps", "x0"):
-        raise lacks(FORM, f"parameterization '{params['parameterization']}' (it has eps and x0)")
+    if params["parameterization"] not in PREDICTIONS:
+        raise lacks(FORM, f"parameterization '{params['parameterization']}' (it has {', '.join(PREDICTIONS)})")
     if params["learn_sigma"]:
         raise lacks(FORM, "learnt variances (learn_sigma)")
     unet, stage = _unet(params["unet_config"]), _first_stage(params["first_stage_config"])
@@ -73,7 +75,8 @@ def to_compvis(folder: Path, out: Path, half: bool, betas: Tensor) -> list[str]:
     tensors = {name: value.float() for name, value in buffers.items()} | apart(state | told.state, half)
     node = {"base_learning_rate": 1e-4, "target": "ldm.models.diffusion.ddpm.LatentDiffusion", "params": project}
     said = "the weights are those that sample (averaged, if any are): use_ema is false in config.yaml"
-    return _written(out, node, tensors, told.files, [*told.notes, said])
+    notes = [*told.notes, *([OF_FORK] if params["parameterization"] == "v" else []), said]
+    return _written(out, node, tensors, told.files, notes)
 
 
 def _written(
