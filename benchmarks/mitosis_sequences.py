@@ -11,15 +11,55 @@ anew.
 from __future__ import annotations
 
 import argparse
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ldm import inference, load_model
 from ldm.commands.sequence_pictures import sheet
 from ldm.data.images_out import save_png, to_uint8
 from ldm.metrics.scorers import load_scorer
-from ldm.sequences import correlation_interval, generated, parse_sweep, rank_correlation
+from ldm.sequences import Sweep, correlation_interval, generated, parse_sweep, rank_correlation
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Sequences and how they follow what they are asked for.
+
+    made: (S,N,3,H,W). scores: (S,N). spearman: of all images; low, high: its 95% interval over draws of sequences.
+    within: its mean within a sequence; dealt: what scores dealt out anew within sequences stay below in 95% of draws.
+    """
+
+    made: Tensor
+    scores: np.ndarray
+    spearman: float
+    low: float
+    high: float
+    within: float
+    dealt: float
+
+
+def measure(
+    model: nn.Module, scorer: nn.Module, sweep: Sweep, guidance: float, sequences: int = 64, steps: int = 15,
+    seed: int = 0, precision: str = "fp32",
+) -> Followed:  # fmt: skip
+    """Sequences of one noise each, and what the scorer says of them."""
+    values = np.array(sweep.values)
+    conditions = [model.condition(**{sweep.name: value}) for value in sweep.values]
+    made = generated(
+        model, conditions, sequences, steps=steps, guidance_scale=guidance, seed=seed,
+        batch_size=sequences, precision=precision, progress=False,
+    )  # fmt: skip
+    with torch.no_grad():
+        scores = scorer(made.flatten(0, 1)).view(made.shape[:2]).numpy()  # (S,N)
+    low, high = correlation_interval(values, scores, seed=seed)
+    within = np.mean([rank_correlation(values, row[None]) for row in scores])
+    rng = np.random.default_rng(seed)
+    dealt = [abs(rank_correlation(values, rng.permuted(scores, axis=1))) for _ in range(200)]
+    own = rank_correlation(values, scores)
+    return Followed(made, scores, own, low, high, float(within), float(np.quantile(dealt, 0.95)))
 
 
 def main() -> None:
@@ -36,29 +76,21 @@ def main() -> None:
     add("--out", help="picture of the first 8 sequences at the last scale, with the scorer's curves")
     options = parser.parse_args()
     model, scorer, sweep = load_model(options.model), load_scorer(options.scorer), parse_sweep(options.vary)
-    values = np.array(sweep.values)
-    conditions = [model.condition(**{sweep.name: value}) for value in sweep.values]
     for scale in options.guidance:
-        made = generated(
-            model, conditions, options.sequences, steps=options.steps, guidance_scale=scale, seed=options.seed,
-            batch_size=options.sequences, precision=options.precision, progress=False,
+        found = measure(
+            model, scorer, sweep, scale, options.sequences, options.steps, options.seed, options.precision
         )  # fmt: skip
-        with torch.no_grad():
-            scores = scorer(made.flatten(0, 1)).view(made.shape[:2]).numpy()    # (S,N)
-        low, high = correlation_interval(values, scores, seed=options.seed)
-        within = np.mean([rank_correlation(values, row[None]) for row in scores])
-        rng = np.random.default_rng(options.seed)
-        dealt = [abs(rank_correlation(values, rng.permuted(scores, axis=1))) for _ in range(200)]
         print(
-            f"guidance {scale:g}, {len(scores)} sequences of {len(values)}, {options.steps} steps: Spearman "
-            f"{rank_correlation(values, scores):.3f} (95%: {low:.3f} to {high:.3f}); within a sequence {within:.3f}; "
-            f"dealt out anew at most {np.quantile(dealt, 0.95):.3f} (95%)"
+            f"guidance {scale:g}, {len(found.scores)} sequences of {len(sweep.values)}, {options.steps} steps: "
+            f"Spearman {found.spearman:.3f} (95%: {found.low:.3f} to {found.high:.3f}); within a sequence "
+            f"{found.within:.3f}; dealt out anew at most {found.dealt:.3f} (95%)"
         )
-        means = ", ".join(f"{value:g}: {mean:.2f}" for value, mean in zip(values, scores.mean(0)))
+        means = ", ".join(f"{value:g}: {mean:.2f}" for value, mean in zip(sweep.values, found.scores.mean(0)))
         print(f"  mean of the scorer at {sweep.name} {means}", flush=True)
     if options.out:
         about = {"model": str(options.model), "condition": options.vary, "guidance_scale": scale, "seed": options.seed}
-        save_png(options.out, sheet(to_uint8(made[:8]), values, sweep.name, scores, None), about)
+        page = sheet(to_uint8(found.made[:8]), np.array(sweep.values), sweep.name, found.scores, None)
+        save_png(options.out, page, about)
 
 
 if __name__ == "__main__":

@@ -13,18 +13,22 @@ the last one, the translation, is ahead of it on the same slices:
     gradient w      from noise, the same model without its source, led by the gradient of the LMI at scale w
     translation     the model with the source's LMI maps, from noise
     mean of K       of so many translations, from K noises (--samples): what they have in common
+
+With --from 0 no slices of the training are there, and the ways that need them (matched, train and SDEdit) are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 from skimage.exposure import match_histograms
 from skimage.metrics import structural_similarity
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm import load_model
 from ldm.data.datasets import TileDataset
@@ -33,12 +37,13 @@ from ldm.diffusion.guidance import clip
 from ldm.diffusion.lmi_guidance import likeness_guidance
 from ldm.diffusion.samplers import sample_ddpm, sample_dpmpp_2m, sample_euler
 from ldm.diffusion.schedules import sigmas_from
-from ldm.inference import sampling_sigmas
+from ldm.inference import PRECISIONS, sampling_sigmas
 from ldm.networks.lmi import lmi_score
 from ldm.rng import fold, sample_noise
 from ldm.translation import sdedit
 
 HEAD = 0.02  # of [0, 1]: darker is outside the head
+GAP = 6  # slices between those of the training and the first that is translated
 
 
 def slices_of(cohort: str, modality: str, low: int, high: int, every: int) -> Tensor:
@@ -74,6 +79,59 @@ def matched(source: Tensor, reference: Tensor) -> Tensor:
     return torch.from_numpy(found)
 
 
+@dataclass(frozen=True)
+class Translated:
+    """Slices of one source in every way: images (N,1,H,W), and their SSIM and mean absolute error (N,2)."""
+
+    ways: dict[str, Tensor]
+    rows: dict[str, np.ndarray]
+    real: Tensor
+
+    @property
+    def last(self) -> str:
+        return list(self.ways)[-1]
+
+
+def measure(
+    model: nn.Module, cohort: str, name: str, target: str = "t1", low: int = 95, every: int = 1, steps: int = 25,
+    strengths: Sequence[float] = (), gradient: Sequence[float] = (), samples: int = 1, seed: int = 0,
+    stochastic: bool = False, precision: str = "fp32",
+) -> Translated:  # fmt: skip
+    """Slices of the modality `name` as the target's, in every way. low: the first that was not trained on."""
+    real, source = (slices_of(cohort, modality, low, 10_000, every) for modality in (target, name))
+    sigmas = sampling_sigmas(model, steps)
+    shape = real.shape[1:]
+    noise = sample_noise([fold(seed, i) for i in range(len(real))], shape)
+    denoiser, null = clip(model.denoiser(PRECISIONS[precision])), model.null_condition()
+    null = {part: value.expand(len(real), *value.shape[1:]) for part, value in null.items()}
+    ways = {"source": source, "matched": matched(source, real)}
+    if low > GAP:
+        near = ways["matched, train"] = matched(source, slices_of(cohort, target, 0, low - GAP, 4))
+        for strength in strengths:
+            ways[f"SDEdit {strength:g}"] = sdedit(denoiser, near, sigmas_from(sigmas, strength), null, noise)
+
+    def likeness(x0: Tensor) -> Tensor:
+        return lmi_score((source + 1) / 2, (x0 + 1) / 2)
+
+    for scale in gradient:
+        led = likeness_guidance(model.denoiser(), likeness, scale)
+        ways[f"gradient {scale:g}"] = sample_euler(clip(led), noise * sigmas[0], sigmas, null)
+    found = []
+    for sample in range(samples):
+        others = [fold(seed + sample, i) for i in range(len(real))]
+        run = sample_dpmpp_2m
+        if stochastic:
+            run = partial(sample_ddpm, noise=lambda step, of=others: sample_noise(of, shape, stream=step + 1))
+        start = sample_noise(others, shape) * sigmas[0]
+        with torch.no_grad():
+            found.append(run(denoiser, start, sigmas, model.condition(image=source)).clamp(-1, 1))
+    ways["translation"] = found[0]
+    if samples > 1:
+        ways[f"mean of {samples}"] = torch.stack(found).mean(0)
+    ways = {way: image.clamp(-1, 1) for way, image in ways.items()}
+    return Translated(ways, {way: figures(image, real) for way, image in ways.items()}, real)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -89,44 +147,17 @@ def main() -> None:
     add("--gradient", type=float, nargs="*", default=[], help="scales of guidance by the gradient of the LMI")
     add("--samples", type=int, default=1, help="translations that the last way averages (default %(default)s)")
     add("--seed", type=int, default=0)
+    add("--precision", default="fp32", choices=tuple(PRECISIONS))
     add("--out", help="picture of the ways side by side")
     options = parser.parse_args()
     model = load_model(options.model)
-    real = slices_of(options.slices, options.target, options.low, 10_000, options.every)
-    trained = slices_of(options.slices, options.target, 0, options.low - 6, 4)
-    sigmas = sampling_sigmas(model, options.steps)
-    shape = real.shape[1:]
-    seeds = [fold(options.seed, i) for i in range(len(real))]
-    noise = sample_noise(seeds, shape)
-    denoiser, null = clip(model.denoiser()), model.null_condition()
-    null = {part: value.expand(len(real), *value.shape[1:]) for part, value in null.items()}
     pictures = []
     for name in options.sources:
-        source = slices_of(options.slices, name, options.low, 10_000, options.every)
-        near = matched(source, trained)
-        ways = {"source": source, "matched": matched(source, real), "matched, train": near}
-        for strength in options.strengths:
-            ways[f"SDEdit {strength:g}"] = sdedit(denoiser, near, sigmas_from(sigmas, strength), null, noise)
-        for scale in options.gradient:
-            def likeness(x0: Tensor, source: Tensor = source) -> Tensor:
-                return lmi_score((source + 1) / 2, (x0 + 1) / 2)
-
-            led = likeness_guidance(model.denoiser(), likeness, scale)
-            ways[f"gradient {scale:g}"] = sample_euler(clip(led), noise * sigmas[0], sigmas, null)
-        found = []
-        for sample in range(options.samples):
-            others = [fold(options.seed + sample, i) for i in range(len(real))]
-            run = sample_dpmpp_2m
-            if options.stochastic:
-                run = partial(sample_ddpm, noise=lambda step, of=others: sample_noise(of, shape, stream=step + 1))
-            start = sample_noise(others, shape) * sigmas[0]
-            with torch.no_grad():
-                found.append(run(denoiser, start, sigmas, model.condition(image=source)).clamp(-1, 1))
-        ways["translation"] = found[0]
-        if options.samples > 1:
-            ways[f"mean of {options.samples}"] = torch.stack(found).mean(0)
-        rows = {way: figures(image.clamp(-1, 1), real) for way, image in ways.items()}
-        last = list(ways)[-1]
+        made = measure(
+            model, options.slices, name, options.target, options.low, options.every, options.steps, options.strengths,
+            options.gradient, options.samples, options.seed, options.stochastic, options.precision,
+        )  # fmt: skip
+        ways, rows, last, real = made.ways, made.rows, made.last, made.real
         print(f"{name} -> {options.target}: {len(real)} slices that were not trained on, {options.steps} steps")
         for way, found in rows.items():
             (a, b), (c, d) = (interval(found[:, k]) for k in (0, 1))
@@ -141,7 +172,7 @@ def main() -> None:
         edits = [way for way in rows if way.startswith("SDEdit")]
         best = [max(edits, key=lambda way, rows=rows: rows[way][:, 0].mean())] if edits else []
         columns = ["source", "matched", *best, *[way for way in rows if way.startswith("gradient")], last]
-        shown = [ways[way][chosen].clamp(-1, 1) for way in columns] + [real[chosen]]
+        shown = [ways[way][chosen] for way in columns] + [real[chosen]]
         shown.append((shown[-2] - shown[-1]).abs() - 1)
         pictures.append(torch.cat(shown, 3).flatten(0, 2))                      # (3H, columns*W)
     if options.out:

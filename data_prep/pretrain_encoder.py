@@ -18,6 +18,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -295,16 +296,14 @@ def embed(encoder: Encoder, images: Tensor) -> Tensor:
     return torch.cat([encoder.features(encoder.normalise(part)) for part in images.split(64)])
 
 
-def held_out_figures(encoder: Encoder, config: dict, size: int) -> dict[str, float]:
-    """How good the features are inside the first image's first excluded rectangle, on tiles at a stride of a quarter.
+def held_out_tiles(encoder: Encoder, config: dict, size: int) -> dict[str, np.ndarray]:
+    """The features on tiles inside the first image's first excluded rectangle, at a stride of a quarter; each (N,).
 
-    held_out_tiles: their count. retrieval_top1: how often, for one with tissue, the nearest (by cosine) of all held-out
-    tiles to another view of it is the tile itself. tissue_r2: R2 of their tissue fraction, by ridge regression on the
-    features of all tiles that do not touch the rectangle.
+    hit: whether the nearest (by cosine) of all held-out tiles to another view of it is the tile itself. tissue: its
+    tissue fraction; error: of that, by ridge regression on the features of all tiles that do not touch the rectangle.
+    column: where it lies across, in tiles.
     """
     spec, entry = encoder.spec, config["images"][0]
-    if not entry.get("exclude"):
-        return {}
     pixels, ratio = read_working(entry, spec)
     x, y, w, h = (value * ratio for value in entry["exclude"][0])
     side, pad = spec.input_size, (size - spec.input_size) // 2
@@ -322,18 +321,29 @@ def held_out_figures(encoder: Encoder, config: dict, size: int) -> dict[str, flo
     generator = torch.Generator().manual_seed(0)
     views, _ = make_view(crops[inside], turn, side, config["views"], side / spec.tile_size, generator)
     similarity = F.normalize(embed(encoder, views), dim=1) @ F.normalize(features[inside], dim=1).T
-    hit = (similarity.argmax(1) == torch.arange(len(similarity)))[fraction[inside] > 0.25]
+    hit = similarity.argmax(1) == torch.arange(len(similarity))
 
     design = torch.cat([features, torch.ones(len(features), 1)], 1).double()
     known = design[outside]
     ridge = torch.linalg.solve(known.T @ known + 10 * torch.eye(known.shape[1]), known.T @ fraction[outside])
     error = design[inside] @ ridge - fraction[inside]
-    r2 = 1 - error.square().mean() / fraction[inside].var(correction=0)
     return {
-        "held_out_tiles": int(inside.sum()),
-        "retrieval_top1": round(hit.float().mean().item(), 4),
-        "tissue_r2": round(r2.item(), 4),
-    }
+        "hit": hit.double().numpy(), "tissue": fraction[inside].numpy(), "error": error.numpy(),
+        "column": column[inside] / side,
+    }  # fmt: skip
+
+
+def held_out_figures(encoder: Encoder, config: dict, size: int) -> dict[str, float]:
+    """Figures of `held_out_tiles`: their count; how often one with tissue is found again; R2 of the tissue fraction."""
+    if not config["images"][0].get("exclude"):
+        return {}
+    tiles = held_out_tiles(encoder, config, size)
+    return {"held_out_tiles": len(tiles["hit"]), **{name: round(v, 4) for name, v in tile_figures(tiles).items()}}
+
+
+def tile_figures(tiles: Mapping[str, np.ndarray]) -> dict[str, float]:
+    r2 = 1 - np.square(tiles["error"]).mean() / tiles["tissue"].var()
+    return {"retrieval_top1": float(tiles["hit"][tiles["tissue"] > 0.25].mean()), "tissue_r2": float(r2)}
 
 
 @torch.no_grad()
