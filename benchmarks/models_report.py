@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import ldm
@@ -41,7 +40,7 @@ OUT = Path("out/models_report")
 FIGURES = MODELS / "figures.json"
 SLIDE, BAND = DATA / "demo/CMU-1-Small-Region.svs", "0,1856,2220,512"
 REGION = (896, 1472, 1024, 1024)  # of the slide, generated again; it crosses the band
-HEADINGS = ("Data", "Training", "Figures", "Use", "Must not be used for", "Licence")
+HEADINGS = ("What it is", "Data", "Training", "Figures", "Use", "Must not be used for", "Licence")
 
 
 @dataclass(frozen=True)
@@ -391,27 +390,30 @@ def key_of(folder: Path) -> str:
     return hashlib.sha256("".join(map(sha256, kept)).encode()).hexdigest()
 
 
-def report(options: argparse.Namespace) -> None:
-    os.chdir(ROOT)
+def best_precision() -> str:
     sys.path.append(str(ROOT))
     from demo.steps import native_bf16
 
+    return "bf16" if native_bf16() else "fp32"
+
+
+def report(options: argparse.Namespace) -> None:
+    os.chdir(ROOT)
     if unknown := [name for name in options.only or () if name not in JOBS]:
         raise UserError(f"no model is called {unknown[0]}; there are {', '.join(JOBS)}")
-    asked = [name for name in options.only or JOBS if (MODELS / name).is_dir()]
-    precision = "bf16" if native_bf16() else "fp32"
+    asked = [name for name in options.only or JOBS if any((MODELS / name).glob("*.safetensors"))]
     writable_folder(OUT)
     result = OUT.with_suffix(".json")
     done: dict[str, Any] = json.loads(result.read_text()) if result.is_file() and not options.fresh else {}
     saved = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
-    total, differ = sum(JOBS[name].seconds for name in asked), []
+    total, differ, precision = sum(JOBS[name].seconds for name in asked), [], ""
     bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, left {remaining}"
     with tqdm(total=total, bar_format=bar_format) as bar:
         for name in asked:
             bar.set_description(name)
             key = key_of(MODELS / name)
             if done.get(name, {}).get("key") != key:
-                torch.manual_seed(0)
+                precision = precision or best_precision()
                 rows = JOBS[name].measure(MODELS / name, precision)
                 done[name] = {"key": key, "precision": precision, "rows": [asdict(each) for each in rows]}
                 write_text(result, json.dumps(done, indent=1))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.weights import read_state_dict
 from ldm.config import instantiate_from_config, load_config, modules_only, save_config
 from ldm.errors import UserError
+from ldm.files import CARD
 from ldm.interop.checkpoint import read_checkpoint
 
 FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
@@ -35,13 +36,14 @@ def write_model_folder(
     folder: str | Path, node: Mapping[str, Any], state: Mapping[str, Tensor], metadata: Mapping[str, Any],
     dtype: torch.dtype | None = None, files: Mapping[str, str] | None = None,
 ) -> Path:  # fmt: skip
-    """Write a model folder whole or not at all; an existing model folder there is replaced.
+    """Write a model folder whole or not at all; an existing model folder there is replaced, but for its card.
 
     files: name -> text of further files, which the node names as "./name".
     dtype: store floating tensors in this precision (float16 halves the file); they are read back as float32.
     """
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and not (folder / "config.yaml").exists() and any(folder.iterdir())):
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (held - {CARD} and "config.yaml" not in held):
         raise UserError(f"{folder} exists and is not a model folder; give another --out.")
     part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     tensors = {
@@ -55,6 +57,8 @@ def write_model_folder(
         save_config({"model": dict(node), "metadata": dict(metadata)}, part / "config.yaml")
         for name, text in (files or {}).items():
             (part / name).write_text(text, encoding="utf-8")
+        if CARD in held:
+            shutil.copy(folder / CARD, part / CARD)
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
