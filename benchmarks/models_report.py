@@ -21,8 +21,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,6 @@ OUT = Path("out/models_report")
 FIGURES = MODELS / "figures.json"
 SLIDE, BAND = DATA / "demo/CMU-1-Small-Region.svs", "0,1856,2220,512"
 REGION = (896, 1472, 1024, 1024)  # of the slide, generated again; it crosses the band
-HEADINGS = ("What it is", "Data", "Training", "Figures", "Use", "Must not be used for", "Licence")
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,16 @@ def share(measure: str, hits: np.ndarray, on: str) -> Row:
     return row(measure, proportion(int(hits.sum()), len(hits)), on)
 
 
-def run_quietly(main: Callable[[list[str]], Any], *args: Any) -> None:
-    """A command of data_prep, its words in OUT/log.txt."""
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Words and bars go to OUT/log.txt."""
     with (OUT / "log.txt").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        yield
+
+
+def run_quietly(main: Callable[[list[str]], Any], *args: Any) -> None:
+    """A command of data_prep."""
+    with quietly():
         main([str(arg) for arg in args])
 
 
@@ -414,7 +420,8 @@ def report(options: argparse.Namespace) -> None:
             key = key_of(MODELS / name)
             if done.get(name, {}).get("key") != key:
                 precision = precision or best_precision()
-                rows = JOBS[name].measure(MODELS / name, precision)
+                with quietly():
+                    rows = JOBS[name].measure(MODELS / name, precision)
                 done[name] = {"key": key, "precision": precision, "rows": [asdict(each) for each in rows]}
                 write_text(result, json.dumps(done, indent=1))
             rows = done[name]["rows"]

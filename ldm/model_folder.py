@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ldm import model_card
 from ldm.autoencoder.weights import read_state_dict
 from ldm.config import instantiate_from_config, load_config, modules_only, save_config
 from ldm.errors import UserError
@@ -183,20 +184,32 @@ def export(
     """Make a model folder of a run folder or checkpoint; `metadata` is added to what the training recorded.
 
     Of a LatentDiffusion: averaged weights, first stage and conditioner too. Of an AutoencoderStage: the first stage.
+    With the beginning of a card; one that is there stays.
     """
     path = Path(path)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} does not exist; give a run folder or a .ckpt of this toolkit.")
-    node, recorded, state, files = _of_checkpoint(checkpoint)
-    return write_model_folder(out, node, state, {**recorded, **(metadata or {})}, dtype, files)
+    content = _read(checkpoint)
+    node, recorded, state, files = _parts(content)
+    about = {**recorded, **(metadata or {})}
+    card = model_card.begun(Path(out).name, content["histoldm_config"], about, content.get("global_step", 0))
+    return write_model_folder(out, node, state, about, dtype, {CARD: card, **files})
 
 
 def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    """Model node, metadata, inference weights and further files of a training checkpoint of this toolkit."""
+    return _parts(_read(checkpoint))
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
     content = read_checkpoint(checkpoint)
     if not isinstance(content, dict) or "histoldm_config" not in content:
         raise UserError(f"{checkpoint} is no checkpoint of this toolkit; `histoldm convert` takes those of others.")
+    return content
+
+
+def _parts(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, str]]:
+    """Model node, metadata, inference weights and further files of a training checkpoint of this toolkit."""
     node, state = content["histoldm_config"]["model"], dict(content["state_dict"])
     metadata = content.get("histoldm_metadata", {})
     if "first_stage" in node["params"]:  # a training of a first stage: the folder is of the autoencoder alone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -12,6 +14,7 @@ from ldm.config import instantiate_from_config
 from ldm.errors import UserError
 from ldm.inference import sampling_sigmas
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.model_card import HEADINGS
 from ldm.model_folder import load_weights, write_model_folder
 
 DDCONFIG = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1],
@@ -152,6 +155,30 @@ def test_a_model_folder_gives_the_same_images_elsewhere(tmp_path):
     images = [ldm.sample(m, m.condition(features), steps=3, progress=False) for m in (model, loaded)]
     assert images[0].shape == (3, 3, 32, 32)
     assert torch.equal(*images)
+
+
+def test_an_export_begins_a_card_and_leaves_one_that_is_there(tmp_path):
+    model = build()
+    data = {"params": {"train": {"params": {"dataset": {"params": {"stores": "data/mine"}}}}}}
+    config = {"model": node(), "data": data}
+    checkpoint = {"state_dict": model.state_dict(), "histoldm_config": config, "global_step": 7}
+    model.metadata = {"mpp": 0.5, "tile_size": 32, "slide_licence": "CC0-1.0", "licence": "MIT"}
+    model.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    card = ldm.export(tmp_path / "last.ckpt", tmp_path / "mine") / "README.md"
+    text = card.read_text()
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == list(HEADINGS)
+    for words in ("# mine\n", "tiles of 32 px at 0.5", "`data/mine`", "7 steps", "CC0-1.0", "\nMIT"):
+        assert words in text
+    ldm.load_model(tmp_path / "mine")
+    card.write_text("what I know of it")
+    ldm.export(tmp_path / "last.ckpt", tmp_path / "mine")
+    assert card.read_text() == "what I know of it"
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "README.md").write_text("first the card")
+    ldm.export(tmp_path / "last.ckpt", tmp_path / "new")
+    assert (tmp_path / "new" / "README.md").read_text() == "first the card"
+    ldm.load_model(tmp_path / "new")
 
 
 def test_samples_do_not_depend_on_the_batch_size(tmp_path):

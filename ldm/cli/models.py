@@ -36,6 +36,8 @@ def export(
 ) -> None:
     """Make a model folder of a training run: what every command takes and what you share.
 
+    Its card, README.md, is begun with what the training knows; fill in the rest. A card that is there stays.
+
     Example: histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl. Of published models `histoldm convert` makes
     one.
     """
