@@ -21,7 +21,7 @@ def run(*args):
     return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("name", ["demo-ssl", "demo-mitosis", "demo-stains", "demo-slices"])
+@pytest.mark.parametrize("name", ["demo-ssl", "demo-mitosis", "demo-stains", "demo-slices", "demo-omics", "demo-text"])
 def test_a_model_says_what_it_is_and_the_data_page_lists_it(name):
     told = run("describe", MODELS / name).output
     assert "licence: MIT" in told or name == "demo-ssl"
@@ -53,6 +53,31 @@ def test_a_tile_translated_to_ki67_turns_blue_and_brown(tmp_path):
     violet = [float((image[..., 0] - image[..., 1]).mean()) for image in (before, made)]  # eosin is red, not green
     assert violet[0] > 25, violet
     assert violet[1] < violet[0] / 2, violet
+
+
+def test_a_tile_translated_to_the_other_cancer_is_stained_as_its_sample():
+    model = ldm.load_model(MODELS / "demo-omics")
+    path = ROOT / "data" / "samples" / "cancers" / "TCGA-CR-7395_1600,2400.png"
+    region = np.asarray(Image.open(path).convert("RGB"))
+    tiles = torch.stack([torch.from_numpy(region[100:164, x : x + 64].copy()) for x in (100, 500, 900)])
+    tiles = tiles.permute(0, 3, 1, 2).float() / 127.5 - 1
+    source, target = (model.condition(class_=name) for name in ("HNSC", "COAD"))
+    made = ldm.translate(model, tiles, source, target, steps=8, guidance_scale=2.0, progress=False)
+    pink = [(images[:, 0] - images[:, 2]).mean().item() for images in (tiles, made)]  # red over blue
+    assert pink[0] > 0.3, pink
+    assert pink[1] < pink[0] / 2, pink
+
+
+def test_the_text_decides_what_an_image_shows():
+    model = ldm.load_model(MODELS / "demo-text")
+    made = {}
+    for modality, text in (("H&E", "skin, many nuclei"), ("IHC", "Ki67, many nuclei"), ("MRI", "FLAIR, with tumour")):
+        cond = model.condition(text=text, modality=modality)
+        made[modality] = ldm.sample(model, cond, 4, steps=6, guidance_scale=2.5, seed=0, progress=False)
+    colour = {name: (images.amax(1) - images.amin(1)).mean().item() for name, images in made.items()}
+    bright = {name: images.mean().item() for name, images in made.items()}
+    assert colour["MRI"] < 0.15 < colour["H&E"], colour
+    assert bright["MRI"] < bright["H&E"] < bright["IHC"], bright
 
 
 def test_a_slice_of_another_contrast_keeps_its_head():
