@@ -343,21 +343,21 @@ def text(folder: Path, precision: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Job:
-    """seconds: about what it takes on two cores."""
+    """seconds: of one core with native bfloat16, about."""
 
     measure: Callable[[Path, str], list[Row]]
     seconds: int
 
 
 JOBS = {
-    "demo-encoder": Job(encoder, 10),
-    "demo-ssl": Job(ssl, 90),
-    "demo-mitosis": Job(mitosis, 60),
+    "demo-encoder": Job(encoder, 15),
+    "demo-ssl": Job(ssl, 70),
+    "demo-mitosis": Job(mitosis, 35),
     "demo-mitosis-scorers": Job(scorers, 5),
-    "demo-stains": Job(stains, 60),
-    "demo-slices": Job(slices, 60),
-    "demo-omics": Job(omics, 100),
-    "demo-text": Job(text, 100),
+    "demo-stains": Job(stains, 35),
+    "demo-slices": Job(slices, 70),
+    "demo-omics": Job(omics, 95),
+    "demo-text": Job(text, 150),
 }
 
 

@@ -100,7 +100,7 @@ def in_pixels(images: Tensor) -> FeatureSet:
 
 def measure(
     model: nn.Module, cohort: str, count: int = 24, steps: int = 20, guidance: float = 3.0, seed: int = 0,
-    precision: str = "fp32", classifier_steps: int = 400, compared: str = "H&E skin",
+    precision: str = "fp32", classifier_steps: int = 800, compared: str = "H&E skin",
 ) -> Prompted:  # fmt: skip
     """Images of every kind that the cohort has, half of them with each of the words that its text may add."""
     train, held_out = real_images(cohort, "train"), real_images(cohort, "val")
@@ -154,7 +154,7 @@ def main() -> None:
     add("--guidance", type=float, default=3.0)
     add("--seed", type=int, default=0)
     add("--precision", default="fp32", choices=tuple(PRECISIONS))
-    add("--classifier-steps", type=int, default=400)
+    add("--classifier-steps", type=int, default=800)
     add("--out", help="picture: images of each kind, first those of its first words")
     options = parser.parse_args()
     found = measure(
