@@ -161,9 +161,11 @@ def _of_store(
         if source.startswith("features/"):
             for store in stores:
                 check_encoder(model, dict(store.features(source.removeprefix("features/")).attrs), store.path, key)
-    if not sources and not images:
-        raise UserError(f"the model's conditions ({', '.join(keys)}) are not in {path}; give them by --condition.")
-    dataset = TileDataset(paths, (), where=where, conditions=sources, missing="skip")
+    if not sources and not images and not fixed:
+        raise UserError(
+            f"the model's conditions ({', '.join(keys)}) are not in {path}; give them by name, --condition or --source."
+        )
+    dataset = TileDataset(paths, () if sources else ("image",), where=where, conditions=sources, missing="skip")
     model.cond_stage_model.check_data(dataset.metadata)
     pictures = TileDataset(paths, ("image",), where=where, conditions=sources, missing="skip")
     rows = evenly(len(dataset), count)

@@ -204,6 +204,20 @@ def test_tiles_of_a_store_bring_their_own_conditions(world, tmp_path):
     assert (about["source_image"], about["row"], about["mpp"]) == ("slide-a", 2, 0.5)
 
 
+def test_tiles_of_a_store_without_conditions_are_what_the_source_says(tmp_path):
+    node = {"target": "ldm.conditioners.class_token.ClassEmbedder", "params": {"classes": ["he", "ki67"], "dim": 128}}
+    node["params"] |= {"acts": "vector", "key": "stain"}
+    write_model(tmp_path / "model", pixel_node(3, node), {})
+    tiles = np.random.default_rng(6).integers(0, 255, (2, 16, 16, 3), dtype=np.uint8)
+    write_store(tmp_path / "cohort", "a", lambda i: tiles[i], 2, attrs={"tile_size": 16, "mpp": 1.0},
+                coords=np.zeros((2, 2)))  # fmt: skip
+    common = ["--model", tmp_path / "model", "--images", tmp_path / "cohort", "--target", "stain=ki67", "--steps", 2]
+    assert "give them by name, --condition or --source" in refused(*common, "--out", tmp_path / "x")
+    run(*common, "--source", "stain=he", "--out", tmp_path / "out")
+    rows = list(csv.DictReader((tmp_path / "out" / "translations.csv").open()))
+    assert [row["source_condition"] for row in rows] == ["stain=he"] * 2
+
+
 def test_a_classifier_guides_to_the_targets_class(world, tmp_path):
     node = {"target": "ldm.networks.encoder_unet.EncoderUNetModel", "params": {
         "image_size": 16, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1,
