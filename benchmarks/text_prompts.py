@@ -7,7 +7,8 @@ few nuclei, slices of several sequences with or without tumour. Those kinds that
 asked for by their captions, `--count` images of each. Two small classifiers learn here from the real images of the
 split `train`: which kind an image is of, and whether tissue has many or few nuclei. Printed: how many of the images
 each takes for what the prompt said, with the 95% interval (Wilson), beside chance; and first what it makes of held-out
-real images (split `val`), where there are any.
+real images (split `val`), where there are any. A slice is dark around the head: an image with an edge brighter than
+that of any real slice is none, a radiograph for instance, whatever the classifier says, which knows none.
 
 Memorisation: the distance of each image of one kind to the nearest training image of it, against that of held-out real
 images (`ldm.metrics.memorisation`), in the pixels of both: the model was trained on no other orientations.
@@ -48,6 +49,7 @@ KINDS = {  # kind -> modality, text, what the text may add
     "FLAIR": ("MRI", "FLAIR", TUMOUR),
 }
 FEWEST = 8  # training images of a kind
+EDGE, MARGIN = 3, 0.1  # px around a slice that are dark; how much brighter than in any real slice they may be
 
 
 @dataclass(frozen=True)
@@ -55,13 +57,15 @@ class Prompted:
     """What was made of each kind, and whether it shows what was asked for.
 
     made: kind -> images (N,3,H,W), one after the other of its texts. kind, nuclei: (N,) of 0 and 1 over all images, and
-    over those of tissue. known_kind, known_nuclei: the same of held-out real images; empty where there are none.
+    over those of tissue. bright: kind -> (N,), of slices, whose edge is too bright for one. known_kind, known_nuclei: of
+    held-out real images; empty where there are none.
     chance: of the kind. copies: of the kind `compared`; None where too few real images are held out.
     """
 
     made: dict[str, Tensor]
     kind: dict[str, np.ndarray]
     nuclei: dict[str, np.ndarray]
+    bright: dict[str, np.ndarray]
     known_kind: np.ndarray
     known_nuclei: np.ndarray
     compared: str
@@ -93,6 +97,13 @@ def by_nuclei(images: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
     return {add: torch.cat(part) for add, part in parts.items() if part}
 
 
+def edge(images: Tensor) -> np.ndarray:
+    """The mean (N,) of the outermost EDGE px of images (N,3,H,W)."""
+    frame = torch.ones(images.shape[-2:], dtype=torch.bool)
+    frame[EDGE:-EDGE, EDGE:-EDGE] = False
+    return images[..., frame].mean((1, 2)).numpy()
+
+
 def in_pixels(images: Tensor) -> FeatureSet:
     extractor = load_extractor("pixels")
     return FeatureSet(extractor(to_uint8(images)), pd.DataFrame(index=range(len(images))), extractor.about)
@@ -111,7 +122,7 @@ def measure(
     of_kind = train_classifier({kind: torch.cat(list(each.values())) for kind, each in train.items()}, classifier_steps)
     nuclei = by_nuclei(train)
     of_nuclei = train_classifier(nuclei, classifier_steps) if len(nuclei) == 2 else None
-    made, shown_kind, shown_nuclei = {}, {}, {}
+    made, shown_kind, shown_nuclei, bright = {}, {}, {}, {}
     for k, kind in enumerate(kinds):
         modality, words, adds = KINDS[kind]
         texts = [words + adds[i * len(adds) // count] for i in range(count)]
@@ -121,6 +132,10 @@ def measure(
             precision=precision, progress=False,
         )  # fmt: skip
         shown_kind[kind] = called(of_kind, made[kind], k)
+        if modality == "MRI":
+            limit = edge(torch.cat(list(train[kind].values()))).max() + MARGIN
+            bright[kind] = (edge(made[kind]) > limit).astype(float)
+            shown_kind[kind] *= 1 - bright[kind]
         if adds == NUCLEI and of_nuclei is not None:
             half = (np.arange(count) * 2 // count).astype(int)
             each = [called(of_nuclei, made[kind], which) for which in (0, 1)]
@@ -136,7 +151,7 @@ def measure(
         copies = memorisation(*map(in_pixels, (made[compared], real["val"], real["train"])))
     empty = np.empty(0)
     known_kind, known_nuclei = np.concatenate([empty, *known]), np.concatenate([empty, *seen])
-    return Prompted(made, shown_kind, shown_nuclei, known_kind, known_nuclei, compared, copies)
+    return Prompted(made, shown_kind, shown_nuclei, bright, known_kind, known_nuclei, compared, copies)
 
 
 def told(hits: np.ndarray) -> str:
@@ -165,7 +180,8 @@ def main() -> None:
         print(f"classifier of the {words}, held-out real images: {told(known) if len(known) else 'there are none'}")
     for kind, hits in found.kind.items():
         nuclei = f"; many or few nuclei as asked {told(found.nuclei[kind])}" if kind in found.nuclei else ""
-        print(f"  {kind:17} taken for it {told(hits)}{nuclei}")
+        bright = f"; with the edge of no slice {told(found.bright[kind])}" if kind in found.bright else ""
+        print(f"  {kind:17} taken for it {told(hits)}{nuclei}{bright}")
     print(f"all: taken for their kind {told(np.concatenate(list(found.kind.values())))}, chance {found.chance:.3f}")
     if found.nuclei:
         print(f"tissue: many or few nuclei as asked {told(np.concatenate(list(found.nuclei.values())))}, chance 0.500")

@@ -66,7 +66,7 @@ def test_what_was_measured_is_kept_until_its_model_changes(tmp_path, monkeypatch
     (folder / "model.safetensors").write_text("1")
     (folder / CARD).write_text("# demo-x\n\n## Figures\n\n## Use\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models_report, "best_precision", lambda: "fp32")
+    monkeypatch.setattr(models_report, "set_up", lambda: "fp32")
     assert models_report.main(["--save"]) == 0
     assert "| x | 1 |  | here |" in (folder / CARD).read_text()
     assert models_report.main([]) == 0
