@@ -423,7 +423,7 @@ def report(options: argparse.Namespace) -> None:
     done: dict[str, Any] = json.loads(result.read_text()) if result.is_file() and not options.fresh else {}
     saved = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
     total, differ, precision = sum(JOBS[name].seconds for name in asked), [], ""
-    bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, left {remaining}"
+    bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, left {remaining}"
     with tqdm(total=total, bar_format=bar_format) as bar:
         for name in asked:
             bar.set_description(name)

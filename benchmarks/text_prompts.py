@@ -57,8 +57,8 @@ class Prompted:
     """What was made of each kind, and whether it shows what was asked for.
 
     made: kind -> images (N,3,H,W), one after the other of its texts. kind, nuclei: (N,) of 0 and 1 over all images, and
-    over those of tissue. bright: kind -> (N,), of slices, whose edge is too bright for one. known_kind, known_nuclei: of
-    held-out real images; empty where there are none.
+    over those of tissue. bright: kind -> (N,), of slices, whose edge is too bright for one. known_kind, known_nuclei:
+    of held-out real images; empty where there are none.
     chance: of the kind. copies: of the kind `compared`; None where too few real images are held out.
     """
 
