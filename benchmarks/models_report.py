@@ -8,7 +8,7 @@ each model is printed and written to out/models_report.json. What a stopped run 
 again as long as the model and the benchmarks are the same. With --save the figures go to data/models/figures.json and
 into the tables of the cards, data/models/<model>/README.md. Else the last lines say which figures differ from the
 cards': another processor rounds otherwise, bfloat16 is used where it is native. One core computes, so that the number
-of cores changes nothing: 8 minutes with native bfloat16.
+of cores changes nothing: 6 minutes with native bfloat16.
 
 The measures are those of the other benchmarks; this one chooses data and settings.
 """
