@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ldm.conditioners.given import known_key, parse_conditions
+from ldm.data.conditions import has_condition
 from ldm.data.features import read_features
 from ldm.data.images_out import to_uint8
 from ldm.data.tile_store import TileStore, open_cohort
@@ -27,12 +28,14 @@ class Requests:
         about: for each, what it is of: source, row, conditions in words.
         values: condition -> N values. fixed: condition -> the value of all.
         real: a reader of the i-th real tile (T,T,3) uint8, where they come from real ones.
+        absent: conditions of the model that neither a store nor the user gave; null to the model.
     """
 
     about: list[dict[str, Any]]
     values: dict[str, Sequence[Any]] = field(default_factory=dict)
     fixed: dict[str, Any] = field(default_factory=dict)
     real: Callable[[int], np.ndarray] | None = None
+    absent: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.about)
@@ -157,6 +160,10 @@ def _of_store(
         sources["ssl"] = f"features/{pick_feature(stores, feature, model)}"
     elif feature is not None:
         raise UserError(f"--feature '{feature}': the model takes {sources.get('ssl', 'no features of stores')}.")
+    absent: list[str] = []
+    if fixed:  # the user said what the tiles are: what no store says besides is unknown, and no mistake
+        absent = [key for key, source in sources.items() if not any(has_condition(store, source) for store in stores)]
+        sources = {key: source for key, source in sources.items() if key not in absent}
     for key, source in sources.items():
         if source.startswith("features/"):
             for store in stores:
@@ -179,7 +186,7 @@ def _of_store(
         for item in items
     ]
     values = {key: [_plain(item[key]) for item in items] for key in [*sources, *images]}
-    return Requests(words, values, fixed, lambda i: to_uint8(pictures[int(rows[i])]["image"]))
+    return Requests(words, values, fixed, lambda i: to_uint8(pictures[int(rows[i])]["image"]), absent)
 
 
 def _plain(value: Any) -> Any:

@@ -205,17 +205,24 @@ def test_tiles_of_a_store_bring_their_own_conditions(world, tmp_path):
 
 
 def test_tiles_of_a_store_without_conditions_are_what_the_source_says(tmp_path):
-    node = {"target": "ldm.conditioners.class_token.ClassEmbedder", "params": {"classes": ["he", "ki67"], "dim": 128}}
-    node["params"] |= {"acts": "vector", "key": "stain"}
-    write_model(tmp_path / "model", pixel_node(3, node), {})
+    classes = {"stain": ["he", "ki67"], "site": ["colon", "skin"]}
+    node = {"target": "ldm.conditioners.compose.ConditionerSet", "params": {"conditioners": {
+        key: {"target": "ldm.conditioners.class_token.ClassEmbedder",
+              "params": {"classes": names, "dim": 128, "acts": "vector", "dropout": 0.1, "key": key}}
+        for key, names in classes.items()}}}  # fmt: skip
+    write_model(tmp_path / "model", pixel_node(3, node), {"conditions": {key: {"source": key} for key in classes}})
     tiles = np.random.default_rng(6).integers(0, 255, (2, 16, 16, 3), dtype=np.uint8)
     write_store(tmp_path / "cohort", "a", lambda i: tiles[i], 2, attrs={"tile_size": 16, "mpp": 1.0},
                 coords=np.zeros((2, 2)))  # fmt: skip
     common = ["--model", tmp_path / "model", "--images", tmp_path / "cohort", "--target", "stain=ki67", "--steps", 2]
-    assert "give them by name, --condition or --source" in refused(*common, "--out", tmp_path / "x")
-    run(*common, "--source", "stain=he", "--out", tmp_path / "out")
+    assert "the condition 'stain' is to come from 'stain'" in refused(*common, "--out", tmp_path / "x")
+    output = run(*common, "--source", "stain=he", "--out", tmp_path / "out").output
+    assert "has no site: unknown to the model" in output
     rows = list(csv.DictReader((tmp_path / "out" / "translations.csv").open()))
     assert [row["source_condition"] for row in rows] == ["stain=he"] * 2
+    write_model(tmp_path / "bare", pixel_node(3, node), {})
+    common[1] = tmp_path / "bare"
+    assert "give them by name, --condition or --source" in refused(*common, "--out", tmp_path / "x")
 
 
 def test_a_classifier_guides_to_the_targets_class(world, tmp_path):

@@ -41,6 +41,8 @@ def sample_tiles(
     writable_folder(out)
     model = load_model(model_path, device)
     tiles = requested_tiles(model, **asked)
+    if tiles.absent:
+        print(f"{asked['features']} has no {', '.join(tiles.absent)}: unknown to the model")
     away = {
         **({"negative": model.condition(**parse_conditions(model.cond_stage_model, negative))} if negative else {}),
         **({"guide": load_model(guide, device)} if guide else {}),

@@ -47,6 +47,8 @@ def pictures_and_plans(
         if region or mpp:
             raise UserError(f"--region and --mpp are of image files; {images} is a tile store.")
         found = requested_tiles(model, images, where=where, conditions=source, count=count)
+        if found.absent:
+            print(f"{images} has no {', '.join(found.absent)}: unknown to the model")
         pictures = pictures_of_store(images, found.about)
         known = [{**{key: values[i] for key, values in found.values.items()}, **found.fixed} for i in range(len(found))]
         image_key = _keys(conditioner, "image")

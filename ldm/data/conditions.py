@@ -160,6 +160,17 @@ class TileConditions:
         return known
 
 
+def has_condition(store: TileStore, source: str) -> bool:
+    """Whether a store's tiles have a condition: an omics table of its cohort, a label or a column; of features True,
+    as those have messages of their own where they lack."""
+    kind, _, name = source.partition("/")
+    if kind == "omics" and name:
+        return (cohort_of(store) / "omics" / f"{name}.parquet").is_file()
+    if kind == "features" and name:
+        return True
+    return source in store.label_names or source in index_rows(store)
+
+
 class OmicsTable:
     """cohort/omics/<source>.parquet in memory: index of samples, values (S,G) float32, what <source>.json says."""
 
