@@ -37,7 +37,7 @@ def tile_slide(
     *,
     mpp: float | None = None,
     tile_size: int = 256,
-    stride: int = 256,
+    stride: int | None = None,
     min_tissue: float = 0.25,
     keep_background: float = 0.05,
     licence: str = "",
@@ -54,7 +54,7 @@ def tile_slide(
         path: slide or image file.
         out: cohort folder.
         mpp: micrometres per tile pixel; None is the slide's own. Finer than the slide is refused.
-        tile_size, stride: in tile pixels.
+        tile_size, stride: in tile pixels; stride None is the tile size: tiles that touch.
         min_tissue: least tissue fraction of a tile, 0..1; at 0 all tiles are kept.
         keep_background: fraction of the other tiles that is kept, so that models know glass too.
         licence: recorded in the store.
@@ -67,6 +67,7 @@ def tile_slide(
     for name, value in {"min_tissue": min_tissue, "keep_background": keep_background}.items():
         if not 0 <= value <= 1:
             raise UserError(f"{name} is a fraction from 0 to 1, got {value}")
+    stride = tile_size if stride is None else stride
     if tile_size < 8 or stride < 1:
         raise UserError(f"tile_size is at least 8 px and stride at least 1, got {tile_size} and {stride}")
     path = Path(path)
@@ -230,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", required=True, metavar="FOLDER", help="cohort folder to write")
     add("--mpp", type=float, help="um per tile pixel (default: the slide's own)")
     add("--tile-size", type=int, default=256, help="px (default %(default)s)")
-    add("--stride", type=int, default=256, help="px between neighbouring tiles (default %(default)s)")
+    add("--stride", type=int, help="px between neighbouring tiles (default: the tile size)")
     add("--min-tissue", type=float, default=0.25, help="least tissue fraction of a tile (default %(default)s)")
     add("--keep-background", type=float, default=0.05, help="fraction kept of the other tiles (default %(default)s)")
     add("--licence", default="", help="of the slides; recorded in the stores")

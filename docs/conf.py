@@ -38,19 +38,26 @@ toc_object_entries = False
 
 HERE = Path(__file__).resolve().parent
 TUTORIALS = HERE / "tutorials"  # copies of notebooks/, whose links start from there
+CARDS = HERE / "cards"  # copies of data/models/*/README.md
 
 
-def copy_notebooks() -> None:
-    shutil.rmtree(TUTORIALS, ignore_errors=True)
-    TUTORIALS.mkdir()
+def copy_outside_pages() -> None:
+    """What the site shows and the repository keeps elsewhere: notebooks, and the cards of the demo models."""
+    for folder in (TUTORIALS, CARDS):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
     for path in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
         text = path.read_text(encoding="utf-8").replace("](../", "](../../").replace("](../../docs/", "](../")
         (TUTORIALS / path.name).write_text(text, encoding="utf-8")
+    for path in sorted((HERE.parent / "data" / "models").glob("*/README.md")):
+        text = re.sub(r"\]\(\.\./([\w-]+)/README\.md\)", r"](\1.md)", path.read_text(encoding="utf-8"))
+        (CARDS / f"{path.parent.name}.md").write_text(text.replace("](../../../docs/", "](../"), encoding="utf-8")
 
 
-def link_tutorials(app, name, source):
-    """Pages link to notebooks/ where they are read in the repository, to the site's copies here."""
-    source[0] = source[0].replace("../notebooks/", "tutorials/")
+def link_copies(app, name, source):
+    """Pages link to notebooks and cards where they are read in the repository, to the site's copies here."""
+    text = source[0].replace("../notebooks/", "tutorials/")
+    source[0] = re.sub(r"\.\./data/models/([\w-]+)/README\.md", r"cards/\1.md", text)
 
 
 LITERAL = re.compile(r"(`[^`]+`)")
@@ -79,6 +86,6 @@ def plain_to_rest(app, what, name, obj, options, lines):
 
 
 def setup(app):
-    copy_notebooks()
-    app.connect("source-read", link_tutorials)
+    copy_outside_pages()
+    app.connect("source-read", link_copies)
     app.connect("autodoc-process-docstring", plain_to_rest, priority=100)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from functools import cache
 from pathlib import Path
@@ -111,3 +112,13 @@ def test_a_failing_command_fails_its_cell(name):
     for cell in code_cells(name):
         assert not re.search(r"^\s*(?:\w+\s*=\s*)?(?:!|%sx\b|%system\b)", cell.source, re.MULTILINE), cell.source[:500]
         assert not re.search(r"^%%(?:bash|sh|script)\b.*--no-raise-error", cell.source), cell.source[:500]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_pictures_of_pages_are_those_of_the_notebooks(name):
+    """`python docs/pictures.py` writes them."""
+    found = importlib.util.spec_from_file_location("pictures", ROOT / "docs" / "pictures.py")
+    pictures = importlib.util.module_from_spec(found)
+    found.loader.exec_module(pictures)
+    picture, ending = pictures.last_picture(ROOT / "notebooks" / f"{name}.ipynb")
+    assert (ROOT / "docs" / "images" / "notebooks" / (name + ending)).read_bytes() == picture

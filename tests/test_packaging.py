@@ -120,7 +120,7 @@ def test_no_file_that_installs_names_a_host():
 def test_ci_runs_the_tests_the_notebooks_ruff_and_the_import_contracts():
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & 0o111
-    assert {"make test", "make notebooks", "make lint"} <= set(script.read_text().splitlines())
+    assert {"make test", "make notebooks", "make docs", "make lint"} <= set(script.read_text().splitlines())
     notebooks = subprocess.run(["make", "-n", "notebooks"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert notebooks.rstrip().endswith("notebooks")
     lint = subprocess.run(["make", "-n", "lint"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,13 @@ def test_background_is_kept_by_seed(demo_slide: Path, tmp_path: Path):
     assert 0.2 < glass / ((2220 // 128) * (2967 // 128) - len(few)) < 0.4
     with pytest.raises(UserError, match="other settings"):
         tile_slide(demo_slide, tmp_path / "a", keep_background=0.3, tile_size=128, stride=128)
+
+
+def test_tiles_touch_unless_a_stride_is_given(demo_slide, tmp_path):
+    store = TileStore.open(tile_slide(demo_slide, tmp_path, tile_size=128))
+    assert store.stride == 128
+    xs = sorted({int(x) for x, _ in store.coords[:]})
+    assert min(b - a for a, b in pairwise(xs)) == 128
 
 
 def test_empty_glass(white: Path, tmp_path: Path):
