@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -195,8 +196,7 @@ def stains(folder: Path, precision: str) -> list[Row]:
         "fhl2.png": (DATA / "samples/stains/ihc.png", "--stride", 4, "--holdout", "0,358,512,154", "--slide-mpp", 0.5),
     }
     for name, (path, *settings) in stain.items():  # a stain per name
-        if not (sources / name).exists():
-            (sources / name).symlink_to(path.resolve())
+        shutil.copy(path, sources / name)
         tile(cohort, "--slides", sources / name, "--mpp", 1, "--tile-size", 32, "--keep-background", 0.02, *settings)
     found = measure(ldm.load_model(folder), str(cohort), precision=precision)
     on, told = "24 held-out tiles of each stain under both others, 20 steps, guidance 2", {"he": "H&E"}
@@ -418,9 +418,11 @@ def report(options: argparse.Namespace) -> None:
     if unknown := [name for name in options.only or () if name not in JOBS]:
         raise UserError(f"no model is called {unknown[0]}; there are {', '.join(JOBS)}")
     asked = [name for name in options.only or JOBS if any((MODELS / name).glob("*.safetensors"))]
+    if lacking := [name for name in options.only or () if name not in asked]:
+        raise UserError(f"{MODELS / lacking[0]} has no weights (*.safetensors); there is nothing to measure")
     writable_folder(OUT)
     result = OUT.with_suffix(".json")
-    done: dict[str, Any] = json.loads(result.read_text()) if result.is_file() and not options.fresh else {}
+    done: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
     saved = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
     total, differ, precision = sum(JOBS[name].seconds for name in asked), [], ""
     bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}, left {remaining}"
@@ -428,7 +430,7 @@ def report(options: argparse.Namespace) -> None:
         for name in asked:
             bar.set_description(name)
             key = key_of(MODELS / name)
-            if done.get(name, {}).get("key") != key:
+            if options.fresh or options.save or done.get(name, {}).get("key") != key:
                 precision = precision or set_up()
                 with quietly():
                     rows = JOBS[name].measure(MODELS / name, precision)
@@ -443,7 +445,7 @@ def report(options: argparse.Namespace) -> None:
     if options.save:
         save({name: done[name]["rows"] for name in asked}, saved)
     elif differ:
-        print("\nnot as in the cards:", *differ, sep="\n  ")
+        raise UserError("\n  ".join([f"{len(differ)} figures are not those of the cards:", *differ]))
     else:
         print(f"\nall figures are those of the cards in {MODELS}")
 
@@ -462,7 +464,7 @@ def save(found: dict[str, list[dict[str, str]]], saved: dict[str, list[dict[str,
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models alone")
-    parser.add_argument("--save", action="store_true", help="write figures.json and the tables of the cards")
+    parser.add_argument("--save", action="store_true", help="measure anew; write figures.json and the cards' tables")
     parser.add_argument("--fresh", action="store_true", help="measure what was measured already, too")
     return run_command(lambda: report(parser.parse_args(argv)))
 

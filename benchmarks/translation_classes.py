@@ -3,7 +3,8 @@
     python benchmarks/translation_classes.py --model MODEL --tiles COHORT [--count 24] [--guidance 2] [--out PNG]
 
 The cohort has a label (`--column`) and the genes of each tile's sample (`data_prep.join_omics`). Tiles of the split
-`val`, which nothing was trained on, are inverted under what their sample is, and decoded under what the other's is:
+`val`, which the model was not trained on, are inverted under what their sample is, and decoded under what the other's
+is:
 
     class and omics    both change
     class              the model is told the class alone, on both ways

@@ -2,8 +2,8 @@
 
     python benchmarks/translation_stains.py --model MODEL --tiles COHORT [--count 24] [--guidance 2] [--out PNG]
 
-All tiles translated are of regions that nothing was trained on (split `val`). Printed for each source and target: how
-many of the translated tiles the classifier calls the target's, and the SSIM of the haematoxylin channel (colour
+All tiles translated are of regions that the model was not trained on (split `val`). Printed for each source and target:
+how many of the translated tiles the classifier calls the target's, and the SSIM of the haematoxylin channel (colour
 deconvolution) with the source's, beside that of real target tiles of another place; with the middle 95% over draws of
 tiles. The classifier is a small convolutional network trained here on the real tiles of the training regions; its
 accuracy on held-out real tiles is printed first.

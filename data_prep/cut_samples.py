@@ -22,8 +22,8 @@ from ldm.data.slides import open_slide
 from ldm.errors import UserError, run_command
 
 CELLS = 24  # of each class
-HELD_OUT = slice(95, 120)  # axial slices that no model saw
-REGION = (1600, 2400, 1024, 320)  # of the slide, level-0 px: in the band that no model saw
+HELD_OUT = slice(95, 120)  # axial slices that demo-slices was not trained on
+REGION = (1600, 2400, 1024, 320)  # of the slide, level-0 px: in the band that was held out
 
 
 def stains(sources: Path, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 HEADINGS = ("What it is", "Data", "Training", "Figures", "Use", "Must not be used for", "Licence")
@@ -14,8 +15,9 @@ def begun(name: str, config: Mapping[str, Any], metadata: Mapping[str, Any], ste
     kind = str(config["model"]["target"]).rpartition(".")[2]
     tiles = f"tiles of {metadata['tile_size']} px" if "tile_size" in metadata else "tiles"
     at = f" at {metadata['mpp']:g} µm per px" if metadata.get("mpp") else ""
-    stores = "".join(f"- `{store}`\n" for store in dict.fromkeys(named(config.get("data", {}), "stores")))
-    data = f"{stores}\n[sources and their licences; how many slides and patients; what was held out]"
+    stores = dict.fromkeys(Path(store).name for store in named(config.get("data", {}), "stores"))  # places are private
+    listed = "".join(f"- `{store}`\n" for store in stores)
+    data = f"{listed}\n[sources and their licences; how many slides and patients; what was held out]"
     licence = metadata.get("licence") or "[of the model]"
     if metadata.get("slide_licence"):
         licence += f" The slides: {metadata['slide_licence']}."

@@ -84,7 +84,8 @@ def test_the_sample_files_are_cuts_of_the_published_ones(shared, tmp_path):
     cut_samples.main(["--sources", str(shared / "data"), "--out", str(tmp_path)])
     made = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*") if path.is_file()}
     kept = ROOT / "data" / "samples"
-    assert set(made) == {path.relative_to(kept) for path in kept.rglob("*") if path.is_file()}
+    there = {path.relative_to(kept) for path in kept.rglob("*") if path.is_file()}
+    assert set(made) == {path for path in there if path.parts[0] != "cells-held-out"}  # its own command: data/README.md
     for name, path in made.items():
         if name.suffixes[-2:] == [".nii", ".gz"]:
             assert (nibabel.load(path).get_fdata() == nibabel.load(kept / name).get_fdata()).all()

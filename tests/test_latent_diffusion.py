@@ -159,7 +159,7 @@ def test_a_model_folder_gives_the_same_images_elsewhere(tmp_path):
 
 def test_an_export_begins_a_card_and_leaves_one_that_is_there(tmp_path):
     model = build()
-    data = {"params": {"train": {"params": {"dataset": {"params": {"stores": "data/mine"}}}}}}
+    data = {"params": {"train": {"params": {"dataset": {"params": {"stores": "/mnt/hospital/mine"}}}}}}
     config = {"model": node(), "data": data}
     checkpoint = {"state_dict": model.state_dict(), "histoldm_config": config, "global_step": 7}
     model.metadata = {"mpp": 0.5, "tile_size": 32, "slide_licence": "CC0-1.0", "licence": "MIT"}
@@ -168,8 +168,9 @@ def test_an_export_begins_a_card_and_leaves_one_that_is_there(tmp_path):
     card = ldm.export(tmp_path / "last.ckpt", tmp_path / "mine") / "README.md"
     text = card.read_text()
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == list(HEADINGS)
-    for words in ("# mine\n", "tiles of 32 px at 0.5", "`data/mine`", "7 steps", "CC0-1.0", "\nMIT"):
+    for words in ("# mine\n", "tiles of 32 px at 0.5", "- `mine`", "7 steps", "CC0-1.0", "\nMIT"):
         assert words in text
+    assert "hospital" not in text
     ldm.load_model(tmp_path / "mine")
     card.write_text("what I know of it")
     ldm.export(tmp_path / "last.ckpt", tmp_path / "mine")

@@ -73,6 +73,6 @@ def test_what_was_measured_is_kept_until_its_model_changes(tmp_path, monkeypatch
     assert calls == ["demo-x"]
     assert "all figures are those of the cards" in capsys.readouterr().out
     (folder / "model.safetensors").write_text("2")
-    assert models_report.main([]) == 0
-    assert "demo-x: x 2, card 1" in capsys.readouterr().out
+    assert models_report.main([]) == 2
+    assert "demo-x: x 2, card 1" in capsys.readouterr().err
     assert models_report.main(["--only", "demo-y"]) == 2

@@ -24,8 +24,7 @@ PLACE = re.compile(
     r"(?<![\w.:/])/(?:home|root|tmp|work(?:space)?|Users|usr|opt|mnt|var|private|content)/|[A-Z]:\\Users"
 )
 BEGINS = """\
-while not Path("pyproject.toml").exists():  # the repository's folder
-    os.chdir("..")
+os.chdir(next(p for p in (Path.cwd(), *Path.cwd().parents) if (p / "data/models").is_dir()))  # the repository's folder
 out = Path("out/notebooks/{number}")
 """
 
