@@ -187,6 +187,7 @@ def set_learning_rate(cfg: dict[str, Any], model: Any, data: Any, trainer: Any, 
 
 def train(trainer: Any, model: Any, data: Any, run: Path, checkpoint: Path | None, debug: bool) -> int:
     """Fit; 0, or 130 where a signal stopped it. A new run that ends before its first step leaves no folder."""
+    from pytorch_lightning.callbacks import Timer
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
     from ldm.callbacks import Stopped
@@ -213,6 +214,10 @@ def train(trainer: Any, model: Any, data: Any, run: Path, checkpoint: Path | Non
     finally:
         if trainer.is_global_zero and checkpoint is None and trainer.global_step == 0:
             shutil.rmtree(run)
+    timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
+    if timer is not None and trainer.global_step < trainer.max_steps and (timer.time_remaining() or 0) <= 0:
+        told = f"at step {trainer.global_step} of {trainer.max_steps}"
+        trainer.print(f"the time limit (max_time) ended the training {told}; an idle or faster machine gets further")
     trainer.print(f"trained to step {trainer.global_step}: {last if last.exists() else run}")
     return 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,6 +164,11 @@ def test_a_run_folder_holds_what_users_of_latent_diffusion_know():
     assert json.loads(samples.text["SYNTHETIC"])["step"] == 4
     rows = list(csv.DictReader((run / "losses.csv").open()))
     assert [int(row["batch"]) for row in rows if row["name"] == "val/loss"] == [3]
+
+
+def test_a_training_that_its_time_limit_ends_says_so(capsys):
+    assert train("-b", TINY, "--max_steps", "100000", "--max_time", "00:00:00:01", "--limit_val_batches", "0") == 0
+    assert re.search(r"the time limit \(max_time\) ended the training at step \d+ of 100000", capsys.readouterr().out)
 
 
 def test_learning_rate_is_scaled_as_in_latent_diffusion(capsys):

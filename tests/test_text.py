@@ -408,7 +408,8 @@ def test_configs(name, parameters, tokens, width, monkeypatch):
     assert (text.length, text.tower.width) == (tokens, width)
     assert network.context_dim == width
     assert parameters in (None, sum(p.numel() for p in network.parameters()))
-    assert set(config["data"]["params"]["train"]["params"]["conditions"]) == set(text.keys)
+    train = config["data"]["params"]["train"]["params"]
+    assert set(train.get("dataset", {"params": train})["params"]["conditions"]) == set(text.keys)
 
 
 @pytest.mark.parametrize(
