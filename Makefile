@@ -22,6 +22,7 @@ test: $(READY)
 
 notebooks: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) -m pytest --nbmake --nbmake-timeout=600 $(if $(SAVE),--overwrite) $(or $(ONLY),notebooks)
+	$(if $(SAVE),$(PYTHON) docs/tidy_notebooks.py && $(PYTHON) docs/pictures.py)
 
 models-report: $(READY)
 	$(PYTHON) benchmarks/models_report.py $(if $(SAVE),--save)

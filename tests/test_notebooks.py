@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,14 @@ def test_a_failing_command_fails_its_cell(name):
     for cell in code_cells(name):
         assert not re.search(r"^\s*(?:\w+\s*=\s*)?(?:!|%sx\b|%system\b)", cell.source, re.MULTILINE), cell.source[:500]
         assert not re.search(r"^%%(?:bash|sh|script)\b.*--no-raise-error", cell.source), cell.source[:500]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_cell_printed_is_in_one_piece(name):
+    """`python docs/tidy_notebooks.py` joins it."""
+    for cell in code_cells(name):
+        streams = [output.get("name", "") for output in cell.outputs]
+        assert not any(one and one == other for one, other in pairwise(streams)), streams
 
 
 @pytest.mark.parametrize("name", NAMES)
