@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from skimage.exposure import match_histograms
 from skimage.metrics import structural_similarity
+from stain_measures import interval
 from torch import Tensor, nn
 
 from ldm import load_model
@@ -61,12 +62,6 @@ def figures(found: Tensor, real: Tensor) -> np.ndarray:
         _, ssim = structural_similarity(b, a, data_range=1.0, full=True, gaussian_weights=True, sigma=1.5)
         rows.append((ssim[head].mean(), 255 * np.abs(a - b)[head].mean()))
     return np.array(rows)
-
-
-def interval(values: np.ndarray, draws: int = 2000) -> tuple[float, float]:
-    rng = np.random.default_rng(0)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
-    return tuple(np.quantile(means, [0.025, 0.975]))
 
 
 def matched(source: Tensor, reference: Tensor) -> Tensor:
@@ -160,12 +155,11 @@ def main() -> None:
         ways, rows, last, real = made.ways, made.rows, made.last, made.real
         print(f"{name} -> {options.target}: {len(real)} slices that were not trained on, {options.steps} steps")
         for way, found in rows.items():
-            (a, b), (c, d) = (interval(found[:, k]) for k in (0, 1))
-            line = f"  {way:15} SSIM {found[:, 0].mean():.3f} ({a:.3f} to {b:.3f})   "
-            line += f"MAE {found[:, 1].mean():5.1f} ({c:.1f} to {d:.1f})"
+            (ssim, a, b), (mae, c, d) = (interval(found[:, k]) for k in (0, 1))
+            line = f"  {way:15} SSIM {ssim:.3f} ({a:.3f} to {b:.3f})   MAE {mae:5.1f} ({c:.1f} to {d:.1f})"
             if way != last:
                 ahead = rows[last] - found
-                (a, b), (c, d) = interval(ahead[:, 0]), interval(-ahead[:, 1])
+                (_, a, b), (_, c, d) = interval(ahead[:, 0]), interval(-ahead[:, 1])
                 line += f"   {last} ahead by {a:+.3f} to {b:+.3f}, {c:+.1f} to {d:+.1f}"
             print(line, flush=True)
         chosen = np.linspace(0, len(real) - 1, 3).round().astype(int)

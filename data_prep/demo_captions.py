@@ -26,6 +26,7 @@ from ldm.data.captions import open_image, read_captions, square
 from ldm.data.slides import TissueMask, open_any, open_slide
 from ldm.data.volumes import Volume, cut_slice, in_plane, to_tile, windowed
 from ldm.errors import UserError, run_command
+from ldm.files import whole
 
 SIZE = 64  # px of all images
 BLOCK = 128  # um, of tissue that stays in one split
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sources:
         raise UserError("nothing to write: give --tissue, --volumes or --radiographs")
     (args.out / "images").mkdir(parents=True, exist_ok=True)
-    with open(args.out / "captions.csv", "w", newline="") as file:
+    with whole(args.out / "captions.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "text", "modality", "patient"))
         rows = (row for source in sources for row in source)

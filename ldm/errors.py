@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
@@ -27,8 +28,21 @@ def some(names: Sequence[str], shown: int = LISTED) -> str:
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
+def disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that a disk is full: of Python, or as torch and safetensors tell it."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        told = ("No space left on device", "os error 28", "file write failed", "unexpected pos")
+        if any(words in str(error) for words in told):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def run_command(command: Callable[[], object]) -> int:
-    """Run a command line's body. A UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run a command line's body. A UserError, and a full disk, become one line on stderr and exit code 2, Ctrl-C exit
+    code 130."""
     try:
         command()
     except UserError as error:
@@ -37,4 +51,11 @@ def run_command(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue.", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not disk_full(error):
+            raise
+        path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy the second one
+        place = f" ({path})" if path else ""
+        print(f"error: the disk is full{place}; make room and run the same command again.", file=sys.stderr)
+        return 2
     return 0

@@ -10,7 +10,7 @@ import torch
 from data_prep.encode_latents import encode_latents
 from data_prep.extract_features import extract
 from ldm.devices import pick_device
-from ldm.errors import UserError
+from ldm.errors import UserError, run_command
 from ldm.files import sha256, whole, writable_folder, write_text
 
 
@@ -62,3 +62,33 @@ def test_devices(monkeypatch: pytest.MonkeyPatch):
             command([], "encoder", device="foo")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert (pick_device("auto"), pick_device("cuda"), pick_device("cuda:1")) == ("cuda:0", "cuda:0", "cuda:1")
+
+
+def save_with_torch(path):
+    torch.save({"weights": torch.zeros(100_000)}, path)
+
+
+def write_words(path):
+    with open(path, "w") as file:
+        file.write("x" * 100_000)
+
+
+def write_and_give_up(path):
+    try:
+        write_words(path)
+    except OSError as error:
+        raise RuntimeError("the store could not be written") from error
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="this system has no device that is always full")
+@pytest.mark.parametrize("write", [save_with_torch, write_words, write_and_give_up])
+def test_a_full_disk_is_one_line(write, capsys):
+    assert run_command(lambda: write("/dev/full")) == 2
+    told = capsys.readouterr().err
+    assert "the disk is full" in told
+    assert told.count("\n") == 1
+
+
+def test_other_errors_are_no_full_disk():
+    with pytest.raises(FileNotFoundError):
+        run_command(lambda: open("no/such/file"))

@@ -14,6 +14,7 @@ from ldm.model_card import HEADINGS
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import model_figures
 import models_report
 from models_report import CARD, JOBS, Row
 
@@ -39,9 +40,9 @@ def test_every_shipped_model_is_measured():
 
 
 def test_a_table_is_written_into_its_card_and_read_again():
-    rows = [models_report.row("a", (0.1234, 0.1, 0.15), "3 tiles"), models_report.row("b", [2.0], "one", 1)]
+    rows = [model_figures.row("a", (0.1234, 0.1, 0.15), "3 tiles"), model_figures.row("b", [2.0], "one", 1)]
     assert rows[1] == Row("b", "2.0", "", "one")
-    assert models_report.share("c", np.array([1.0, 1.0, 0.0]), "3").interval == "0.208 to 0.939"
+    assert model_figures.share("c", np.array([1.0, 1.0, 0.0]), "3").interval == "0.208 to 0.939"
     card = "# m\n\n## Data\n\nx\n\n## Figures\n\n| old |\n|---|\n| 1 |\n\nWords of mine.\n\n## Use\n\n| kept | |\n"
     new = models_report.with_table(card, rows)
     assert models_report.rows_of(new) == rows
@@ -57,7 +58,7 @@ def test_what_was_measured_is_kept_until_its_model_changes(tmp_path, monkeypatch
 
     def measure(folder, precision):
         calls.append(folder.name)
-        return [models_report.row("x", [len(calls)], "here", 0)]
+        return [model_figures.row("x", [len(calls)], "here", 0)]
 
     monkeypatch.setattr(models_report, "JOBS", {"demo-x": models_report.Job(measure, 1)})
     folder = tmp_path / "data" / "models" / "demo-x"

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
-WIDEST = 384  # px of an image on a sheet
+WIDEST, LEAST = 384, 132  # px of an image on a sheet
 COLUMNS = 6
 GAP, LINE = 6, 14
 
@@ -28,10 +28,11 @@ def labelled_sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> np.ndarr
     """Rows of images (H,W,3) of one size with a line of text under each, (H',W',3) uint8; long rows go on below."""
     rows = [row[i : i + COLUMNS] for row in rows for i in range(0, len(row), COLUMNS)]
     height, width = rows[0][0][1].shape[:2]
-    scale = min(WIDEST / max(height, width), 1.0)
+    side = max(height, width)
+    scale = WIDEST / side if side > WIDEST else max(LEAST // side, 1)  # small tiles are seen, too
     w, h = max(round(width * scale), 1), max(round(height * scale), 1)
     columns = max(len(row) for row in rows)
-    cell_w, cell_h = max(w, 96) + GAP, h + LINE + GAP
+    cell_w, cell_h = max(w, LEAST) + GAP, h + LINE + GAP
     sheet = Image.new("RGB", (columns * cell_w + GAP, len(rows) * cell_h + GAP), "white")
     draw = ImageDraw.Draw(sheet)
     for i, row in enumerate(rows):
