@@ -136,7 +136,7 @@ def build_trainer(cfg: dict[str, Any], model: Any, run: Path) -> Any:
     from pytorch_lightning.loggers import TensorBoardLogger
     from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-    from ldm.callbacks import SetupRun, StepSeed
+    from ldm.callbacks import SetupRun, StepSeed, WholeCheckpoints
     from ldm.config import check_params, instantiate_from_config
 
     lightning = cfg["lightning"]
@@ -151,7 +151,9 @@ def build_trainer(cfg: dict[str, Any], model: Any, run: Path) -> Any:
     check_params(ModelCheckpoint, best, "lightning.modelcheckpoint.params")
     logger = lightning.get("logger")
     logger = instantiate_from_config(logger) if logger else TensorBoardLogger(run, name="tensorboard", version="")
-    own = {"logger": logger, "default_root_dir": run, "use_distributed_sampler": False}
+    plugins = arguments.pop("plugins", None) or []
+    plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpoints()]
+    own = {"logger": logger, "default_root_dir": run, "use_distributed_sampler": False, "plugins": plugins}
     try:
         best_checkpoint = [ModelCheckpoint(**best)] if best["monitor"] or asked else []
         return Trainer(**arguments, **own, callbacks=[*callbacks, *best_checkpoint])

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -169,6 +170,22 @@ def test_a_run_folder_holds_what_users_of_latent_diffusion_know():
 def test_a_training_that_its_time_limit_ends_says_so(capsys):
     assert train("-b", TINY, "--max_steps", "100000", "--max_time", "00:00:00:01", "--limit_val_batches", "0") == 0
     assert re.search(r"the time limit \(max_time\) ended the training at step \d+ of 100000", capsys.readouterr().out)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(capsys):
+    assert train("-b", TINY, "-l", "full", "--max_steps", "1", "--limit_val_batches", "0") == 0
+    run = only_run("full")
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))  # no file can become whole
+    try:
+        assert train("-r", str(run), "--max_steps", "2") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "the disk is full" in capsys.readouterr().err
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.endswith(".part")] == []
+    assert train("-r", str(run), "--max_steps", "2") == 0
 
 
 def test_learning_rate_is_scaled_as_in_latent_diffusion(capsys):
