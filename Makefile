@@ -1,7 +1,7 @@
 # make demo   the main job on a real slide, into demo_output/
 # make test   the whole test suite
 # make notebooks   all notebooks, top to bottom; SAVE=1 writes their outputs back
-# make models-report   the figures of the demo models' cards; SAVE=1 writes data/models/figures.json
+# make models-report   the figures of the demo models' cards; SAVE=1 writes data/models/measures.json
 # make docs   the documentation site, into docs/_build/html
 # All make the virtual environment .venv first, where it is not there yet. Nothing else needs to be installed.
 

@@ -28,11 +28,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ldm.data.images_out import save_png
-from ldm.data.slides import open_slide
 from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder, write_text
+from ldm.images.slides import open_slide
+from ldm.images.write import save_png
 from ldm.metrics.conditional import cosines
 from ldm.metrics.seams import measure_seams
 
@@ -91,7 +91,7 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
     import ldm
     from ldm.data.datasets import TileDataset
     from ldm.devices import pick_device
-    from ldm.metrics.encoders import load_encoder
+    from ldm.encoders.encoder import load_encoder
 
     device = pick_device(args.device)
     keys, where = ("image", "ssl"), {"split": args.split}
@@ -121,7 +121,7 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
     low, high = block_bootstrap(gains, np.array(blocks))
     psnr = (10 * torch.log10(4 / (rebuilt - images).square().flatten(1).mean(1))).double().numpy()
     own = float(np.diag(similarity).mean())
-    figures = {
+    measures = {
         "tiles": len(items), "blocks": len(set(blocks)), "own": own, "shuffled": own - float(gains.mean()),
         "margin": float(gains.mean()), "low": low, "high": high,
         "reconstruction": float(np.diag(cosines(ceiling, conditions)).mean()),
@@ -131,7 +131,7 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
     }  # fmt: skip
     shown = np.linspace(0, len(items) - 1, min(SHOWN, len(items))).round().astype(int)
     rows = [np.hstack(with_gap(ldm.to_uint8(batch[shown]))) for batch in (images, sampled)]
-    return figures, np.concatenate(rows)[:-GAP, :-GAP]
+    return measures, np.concatenate(rows)[:-GAP, :-GAP]
 
 
 def with_gap(tiles: np.ndarray) -> np.ndarray:
@@ -139,9 +139,9 @@ def with_gap(tiles: np.ndarray) -> np.ndarray:
     return np.pad(tiles, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
 
 
-def table(figures: dict[str, Any]) -> str:
+def table(measures: dict[str, Any]) -> str:
     lines = []
-    if c := figures.get("conditioning"):
+    if c := measures.get("conditioning"):
         lines += [
             f"conditioning: {c['tiles']} held-out tiles, {c['steps']} steps, guidance {c['guidance_scale']:g},"
             f" seed {c['seed']}",
@@ -152,7 +152,7 @@ def table(figures: dict[str, Any]) -> str:
             f"  own condition, first stage's reconstruction {c['reconstruction']:.3f}   (what sampling could reach)",
         ]
     for key, title in (("seams", "seams of the generated image"), ("seams_real", "same measure on the real region")):
-        if s := figures.get(key):
+        if s := measures.get(key):
             lines.append(f"{title}, {s['tile']} px lattice: gradient across borders over that inside tiles")
             for name, where in (("all", "all of the inside"), ("like", "like for like")):
                 r = s[name]
@@ -167,20 +167,20 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--count is at least 2, got {args.count}")
     if args.out:
         writable_folder(args.out)
-    figures: dict[str, Any] = {}
+    measures: dict[str, Any] = {}
     if args.image:
-        figures["seams"] = measure_seams(read_image(args.image), args.tile, args.image)
+        measures["seams"] = measure_seams(read_image(args.image), args.tile, args.image)
     if args.slide and args.region:
-        figures["seams_real"] = measure_seams(read_region(args.slide, args.region), args.tile, args.slide)
-    figures["conditioning"], picture = measure_conditioning(args)
-    print(table(figures))
+        measures["seams_real"] = measure_seams(read_region(args.slide, args.region), args.tile, args.slide)
+    measures["conditioning"], picture = measure_conditioning(args)
+    print(table(measures))
     if args.out:
         about = {"content": "above: real tiles; below: generated from their features", "model": args.model.name}
         save_png(args.out / "tiles.png", picture, about | {"seed": args.seed})
-        write_text(args.out / "figures.json", json.dumps(figures, indent=1))
-    if args.check and figures["conditioning"]["low"] <= 0:
+        write_text(args.out / "measures.json", json.dumps(measures, indent=1))
+    if args.check and measures["conditioning"]["low"] <= 0:
         raise UserError("the interval of the margin includes 0: the model does not follow its condition")
-    if args.check and "seams" in figures and (ratio := figures["seams"]["all"]["ratio"]) > 1.05:
+    if args.check and "seams" in measures and (ratio := measures["seams"]["all"]["ratio"]) > 1.05:
         raise UserError(f"the seam ratio {ratio:.3f} is above 1.05: tile borders show")
 
 
@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--batch-size", type=int, default=16, help="(default %(default)s)")
     add("--device", default="auto", help="(default %(default)s)")
     add("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="(default %(default)s)")
-    add("--out", type=Path, help="folder for figures.json and tiles.png")
+    add("--out", type=Path, help="folder for measures.json and tiles.png")
     add("--check", action="store_true", help="fail unless the interval excludes 0 and the seam ratio is at most 1.05")
     return run_command(lambda: run(parser.parse_args(argv)))
 

@@ -75,10 +75,10 @@ def tiles_of(path: Path, mpp: float | None, folder: Path) -> tuple[np.ndarray, n
 
 
 def order(args: argparse.Namespace) -> None:
-    from ldm.commands.evaluation_sets import encoder_of
+    from ldm.encoders.extractors import load_extractor
     from ldm.metrics import frechet, kernels, manifold
-    from ldm.metrics.extractors import load_extractor
-    from ldm.metrics.figures import TITLES
+    from ldm.metrics.measure import TITLES
+    from ldm.report.sets import encoder_of
 
     with tempfile.TemporaryDirectory() as folder:
         he, place = tiles_of(args.he, args.he_mpp, Path(folder))

@@ -23,14 +23,14 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter
 
 from ldm.commands.filter import filter_images
-from ldm.data.images_out import save_real_png
+from ldm.data.collection import read_pictures
 from ldm.errors import UserError, run_command
 from ldm.files import remove, whole, writable_folder
-from ldm.metrics.labelled import read_labelled
-from ldm.metrics.pictures import read_pictures
-from ldm.metrics.scorer_figures import auroc, proportion
-from ldm.metrics.scorer_training import Recipe, train_scorer
+from ldm.images.write import save_real_png
 from ldm.rng import fold
+from ldm.scorers.calibration import auroc, proportion
+from ldm.scorers.labelled import read_labelled
+from ldm.scorers.training import Recipe, train_scorer
 
 FAULTS = ("blur", "noise", "colour", "cutout")
 

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from ldm.convert import load_model
-from ldm.data.slides import open_any
 from ldm.data.tile_store import open_cohort
 from ldm.diffusion import samplers, schedules
-from ldm.inference import sampling_sigmas
-from ldm.metrics.encoders import load_encoder
-from ldm.translate_images import encoded
-from ldm.translation import invert, invert_exactly, invertible
+from ldm.encoders.encoder import load_encoder
+from ldm.images.slides import open_any
+from ldm.sampling.inversion import invert, invert_exactly, invertible
+from ldm.sampling.tiles import sampling_sigmas
+from ldm.sampling.translate import encoded
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,16 +89,16 @@ def main() -> None:
     runs += [(f"DPM-Solver++(2M), {n} steps", "dpmpp_2m", n, "karras", None) for n in (15, 25, 50)]
     runs += [("Heun, 25 steps", "heun", 25, "karras", None)]
     runs += [("DDIM, 50 steps, exact", "euler", 50, "karras", 1e-3)]
-    figures = []
+    measures = []
     for name, solver, steps, schedule, tolerance in runs:
         levels = invertible(sampling_sigmas(model, steps, schedule))
         up = invert if tolerance is None else partial(invert_exactly, tolerance=tolerance)
-        figures.append(measure(model, name, solver, levels, up, latents, cond, again, images))
+        measures.append(measure(model, name, solver, levels, up, latents, cond, again, images))
     if given.quick or not hasattr(model.denoiser(), "table"):
         return
     levels = schedules.table_sigmas(model.sigmas, len(model.sigmas))
     loop = measure(model, "DDIM, all levels (published)", "euler", levels, invert, latents, cond, again, images)
-    for name, cost, _, _, of_image in figures:
+    for name, cost, _, _, of_image in measures:
         if 20 * cost <= loop[1] and of_image >= loop[4] - 0.1:
             print(f"equal to it within 0.1 dB of the image: {name}, {loop[1] / cost:.0f} times fewer evaluations")
 

@@ -38,16 +38,16 @@ from conditioning import read_region
 from torch import Tensor
 
 import ldm
-from ldm.conditioners.field import FeatureField
-from ldm.data.images_out import save_png, to_uint8
 from ldm.devices import pick_device
+from ldm.diffusion.fields import FeatureField
+from ldm.encoders.encoder import load_encoder
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder, write_text
-from ldm.inference import PRECISIONS
+from ldm.images.write import save_png, to_uint8
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.metrics.encoders import load_encoder
 from ldm.metrics.seams import NEAR, seam_ratios
 from ldm.rng import canvas_noise
+from ldm.sampling.tiles import PRECISIONS
 
 SIGMA = 0.8  # of the published blend of decoded windows
 
@@ -147,7 +147,7 @@ PROCEDURES = {"published": published, "ours": ours}
 
 
 def make_image(options: argparse.Namespace) -> None:
-    """One image by one procedure: image.npy and figures.json in --work. The process ends with it."""
+    """One image by one procedure: image.npy and measures.json in --work. The process ends with it."""
     device = pick_device(options.device)
     model = ldm.load_model(options.model, device)
     features = torch.from_numpy(np.load(options.features))
@@ -158,20 +158,20 @@ def make_image(options: argparse.Namespace) -> None:
     image = PROCEDURES[options.procedure](model, features, options, options.seed)
     total = clock.read() - clock.begun
     np.save(options.work / "image.npy", to_uint8(image)[0])
-    figures = {
+    measures = {
         "seconds": total, **clock.seconds, "rest": total - sum(clock.seconds.values()), "evaluations": clock.rows,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "loaded_mib": loaded / 1024,
     }  # fmt: skip
     if device.startswith("cuda"):
-        figures["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
-    write_text(options.work / "figures.json", json.dumps(figures))
+        measures["gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20
+    write_text(options.work / "measures.json", json.dumps(measures))
 
 
 def run_child(arguments: Sequence[str], procedure: str, seed: int, grid: Path, work: Path) -> dict[str, Any]:
     """`make_image` in a process of its own: its figures, with the image (H,W,3) uint8."""
     command = [sys.executable, __file__, *arguments, "--procedure", procedure, "--seed", str(seed)]
     subprocess.run([*command, "--features", str(grid), "--work", str(work)], check=True)
-    return json.loads((work / "figures.json").read_text()) | {"image": np.load(work / "image.npy")}
+    return json.loads((work / "measures.json").read_text()) | {"image": np.load(work / "image.npy")}
 
 
 @torch.no_grad()
@@ -266,7 +266,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     if options.out:
         about = {"content": f"from the left: {', '.join(shown)}", "model": options.model.name}
         save_png(options.out / "side_by_side.png", side_by_side(list(shown.values())), about)
-        write_text(options.out / "figures.json", json.dumps(results, indent=1))
+        write_text(options.out / "measures.json", json.dumps(results, indent=1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -287,7 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--precision", default="fp32", choices=PRECISIONS, help="(default %(default)s)")
     add("--device", default="auto", help="(default %(default)s)")
     add("--cpu-time", action="store_true", help="time of the process on the CPU: for a machine with other work")
-    add("--out", type=Path, help="folder for the images, side by side as well, and figures.json")
+    add("--out", type=Path, help="folder for the images, side by side as well, and measures.json")
     for name, kind in (("--procedure", str), ("--seed", int), ("--features", Path), ("--work", Path)):
         add(name, type=kind, help=argparse.SUPPRESS)  # of one image
     add("--size", type=int, nargs=2, help=argparse.SUPPRESS)

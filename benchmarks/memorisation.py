@@ -25,20 +25,20 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ldm.data.images_out import save_png, to_uint8
-from ldm.data.slides import open_slide
 from ldm.diffusion.denoiser import Cond, Denoiser, per_sample
 from ldm.diffusion.losses import error_scale, scaled_error
 from ldm.diffusion.samplers import sample_ddim
 from ldm.diffusion.schedules import karras_sigmas
+from ldm.encoders.extractors import load_extractor
+from ldm.encoders.feature_files import FeatureSet
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder
-from ldm.metrics import plots
-from ldm.metrics.extractors import load_extractor
-from ldm.metrics.feature_files import FeatureSet
+from ldm.images.slides import open_slide
+from ldm.images.write import save_png, to_uint8
 from ldm.metrics.memorisation import Memorisation, memorisation
-from ldm.metrics.report import number
 from ldm.networks.layers import timestep_embedding
+from ldm.report import plots
+from ldm.report.page import number
 
 SLIDE = Path("data/demo/CMU-1-Small-Region.svs")
 HELD_OUT = (1856, 2368)  # rows of it, level-0 px: what the demo holds out
@@ -159,10 +159,10 @@ def run(args: argparse.Namespace) -> None:
     for name, (images, make, expected) in models.items():
         made = sample(make(), args.count, args.seed)
         found = memorisation(features(made, "made"), features(held_out, "held out"), features(images, "train"))
-        close, nearer = found.figures[1], found.figures[0]
+        close, nearer = found.measures[1], found.measures[0]
         print(f"{name}: close to a training image {number(close.value)} ({number(close.low)} to {number(close.high)}), "
               f"nearer than held-out {number(nearer.value)} ({number(nearer.low)} to {number(nearer.high)}), median "
-              f"distance {number(found.figures[2].value)}: {found.verdict}", flush=True)  # fmt: skip
+              f"distance {number(found.measures[2].value)}: {found.verdict}", flush=True)  # fmt: skip
         if (found.verdict == "memorises") != (expected == "memorises"):
             wrong.append(f"{name}: {found.verdict}")
         if args.out:

@@ -17,11 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ldm import inference, load_model
+from ldm import load_model
 from ldm.commands.sequence_pictures import sheet
-from ldm.data.images_out import save_png, to_uint8
-from ldm.metrics.scorers import load_scorer
-from ldm.sequences import Sweep, correlation_interval, generated, parse_sweep, rank_correlation
+from ldm.images.write import save_png, to_uint8
+from ldm.sampling import tiles as inference
+from ldm.sampling.sweeps import Sweep, correlation_interval, generated, parse_sweep, rank_correlation
+from ldm.scorers.ensemble import load_scorer
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@
 
 Everything is measured on what the repository holds: data/demo, data/pretrain, data/samples, data/models. A table for
 each model is printed and written to out/models_report.json. What a stopped run has measured is kept there and used
-again as long as the model and the benchmarks are the same. With --save the figures go to data/models/figures.json and
+again as long as the model and the benchmarks are the same. With --save the figures go to data/models/measures.json and
 into the tables of the cards, data/models/<model>/README.md. Else the last lines say which figures differ from the
 cards': another processor rounds otherwise, bfloat16 is used where it is native. One core computes, so that the number
 of cores changes nothing: 6 minutes with native bfloat16.
 
-What is measured, and on which data, is in model_figures.py.
+What is measured, and on which data, is in model_measures.py.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model_figures import MODELS, OUT, Row, encoder, mitosis, omics, quietly, scorers, slices, ssl, stains, text
+from model_measures import MODELS, OUT, Row, encoder, mitosis, omics, quietly, scorers, slices, ssl, stains, text
 from tqdm import tqdm
 
 from ldm.errors import UserError, run_command
 from ldm.files import CARD, sha256, writable_folder, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-FIGURES = MODELS / "figures.json"
+FIGURES = MODELS / "measures.json"
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ def table(rows: Sequence[Row]) -> list[str]:
 def rows_of(card: str) -> list[Row]:
     """The rows of the table under `## Figures` of a card."""
     section = re.split(r"^## ", card, flags=re.MULTILINE)
-    (figures,) = [part for part in section if part.startswith("Figures\n")]
-    lines = [line for line in figures.splitlines() if line.startswith("|")][2:]
+    (measures,) = [part for part in section if part.startswith("Figures\n")]
+    lines = [line for line in measures.splitlines() if line.startswith("|")][2:]
     return [Row(*(cell.strip() for cell in line.strip("|").split("|"))) for line in lines]
 
 
@@ -137,7 +137,7 @@ def report(options: argparse.Namespace) -> None:
 
 
 def save(found: dict[str, list[dict[str, str]]], saved: dict[str, list[dict[str, str]]]) -> None:
-    """Write figures.json and the tables of the cards."""
+    """Write measures.json and the tables of the cards."""
     everything = {name: (saved | found)[name] for name in JOBS if name in saved | found}
     write_text(FIGURES, json.dumps(everything, indent=1) + "\n")
     for name, rows in found.items():
@@ -150,7 +150,7 @@ def save(found: dict[str, list[dict[str, str]]], saved: dict[str, list[dict[str,
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="MODEL", help="these models alone")
-    parser.add_argument("--save", action="store_true", help="measure anew; write figures.json and the cards' tables")
+    parser.add_argument("--save", action="store_true", help="measure anew; write measures.json and the cards' tables")
     parser.add_argument("--fresh", action="store_true", help="measure what was measured already, too")
     return run_command(lambda: report(parser.parse_args(argv)))
 

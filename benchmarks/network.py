@@ -219,12 +219,12 @@ def sampling_steps(nets: Mapping[str, nn.Module], x: Tensor, timesteps: Tensor, 
 def caching(options: argparse.Namespace) -> None:
     """Print what caching deep features does to the samples of a model."""
     import ldm
-    from ldm.data.slides import open_slide
     from ldm.diffusion.guidance import cfg
     from ldm.diffusion.samplers import sample_dpmpp_2m
-    from ldm.inference import sampling_sigmas
-    from ldm.metrics.encoders import load_encoder
+    from ldm.encoders.encoder import load_encoder
+    from ldm.images.slides import open_slide
     from ldm.rng import sample_noise
+    from ldm.sampling.tiles import sampling_sigmas
 
     model = ldm.load_model(options.model, options.device)
     slide = open_slide(ROOT / "data" / "demo" / "CMU-1-Small-Region.svs")

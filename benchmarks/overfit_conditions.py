@@ -32,11 +32,11 @@ from tqdm import tqdm
 import ldm
 from ldm.config import instantiate_from_config
 from ldm.data.datasets import to_tensor
-from ldm.data.images_out import save_png
-from ldm.data.slides import TissueMask, open_slide
 from ldm.data.volumes import Volume, cut_slice, to_tile, windowed
+from ldm.encoders.encoder import load_encoder
 from ldm.errors import UserError, run_command
-from ldm.metrics.encoders import load_encoder
+from ldm.images.slides import TissueMask, open_slide
+from ldm.images.write import save_png
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, CONTEXT = 32, 32

@@ -24,12 +24,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ldm.data.collection import read_image
 from ldm.errors import UserError, run_command
 from ldm.files import whole, writable_folder
-from ldm.metrics.labelled import read_labelled, split_groups
-from ldm.metrics.pictures import read_image
-from ldm.metrics.scorer_figures import auroc, figures, with_intervals
-from ldm.metrics.scorer_training import TEST_SCORES, Recipe, train_scorer
+from ldm.scorers.calibration import auroc, measures, with_intervals
+from ldm.scorers.labelled import read_labelled, split_groups
+from ldm.scorers.training import TEST_SCORES, Recipe, train_scorer
 
 POSITIVE = "Atypical"
 LAGS = (1, 10, 50, 100)
@@ -109,7 +109,7 @@ def measure(options: argparse.Namespace) -> None:
 def show(
     what: str, scores: np.ndarray, targets: np.ndarray, groups: np.ndarray, names: tuple[str, ...] = ("auroc", "ece")
 ) -> None:
-    found = with_intervals(lambda rows: figures("binary", scores[rows], targets[rows]), groups)
+    found = with_intervals(lambda rows: measures("binary", scores[rows], targets[rows]), groups)
     words = "; ".join(f"{name} {found[name][0]:.3f} [{found[name][1]:.3f}, {found[name][2]:.3f}]" for name in names)
     print(f"{what}: {words} ({len(targets)} crops, {int(targets.sum())} {POSITIVE})")
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ldm.data import dihedral
 from ldm.data.datasets import TileDataset
-from ldm.data.images_out import to_uint8
-from ldm.requests import evenly
+from ldm.images.write import to_uint8
+from ldm.requests.tiles import evenly
 
 
 def tiles_of(cohort: str, column: str, name: str, split: str, count: int | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
     python benchmarks/text_prompts.py --model MODEL --images COHORT [--count 24] [--guidance 3] [--out PNG]
 
-The cohort is that of `data_prep.demo_captions` and `import_captions`: tissue of several organs and stains with many or
+The cohort is that of `demo.build.demo_captions` and `import_captions`: tissue of several organs and stains with many or
 few nuclei, slices of several sequences with or without tumour. Those kinds that it has (radiographs are left out) are
 asked for by their captions, `--count` images of each. Two small classifiers learn here from the real images of the
 split `train`: which kind an image is of, and whether tissue has many or few nuclei. Printed: how many of the images
@@ -28,15 +28,15 @@ from torch import Tensor, nn
 import ldm
 from ldm.data.cohort import read_index
 from ldm.data.datasets import TileDataset
-from ldm.data.images_out import save_png, to_uint8
+from ldm.encoders.extractors import load_extractor
+from ldm.encoders.feature_files import FeatureSet
 from ldm.errors import UserError
-from ldm.inference import PRECISIONS
-from ldm.metrics.extractors import load_extractor
-from ldm.metrics.feature_files import FeatureSet
+from ldm.images.write import save_png, to_uint8
 from ldm.metrics.memorisation import LEAST, Memorisation, memorisation
-from ldm.metrics.scorer_figures import proportion
-from ldm.requests import evenly
+from ldm.requests.tiles import evenly
 from ldm.rng import fold
+from ldm.sampling.tiles import PRECISIONS
+from ldm.scorers.calibration import proportion
 
 NUCLEI, TUMOUR = (", many nuclei", ", few nuclei"), (", with tumour", ", without tumour")
 KINDS = {  # kind -> modality, text, what the text may add
@@ -187,8 +187,8 @@ def main() -> None:
         print(f"tissue: many or few nuclei as asked {told(np.concatenate(list(found.nuclei.values())))}, chance 0.500")
     if found.copies is not None:
         print(f"{found.compared} against its training images, in pixels: {found.copies.words}")
-        for figure in found.copies.figures:
-            print(f"  {figure.title:36} {figure.value:.3f}  {figure.note}")
+        for each in found.copies.measures:
+            print(f"  {each.title:36} {each.value:.3f}  {each.note}")
     if options.out:
         rows = [strip(images[evenly(len(images), 12)]) for images in found.made.values()]
         about = {"content": f"images of {', '.join(found.made)}", "model": options.model}

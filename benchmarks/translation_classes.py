@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from ldm import load_model
 from ldm.data.datasets import TileDataset
-from ldm.data.images_out import save_png
 from ldm.diffusion.denoiser import Cond
 from ldm.diffusion.guidance import expand_cond
-from ldm.inference import PRECISIONS, guided_denoiser, sampling_sigmas
-from ldm.requests import evenly
-from ldm.translation import invertible, translate
+from ldm.images.write import save_png
+from ldm.requests.tiles import evenly
+from ldm.sampling.inversion import invertible, translate
+from ldm.sampling.tiles import PRECISIONS, guided_denoiser, sampling_sigmas
 
 OMICS = ("mutation", "expression")
 WAYS = {"class and omics": ("class", *OMICS), "class": ("class",), "omics": OMICS}

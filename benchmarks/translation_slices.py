@@ -33,15 +33,14 @@ from torch import Tensor, nn
 
 from ldm import load_model
 from ldm.data.datasets import TileDataset
-from ldm.data.images_out import save_png
-from ldm.diffusion.guidance import clip
-from ldm.diffusion.lmi_guidance import likeness_guidance
+from ldm.diffusion.guidance import clip, likeness_guidance
 from ldm.diffusion.samplers import sample_ddpm, sample_dpmpp_2m, sample_euler
 from ldm.diffusion.schedules import sigmas_from
-from ldm.inference import PRECISIONS, sampling_sigmas
+from ldm.images.write import save_png
 from ldm.networks.lmi import lmi_score
 from ldm.rng import fold, sample_noise
-from ldm.translation import sdedit
+from ldm.sampling.inversion import sdedit
+from ldm.sampling.tiles import PRECISIONS, sampling_sigmas
 
 HEAD = 0.02  # of [0, 1]: darker is outside the head
 GAP = 6  # slices between those of the training and the first that is translated
@@ -54,7 +53,7 @@ def slices_of(cohort: str, modality: str, low: int, high: int, every: int) -> Te
     return torch.stack([tiles[i]["image"] for i in range(0, len(tiles), every)])
 
 
-def figures(found: Tensor, real: Tensor) -> np.ndarray:
+def measures(found: Tensor, real: Tensor) -> np.ndarray:
     """SSIM and mean absolute error in grey levels, of each slice, inside the head: (N,2)."""
     rows = []
     for a, b in zip(found.numpy()[:, 0] / 2 + 0.5, real.numpy()[:, 0] / 2 + 0.5):
@@ -124,7 +123,7 @@ def measure(
     if samples > 1:
         ways[f"mean of {samples}"] = torch.stack(found).mean(0)
     ways = {way: image.clamp(-1, 1) for way, image in ways.items()}
-    return Translated(ways, {way: figures(image, real) for way, image in ways.items()}, real)
+    return Translated(ways, {way: measures(image, real) for way, image in ways.items()}, real)
 
 
 def main() -> None:

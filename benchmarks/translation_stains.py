@@ -20,11 +20,11 @@ from stain_measures import Pair, judged, known, right, strip, summary, tiles_of,
 from torch import nn
 
 from ldm import load_model
-from ldm.data.images_out import save_png
 from ldm.diffusion.guidance import expand_cond
-from ldm.inference import PRECISIONS, guided_denoiser, sampling_sigmas
-from ldm.requests import evenly
-from ldm.translation import invertible, translate
+from ldm.images.write import save_png
+from ldm.requests.tiles import evenly
+from ldm.sampling.inversion import invertible, translate
+from ldm.sampling.tiles import PRECISIONS, guided_denoiser, sampling_sigmas
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,12 @@ import torch
 from tqdm import tqdm
 
 from ldm.conditioners.text import PADS, TextEmbedder
-from ldm.conditioners.text_registry import REGISTRY
 from ldm.conditioners.text_tokens import LAYOUTS
 from ldm.conditioners.text_towers import LAYERS
 from ldm.data.conditions import index_rows
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.devices import pick_device
+from ldm.encoders.text_models import REGISTRY
 from ldm.errors import UserError, run_command, suggest
 
 

@@ -25,10 +25,10 @@ from tqdm import tqdm
 from ldm.data import dihedral
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.devices import pick_device
+from ldm.encoders.encoder import Encoder, find_encoder, load_encoder
+from ldm.encoders.registry import REGISTRY, EncoderSpec
 from ldm.errors import UserError, run_command
 from ldm.files import sha256
-from ldm.metrics.encoder_registry import REGISTRY, EncoderSpec
-from ldm.metrics.encoders import Encoder, find_encoder, load_encoder
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAR = 0.15  # relative difference of resolution that an encoder is trusted with

@@ -3,7 +3,7 @@
     python -m data_prep.import_captions --table captions.csv --out cohort --size 256
 
 reads `path, Text, modality` tables (commas inside captions need no quotes) and CSV with any columns, see
-`ldm.data.captions`. It writes cohort/slides/<table>.zarr and, into cohort/index.parquet, the columns text, modality
+`ldm.tables.captions`. It writes cohort/slides/<table>.zarr and, into cohort/index.parquet, the columns text, modality
 (where the table has it) and source (the image's path). An interrupted run goes on where it stopped.
 
     python -m data_prep.import_captions --table reports.csv --of-slides --out cohort
@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldm.data.captions import RESIZES, Caption, CaptionTable, drop_unreadable, open_image, read_captions, square
 from ldm.data.cohort import check_fractions, counted, merge_index, read_index, split_of, write_store
 from ldm.errors import UserError, run_command, some
+from ldm.tables.captions import RESIZES, Caption, CaptionTable, drop_unreadable, open_image, read_captions, square
 
 LISTED = 20  # problems that are printed
 
@@ -36,7 +36,7 @@ def import_table(
     """Write the images of a table as the store `slides/<table>.zarr` of `out`, and their captions into its index.
 
     Args:
-        size, resize: side of the square tiles, see `ldm.data.captions.square`.
+        size, resize: side of the square tiles, see `ldm.tables.captions.square`.
         validation, test: fractions of the patients (of the images, where the table names none) in these splits; all
             captions of one are in the same.
         licence: of the images; recorded in the store.

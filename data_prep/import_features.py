@@ -28,10 +28,10 @@ from tqdm import tqdm
 from data_prep.tile_slides import find_slides, update_index
 from ldm.data.cohort import check_fractions, merge_index, read_index, write_store
 from ldm.data.features import Places, SlideFiles, files_of, find_slide_files, nearest_tiles
-from ldm.data.slides import TissueMask, open_slide
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError, run_command
-from ldm.metrics.encoder_registry import REGISTRY
+from ldm.images.slides import TissueMask, open_slide
 
 _PLACE = re.compile(r"\((\d+)\s*,\s*(\d+)\)|(?:^|[_-])x?_?(\d+)[_-]y?_?(\d+)$", re.IGNORECASE)
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")

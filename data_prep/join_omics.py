@@ -18,9 +18,9 @@ from pathlib import Path
 import pandas as pd
 
 from ldm.data.cohort import merge_index, read_index
-from ldm.data.genes import ORIENTATIONS, UNITS, text_table
 from ldm.data.omics import DUPLICATES, LEVELS, join_keys, join_omics, told
 from ldm.errors import UserError, run_command, suggest
+from ldm.tables.genes import ORIENTATIONS, UNITS, text_table
 
 
 def join_labels(

@@ -22,11 +22,11 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.annotations import Cell, find_files, read_crops, read_midog, read_sliderunner
 from ldm.data.cohort import check_fractions, counted, merge_index, patient_of, split_of, write_store
-from ldm.data.slides import Slide, open_slide
-from ldm.data.votes import LABELS, class_called, distribution, scores_of, without_surplus
 from ldm.errors import UserError, run_command
+from ldm.images.slides import Slide, open_slide
+from ldm.tables.annotations import Cell, find_files, read_crops, read_midog, read_sliderunner
+from ldm.tables.votes import LABELS, class_called, distribution, scores_of, without_surplus
 
 _UNKNOWN = "unknown"  # the patient of crops that nothing says it of
 

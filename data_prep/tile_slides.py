@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from ldm.data.cohort import check_fractions, patient_of, split_of
 from ldm.data.shards import WriterLock
-from ldm.data.slides import Slide, TissueMask, open_slide
 from ldm.data.tile_store import TileStore, TileStoreWriter
 from ldm.errors import UserError, run_command
 from ldm.files import whole
+from ldm.images.slides import Slide, TissueMask, open_slide
 
 # what is taken when a folder is given
 SUFFIXES = set(".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm .png .jpg .jpeg".split())

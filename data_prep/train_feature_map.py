@@ -3,7 +3,7 @@
     python -m data_prep.train_feature_map --source he.zarr --target ihc.zarr --out models/he-to-ihc
     python -m data_prep.train_feature_map --source he.npy --target ihc.npy --paired --out models/he-to-ihc
 
-Trains the rectified flow of `ldm.transport` between two sets of features: files (.npy, .h5, .pt) or tile stores.
+Trains the rectified flow of `ldm.encoders.feature_map` between two sets of features: files (.npy, .h5, .pt) or stores.
 `histoldm translate --map-features models/he-to-ihc` then maps each image's features. Minutes on a processor.
 """
 
@@ -21,9 +21,9 @@ import torch
 from ldm.data.features import read_features
 from ldm.data.tile_store import open_cohort
 from ldm.devices import pick_device
+from ldm.encoders.feature_map import fit_transport, save_transport
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder
-from ldm.transport import fit_transport, save_transport
 
 HELD_OUT = 8  # every so manyth pair tells how good the map is
 

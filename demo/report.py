@@ -24,11 +24,11 @@ from PIL import Image
 from demo import figures
 from demo.record import Record, runs_of
 from demo.steps import ENCODER, FIRST_STAGE, HELD_OUT, REGION, SEED, SLIDE, Step, demo_steps
-from ldm.data.images_out import synthetic_text
-from ldm.data.slides import open_slide
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
 from ldm.files import whole, write_text
+from ldm.images.slides import open_slide
+from ldm.images.write import synthetic_text
 
 PACKAGES = ("histoldm", "torch", "pytorch-lightning", "timm", "zarr", "openslide-python", "numpy", "tifffile")
 WIDTH = 1600  # px of comparison.jpg
@@ -154,7 +154,7 @@ def seam_rows(name: str, seams: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def figures_section(out: Path) -> str:
-    measured = json.loads((out / "conditioning" / "figures.json").read_text())
+    measured = json.loads((out / "conditioning" / "measures.json").read_text())
     c = measured["conditioning"]
     rows = [
         (

@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ldm.convert import convert, load_model
-    from ldm.data.images_out import to_uint8
-    from ldm.inference import large_image, sample
+    from ldm.images.write import to_uint8
     from ldm.model_folder import export
-    from ldm.translate_images import translate
+    from ldm.sampling.tiles import large_image, sample
+    from ldm.sampling.translate import translate
 
 _HOMES = {
     "convert": "ldm.convert",
     "load_model": "ldm.convert",
     "export": "ldm.model_folder",
-    "sample": "ldm.inference",
-    "large_image": "ldm.inference",
-    "to_uint8": "ldm.data.images_out",
-    "translate": "ldm.translate_images",
+    "sample": "ldm.sampling.tiles",
+    "large_image": "ldm.sampling.tiles",
+    "to_uint8": "ldm.images.write",
+    "translate": "ldm.sampling.translate",
 }
 __all__ = ["convert", "export", "large_image", "load_model", "sample", "to_uint8", "translate"]
 

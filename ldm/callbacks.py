@@ -24,9 +24,9 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 
 from ldm.config import save_config
-from ldm.data.images_out import save_png, save_real_png, to_uint8
 from ldm.errors import UserError, suggest
 from ldm.files import whole
+from ldm.images.write import save_png, save_real_png, to_uint8
 from ldm.rng import fold
 
 

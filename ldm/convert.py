@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ldm import model_folder
 from ldm.config import allowing, instantiate_from_config, modules_only
 from ldm.diffusion.schedules import make_betas
+from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError, suggest
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
 from ldm.interop.noise_buffers import schedule_buffers
-from ldm.metrics.encoder_registry import REGISTRY
 
 # Families of published models, the first that recognises a source reads it: name -> (recogniser, reader).
 #   recogniser(path, content) -> bool; content is what `read_checkpoint` gives of a file, None of a folder

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ldm.errors import UserError
@@ -65,3 +66,11 @@ def sha256(*paths: Path | str) -> str:
         for file in files:
             digest.update(f"{file.as_posix()} {sha256(file) if file.is_file() else 'missing'}\n".encode())
     return digest.hexdigest()
+
+
+def tool_version() -> str:
+    """The version of this toolkit, as what it writes says it."""
+    try:
+        return version("histoldm")
+    except PackageNotFoundError:
+        return "unknown"

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ldm.conditioners.given import conditions_given
+from ldm.conditioners.compose import conditions_given
 from ldm.config import instantiate_from_config
 from ldm.diffusion import schedules
 from ldm.diffusion.denoiser import (

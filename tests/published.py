@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ldm.diffusion import schedules
 from ldm.networks.unet import UNetModel
-from ldm.translation import invert_published
+from ldm.sampling.inversion import invert_published
 
 
 def relative(a: Tensor, b: Tensor) -> float:

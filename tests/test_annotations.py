@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ldm.data.annotations import UNDECIDED, find_files, read_crops, read_midog, read_sliderunner
-from ldm.data.votes import class_called, scores_of, without_surplus
 from ldm.errors import UserError
+from ldm.tables.annotations import UNDECIDED, find_files, read_crops, read_midog, read_sliderunner
+from ldm.tables.votes import class_called, scores_of, without_surplus
 
 SCHEMA = """
 CREATE TABLE `Log` (`uid` INTEGER PRIMARY KEY AUTOINCREMENT,`dateTime` FLOAT,`labelId` INTEGER);

@@ -212,7 +212,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
 
 def test_shipped_first_stage_reconstructs_held_out_tissue(demo_slide):
-    from ldm.data.slides import open_slide
+    from ldm.images.slides import open_slide
     from ldm.model_folder import load_first_stage
 
     folder = ROOT / "data" / "models" / "demo-ssl"

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.pretrain_first_stage import pretrain
+from demo.build.pretrain_first_stage import pretrain
 from ldm.autoencoder import perceptual
 from ldm.autoencoder.autoencoder import Reconstruction
 from ldm.autoencoder.losses import (
@@ -161,7 +161,7 @@ def test_feature_distance_is_a_mean_of_unit_vector_differences():
 
 
 def test_maps_of_the_shipped_encoder_tell_blurred_tissue_from_sharp(demo_slide):
-    from ldm.data.slides import open_slide
+    from ldm.images.slides import open_slide
 
     maps = perceptual.EncoderMaps(str(ROOT / "data" / "models" / "demo-encoder"), levels=4)
     pixels = open_slide(demo_slide).read(1024, 1900, 128, 128)
@@ -303,7 +303,7 @@ def test_users_mistakes_are_named(tmp_path):
 
 
 def test_pretraining_writes_a_model_folder_and_continues_where_it_stopped(tmp_path, demo_slide):
-    from ldm.data.slides import open_slide
+    from ldm.images.slides import open_slide
 
     pixels = np.ascontiguousarray(open_slide(demo_slide).read(900, 1500, 320, 480))
     Image.fromarray(pixels).save(tmp_path / "tissue.png")

@@ -15,11 +15,11 @@ from PIL import Image
 from data_prep.encode_captions import main as encode_captions
 from data_prep.import_captions import main as import_captions
 from ldm.conditioners.text import TextEmbedder
-from ldm.data.captions import drop_unreadable, open_image, read_captions, square
 from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.datasets import TileDataset
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
+from ldm.tables.captions import drop_unreadable, open_image, read_captions, square
 
 CONFIG = Path(__file__).parent / "configs" / "tiny_clip.json"
 

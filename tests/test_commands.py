@@ -15,13 +15,13 @@ from test_latent_diffusion import node
 from typer.testing import CliRunner
 
 from data_prep.tile_slides import tile_slide, update_index
-from ldm import inference
 from ldm.cli import app
 from ldm.commands.generate import checked_mpp
 from ldm.config import instantiate_from_config
 from ldm.data.tile_store import ArrayWriter, TileStore
 from ldm.errors import UserError
 from ldm.model_folder import write_model_folder
+from ldm.sampling import tiles as inference
 
 SHA = {"encoder": "tiny", "weights_sha256": "a" * 64, "licence": "MIT"}
 

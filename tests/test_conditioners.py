@@ -15,14 +15,13 @@ from typer.testing import CliRunner
 import ldm
 from ldm.cli import app
 from ldm.conditioners.class_token import ClassEmbedder
-from ldm.conditioners.compose import ConditionerSet, guidance_terms
-from ldm.conditioners.given import conditions_given, parse_conditions
+from ldm.conditioners.compose import ConditionerSet, conditions_given, guidance_terms, parse_conditions
 from ldm.conditioners.score import ScoreEmbedder
 from ldm.config import instantiate_from_config
 from ldm.diffusion.guidance import cfg, compose
 from ldm.errors import UserError
-from ldm.inference import guided_denoiser
 from ldm.model_folder import write_model_folder
+from ldm.sampling.tiles import guided_denoiser
 
 CLASSES = ["LUAD", "LUSC", "HNSC"]
 UNET = dict(in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, attention_resolutions=[2],
@@ -336,7 +335,7 @@ def test_sampling_from_another_cohort_checks_its_genes_and_encoder(tmp_path):
     import pandas as pd
 
     from ldm.data.cohort import merge_index, write_store
-    from ldm.requests import requested_tiles
+    from ldm.requests.tiles import requested_tiles
 
     node = module("omics.OmicsEmbedder", dim=128, mutation_genes=["TP53", "KRAS", "EGFR"])
     model = build(node, unet={"use_spatial_transformer": False, "context_dim": None})
@@ -355,7 +354,7 @@ def test_sampling_from_another_cohort_checks_its_genes_and_encoder(tmp_path):
 
 
 def test_a_table_is_read_field_by_field(model, tmp_path):
-    from ldm.requests import requested_tiles
+    from ldm.requests.tiles import requested_tiles
 
     path = tmp_path / "t.csv"
     path.write_text("class, score\nLUAD,0.5\nLUSC,1\n")

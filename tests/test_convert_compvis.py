@@ -12,13 +12,13 @@ from published import load, relative
 from torch import Tensor
 
 from ldm import cli
-from ldm.conditioners.field import FeatureField
 from ldm.conditioners.rescaler import SpatialRescaler
 from ldm.conditioners.text_transformer import TokenTransformer
 from ldm.config import instantiate_from_config
 from ldm.convert import build, check, convert, load_model, read_published
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import call_network
+from ldm.diffusion.fields import FeatureField
 from ldm.diffusion.guidance import cfg, clip
 from ldm.errors import UserError
 from ldm.interop import targets

@@ -17,8 +17,8 @@ from ldm.diffusion import samplers, schedules
 from ldm.diffusion.guidance import cfg, clip, dropped_condition
 from ldm.errors import UserError
 from ldm.interop.mitotic import BUFFERS, OTHER_BUFFERS
-from ldm.metrics.scorers import ResNetEnsemble, load_scorer
 from ldm.model_folder import load_model
+from ldm.scorers.ensemble import ResNetEnsemble, load_scorer
 
 CONFIG = "image_size: 16\n"
 

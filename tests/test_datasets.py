@@ -21,9 +21,9 @@ from ldm.data import dihedral
 from ldm.data.datasets import ImageFolderDataset, RegionDataset, TileDataset
 from ldm.data.features import features_to_grid, read_features
 from ldm.data.module import TileDataModule
-from ldm.data.slides import open_slide
 from ldm.data.tile_store import ArrayWriter, TileStore
 from ldm.errors import UserError, run_command
+from ldm.images.slides import open_slide
 
 TARGET = "ldm.data.datasets.TileDataset"
 

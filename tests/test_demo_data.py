@@ -10,9 +10,9 @@ from conftest import ROOT
 from PIL import Image
 from skimage.color import rgb2hed
 
-from data_prep import cut_samples
-from data_prep.demo_captions import SIZE, main
 from data_prep.import_captions import main as import_captions
+from demo.build import cut_samples
+from demo.build.demo_captions import SIZE, main
 from ldm.data.cohort import read_index
 from ldm.errors import UserError
 

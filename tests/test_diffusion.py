@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from ldm.conditioners.field import FeatureField, slerp
 from ldm.diffusion import schedules
 from ldm.diffusion.denoiser import EDMDenoiser, FlowDenoiser, TableDenoiser
+from ldm.diffusion.fields import FeatureField, slerp
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.losses import error_scale, min_snr_scale, scaled_error, variational_bound
 from ldm.diffusion.samplers import sample_ddim, sample_dpmpp_2m, sample_euler, sample_heun

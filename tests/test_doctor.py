@@ -7,8 +7,8 @@ import json
 import pytest
 
 from ldm.commands import doctor
-from ldm.conditioners.text_registry import REGISTRY as TEXTS
-from ldm.metrics.encoder_registry import REGISTRY as ENCODERS
+from ldm.encoders.registry import REGISTRY as ENCODERS
+from ldm.encoders.text_models import REGISTRY as TEXTS
 
 
 def run(monkeypatch, *words: str) -> int:

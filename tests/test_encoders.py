@@ -13,14 +13,15 @@ import yaml
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-from data_prep import extract_features, pretrain_encoder
+from data_prep import extract_features
+from demo.build import pretrain_encoder
 from ldm.config import load_config
 from ldm.data import dihedral
 from ldm.data.tile_store import TileStore, TileStoreWriter
+from ldm.encoders import encoder as encoders
+from ldm.encoders.encoder import Encoder, load_encoder
+from ldm.encoders.registry import REGISTRY, EncoderSpec
 from ldm.errors import UserError
-from ldm.metrics import encoders
-from ldm.metrics.encoder_registry import REGISTRY, EncoderSpec
-from ldm.metrics.encoders import Encoder, load_encoder
 
 DEMO = ROOT / "data" / "models" / "demo-encoder"
 GLASS, TISSUE = (0, 0), (896, 512)  # level-0 x, y of a tile without and with tissue
@@ -99,10 +100,10 @@ def test_demo_encoder_reaches_its_recorded_figures_on_held_out_tiles(demo):
     recorded = yaml.safe_load((DEMO / "encoder.yaml").read_text())["figures"]
     config = load_config([ROOT / "configs" / "demo" / "encoder.yaml"])
     config["images"][0]["path"] = str(ROOT / config["images"][0]["path"])
-    figures = pretrain_encoder.held_out_figures(demo, config, size=162)
-    assert figures["held_out_tiles"] == recorded["held_out_tiles"] > 100
-    assert figures["retrieval_top1"] >= recorded["retrieval_top1"] - 0.03 > 0.8
-    assert figures["tissue_r2"] >= recorded["tissue_r2"] - 0.03 > 0.8
+    measures = pretrain_encoder.held_out_measures(demo, config, size=162)
+    assert measures["held_out_tiles"] == recorded["held_out_tiles"] > 100
+    assert measures["retrieval_top1"] >= recorded["retrieval_top1"] - 0.03 > 0.8
+    assert measures["tissue_r2"] >= recorded["tissue_r2"] - 0.03 > 0.8
 
 
 def test_demo_encoder_features_have_unit_scale(demo, slide):

@@ -18,8 +18,8 @@ from typer.testing import CliRunner
 
 from ldm.cli import app
 from ldm.data.cohort import merge_index, write_store
-from ldm.data.slides import open_slide
 from ldm.errors import UserError
+from ldm.images.slides import open_slide
 
 SIDE = 64
 
@@ -40,7 +40,7 @@ def section(folder, name):
     return next(each for each in report(folder)["sections"] if each["id"] == name)
 
 
-def figures(folder, name="distances"):
+def measures(folder, name="distances"):
     return {each["name"]: each for each in section(folder, name)["figures"]}
 
 
@@ -99,11 +99,11 @@ def test_a_report_has_everything_that_the_sets_allow(evaluated):
         "samples", "distances", "classes", "conditions", "memorisation",
     ]  # fmt: skip
     names = ["fid", "fd_infinity", "kid", "cmmd", "precision", "recall", "density", "coverage"]
-    measured = figures(out)
+    measured = measures(out)
     assert list(measured) == names
     assert all(each["low"] <= each["value"] <= each["high"] for each in measured.values())
-    assert figures(out, "conditions")["condition_margin"]["low"] > 0
-    assert figures(out, "conditions")["retrieval_top1"]["value"] > 0.8
+    assert measures(out, "conditions")["condition_margin"]["low"] > 0
+    assert measures(out, "conditions")["retrieval_top1"]["value"] > 0.8
     assert section(out, "memorisation")["data"]["verdict"] == "no sign"
     real = found["sets"]["real"]
     assert (real["count"], real["splits"], real["patients"], real["licence"]) == (100, {"test": 100}, 2, "CC0-1.0")
@@ -118,8 +118,8 @@ def test_a_report_has_everything_that_the_sets_allow(evaluated):
 
 def test_too_few_images_for_a_covariance_are_told(evaluated):
     out, output = evaluated
-    assert "50 images, 3072 dimensions" in figures(out)["fid"]["invalid"]
-    assert "invalid" not in figures(out)["kid"]
+    assert "50 images, 3072 dimensions" in measures(out)["fid"]["invalid"]
+    assert "invalid" not in measures(out)["kid"]
     assert "50 images are fewer than the 3072 dimensions of pixels: FID and FD∞ are not valid" in " ".join(
         report(out)["warnings"]
     )
@@ -144,10 +144,10 @@ def test_features_are_not_made_twice(world, evaluated):
     assert {path.name for path in files} == {
         f"{role}-pixels.h5" for role in ("generated", "real", "train", "conditions")
     }
-    kept = figures(out)
+    kept = measures(out)
     run("--generated", out / "features" / "generated-pixels.h5", "--real", out / "features" / "real-pixels.h5",
         "--out", world / "of-files")  # fmt: skip
-    assert figures(world / "of-files") == kept
+    assert measures(world / "of-files") == kept
     assert files == {path: path.stat().st_mtime_ns for path in files}
 
 
@@ -185,9 +185,9 @@ def test_a_large_image_is_measured_whole_and_in_crops(region, world):
         "--features", "pixels", "--out", out)  # fmt: skip
     names = [each["id"] for each in report(out)["sections"]]
     assert names == ["samples", "distances", "canvas-generated", "canvas-real", "whole"]
-    canvas = figures(out, "canvas-generated")
+    canvas = measures(out, "canvas-generated")
     assert {"seams", "seams_like", "tone_drift", "repetition", "closest_windows"} <= canvas.keys()
-    assert 0 < figures(out, "whole")["whole_distance"]["value"] < 2
+    assert 0 < measures(out, "whole")["whole_distance"]["value"] < 2
     assert report(out)["sets"]["generated"]["count"] == 25
 
 
@@ -196,11 +196,11 @@ def test_pairs_and_scores(world):
     table.assign(target=table["target"].astype(int)).to_csv(world / "scores.csv", index=False)
     out = world / "pairs"
     run("--generated", world / "made", "--pairs", world / "made", "--scores", world / "scores.csv", "--out", out)
-    measured = figures(out, "pairs")
+    measured = measures(out, "pairs")
     assert measured["ssim"]["value"] == pytest.approx(1)
     assert measured["psnr"]["value"] == 100
     assert len(section(out, "pairs")["data"]["pairs"]) == 50
-    assert figures(out, "scores")["auroc"]["value"] == 1
+    assert measures(out, "scores")["auroc"]["value"] == 1
     sets = report(out)["sets"]
     assert sets["generated"]["files_sha256"] == sets["paired"]["files_sha256"] != sets["scores"]["files_sha256"]
     assert "50 generated images of made against 50 paired images of made" in (out / "report.html").read_text()
@@ -219,9 +219,9 @@ def test_captions_are_scored_by_clip(world, tmp_path):
     table.assign(text=[f"tile {i % 5}" for i in range(len(table))]).to_csv(tmp_path / "made" / "tiles.csv", index=False)
     run("--generated", tmp_path / "made", "--real", world / "cohort", "--features", f"clip:{config}", "--weights",
         tmp_path / "clip.pt", "--out", tmp_path / "out")  # fmt: skip
-    captions = figures(tmp_path / "out", "captions")
+    captions = measures(tmp_path / "out", "captions")
     assert captions["clip_score"]["low"] <= captions["clip_score"]["value"] <= 100
-    assert figures(tmp_path / "out")["cmmd"]["value"] >= 0
+    assert measures(tmp_path / "out")["cmmd"]["value"] >= 0
     assert report(tmp_path / "out")["extractors"]["clip:tiny_clip"]["dim"] == known["embed_dim"]
 
 

@@ -14,23 +14,23 @@ from test_scorers import FAST, TINY, cell, write_cells
 from test_sequence import NODE
 from typer.testing import CliRunner
 
-from ldm import inference
 from ldm.cli import app
 from ldm.commands.filter import as_scores
 from ldm.commands.resample import Log
 from ldm.commands.scorers import held_out_of
 from ldm.config import instantiate_from_config
 from ldm.data.cohort import merge_index, write_store
-from ldm.data.images_out import save_png
+from ldm.data.collection import read_pictures
 from ldm.errors import UserError
-from ldm.metrics.labelled import Task, read_labelled
-from ldm.metrics.pictures import read_pictures
-from ldm.metrics.ratings import parse_scale, read_ratings
-from ldm.metrics.scorer_data import to_range
-from ldm.metrics.scorer_training import Recipe, train_scorer
-from ldm.metrics.scorers import ResNetEnsemble, load_scorer
-from ldm.metrics.scoring import chosen, merit
+from ldm.images.write import save_png
 from ldm.model_folder import write_model_folder
+from ldm.sampling import tiles as inference
+from ldm.scorers.data import to_range
+from ldm.scorers.ensemble import ResNetEnsemble, load_scorer
+from ldm.scorers.labelled import Task, read_labelled
+from ldm.scorers.ratings import parse_scale, read_ratings
+from ldm.scorers.select import chosen, merit
+from ldm.scorers.training import Recipe, train_scorer
 
 ARCH = [part for name, value in TINY.items() for part in ("--arch-arg", f"{name}={value}")]
 SMALL = Recipe(kwargs=TINY, size=16, members=2, epochs=8, shift=1, test=0.25, **FAST)
@@ -162,7 +162,7 @@ def test_what_images_are_kept_by():
 
 
 def read_pictures_of(about):
-    from ldm.metrics.pictures import Pictures
+    from ldm.data.collection import Pictures
 
     return Pictures([{"file": f"{i}.png", **row} for i, row in enumerate(about)], lambda i: None, "tiles")
 

@@ -14,8 +14,8 @@ import ldm
 from ldm.cli import app
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
-from ldm.inference import guided_denoiser, sampling_sigmas
 from ldm.model_folder import write_model_folder
+from ldm.sampling.tiles import guided_denoiser, sampling_sigmas
 
 SETTINGS = {"steps": 3, "progress": False, "guidance_scale": 3.0}
 CLASSES = module("class_token.ClassEmbedder", classes=["LUAD", "LUSC", "BRCA"], dim=128, acts="vector")

@@ -13,9 +13,9 @@ import torch
 import zarr
 from PIL import Image
 
-from ldm.data.images_out import save_bigtiff, save_ome_zarr, save_png, to_uint8
-from ldm.data.slides import open_slide
 from ldm.errors import UserError
+from ldm.images.slides import open_slide
+from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, to_uint8
 
 ABOUT = {"model": "demo µ", "seed": 7, "condition": {"features": "slide.zarr"}}
 

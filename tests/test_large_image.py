@@ -15,15 +15,15 @@ import zarr
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import AutoencoderKL, IdentityFirstStage
-from ldm.conditioners.field import FeatureField
+from ldm.devices import receive, send
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import TableDenoiser
+from ldm.diffusion.fields import FeatureField
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.tiled import tiled
 from ldm.errors import UserError
-from ldm.inference import decode_canvas, guided_denoiser, large_image, run_solver, sampling_sigmas
 from ldm.rng import canvas_noise
-from ldm.transfers import receive, send
+from ldm.sampling.tiles import decode_canvas, guided_denoiser, large_image, run_solver, sampling_sigmas
 
 WINDOW = 16
 
@@ -142,7 +142,7 @@ def test_a_large_canvas_is_decoded_in_parts_into_an_array(monkeypatch):
     whole = decode_canvas(model, latents, progress=False)
     one = latents[..., :WINDOW, :WINDOW]
     assert torch.equal(decode_canvas(model, one, progress=False), model.decode(one).clamp(-1, 1))
-    monkeypatch.setattr("ldm.inference.DECODE_PART", 32)
+    monkeypatch.setattr("ldm.sampling.tiles.DECODE_PART", 32)
     out = np.zeros((80, 112, 3), np.uint8)
     decode_canvas(model, latents, progress=False, out=out)
     parts = decode_canvas(model, latents, progress=False)

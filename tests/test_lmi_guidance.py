@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ldm.diffusion.lmi_guidance import likeness_guidance
+from ldm.diffusion.guidance import likeness_guidance
 from ldm.diffusion.samplers import sample_euler, sample_heun
 from ldm.errors import UserError
 from ldm.networks.lmi import lmi_score

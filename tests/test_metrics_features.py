@@ -15,20 +15,20 @@ from PIL import Image
 
 from ldm.data.cohort import merge_index, write_store
 from ldm.data.features import read_features
-from ldm.data.slides import open_slide
+from ldm.data.image_sets import images_by_name, open_images
 from ldm.data.tile_store import ArrayWriter, TileStore
-from ldm.errors import UserError
-from ldm.metrics import inception
-from ldm.metrics.clip_images import load_clip
-from ldm.metrics.extractors import Extractor, load_extractor
-from ldm.metrics.feature_files import (
+from ldm.encoders import inception
+from ldm.encoders.clip import load_clip
+from ldm.encoders.extractors import Extractor, load_extractor
+from ldm.encoders.feature_files import (
     check_alike,
     extract,
     features_of_stores,
     read_feature_file,
     write_feature_file,
 )
-from ldm.metrics.image_sets import images_by_name, open_images
+from ldm.errors import UserError
+from ldm.images.slides import open_slide
 
 SIDE = 48
 

@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from ldm.data.slides import open_slide
+from ldm.encoders.feature_files import FeatureSet
 from ldm.errors import UserError
+from ldm.images.large import open_large
+from ldm.images.slides import open_slide
 from ldm.metrics import conditional, large_images, pairs
-from ldm.metrics.feature_files import FeatureSet
-from ldm.metrics.large_reader import open_large
 from ldm.metrics.memorisation import memorisation, nearest
 
 RNG = np.random.default_rng(3)
@@ -36,14 +36,14 @@ def region(demo_slide):
 def test_images_that_follow_find_their_condition_first():
     conditions = RNG.normal(size=(50, 32))
     found = conditional.following(conditions + 0.3 * RNG.normal(size=conditions.shape), conditions)
-    figures = {each.name: each for each in conditional.following_figures(found, None)}
-    assert figures["retrieval_top1"].value == 1
-    assert figures["retrieval_rank"].value == 1
-    assert figures["condition_margin"].low > 0.8
+    measures = {each.name: each for each in conditional.following_measures(found, None)}
+    assert measures["retrieval_top1"].value == 1
+    assert measures["retrieval_rank"].value == 1
+    assert measures["condition_margin"].low > 0.8
     lost = conditional.following(RNG.normal(size=conditions.shape), conditions)
-    figures = {each.name: each for each in conditional.following_figures(lost, None)}
-    assert figures["condition_margin"].low < 0 < figures["condition_margin"].high
-    assert figures["retrieval_rank"].value == pytest.approx(25.5, abs=6)
+    measures = {each.name: each for each in conditional.following_measures(lost, None)}
+    assert measures["condition_margin"].low < 0 < measures["condition_margin"].high
+    assert measures["retrieval_rank"].value == pytest.approx(25.5, abs=6)
     alike = conditional.following(np.ones((4, 3)), np.ones((4, 3)))  # a model of one image is told nothing
     assert alike.rank.tolist() == [4, 4, 4, 4]
     assert np.allclose(alike.margin, 0)
@@ -66,12 +66,12 @@ def test_fid_by_class_finds_the_class_that_is_wrong():
     real = feature_set(RNG.normal(size=(180, 4)), **{"class": labels})
     shift = np.where(labels == "b", 5.0, 0.0)[:, None]
     made = feature_set(RNG.normal(size=(180, 4)) + shift, **{"class": np.where(labels == "c", "d", labels)})
-    figures, warnings = conditional.per_class(made, real, "class", (None, None))
-    values = {each.title: each.value for each in figures}
+    measures, warnings = conditional.per_class(made, real, "class", (None, None))
+    values = {each.title: each.value for each in measures}
     assert values["FID, class b"] == pytest.approx(100, rel=0.15)
     assert values["FID, class a"] < 2
     assert warnings == ["classes in one set only, left out: c, d."]
-    assert not figures[0].invalid
+    assert not measures[0].invalid
     few, _ = conditional.per_class(
         made, feature_set(RNG.normal(size=(3, 4)), **{"class": ["a"] * 3}), "class", (None,) * 2
     )
@@ -83,22 +83,22 @@ def test_fid_by_class_finds_the_class_that_is_wrong():
 def test_clip_score_is_a_hundred_cosines():
     images, captions = RNG.normal(size=(20, 8)), RNG.normal(size=(20, 8))
     expected = torch.nn.functional.cosine_similarity(*map(torch.from_numpy, (images, captions))).clamp(min=0).mean()
-    figures = conditional.clip_score(images, captions, None)
-    assert figures[0].value == pytest.approx(100 * float(expected))
+    measures = conditional.clip_score(images, captions, None)
+    assert measures[0].value == pytest.approx(100 * float(expected))
     assert conditional.clip_score(images, images, None)[0].value == pytest.approx(100)
 
 
 def test_calibration_of_scores():
     score = RNG.uniform(size=4000)
     good = pd.DataFrame({"score": score, "target": (RNG.uniform(size=4000) < score).astype(float)})
-    figures = {each.name: each for each in conditional.calibration(good).figures}
-    assert figures["calibration_error"].value < 0.03
-    assert figures["auroc"].value == pytest.approx(5 / 6, abs=0.02)  # of p drawn uniformly
-    assert figures["auroc"].low < 5 / 6 < figures["auroc"].high
+    measures = {each.name: each for each in conditional.calibration(good).measures}
+    assert measures["calibration_error"].value < 0.03
+    assert measures["auroc"].value == pytest.approx(5 / 6, abs=0.02)  # of p drawn uniformly
+    assert measures["auroc"].low < 5 / 6 < measures["auroc"].high
     sure = good.assign(score=good["score"].round() * 0.98 + 0.01, score_0=0.2, score_1=0.6)
-    figures = {each.name: each for each in conditional.calibration(sure).figures}
-    assert figures["calibration_error"].value == pytest.approx(0.25, abs=0.03)
-    assert figures["disagreement"].value == pytest.approx(0.2)
+    measures = {each.name: each for each in conditional.calibration(sure).measures}
+    assert measures["calibration_error"].value == pytest.approx(0.25, abs=0.03)
+    assert measures["disagreement"].value == pytest.approx(0.2)
     with pytest.raises(UserError, match=r"needs the column 'target'.*did you mean 'targets'"):
         conditional.calibration(good.rename(columns={"target": "targets"}))
     with pytest.raises(UserError, match="number from 0 to 1; row 2 has '7"):
@@ -111,7 +111,7 @@ def test_a_patients_positives_and_negatives_are_drawn_together():
     target = np.tile([0.0, 1.0], 300)
     score = (0.5 + 0.1 * (target - 0.5) + shift + rng.normal(scale=0.05, size=600)).clip(0, 1)
     table = pd.DataFrame({"score": score, "target": target})
-    found = next(each for each in conditional.calibration(table, groups).figures if each.name == "auroc")
+    found = next(each for each in conditional.calibration(table, groups).measures if each.name == "auroc")
     drawn = []
     for _ in range(300):
         rows = np.concatenate([np.flatnonzero(groups == g) for g in rng.integers(30, size=30)])
@@ -140,12 +140,12 @@ def test_copies_are_caught_and_new_images_are_not():
     copies = train[RNG.integers(32, size=80)] + 0.05 * spread(80)
     found = memorisation(feature_set(copies), held_out, feature_set(train))
     assert found.verdict == "memorises"
-    assert {each.name: each.value for each in found.figures}["close_share"] == 1
+    assert {each.name: each.value for each in found.measures}["close_share"] == 1
     assert len(found.copies) == 80
     assert len(found.repeats) > 20  # of 32 images, several are made more than once
     fresh = memorisation(feature_set(spread(80)), held_out, feature_set(train))
     assert fresh.verdict == "no sign"
-    assert fresh.figures[0].low < 0.5 < fresh.figures[0].high
+    assert fresh.measures[0].low < 0.5 < fresh.measures[0].high
     some = np.concatenate([copies[:6], spread(74)])
     assert set(range(6)) <= set(memorisation(feature_set(some), held_out, feature_set(train)).copies)
 
@@ -172,7 +172,7 @@ def test_held_out_images_that_are_in_the_training_set_hide_nothing():
     found = memorisation(copies, mixed, feature_set(train))
     assert found.limit > 0.01
     assert found.verdict == "memorises"
-    assert "20 held-out images" in found.figures[3].note
+    assert "20 held-out images" in found.measures[3].note
 
 
 def test_a_model_of_one_image_repeats_itself():
@@ -269,12 +269,12 @@ def large(region, tmp_path_factory):
 
 def test_seams_show_where_they_are(large):
     real, seams = (
-        {each.name: each for each in large_images.seam_figures(large[name], 128)} for name in ("real", "seams")
+        {each.name: each for each in large_images.seam_measures(large[name], 128)} for name in ("real", "seams")
     )
     assert seams["seams"].value > real["seams"].value + 0.2
     assert "borders show" in seams["seams"].note
     assert "borders show" not in real["seams_like"].note
-    assert large_images.seam_figures(large["real"], 600) == []
+    assert large_images.seam_measures(large["real"], 600) == []
 
 
 def test_tone_drift_is_told_from_tissue(large):
@@ -306,7 +306,7 @@ def test_repetition_is_seen():
 
 
 def test_large_images_of_all_kinds_are_read_alike(region, tmp_path):
-    from ldm.data.images_out import save_bigtiff, save_ome_zarr
+    from ldm.images.write import save_bigtiff, save_ome_zarr
 
     Image.fromarray(region[:300, :280]).save(tmp_path / "x.png")
     save_bigtiff(tmp_path / "x.tif", region[:300, :280], 0.5, {}, quality=100)

@@ -10,9 +10,9 @@ from test_annotations import EOSINOPHIL, MITOSIS, SlideRunner, crops, midog
 
 from data_prep.mitosis_cells import cut_cell, main, prepare
 from ldm.data.cohort import read_index
-from ldm.data.slides import open_slide
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
+from ldm.images.slides import open_slide
 
 NAME = "CMU-1-Small-Region.svs"
 SIZE = (2220, 2967)  # of that slide

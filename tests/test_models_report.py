@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from ldm.model_card import HEADINGS
+from ldm.model_folder import HEADINGS
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-import model_figures
+import model_measures
 import models_report
 from models_report import CARD, JOBS, Row
 
@@ -28,7 +28,7 @@ def test_a_card_states_the_figures_of_the_report_and_has_all_headings(name):
     assert card.startswith(f"# {name}\n")
     assert tuple(re.findall(r"^## (.+)$", card, re.MULTILINE)) == HEADINGS
     assert all(part.strip() for part in re.split(r"^## .+$", card, flags=re.MULTILINE)[1:])
-    kept = [Row(**each) for each in json.loads((MODELS / "figures.json").read_text())[name]]
+    kept = [Row(**each) for each in json.loads((MODELS / "measures.json").read_text())[name]]
     assert models_report.rows_of(card) == kept
     assert kept
     assert all(re.fullmatch(r"-?\d+(\.\d+)?", each.value) for each in kept)
@@ -36,13 +36,13 @@ def test_a_card_states_the_figures_of_the_report_and_has_all_headings(name):
 
 def test_every_shipped_model_is_measured():
     assert set(SHIPPED) <= set(JOBS)
-    assert set(json.loads((MODELS / "figures.json").read_text())) <= set(JOBS)
+    assert set(json.loads((MODELS / "measures.json").read_text())) <= set(JOBS)
 
 
 def test_a_table_is_written_into_its_card_and_read_again():
-    rows = [model_figures.row("a", (0.1234, 0.1, 0.15), "3 tiles"), model_figures.row("b", [2.0], "one", 1)]
+    rows = [model_measures.row("a", (0.1234, 0.1, 0.15), "3 tiles"), model_measures.row("b", [2.0], "one", 1)]
     assert rows[1] == Row("b", "2.0", "", "one")
-    assert model_figures.share("c", np.array([1.0, 1.0, 0.0]), "3").interval == "0.208 to 0.939"
+    assert model_measures.share("c", np.array([1.0, 1.0, 0.0]), "3").interval == "0.208 to 0.939"
     card = "# m\n\n## Data\n\nx\n\n## Figures\n\n| old |\n|---|\n| 1 |\n\nWords of mine.\n\n## Use\n\n| kept | |\n"
     new = models_report.with_table(card, rows)
     assert models_report.rows_of(new) == rows
@@ -58,7 +58,7 @@ def test_what_was_measured_is_kept_until_its_model_changes(tmp_path, monkeypatch
 
     def measure(folder, precision):
         calls.append(folder.name)
-        return [model_figures.row("x", [len(calls)], "here", 0)]
+        return [model_measures.row("x", [len(calls)], "here", 0)]
 
     monkeypatch.setattr(models_report, "JOBS", {"demo-x": models_report.Job(measure, 1)})
     folder = tmp_path / "data" / "models" / "demo-x"

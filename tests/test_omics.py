@@ -13,9 +13,9 @@ from data_prep.join_omics import join_labels, main
 from ldm.conditioners.omics import OmicsEmbedder
 from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.datasets import TileDataset
-from ldm.data.genes import read_gene_table
 from ldm.data.omics import join_omics
 from ldm.errors import UserError
+from ldm.tables.genes import read_gene_table
 
 HEAD, BRAIN, NORMAL, OTHER = "TCGA-CR-7395-01A-01-TS1", "TCGA-FG-6692-01Z-00-DX1", "TCGA-02-0047-11A-01-TS1", "CMU-1"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from published import guided_diffusion_unet, load, relative
 
-from ldm.conditioners.given import conditions_given, parse_conditions
+from ldm.conditioners.compose import conditions_given, parse_conditions
 from ldm.conditioners.omics import GeneSetEmbedder, OmicsEmbedder
 from ldm.config import instantiate_from_config, load_config, validate
 from ldm.errors import UserError

@@ -36,10 +36,10 @@ from ldm.conditioners.text_towers import read_tensors
 from ldm.config import instantiate_from_config
 from ldm.convert import convert, load_model, read_published
 from ldm.data.features import read_features
+from ldm.encoders import encoder as encoders
 from ldm.errors import UserError
 from ldm.interop.checkpoint import Inert, read_checkpoint, state_dict_of
-from ldm.metrics import encoders
-from ldm.metrics.scorers import load_scorer
+from ldm.scorers.ensemble import load_scorer
 
 DDCONFIG = {
     "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,

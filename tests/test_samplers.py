@@ -410,8 +410,8 @@ def test_infinite_sigmas_are_refused(name):
 
 
 def test_every_solver_is_known_by_its_name_to_the_commands():
-    from ldm import inference
     from ldm.cli.options import Solver
+    from ldm.sampling import tiles as inference
 
     assert [solver.value for solver in Solver] == list(inference.SOLVERS)
     x, sigmas = torch.full((1, 1, 4, 4), 5.0), schedules.karras_sigmas(25, 0.01, 20.0)

@@ -15,25 +15,25 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ldm.data.cohort import merge_index, write_store
+from ldm.data.collection import read_pictures
 from ldm.errors import UserError
-from ldm.metrics import scorer_training
-from ldm.metrics.labelled import read_labelled, split_groups
-from ldm.metrics.pictures import read_pictures
-from ldm.metrics.scorer_data import augmented, balanced_order, to_range
-from ldm.metrics.scorer_figures import (
+from ldm.rng import generator
+from ldm.scorers import training as scorer_training
+from ldm.scorers.calibration import (
     auroc,
     calibrated,
     calibration_error,
-    figures,
     fit_temperature,
+    measures,
     proportion,
     spearman,
     with_intervals,
 )
-from ldm.metrics.scorer_training import Recipe, begin_with, network_logits, train_scorer
-from ldm.metrics.scorers import ResNetEnsemble, load_scorer, make_network, save_scorer
-from ldm.metrics.scoring import score_pictures
-from ldm.rng import generator
+from ldm.scorers.data import augmented, balanced_order, to_range
+from ldm.scorers.ensemble import ResNetEnsemble, load_scorer, make_network, save_scorer
+from ldm.scorers.labelled import read_labelled, split_groups
+from ldm.scorers.select import score_pictures
+from ldm.scorers.training import Recipe, begin_with, network_logits, train_scorer
 
 FAST = {"batch_size": 6, "learning_rate": 5e-3}
 TINY = {"channels": [8, 8, 16, 16], "stem_width": 8}
@@ -137,8 +137,8 @@ def test_temperature_and_offset_are_found_again(kind):
     assert temperature == pytest.approx(2.5, rel=0.06)
     shift, wanted = (offset[0], 0.7) if kind == "binary" else (offset[0] - offset[2], 1.4)
     assert shift == pytest.approx(wanted, abs=0.1)
-    before = figures(kind, calibrated(kind, logits, 1.0, [0.0]), targets)
-    after = figures(kind, calibrated(kind, logits, temperature, offset), targets)
+    before = measures(kind, calibrated(kind, logits, 1.0, [0.0]), targets)
+    after = measures(kind, calibrated(kind, logits, temperature, offset), targets)
     assert after["ece"] < 0.02 < 0.1 < before["ece"]
 
 
@@ -321,12 +321,12 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_member(cells, tmp_path, monk
         return loss
 
     def told(kind, scores, targets):
-        found = figures(kind, scores, targets)
+        found = measures(kind, scores, targets)
         return found | {"auroc": planned[len(seen) - 1]} if len(seen) and told.early else found
 
     told.early = True
     monkeypatch.setattr(scorer_training, "_epoch", noted)
-    monkeypatch.setattr(scorer_training, "figures", told)
+    monkeypatch.setattr(scorer_training, "measures", told)
     scorer = train_scorer(data, tmp_path / "s", recipe(epochs=20, patience=3), progress=False)
     assert scorer.about["best_epochs"] == [2, 2]
     assert scorer.about["epochs"] == [5, 5]

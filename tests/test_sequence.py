@@ -12,14 +12,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from ldm import inference, sequences
 from ldm.cli import app
 from ldm.config import instantiate_from_config
-from ldm.data.images_out import save_animation
 from ldm.errors import UserError
-from ldm.metrics.scorers import Ensemble, Task, View, save_scorer
+from ldm.images.write import save_animation
 from ldm.model_folder import write_model_folder
-from ldm.sequences import correlation_interval, parse_sweep, rank_correlation
+from ldm.sampling import sweeps as sequences
+from ldm.sampling import tiles as inference
+from ldm.sampling.sweeps import correlation_interval, parse_sweep, rank_correlation
+from ldm.scorers.ensemble import Ensemble, Task, View, save_scorer
 
 NODE = {
     "target": "ldm.latent_diffusion.LatentDiffusion",
@@ -125,7 +126,7 @@ def test_a_real_cell_comes_back_under_its_own_score_and_moves_under_another(mode
 def test_the_middle_of_a_cell_is_what_training_saw(cells):
     from data_prep.mitosis_cells import cut_cell
     from ldm.commands.sequence import middle
-    from ldm.data.slides import open_slide
+    from ldm.images.slides import open_slide
 
     slide = open_slide(cells[0], mpp=0.25)
     assert np.array_equal(middle(cells[0], 32, 0.25, 0.5), cut_cell(slide, 64, 64, 32, 2.0))
@@ -192,7 +193,7 @@ def test_moving_pictures_say_that_they_are_synthetic(tmp_path, name):
 
 def test_a_gene_varies_as_a_score_does():
     from ldm.commands.sequence import conditions_of
-    from ldm.conditioners.given import conditions_given
+    from ldm.conditioners.compose import conditions_given
     from ldm.conditioners.omics import OmicsEmbedder
 
     conditioner = OmicsEmbedder(8, mutation_genes=["TP53", "EGFR"], expression_genes=["MKI67", "PTEN"])

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import ldm
 from ldm.cli import app
-from ldm.metrics.pictures import read_pictures
+from ldm.data.collection import read_pictures
 
 MODELS = ROOT / "data" / "models"
 

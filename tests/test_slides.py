@@ -13,9 +13,9 @@ import tifffile
 from PIL import Image
 
 from data_prep.tile_slides import find_slides, main, patient_of, split_of, tile_slide
-from ldm.data.slides import TissueMask, open_slide
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
+from ldm.images.slides import TissueMask, open_slide
 
 
 @pytest.fixture(params=[0, 4])
@@ -48,7 +48,7 @@ def test_reads_what_openslide_reads(demo_slide: Path):
 def test_thumbnail_in_blocks_has_no_seams(demo_slide: Path, monkeypatch: pytest.MonkeyPatch):
     slide = open_slide(demo_slide)
     whole = slide.thumbnail(4.0)
-    monkeypatch.setattr("ldm.data.slides._BLOCK", 700)
+    monkeypatch.setattr("ldm.images.slides._BLOCK", 700)
     assert np.abs(whole.astype(int) - slide.thumbnail(4.0)).mean() < 1.5
 
 

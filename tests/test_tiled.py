@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from published import load, relative
 from torch import Tensor
 
-from ldm.conditioners.field import FeatureField
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import TableDenoiser
+from ldm.diffusion.fields import FeatureField
 from ldm.diffusion.guidance import cfg, compose, known_region, within
 from ldm.diffusion.tiled import (
     drawn_starts,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm.autoencoder import tiled_decode
 from ldm.autoencoder.autoencoder import AutoencoderKL
-from ldm.autoencoder.tiled_decode import decode_tiled, decode_tiles, local_group_norm, local_statistics, spans, spread
+from ldm.sampling import local_norm as tiled_decode
+from ldm.sampling.local_norm import decode_tiled, decode_tiles, local_group_norm, local_statistics, spans, spread
 
 DDCONFIG = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2],
                 num_res_blocks=1, attn_resolutions=[], dropout=0.0, mid_attention=False)  # fmt: skip

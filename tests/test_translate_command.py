@@ -18,15 +18,15 @@ from data_prep.train_feature_map import main as train_feature_map
 from ldm.cli import app
 from ldm.commands.translate import said_by
 from ldm.conditioners.compose import ConditionerSet
-from ldm.conditioners.edits import edited, parse_edits
 from ldm.config import instantiate_from_config
 from ldm.data.cohort import write_store
-from ldm.data.images_out import save_bigtiff, save_ome_zarr
 from ldm.data.tile_store import ArrayWriter
+from ldm.encoders.feature_map import Transport, fit_transport, load_transport, save_transport
 from ldm.errors import UserError
+from ldm.images.write import save_bigtiff, save_ome_zarr
 from ldm.model_folder import write_model_folder
-from ldm.translation_spec import load_spec, plan_of_flags, read_pairs, read_spec
-from ldm.transport import Transport, fit_transport, load_transport, save_transport
+from ldm.requests.edits import edited, parse_edits
+from ldm.requests.spec import load_spec, plan_of_flags, read_pairs, read_spec
 
 GENES = {"mutation_genes": ["TP53", "EGFR"], "expression_genes": ["MKI67", "PTEN", "ESR1"]}
 CONDITIONERS = {

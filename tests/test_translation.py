@@ -19,8 +19,8 @@ from ldm.diffusion.consistency import consistent, descend, match_low, projected,
 from ldm.diffusion.denoiser import per_sample
 from ldm.diffusion.guidance import clip
 from ldm.errors import UserError
-from ldm.translate_images import Classifier
-from ldm.translation import invert, invert_exactly, invert_published, invertible, sdedit, translate
+from ldm.sampling.inversion import invert, invert_exactly, invert_published, invertible, sdedit, translate
+from ldm.sampling.translate import Classifier
 
 CENTRES = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -166,7 +166,7 @@ def ends(model, golden: dict, start: Tensor, cond: dict, **settings) -> Tensor:
         return start * (1 + sigmas[0] ** 2).sqrt()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ldm.translate_images.invert_published", begin)
+        patch.setattr("ldm.sampling.translate.invert_published", begin)
         found = ldm.translate(
             model, golden["image"], None, cond, steps=10, published=True, progress=False, **settings
         )

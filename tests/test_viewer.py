@@ -20,10 +20,10 @@ import zarr
 from browser import Browser
 from PIL import Image
 
-from ldm.data.images_out import save_bigtiff, save_ome_zarr, save_png, save_real_png
-from ldm.data.slides import open_slide
 from ldm.data.tile_store import TileStoreWriter
 from ldm.errors import UserError
+from ldm.images.slides import open_slide
+from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, save_real_png
 from ldm.viewer.pictures import Source, find, open_picture
 from ldm.viewer.server import BORDER, TILE, Gallery, ViewerServer, host_allowed
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.weights import read_state_dict
+from ldm.encoders.encoder import load_encoder
 from ldm.errors import UserError
-from ldm.metrics.encoders import load_encoder
 
 # torchvision's ImageNet backbones, under the names that torch.hub stores them by
 BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
@@ -60,7 +60,7 @@ def _load_trunk(trunk: nn.Module, path: Path) -> None:
 
 
 class EncoderMaps(nn.Module):
-    """The first `levels` feature maps of a tile encoder (`ldm.metrics.encoders`), of images at their own resolution.
+    """The first `levels` feature maps of a tile encoder (`ldm.encoders.encoder`), of images at their own resolution.
 
     Images (B,3,H,W) in [-1,1] -> list of (B,C_i,H_i,W_i). The trunk must take any size, as convolutional ones do.
     """

@@ -96,7 +96,7 @@ def evaluate(
         raise UserError("--compare takes two finished reports, and nothing else but --out.")
     from ldm.commands.evaluate import Asked, compare_reports
     from ldm.commands.evaluate import evaluate as run
-    from ldm.requests import parse_where
+    from ldm.requests.tiles import parse_where
 
     if compare is not None:
         compare_reports(*compare, out)

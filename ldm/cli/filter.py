@@ -81,7 +81,7 @@ ViewsOption = Annotated[int, typer.Option("--views", help="Orientations a score 
 def _recipe(arch_args: list[str] | None, weights: Path | None, **given: Any) -> Any:
     import yaml
 
-    from ldm.metrics.scorer_training import Recipe
+    from ldm.scorers.training import Recipe
 
     kwargs = {}
     for text in arch_args or []:
@@ -133,7 +133,7 @@ def train_scorer(
     histoldm train-scorer --data ratings/ratings.csv --colour 0 --out filter
     """
     from ldm.commands.scorers import train
-    from ldm.requests import parse_where
+    from ldm.requests.tiles import parse_where
 
     recipe = _recipe(
         arch_arg, weights, arch=arch, size=size, members=members, test=test, epochs=epochs,
@@ -169,7 +169,7 @@ def score(
     Example: histoldm score --scorer scorer --images tiles --out scores.csv
     """
     from ldm.commands.filter import score_images
-    from ldm.requests import parse_where
+    from ldm.requests.tiles import parse_where
 
     score_images(scorer, images, out, pick_device(device), batch_size, crop, parse_where(where or []), target)
 
@@ -249,7 +249,7 @@ def resample(
     Example: histoldm resample --model M --condition score=0.8 --scorer S --matches score --above 0.9 --until 32 --out D
     """
     from ldm.commands.resample import resample as run
-    from ldm.requests import parse_guidance, parse_where
+    from ldm.requests.tiles import parse_guidance, parse_where
 
     if features is None and table is None and count is not None:
         raise UserError("--count goes with --features or --table; --until says how many tiles are to pass.")
@@ -299,7 +299,7 @@ def utility(
     Example: histoldm utility --real crops.csv --synthetic cells --label score --crop 32 --out utility
     """
     from ldm.commands.scorers import utility as run
-    from ldm.requests import parse_where
+    from ldm.requests.tiles import parse_where
 
     recipe = _recipe(
         arch_arg, weights, arch=arch, size=size, members=members, test=test, epochs=epochs,

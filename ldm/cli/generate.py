@@ -85,7 +85,7 @@ def sample(
     histoldm sample --model data/models/demo-ssl --features store.zarr --where split=val --out tiles
     """
     from ldm.commands.generate import sample_tiles
-    from ldm.requests import parse_guidance, parse_where
+    from ldm.requests.tiles import parse_guidance, parse_where
 
     asked = {"features": features, "feature": feature, "where": parse_where(where or []), "table": table}
     sample_tiles(
@@ -133,7 +133,7 @@ def large_image(
     Example: histoldm large-image --model M --features store.zarr --region 896,1472,1024,1024 --out image.tif
     """
     from ldm.commands.generate import generate_large_image
-    from ldm.requests import parse_guidance
+    from ldm.requests.tiles import parse_guidance
 
     generate_large_image(
         model, features, out, feature, integers(region, 4, "--region", "x,y,width,height"),

@@ -78,7 +78,7 @@ def sequence(
     from real cells: histoldm sequence --model M --vary score=0:1:5 --images cohort --where split=val --out moved
     """
     from ldm.commands.sequence import write_sequences
-    from ldm.requests import parse_guidance, parse_where
+    from ldm.requests.tiles import parse_guidance, parse_where
 
     write_sequences(
         model, out, pick_device(device), vary, condition or [], batch_size, scorer, animation.value,

@@ -120,7 +120,7 @@ def translate(
     histoldm translate --model M --images a.png --edit mutation=TP53:1 --edit expression=MKI67:0:1:5 --out out
     """
     from ldm.commands.translate import translate_pictures
-    from ldm.requests import parse_guidance, parse_where
+    from ldm.requests.tiles import parse_guidance, parse_where
 
     asked = {
         "region": integers(region, 4, "--region", "x,y,width,height"), "mpp": mpp, "where": parse_where(where or []),

@@ -20,9 +20,8 @@ from typing import Any
 
 from packaging.requirements import Requirement
 
-from ldm.data.tile_store import tool_version
 from ldm.errors import UserError
-from ldm.files import sha256, writable_folder
+from ldm.files import sha256, tool_version, writable_folder
 
 MARKS = {"ok": "ok", "missing": "--", "problem": "!!"}
 FREE_BYTES = 5e9  # less than this on a disk is a problem: stores, latents and checkpoints fill it soon
@@ -156,9 +155,9 @@ def main_memory() -> tuple[int, int] | None:
 
 
 def encoder_weights() -> Iterator[Finding]:
-    """Tile encoders that are known by name (`ldm.metrics.encoder_registry`)."""
-    from ldm.metrics.encoder_registry import REGISTRY
-    from ldm.metrics.encoders import weights_home
+    """Tile encoders that are known by name (`ldm.encoders.registry`)."""
+    from ldm.encoders.encoder import weights_home
+    from ldm.encoders.registry import REGISTRY
 
     for spec in REGISTRY.values():
         path = weights_home() / spec.name / spec.file
@@ -166,9 +165,9 @@ def encoder_weights() -> Iterator[Finding]:
 
 
 def text_weights() -> Iterator[Finding]:
-    """Text models that are known by name (`ldm.conditioners.text_registry`)."""
-    from ldm.conditioners.text_registry import REGISTRY
-    from ldm.metrics.encoders import weights_home
+    """Text models that are known by name (`ldm.encoders.text_models`)."""
+    from ldm.encoders.encoder import weights_home
+    from ldm.encoders.text_models import REGISTRY
 
     for model in REGISTRY.values():
         folder = weights_home() / model.name
@@ -191,8 +190,8 @@ def metric_weights() -> Iterator[Finding]:
     import torch
 
     from ldm.autoencoder.perceptual import BACKBONES
-    from ldm.metrics import inception
-    from ldm.metrics.encoders import weights_home
+    from ldm.encoders import inception
+    from ldm.encoders.encoder import weights_home
 
     path = weights_home() / "inception" / inception.FILE
     yield _file("Metrics and losses", "Inception (FID)", path, inception.SOURCE, inception.LICENCE)
@@ -210,7 +209,7 @@ def _file(group: str, name: str, path: Path, source: str, licence: str) -> Findi
 
 def folders() -> Iterator[Finding]:
     """Whether the folders that commands write to can be written, and how much room they have."""
-    from ldm.metrics.encoders import weights_home
+    from ldm.encoders.encoder import weights_home
 
     for name, path in (("here", Path.cwd()), ("weights", weights_home()), ("temporary", Path(tempfile.gettempdir()))):
         there = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -286,7 +285,7 @@ def check_tiff(folder: Path) -> str:
     import numpy as np
     import openslide
 
-    from ldm.data.images_out import save_bigtiff
+    from ldm.images.write import save_bigtiff
 
     image = np.full((600, 400, 3), 200, np.uint8)
     path = save_bigtiff(folder / "doctor.tif", image, 0.5, {"model": "doctor"})

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch.hub import get_dir
 
-from ldm.commands import evaluation_sections as ask
-from ldm.commands.evaluation_sets import Extractors, Source, known_of, of_conditions, parse_weights
+from ldm.encoders.feature_files import FeatureSet, check_alike
 from ldm.errors import UserError, suggest
 from ldm.files import sha256, writable_folder, write_text
-from ldm.metrics.compare import compare_lines, compare_page, compared, read_report
+from ldm.images.large import LargeImage, open_large
 from ldm.metrics.conditional import few_images
-from ldm.metrics.feature_files import FeatureSet, check_alike
 from ldm.metrics.intervals import choose_unit, groups_of
-from ldm.metrics.large_reader import LargeImage, open_large
-from ldm.metrics.report import Report
+from ldm.report import sections as ask
+from ldm.report.compare import compare_lines, compare_page, compared, read_report
+from ldm.report.page import Report
+from ldm.report.sets import Extractors, Source, known_of, of_conditions, parse_weights
 
 FEWEST = 8  # images of a set that a distance needs
 

@@ -12,16 +12,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ldm.data.images_out import save_png, save_real_png
+from ldm.data.collection import LIST, Pictures, read_pictures
 from ldm.errors import UserError, some
 from ldm.files import whole, writable_folder, write_text
-from ldm.metrics.labelled import Task, targets_of
-from ldm.metrics.pictures import LIST, Pictures, read_pictures
-from ldm.metrics.ratings import numbered_sheet, parse_scale, synthetic_text_of, write_rating_folder
-from ldm.metrics.scorer_figures import proportion
-from ldm.metrics.scorers import load_scorer
-from ldm.metrics.scoring import chosen, merit, score_pictures, score_table
-from ldm.requests import evenly
+from ldm.images.write import save_png, save_real_png
+from ldm.requests.tiles import evenly
+from ldm.scorers.calibration import proportion
+from ldm.scorers.ensemble import load_scorer
+from ldm.scorers.labelled import Task, targets_of
+from ldm.scorers.ratings import numbered_sheet, parse_scale, synthetic_text_of, write_rating_folder
+from ldm.scorers.select import chosen, merit, score_pictures, score_table
 
 SHOWN = 48  # images of a contact sheet
 SETTINGS, SCORES, PARTIAL = "filter.json", "scores.csv", ".scores.partial.npz"

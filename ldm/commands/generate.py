@@ -12,16 +12,16 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm import inference
 from ldm.commands.outputs import contact_sheet, kept_tiles, provenance, weights_of
-from ldm.conditioners.given import parse_conditions
+from ldm.conditioners.compose import parse_conditions
 from ldm.convert import load_model
 from ldm.data.features import read_features
-from ldm.data.images_out import save_bigtiff, save_ome_zarr, save_png, to_uint8
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError
 from ldm.files import writable_folder, write_text
-from ldm.requests import check_encoder, evenly, feature_dim, is_store, pick_feature, requested_tiles
+from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, to_uint8
+from ldm.requests.tiles import check_encoder, evenly, feature_dim, is_store, pick_feature, requested_tiles
+from ldm.sampling import tiles as inference
 
 IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".ome.zarr")
 SHEET_TILES = 64

@@ -14,20 +14,20 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ldm import inference
 from ldm.commands.filter import parse_above
 from ldm.commands.outputs import provenance, weights_of
 from ldm.convert import load_model
-from ldm.data.images_out import save_png, to_uint8
+from ldm.data.collection import LIST, Pictures
 from ldm.errors import UserError
 from ldm.files import whole, writable_folder, write_text
-from ldm.metrics.pictures import LIST, Pictures
-from ldm.metrics.ratings import numbered_sheet
-from ldm.metrics.scorer_data import to_range
-from ldm.metrics.scorer_figures import proportion
-from ldm.metrics.scorers import Scorer, load_scorer
-from ldm.metrics.scoring import merit
-from ldm.requests import Requests, evenly, requested_tiles
+from ldm.images.write import save_png, to_uint8
+from ldm.requests.tiles import Requests, evenly, requested_tiles
+from ldm.sampling import tiles as inference
+from ldm.scorers.calibration import proportion
+from ldm.scorers.data import to_range
+from ldm.scorers.ensemble import Scorer, load_scorer
+from ldm.scorers.ratings import numbered_sheet
+from ldm.scorers.select import merit
 
 SETTINGS, ATTEMPTS = "resample.json", "attempts.csv"
 SHOWN = 48

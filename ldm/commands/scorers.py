@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ldm.data.collection import joined
 from ldm.errors import UserError, some
 from ldm.files import write_text
-from ldm.metrics.labelled import Labelled, read_labelled
-from ldm.metrics.pictures import joined
-from ldm.metrics.ratings import is_rating_table, read_ratings
-from ldm.metrics.scorer_figures import figures, with_intervals
-from ldm.metrics.scorer_training import BEST_OF, TEST_SCORES, Recipe, folds_of, train_scorer
-from ldm.metrics.scorers import Ensemble
+from ldm.scorers.calibration import measures, with_intervals
+from ldm.scorers.ensemble import Ensemble
+from ldm.scorers.labelled import Labelled, read_labelled
+from ldm.scorers.ratings import is_rating_table, read_ratings
+from ldm.scorers.training import BEST_OF, TEST_SCORES, Recipe, folds_of, train_scorer
 
 ARMS = ("real", "synthetic", "both")
 
@@ -141,7 +141,7 @@ def compared(tested: Labelled, scores: Mapping[str, np.ndarray]) -> dict[str, li
     name = BEST_OF[tested.task.kind]
 
     def measure(rows: np.ndarray) -> dict[str, float]:
-        each = {arm: figures(tested.task.kind, own[rows], tested.targets[rows])[name] for arm, own in scores.items()}
+        each = {arm: measures(tested.task.kind, own[rows], tested.targets[rows])[name] for arm, own in scores.items()}
         differences = {f"{name} {arm} - real": each[arm] - each["real"] for arm in ARMS[1:]}
         return {f"{name} {arm}": value for arm, value in each.items()} | differences
 

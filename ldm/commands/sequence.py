@@ -14,18 +14,19 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm import inference, sequences
 from ldm.commands.outputs import kept_tiles, provenance, weights_of
 from ldm.commands.sequence_pictures import film, sheet
-from ldm.conditioners.given import known_key, parse_conditions
+from ldm.conditioners.compose import known_key, parse_conditions
 from ldm.convert import load_model
-from ldm.data.images_out import save_animation, save_png, to_uint8
-from ldm.data.slides import open_slide
 from ldm.errors import UserError
 from ldm.files import sha256, writable_folder, write_text
-from ldm.metrics.scorers import load_scorer
-from ldm.requests import requested_tiles
-from ldm.sequences import Sweep, parse_sweep
+from ldm.images.slides import open_slide
+from ldm.images.write import save_animation, save_png, to_uint8
+from ldm.requests.tiles import requested_tiles
+from ldm.sampling import sweeps as sequences
+from ldm.sampling import tiles as inference
+from ldm.sampling.sweeps import Sweep, parse_sweep
+from ldm.scorers.ensemble import load_scorer
 
 SHOWN = 16  # sequences on the grid and in the moving picture
 MOVING = ("score", "mutation", "expression", "multiplier")  # kinds of conditions that are numbers

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.data.gene_lists import read_genes, read_text, repeated
 from ldm.errors import UserError, some, suggest
+from ldm.tables.gene_lists import read_genes, read_text, repeated
 
 KINDS = ("mutation", "expression")
 UNKNOWN = ("unknown", "nan", "na", "")

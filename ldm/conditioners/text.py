@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ldm.conditioners.base import Conditioner, as_list, where_kept
 from ldm.conditioners.text_tokens import LAYOUTS, ClipWords, FileWords, capacity, lay_out
-from ldm.conditioners.text_towers import build_tower, find_tower, tower_sha256
+from ldm.conditioners.text_towers import build_tower, tower_sha256
+from ldm.encoders.text_models import find_tower
 from ldm.errors import UserError
 
 PADS = ("eos", "zero")
@@ -22,7 +23,7 @@ class TextEmbedder(Conditioner):
 
     Reads batch[key]: captions (list of B), or their features (B,L,D) cached by `data_prep.encode_captions`; and, where
     the prompt names it, batch[modality_key] (list of B). L is chunks times the tower's context length, 77 for CLIP. The
-    tower's weights are part of the model; the towers known by name are in `ldm.conditioners.text_registry`.
+    tower's weights are part of the model; the towers known by name are in `ldm.encoders.text_models`.
 
     Args:
         model: a name of that registry, a local folder (open_clip_config.json or transformers' config.json, weights), a

@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 
 from ldm.data import dihedral as d4
 from ldm.data.conditions import TileConditions, index_rows
-from ldm.data.slides import TissueMask, open_slide
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, suggest
+from ldm.images.slides import TissueMask, open_slide
 from ldm.rng import fold
 
 Key = int | tuple[int, int]

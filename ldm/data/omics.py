@@ -21,8 +21,10 @@ import numpy as np
 import pandas as pd
 
 from ldm.data.cohort import merge_index, read_index
-from ldm.data.gene_lists import Scaler, read_genes, read_scaler
-from ldm.data.genes import (
+from ldm.errors import UserError, some, suggest
+from ldm.files import sha256, whole, write_text
+from ldm.tables.gene_lists import Scaler, read_genes, read_scaler
+from ldm.tables.genes import (
     QUANTILES,
     GeneNames,
     GeneTable,
@@ -34,8 +36,6 @@ from ldm.data.genes import (
     text_table,
     to_log2,
 )
-from ldm.errors import UserError, some, suggest
-from ldm.files import sha256, whole, write_text
 
 LEVELS = ("auto", "patient", "sample")
 DUPLICATES = ("error", "first", "mean")
@@ -111,7 +111,7 @@ def join_omics(
     """Join tables of mutations and expression to the slides of a cohort, and write them beside it.
 
     Args:
-        mutation, expression: tables as `ldm.data.genes.read_gene_table` takes them.
+        mutation, expression: tables as `ldm.tables.genes.read_gene_table` takes them.
         genes: table with a column `symbol` and columns of gene ids.
         gene_list: file with a gene per line: these, in this order; those that a table lacks are unknown everywhere.
         top_variable: only so many genes, those of the largest variance over training samples.

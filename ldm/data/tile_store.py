@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +21,7 @@ import zarr
 
 from ldm.data.shards import ShardBuffer, WriterLock, create_array, open_writable, read_array
 from ldm.errors import UserError, suggest
+from ldm.files import tool_version
 
 GROUPS = ("features", "latents", "labels")
 
@@ -237,13 +237,6 @@ def open_cohort(path: Path | str | Sequence[Path | str]) -> list[TileStore]:
     if not stores:
         raise UserError("no tile store given")
     return stores
-
-
-def tool_version() -> str:
-    try:
-        return version("histoldm")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser, per_sample
 
 TARGET = "target"  # of a condition: labels that guide and that the network is not told
 LogProbability = Callable[[Tensor, Tensor, Cond], Tensor]
+Likeness = Callable[[Tensor], Tensor]
 
 
 def cat_conds(*conds: Cond) -> dict[str, Tensor]:
@@ -158,6 +159,27 @@ def class_log_probability(
         return log_softmax(logits, dim=-1).gather(1, labels[:, None])[:, 0]
 
     return log_probability
+
+
+def likeness_guidance(denoiser: Denoiser, likeness: Likeness, scale: float) -> Denoiser:
+    """Guidance of the denoised image to where `likeness` is greater: x0 + scale * N * sigma^2 * d likeness(x0) / dx.
+
+    With p(source | x) proportional to exp(scale * N * likeness(x0(x))) this is classifier guidance (arXiv:2105.05233,
+    algorithm 2) whose classifier sees the denoised image (arXiv:2209.14687, equation 10): the gradient goes through the
+    denoiser, also inside no-grad samplers. N, the number of pixels, makes one scale fit every size.
+
+    likeness(x0) -> (B,) of images (B,C,H,W), differentiable and a mean over places: zero-shot translation compares a
+    source of another modality, by the LMI of networks, `lambda x0: lmi_score(source, (x0 + 1) / 2)`.
+    """
+
+    def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            x0 = denoiser(at, sigma, cond)
+            (gradient,) = torch.autograd.grad(likeness(x0).sum(), at)
+        return x0.detach() + scale * x.shape[-2:].numel() * per_sample(sigma, x) ** 2 * gradient
+
+    return guided
 
 
 def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:

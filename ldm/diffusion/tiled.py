@@ -21,9 +21,9 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from ldm.devices import receive, send
 from ldm.diffusion.denoiser import Cond, Denoiser
 from ldm.rng import fold
-from ldm.transfers import receive, send
 
 Corner = tuple[int, int]
 WindowCondition = Callable[[Sequence[Corner]], Cond]

@@ -42,7 +42,7 @@ def read_mitotic(path: Path, content: Any, *, config: str | Path | None = None) 
     weights = _weights(content)
     name = next((name for name in weights if name.endswith(MARK)), None)
     if name is None:
-        raise UserError(f"{path} is a ResNet-34 scorer, no diffusion model; ldm.metrics.scorers.load_scorer reads it.")
+        raise UserError(f"{path} is a ResNet-34 scorer, no diffusion model; ldm.scorers.ensemble.load_scorer reads it.")
     inner = name.removesuffix(MARK)  # "module.model." of a published checkpoint
     outer = inner.removesuffix("model.")
     network = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}

@@ -8,11 +8,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import rankdata
 
+from ldm.encoders.feature_files import FeatureSet
 from ldm.errors import UserError, suggest
 from ldm.metrics import frechet
-from ldm.metrics.feature_files import FeatureSet
-from ldm.metrics.figures import HIGHER, LOWER, Figure, figure
 from ldm.metrics.intervals import Estimate, mean_of
+from ldm.metrics.measure import HIGHER, LOWER, Measure, measure_of
 
 BINS = 10
 BLOCK = 2048  # images whose similarities are held at once
@@ -61,11 +61,11 @@ def _against(images: np.ndarray, given: np.ndarray, which: np.ndarray | None, le
     return Following(*(np.concatenate(each) for each in zip(*parts)), len(given))
 
 
-def following_figures(found: Following, groups: np.ndarray | None, **settings: int) -> list[Figure]:
+def following_measures(found: Following, groups: np.ndarray | None, **settings: int) -> list[Measure]:
     count = found.count
 
-    def mean(name: str, values: np.ndarray, title: str, note: str, better: str = HIGHER, **bounds: tuple) -> Figure:
-        return figure(name, mean_of(values, **bounds), (groups, None), title, better, note, **settings)
+    def mean(name: str, values: np.ndarray, title: str, note: str, better: str = HIGHER, **bounds: tuple) -> Measure:
+        return measure_of(name, mean_of(values, **bounds), (groups, None), title, better, note, **settings)
 
     unit = {"bounds": (0.0, 1.0)}
     return [
@@ -83,7 +83,7 @@ def following_figures(found: Following, groups: np.ndarray | None, **settings: i
 def per_class(
     generated: FeatureSet, real: FeatureSet, column: str, groups: tuple[np.ndarray | None, np.ndarray | None],
     **settings: int,
-) -> tuple[list[Figure], list[str]]:  # fmt: skip
+) -> tuple[list[Measure], list[str]]:  # fmt: skip
     """FID within each class that both sets have, and warnings. UserError where a set does not know `column`."""
     for features in (generated, real):
         if column not in features.table:
@@ -93,7 +93,7 @@ def per_class(
     names = sorted(set(labels[0]) & set(labels[1]))
     alone = sorted(set(labels[0]) ^ set(labels[1]))
     warnings = [f"classes in one set only, left out: {', '.join(alone[:10])}."] if alone else []
-    figures = []
+    measures = []
     for name in names:
         rows = [np.flatnonzero(own == name) for own in labels]
         if min(map(len, rows)) < LEAST:
@@ -103,12 +103,12 @@ def per_class(
         estimate = frechet.fid(generated.values[rows[0]], real.values[rows[1]])
         few = few_images(*map(len, rows), generated.values.shape[1])
         note = f"{len(rows[0])} generated, {len(rows[1])} real"
-        figures.append(
-            figure(f"fid_{column}_{name}", estimate, own, f"FID, {column} {name}", LOWER, note, few, **settings)
+        measures.append(
+            measure_of(f"fid_{column}_{name}", estimate, own, f"FID, {column} {name}", LOWER, note, few, **settings)
         )
-    if not figures:
+    if not measures:
         raise UserError(f"no {column} is in both sets with {LEAST} images: {', '.join(alone[:10])}.")
-    return figures, warnings
+    return measures, warnings
 
 
 def few_images(generated: int, real: int, dim: int) -> str:
@@ -122,16 +122,16 @@ def few_images(generated: int, real: int, dim: int) -> str:
 def clip_score(
     images: np.ndarray, captions: np.ndarray, groups: np.ndarray | None, which: np.ndarray | None = None,
     **settings: int,
-) -> list[Figure]:  # fmt: skip
+) -> list[Measure]:  # fmt: skip
     """CLIP score, 100 max(cos, 0) of images (N,D) and their captions (M,D) (Hessel et al. 2021, arXiv:2104.08718).
 
     which: (N,) the row of each image's caption; None: row by row.
     """
     found = _against(images, captions, which, 0.0)
     return [
-        figure("clip_score", mean_of(100 * found.own), (groups, None), "CLIP score", HIGHER, "100 · cosine",
+        measure_of("clip_score", mean_of(100 * found.own), (groups, None), "CLIP score", HIGHER, "100 · cosine",
                **settings),
-        figure("clip_margin", mean_of(100 * found.margin), (groups, None), "CLIP score less that of other captions",
+        measure_of("clip_margin", mean_of(100 * found.margin), (groups, None), "CLIP score less that of other captions",
                HIGHER, "0: the caption has no effect", **settings),
     ]  # fmt: skip
 
@@ -140,7 +140,7 @@ def clip_score(
 class Calibration:
     """Scores against what they should be. centre, mean, share (bins,): of scores, targets and images; NaN: no image."""
 
-    figures: list[Figure]
+    measures: list[Measure]
     centre: np.ndarray
     mean: np.ndarray
     share: np.ndarray
@@ -168,10 +168,10 @@ def calibration(table: pd.DataFrame, groups: np.ndarray | None = None, **setting
     side = np.sign(centre - mean)[place]
     error = Estimate(float(gap.mean()), side * (score - target) - gap.mean(), bounds=(0.0, 1.0))
     both = (groups, None)
-    figures = [
-        figure("calibration_error", error, both, "expected calibration error", LOWER, f"{BINS} bins", **settings),
-        figure("brier", mean_of((score - target) ** 2), both, "Brier score", LOWER, "mean squared error", **settings),
-        figure(
+    measures = [
+        measure_of("calibration_error", error, both, "expected calibration error", LOWER, f"{BINS} bins", **settings),
+        measure_of("brier", mean_of((score - target) ** 2), both, "Brier score", LOWER, "squared error", **settings),
+        measure_of(
             "score_bias", mean_of(score - target), both, "mean score less mean target", note="0 is best", **settings
         ),
     ]
@@ -180,15 +180,15 @@ def calibration(table: pd.DataFrame, groups: np.ndarray | None = None, **setting
         for own, added in ((target == 1, parts.generated), (target == 0, parts.real)):
             influence[own] = added * len(score) / own.sum()  # a patient's positives and negatives are drawn together
         estimate = Estimate(parts.value, influence, bounds=parts.bounds)
-        figures.append(
-            figure("auroc", estimate, both, "AUROC", HIGHER, "a positive scores above a negative", **settings)
+        measures.append(
+            measure_of("auroc", estimate, both, "AUROC", HIGHER, "a positive scores above a negative", **settings)
         )
     members = [table[name].to_numpy(float) for name in table if name.startswith("score_") and name[6:].isdigit()]
     if len(members) > 1:
         apart = np.std(members, axis=0)
-        figures.append(figure("disagreement", mean_of(apart), both, "disagreement of the ensemble", LOWER,
+        measures.append(measure_of("disagreement", mean_of(apart), both, "disagreement of the ensemble", LOWER,
                               f"standard deviation over {len(members)} members", **settings))  # fmt: skip
-    return Calibration(figures, centre, mean, count / len(score))
+    return Calibration(measures, centre, mean, count / len(score))
 
 
 def auroc(above: np.ndarray, below: np.ndarray) -> Estimate:

@@ -11,8 +11,8 @@ import numpy as np
 from skimage.color import rgb2lab
 
 from ldm.errors import UserError
-from ldm.metrics.figures import LOWER, Figure
-from ldm.metrics.large_reader import LargeImage
+from ldm.images.large import LargeImage
+from ldm.metrics.measure import LOWER, Measure
 from ldm.metrics.seams import NEAR, seam_ratios
 
 GLASS = 0.05  # mean optical density up to which a pixel is glass
@@ -112,7 +112,7 @@ def repetition(features: np.ndarray) -> Repetition:
     return Repetition(by_lag, float(strongest.max()), tuple(map(int, np.abs(lag))), closest)
 
 
-def seam_figures(image: LargeImage, tile: int) -> list[Figure]:
+def seam_measures(image: LargeImage, tile: int) -> list[Measure]:
     """Seam ratios on the lattice of `tile` px; none for an image of less than two tiles along a side."""
     if min(image.shape[:2]) < 2 * tile:
         return []
@@ -125,22 +125,22 @@ def seam_figures(image: LargeImage, tile: int) -> list[Figure]:
             f"gradient across {tile} px borders over that inside, {note}; 95% of other lattices {low:.3f} to {high:.3f}"
         )
         said = "" if ratios[0] <= high else ": borders show"
-        found.append(Figure(name, f"seam ratio, {note}", float(ratios[0]), better=LOWER, note=of + said))
+        found.append(Measure(name, f"seam ratio, {note}", float(ratios[0]), better=LOWER, note=of + said))
     return found
 
 
-def tone_figures(found: Tone) -> list[Figure]:
+def tone_measures(found: Tone) -> list[Measure]:
     if np.isnan(found.drift):
         return []
     note = f"ΔE between corners of the linear trend; shuffled windows {found.low:.1f} to {found.high:.1f}"
-    return [Figure("tone_drift", "tone drift over the canvas", found.drift, better=LOWER, note=note)]
+    return [Measure("tone_drift", "tone drift over the canvas", found.drift, better=LOWER, note=note)]
 
 
-def repetition_figures(found: Repetition) -> list[Figure]:
+def repetition_measures(found: Repetition) -> list[Measure]:
     rows, cols = found.lag
     note = f"autocorrelation of window features, at {rows} down and {cols} across"
     return [
-        Figure("repetition", "repetition", found.strongest, better=LOWER, note=note),
-        Figure("closest_windows", "most similar windows", found.closest, better=LOWER,
+        Measure("repetition", "repetition", found.strongest, better=LOWER, note=note),
+        Measure("closest_windows", "most similar windows", found.closest, better=LOWER,
                note=f"cosine of centred features, {FAR} windows apart or more; near 1: a copy"),
     ]  # fmt: skip

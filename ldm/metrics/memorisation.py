@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ldm.encoders.feature_files import FeatureSet, check_alike
 from ldm.errors import UserError
 from ldm.metrics.conditional import auroc
-from ldm.metrics.feature_files import FeatureSet, check_alike
-from ldm.metrics.figures import LOWER, Figure, figure
 from ldm.metrics.intervals import mean_of
+from ldm.metrics.measure import LOWER, Measure, measure_of
 
 QUANTILE = 0.05  # of held-out distances; as many held-out images are nearer
 CAUGHT = 0.25  # share of generated images below it, from whose lower end on a model memorises
@@ -39,7 +39,7 @@ class Memorisation:
     """What the comparison says: `memorises`, `nearer` or `no sign`; figures; nearest of both; the copies' rows."""
 
     verdict: str
-    figures: list[Figure]
+    measures: list[Measure]
     generated: Nearest
     held_out: Nearest
     limit: float
@@ -110,22 +110,22 @@ def memorisation(
     below = near < limit
     closer = auroc(-near, -usual)  # a generated image is nearer than a held-out one
     share = mean_of(below, bounds=(0.0, 1.0))
-    figures = [
-        figure("nearer", closer, groups, "generated nearer than held-out", LOWER, "0.5: as near as real",
+    measures = [
+        measure_of("nearer", closer, groups, "generated nearer than held-out", LOWER, "0.5: as near as real",
                **settings),
-        figure("close_share", share, (groups[0], None), "close to a training image", LOWER,
+        measure_of("close_share", share, (groups[0], None), "close to a training image", LOWER,
                f"share below {limit:.3f}, where {QUANTILE:.0%} of held-out images are", **settings),
-        Figure("nearest_median", "median distance to training", float(np.median(near)),
+        Measure("nearest_median", "median distance to training", float(np.median(near)),
                note=f"held-out {np.median(usual):.3f}; 1 - cosine of features"),
-        Figure("identical", "pixels of a training image", float(own.same.sum()), better=LOWER,
+        Measure("identical", "pixels of a training image", float(own.same.sum()), better=LOWER,
                note="exact duplicates" + (f"; {known} held-out images are such too, and left out" if known else "")),
     ]  # fmt: skip
     repeats = repeated(generated, limit, train.values.mean(0), device)
-    figures.append(Figure("repeated", "pairs of generated images as close", float(len(repeats)), better=LOWER,
+    measures.append(Measure("repeated", "pairs of generated images as close", float(len(repeats)), better=LOWER,
                           note=f"below {limit:.3f} of each other"))  # fmt: skip
-    caught = own.same.any() or figures[1].low > CAUGHT
-    verdict = "memorises" if caught else "nearer" if figures[0].low > 0.5 else "no sign"
-    return Memorisation(verdict, figures, own, real, limit, np.flatnonzero(below | own.same), repeats)
+    caught = own.same.any() or measures[1].low > CAUGHT
+    verdict = "memorises" if caught else "nearer" if measures[0].low > 0.5 else "no sign"
+    return Memorisation(verdict, measures, own, real, limit, np.flatnonzero(below | own.same), repeats)
 
 
 def repeated(features: FeatureSet, limit: float, centre: np.ndarray, device: str = "cpu") -> list[tuple[int, int]]:

@@ -15,10 +15,10 @@ from skimage.color import hdx_from_rgb, hed_from_rgb, separate_stains
 from torch import Tensor
 from tqdm import tqdm
 
+from ldm.data.collection import read_image
 from ldm.errors import UserError, some
-from ldm.metrics.figures import HIGHER, LOWER, NONE, Figure, figure
 from ldm.metrics.intervals import mean_of
-from ldm.metrics.pictures import read_image
+from ldm.metrics.measure import HIGHER, LOWER, NONE, Measure, measure_of
 
 SCALES = 5  # of MS-SSIM; the coarsest still holds its window of 11 px
 SMALLEST = (11 - 1) * 2 ** (SCALES - 1) + 1
@@ -148,14 +148,14 @@ def mutual_information(a: np.ndarray, b: np.ndarray) -> float:
     return float((joint[kept] * np.log2(joint[kept] / alone[kept])).sum())
 
 
-def pair_figures(measured: Mapping[str, np.ndarray], groups: np.ndarray | None, **settings: int) -> list[Figure]:
+def pair_measures(measured: Mapping[str, np.ndarray], groups: np.ndarray | None, **settings: int) -> list[Measure]:
     """Means over pairs with their intervals."""
-    figures = []
+    measures = []
     for name, values in measured.items():
         kept = ~np.isnan(values)
         if not kept.any():
             continue
         title, better, note = TITLES.get(name, (f"SSIM of {name.removeprefix('ssim_')}", HIGHER, "separated stain"))
         own = None if groups is None else groups[kept]
-        figures.append(figure(name, mean_of(values[kept]), (own, None), title, better or NONE, note, **settings))
-    return figures
+        measures.append(measure_of(name, mean_of(values[kept]), (own, None), title, better or NONE, note, **settings))
+    return measures

@@ -205,7 +205,7 @@ def lmi_score(
     """How much windows of the source tell of the target's at the same place, (B,) from 0; differentiable.
 
     The mean over windows of 2 I / (H1 + H2), each window's grey levels counted in soft histograms of the kernel of
-    `lmi_map`, but at no whole levels, so that a gradient leads to the target (`ldm.diffusion.lmi_guidance`). The kernel
+    `lmi_map`, but at no whole levels, so that a gradient leads to the target (`ldm.diffusion.guidance`). The kernel
     keeps it below 1, to which only sharp histograms of an image and itself would come. Windows of one grey level in
     the source, as on black ground, tell nothing and are left out.
 

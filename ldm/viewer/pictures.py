@@ -15,9 +15,9 @@ import tifffile
 import zarr
 from PIL import Image
 
-from ldm.data.slides import Slide, open_any
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
+from ldm.images.slides import Slide, open_any
 
 PLAIN = (".png", ".jpg", ".jpeg")
 SLIDES = tuple(".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm".split())

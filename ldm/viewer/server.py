@@ -29,8 +29,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from ldm.data.slides import Slide
 from ldm.errors import UserError
+from ldm.images.slides import Slide
 from ldm.viewer.pictures import Source, describe, find, open_picture
 
 TILE = 510  # px of a tile without its border

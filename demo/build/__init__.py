@@ -1,0 +1,1 @@
+"""The scripts that made the small models and samples of this repository."""

@@ -1,0 +1,1 @@
+"""What turns images into features: tile encoders and their registry, Inception, CLIP."""

@@ -1,0 +1,230 @@
+"""Feature files: the features of a set of images, whose they are, and how they were made. Distances read only these.
+
+    <set>.h5   features (N,D) f4    digest (N,) sha-256 of the pixels    table/<column> (N,)    attrs: histoldm (JSON)
+
+`ldm.data.features` reads them too, as any .h5 with `features`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from ldm.data.collection import read_pictures
+from ldm.data.features import read_features
+from ldm.data.image_sets import ImageSet, table_of
+from ldm.data.tile_store import open_cohort
+from ldm.encoders.extractors import Extractor
+from ldm.errors import UserError
+from ldm.files import remove, tool_version, whole, writable_folder, write_text
+
+SUFFIXES = (".h5", ".hdf5", ".npy", ".pt", ".pth")
+SAME = ("extractor", "weights_sha256", "resize", "preprocessing")  # what files that are compared share
+DIGEST = 32
+COPIED = 16_384  # rows copied at once
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features (N,D) float32 of a set, its table (see `ImageSet`), and about: extractor, weights, data.
+
+    digest: SHA-256 of each image's pixels, where they were read.
+    """
+
+    values: np.ndarray
+    table: pd.DataFrame
+    about: dict[str, Any] = field(default_factory=dict)
+    digest: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def name(self) -> str:
+        return str(self.about.get("data", {}).get("path", "features"))
+
+    def take(self, rows: np.ndarray) -> FeatureSet:
+        digest = None if self.digest is None else self.digest[rows]
+        return FeatureSet(self.values[rows], self.table.iloc[rows].reset_index(drop=True), self.about, digest)
+
+
+def extract(images: ImageSet, extractor: Extractor, out: Path, batch_size: int = 64, desc: str = "") -> FeatureSet:
+    """Write the features of images to the feature file `out`, batch by batch, and read it.
+
+    What an interrupted run left is gone on with; a file of the same images and extractor is read as it is.
+    UserError: a value that is not finite, a file made otherwise.
+    """
+    wanted = {"version": 1, **extractor.about, "dim": extractor.dim, "data": images.about}
+    wanted = json.loads(json.dumps(wanted, default=str))
+    if out.is_file() and _same(read_about(out), wanted):
+        return read_feature_file(out)
+    writable_folder(out.parent)
+    part = out.with_name(f".{out.name}.rows")
+    begun = part / "about.json"
+    if not (begun.is_file() and json.loads(begun.read_text()) == wanted):
+        remove(part)
+        part.mkdir()
+        write_text(begun, json.dumps(wanted))
+    with (part / "features").open("ab") as rows, (part / "digest").open("ab") as digests:
+        first = min(rows.tell() // (4 * extractor.dim), digests.tell() // DIGEST)
+        rows.truncate(first * 4 * extractor.dim)
+        digests.truncate(first * DIGEST)
+        bar = tqdm(total=len(images), initial=first, desc=desc or f"features {extractor.name}", unit="image")
+        with bar:
+            for batch in batches(images, first, batch_size):
+                values = extractor(batch)
+                if not np.isfinite(values).all():
+                    where = images.about["path"]
+                    raise UserError(f"{extractor.name} gives values that are not finite for images of {where}.")
+                rows.write(values.astype("<f4").tobytes())
+                digests.write(b"".join(hashlib.sha256(image.tobytes()).digest() for image in batch))
+                rows.flush()
+                digests.flush()
+                bar.update(len(batch))
+    pixels = hashlib.sha256((part / "digest").read_bytes()).hexdigest()
+    wanted["data"]["pixels_sha256"] = pixels
+    values = np.memmap(part / "features", "<f4", "r", shape=(len(images), extractor.dim))
+    digest = np.fromfile(part / "digest", f"V{DIGEST}")
+    write_feature_file(out, FeatureSet(values, images.table, wanted, digest))
+    del values
+    remove(part)
+    return read_feature_file(out)
+
+
+def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a file is of what is wanted; what only the reading told, and the tool's version, do not count."""
+    data = {key: value for key, value in found.get("data", {}).items() if key != "pixels_sha256"}
+    return {key: value for key, value in found.items() if key not in ("data", "tool")} == {
+        key: value for key, value in wanted.items() if key != "data"
+    } and data == wanted["data"]
+
+
+def batches(images: ImageSet, first: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Images from the first on, (B,H,W,3) uint8, the next batch being read while one is used."""
+    ranges = [range(start, min(start + batch_size, len(images))) for start in range(first, len(images), batch_size)]
+    with ThreadPoolExecutor(1) as reader:
+        pending = None
+        for rows in ranges:
+            following = reader.submit(lambda rows=rows: np.stack([images.read(i) for i in rows]))
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def write_feature_file(path: Path, features: FeatureSet) -> None:
+    """Write a feature file, whole or not at all."""
+    with whole(path) as part, h5py.File(part, "w") as file:
+        rows = file.create_dataset("features", features.values.shape, "f4")
+        for start in range(0, len(features), COPIED):
+            rows[start : start + COPIED] = features.values[start : start + COPIED]
+        if features.digest is not None:
+            file.create_dataset("digest", data=features.digest)
+        for name, column in features.table.items():
+            number = pd.api.types.is_numeric_dtype(column)
+            values = column.to_numpy(float) if number else column.fillna("").astype(str).to_list()
+            kind = "f8" if number else h5py.string_dtype()
+            file.create_dataset(f"table/{str(name).replace('/', ' ')}", data=values, dtype=kind)
+        file.attrs["histoldm"] = json.dumps({**features.about, "tool": f"histoldm {tool_version()}"}, default=str)
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What a feature file says of itself; nothing, if it was not written here."""
+    try:
+        with h5py.File(path, "r") as file:
+            return json.loads(file.attrs["histoldm"]) if "histoldm" in file.attrs else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a feature file: {str(error).splitlines()[0]}") from error
+
+
+def read_feature_file(path: Path) -> FeatureSet:
+    """A feature file, or features of any kind that `ldm.data.features` reads, of which nothing more is known."""
+    about = read_about(path) if path.suffix in (".h5", ".hdf5") and path.is_file() else {}
+    if not about:
+        values = read_features(path).values
+        values = values.reshape(-1, values.shape[-1])
+        values = values[~np.isnan(values).any(1)]
+        table = pd.DataFrame({"name": [str(i) for i in range(len(values))]})
+        data = {"path": path.name, "kind": "features", "count": len(values), "features_sha256": sha256_of(values)}
+        return FeatureSet(values, table, {"data": data, "dim": values.shape[1]})
+    with h5py.File(path, "r") as file:
+        values = np.asarray(file["features"], np.float32)
+        digest = np.asarray(file["digest"]) if "digest" in file else None
+        columns = {}
+        for name, column in file.get("table", {}).items():
+            columns[name] = column.asstr()[:] if h5py.check_string_dtype(column.dtype) else column[:]
+    table = pd.DataFrame(columns)
+    own = table[["name", *[name for name in table if name != "name"]]]
+    return FeatureSet(finite(values, path), own, about, digest)
+
+
+def finite(values: np.ndarray, path: Path) -> np.ndarray:
+    """The values (N,D). UserError where one is NaN or infinite."""
+    wrong = int((~np.isfinite(values).all(1)).sum())
+    if wrong:
+        raise UserError(f"{wrong} of {len(values)} features of {path} are NaN or infinite; extract them again.")
+    return values
+
+
+def sha256_of(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
+
+
+def features_of_stores(path: Path, feature: str, where: Mapping[str, Any] | None = None) -> FeatureSet:
+    """The features `feature` that the tiles of a store or cohort have already. UserError where they have none."""
+    stores = {store.slide: store for store in open_cohort(path)}
+    arrays = {slide: store.features(feature) for slide, store in stores.items()}
+    makers = {attrs.get("weights_sha256"): slide for slide, attrs in ((s, dict(a.attrs)) for s, a in arrays.items())}
+    if len(makers) > 1:
+        differ = ", ".join(makers.values())
+        raise UserError(f"the features '{feature}' of {path} were made by different weights in {differ}.")
+    pictures = read_pictures(path, where)
+    table = table_of(pictures)
+    values = np.empty((len(table), next(iter(arrays.values())).shape[-1]), np.float32)
+    for slide, rows in table.groupby("slide").indices.items():
+        own = np.asarray(arrays[slide][:], np.float32)
+        own = own[:, 0] if own.ndim == 3 else own
+        values[rows] = own[table["row"].to_numpy(int)[rows]]
+    attrs = dict(next(iter(arrays.values())).attrs)
+    data = {
+        "path": path.name, "kind": "features of stores", "count": len(table), "mpp": pictures.mpp,
+        "where": dict(where or {}), "licence": pictures.licence, "features_sha256": sha256_of(values),
+        "slides": int(table["slide"].nunique()), "patients": int(table["patient"].nunique()),
+    }  # fmt: skip
+    if "split" in table:
+        data["splits"] = {str(name): int(n) for name, n in table["split"].value_counts().items()}
+    about = {"extractor": attrs.get("encoder", feature), "dim": values.shape[1], "data": data}
+    about |= {name: attrs[name] for name in ("weights_sha256", "preprocessing", "licence") if name in attrs}
+    return FeatureSet(finite(values, path), table, about)
+
+
+def check_alike(a: FeatureSet, b: FeatureSet) -> None:
+    """UserError unless two sets of features can be compared: of one dimension and, as far as known, one maker."""
+    if a.values.shape[1] != b.values.shape[1]:
+        raise UserError(
+            f"{a.name} has features of dimension {a.values.shape[1]}, {b.name} of {b.values.shape[1]}: they are of "
+            "different extractors; extract both with the same one (--features)."
+        )
+    for name in SAME:
+        own, other = a.about.get(name), b.about.get(name)
+        if own is not None and other is not None and own != other:
+            raise UserError(
+                f"{a.name} and {b.name} hold features of different extractors: {name} is {_short(own)} and "
+                f"{_short(other)}; extract both with the same one (--features)."
+            )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text[:60] + ("..." if len(text) > 60 else "")

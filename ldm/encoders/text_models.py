@@ -1,0 +1,193 @@
+"""Published text models: what they are, their licence, where their weights come from, and which are on this disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+
+from ldm.encoders.encoder import weights_home
+from ldm.errors import UserError, suggest
+from ldm.interop.text_names import open_clip_config
+
+TOKEN_TRANSFORMER = "token_transformer"  # in text_cfg: the tower is CompVis' own
+CONFIGS = ("open_clip_config.json", "config.json")
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors", "pytorch_model.bin")
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A published model whose text tower conditions images.
+
+    name, source, licence: what it is called, where the authors give its weights, on what terms.
+    files: what its folder needs; of names joined by "|" one.
+    arch: open_clip's name of the architecture ("": its folder says it).
+    """
+
+    name: str
+    licence: str
+    source: str
+    files: tuple[str, ...]
+    arch: str = ""
+
+
+TRANSFORMERS = ("config.json", "model.safetensors|pytorch_model.bin")
+OPEN_CLIP = ("open_clip_config.json", "open_clip_model.safetensors|open_clip_pytorch_model.bin")
+
+REGISTRY = {
+    model.name: model
+    for model in (
+        # Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision". ViT-L/14 is the
+        # text encoder of Stable Diffusion 1.x
+        TextModel(
+            name="clip-vit-l-14", arch="ViT-L-14-quickgelu", licence="MIT", files=TRANSFORMERS,
+            source="https://huggingface.co/openai/clip-vit-large-patch14",
+        ),
+        TextModel(
+            name="clip-vit-b-32", arch="ViT-B-32-quickgelu", licence="MIT", files=TRANSFORMERS,
+            source="https://huggingface.co/openai/clip-vit-base-patch32",
+        ),
+        # Huang et al. 2023, "A visual-language foundation model for pathology image analysis using medical Twitter"
+        TextModel(
+            name="plip", arch="ViT-B-32-quickgelu", files=TRANSFORMERS,
+            licence="none stated; its model card allows research and no deployed use",
+            source="https://huggingface.co/vinid/plip",
+        ),
+        # Ikezogwo et al. 2023, "Quilt-1M: One Million Image-Text Pairs for Histopathology"
+        TextModel(
+            name="quiltnet-b-32", arch="ViT-B-32", files=OPEN_CLIP,
+            licence="MIT; its model card: a research output",
+            source="https://huggingface.co/wisdomik/QuiltNet-B-32",
+        ),
+        # Zhang et al. 2023, "BiomedCLIP: a multimodal biomedical foundation model pretrained from fifteen million
+        # scientific image-text pairs". Its text tower is a BERT, whose config.json its folder lacks: that of
+        # https://huggingface.co/microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract
+        TextModel(
+            name="biomedclip", licence="MIT; its model card: for research only",
+            files=(*OPEN_CLIP, "tokenizer.json", "config.json (of BiomedNLP-BiomedBERT-base-uncased-abstract)"),
+            source="https://huggingface.co/microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224",
+        ),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TowerSource:
+    """A text model on disk: its config (as open_clip's model configs; of a BERT, its own as `hf_config`), files, terms.
+
+    weights is None where none are to be read: a bare config, or a model that is built to be filled afterwards.
+    """
+
+    name: str
+    licence: str
+    config: dict[str, Any]
+    weights: Path | None = None
+    tokenizer: Path | None = None
+
+    @property
+    def is_bert(self) -> bool:
+        """Whether its words are a BERT's."""
+        return _has_bert_words(self.config)
+
+    def as_json(self) -> str:
+        """The config with name and licence, as one JSON file that `find_tower` reads."""
+        about = {"name": self.name, "licence": self.licence}
+        return json.dumps(about | {key: value for key, value in self.config.items() if key != "vision_cfg"}, indent=2)
+
+
+def find_tower(model: str, weights: str | None = None, tokenizer: str | None = None) -> TowerSource:
+    """What `model` is: a name of REGISTRY, a folder, a JSON model config, or an open_clip architecture.
+
+    weights: a weight file, or a folder that holds it. Nothing is downloaded, and on the meta device no weights are
+    looked for. Raises UserError: unknown name, missing files (it says what they are, where to get them, their licence
+    and where to put them), a config that is none of a CLIP.
+    """
+    known, folder = REGISTRY.get(model), None
+    if model.endswith(".json"):
+        config, name = read_config(Path(model)), Path(model).stem
+    elif known or Path(model).is_dir():
+        folder = weights_home() / model if known else Path(model)
+        folder = Path(weights) if weights and Path(weights).is_dir() else folder
+        config, name = _folder_config(folder, known), folder.name
+    elif model in open_clip.list_models():
+        config, name = open_clip.get_model_config(model), model
+        if not (weights or torch.empty(0).is_meta):
+            raise UserError(
+                f"the text model '{model}' is an architecture; `weights` names its checkpoint on disk (open_clip's "
+                "names, or transformers'). Nothing is downloaded."
+            )
+    else:
+        raise UserError(
+            f"'{model}' is no folder, no JSON file, no architecture of open_clip (such as ViT-L-14) and no text model "
+            f"known by name{suggest(model, REGISTRY)}"
+        )
+    place = Path(weights) if weights else folder
+    file = None if place is None or torch.empty(0).is_meta else _weight_file(place, model, known)
+    words = None
+    if _has_bert_words(config):  # CLIP's own words are in open_clip
+        words = Path(tokenizer) if tokenizer else (folder or Path()) / "tokenizer.json"
+        if not words.is_file():
+            raise UserError(f"the text model '{model}' needs a tokenizer.json; none is at {words}.{_where(known)}")
+    if known:
+        return TowerSource(known.name, known.licence, config, file, words)
+    return TowerSource(config.pop("name", name), config.pop("licence", "unknown"), config, file, words)
+
+
+def _has_bert_words(config: Mapping[str, Any]) -> bool:
+    return bool(config["text_cfg"].get("hf_model_name")) or bool(config["text_cfg"].get(TOKEN_TRANSFORMER))
+
+
+def _where(known: TextModel | None) -> str:
+    if known is None:
+        return ""
+    files = ", ".join(file.replace("|", " or ") for file in known.files)
+    return (
+        f" Get {files} from {known.source} (licence: {known.licence}) and put them into {weights_home() / known.name}, "
+        "or say where they are (`weights`; $HISTOLDM_WEIGHTS replaces the folder of all weights)."
+    )
+
+
+def _weight_file(place: Path, model: str, known: TextModel | None) -> Path:
+    if place.is_file():
+        return place
+    found = next((place / name for name in WEIGHTS if (place / name).is_file()), None)
+    if found is None:
+        what = f"{place} has none of {', '.join(WEIGHTS)}" if place.is_dir() else f"{place} does not exist"
+        raise UserError(f"the text model '{model}' has no weights: {what}.{_where(known)}")
+    return found
+
+
+def _folder_config(folder: Path, known: TextModel | None) -> dict[str, Any]:
+    found = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    if found:
+        return read_config(found)
+    if not (known and known.arch):
+        raise UserError(f"the text model's folder {folder} has none of {', '.join(CONFIGS)}.{_where(known)}")
+    return open_clip.get_model_config(known.arch)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A model config as open_clip has them, of its own files, of open_clip_config.json or of transformers' CLIP."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the text model's config {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"the text model's config {path} is a {type(config).__name__}, not an object of settings")
+    config = config.get("model_cfg", config)
+    if "text_cfg" not in config:
+        config = open_clip_config(config)
+    if config["text_cfg"].get("hf_model_name") and "hf_config" not in config:
+        bert = path.with_name("config.json")
+        if not bert.is_file():
+            raise UserError(
+                f"{path} names the text tower {config['text_cfg']['hf_model_name']}, whose own config is not beside "
+                f"it: put its config.json into {path.parent}, and its tokenizer.json."
+            )
+        config = {**config, "hf_config": json.loads(bert.read_text(encoding="utf-8"))}
+    return config

@@ -1,0 +1,1 @@
+"""Pixels of any kind: reading, writing, sheets."""

@@ -1,0 +1,179 @@
+"""Plots of a report, as SVG text; and sheets of images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+matplotlib.use("agg")
+from matplotlib import font_manager
+from matplotlib import pyplot as plt
+from skimage.color import lab2rgb
+
+if TYPE_CHECKING:
+    from ldm.metrics.conditional import Calibration
+    from ldm.metrics.large_images import Repetition, Tone
+    from ldm.metrics.measure import Measure
+    from ldm.metrics.memorisation import Memorisation
+
+GENERATED, REAL, TRAIN, FLAG, GREY = "#d9822b", "#3b6fb6", "#5f9e6e", "#b3261e", "#9aa0a6"
+STYLE = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": "#3c4043", "xtick.color": "#3c4043",
+    "ytick.color": "#3c4043", "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
+}  # fmt: skip
+SHOWN = 1500  # points of a scatter plot
+GAP = 4
+
+
+def _svg(figure: plt.Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+
+
+def scatter(generated: np.ndarray, real: np.ndarray, seed: int = 0) -> str:
+    """Both sets of features on the first two principal components of the real ones."""
+    rng = np.random.default_rng(seed)
+    generated, real = (x[rng.permutation(len(x))[:SHOWN]].astype(np.float64) for x in (generated, real))
+    mean = real.mean(0)
+    _, _, axes_of = np.linalg.svd(real - mean, full_matrices=False)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(4.2, 3.2))
+        for features, colour, label in ((real, REAL, "real"), (generated, GENERATED, "generated")):
+            axes.scatter(*((features - mean) @ axes_of[:2].T).T, s=10, color=colour, alpha=0.6, lw=0, label=label)
+        axes.set(xlabel="first component", ylabel="second component")
+        axes.legend(loc="best", markerscale=1.5)
+        return _svg(figure)
+
+
+def size_line(inverse: np.ndarray, values: np.ndarray, at_infinity: float, count: int) -> str:
+    """FID by 1/f, and the line to infinitely many images. count: images of the smaller set."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(4.2, 3.2))
+        axes.scatter(inverse, values, s=12, color=REAL, alpha=0.7, lw=0)
+        slope = inverse @ (values - at_infinity) / (inverse @ inverse)
+        axes.plot([0, inverse.max()], [at_infinity, at_infinity + slope * inverse.max()], color=REAL, lw=1)
+        axes.scatter([0], [at_infinity], s=36, color=GENERATED, zorder=3, clip_on=False)
+        axes.annotate(f"FD∞ {at_infinity:.4g}", (0, at_infinity), (8, -14), textcoords="offset points")
+        ticks = sorted({1.0, float(inverse.max().round(1))})
+        axes.set_xticks([0, *ticks], ["∞", *(f"{count / tick:.0f}" for tick in ticks)])
+        axes.set(xlabel="images of the smaller set", ylabel="FID", xlim=(0, None))
+        return _svg(figure)
+
+
+def distance_histogram(found: Memorisation) -> str:
+    """Distances to the nearest training image, of generated and of held-out images."""
+    generated, held_out = found.generated.distance[:, 0], found.held_out.distance[:, 0]
+    high = max(np.quantile(generated, 0.99), np.quantile(held_out, 0.99), 1e-6)
+    bins = np.linspace(0, high, 31)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(4.8, 2.8))
+        for values, colour, label in ((held_out, REAL, "held-out real"), (generated, GENERATED, "generated")):
+            weights = np.full(len(values), 1 / len(values))
+            axes.hist(values.clip(max=high), bins=bins, weights=weights, color=colour, alpha=0.55, label=label)
+        axes.axvline(found.limit, color=FLAG, lw=1, ls="--")
+        axes.annotate("5% of held-out", (found.limit, axes.get_ylim()[1]), (4, -8), textcoords="offset points",
+                      color=FLAG)  # fmt: skip
+        axes.set(xlabel="distance to the nearest training image", ylabel="share of images", xlim=(0, high))
+        axes.legend()
+        return _svg(figure)
+
+
+def reliability(found: Calibration) -> str:
+    """Mean target over mean score of each bin, and how many images are in it."""
+    known = ~np.isnan(found.centre)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(3.6, 3.2))
+        axes.plot([0, 1], [0, 1], color=GREY, lw=1, ls="--")
+        edges = (np.arange(len(found.share)) + 0.5) / len(found.share)
+        axes.bar(edges, found.share, width=0.9 / len(edges), color=GREY, alpha=0.3, label="share of images")
+        axes.plot(found.centre[known], found.mean[known], marker="o", ms=4, color=REAL, label="targets")
+        axes.set(xlabel="score", ylabel="mean target", xlim=(0, 1), ylim=(0, 1))
+        axes.legend(loc="upper left")
+        return _svg(figure)
+
+
+def bars(measures: Sequence[Measure], label: str) -> str:
+    """Figures with their intervals, one below the other."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(5.2, 0.6 + 0.32 * len(measures)))
+        for place, each in enumerate(measures):
+            low, high = (each.value if end is None else end for end in (each.low, each.high))
+            axes.plot([low, high], [place, place], color=REAL, lw=2, alpha=0.5)
+            axes.scatter([each.value], [place], color=GREY if each.invalid else REAL, s=22, zorder=3)
+        axes.set_yticks(range(len(measures)), [each.title.replace("$", r"\$") for each in measures])
+        axes.invert_yaxis()
+        axes.set(xlabel=label)
+        return _svg(figure)
+
+
+def tone_map(found: Tone) -> str:
+    """The mean colour of tissue in each window."""
+    glass = np.isnan(found.colours[..., 0])
+    colours = lab2rgb(np.where(glass[..., None], [100.0, 0, 0], found.colours))
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(3.2, 3.2 * max(0.3, glass.shape[0] / glass.shape[1])))
+        axes.imshow(colours, interpolation="nearest")
+        axes.set_axis_off()
+        return _svg(figure)
+
+
+def lag_map(found: Repetition) -> str:
+    """Autocorrelation of window features by lag."""
+    rows, cols = (side // 2 for side in found.map.shape)
+    limit = max(float(np.nanmax(np.abs(np.where(np.isfinite(found.map), found.map, 0)))), 1e-6)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(3.6, 3.2))
+        shown = axes.imshow(found.map, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest",
+                            extent=(-cols - 0.5, cols + 0.5, rows + 0.5, -rows - 0.5))  # fmt: skip
+        axes.set(xlabel="windows across", ylabel="windows down")
+        figure.colorbar(shown, ax=axes, shrink=0.8)
+        return _svg(figure)
+
+
+# --- sheets of images -------------------------------------------------------------------------------------------------
+
+
+def sheet(images: Sequence[np.ndarray], columns: int = 8, side: int = 128) -> Image.Image:
+    """Images (H,W,3) uint8 side by side, each made to fit a square of `side` px."""
+    rows = -(-len(images) // columns)
+    columns = min(columns, len(images))
+    page = Image.new("RGB", (columns * (side + GAP) - GAP, rows * (side + GAP) - GAP), "white")
+    for place, image in enumerate(images):
+        page.paste(fitted(image, side), (place % columns * (side + GAP), place // columns * (side + GAP)))
+    return page
+
+
+def fitted(image: np.ndarray, side: int) -> Image.Image:
+    """An image in a square of `side` px: small ones enlarged without smoothing, larger ones reduced."""
+    picture = Image.fromarray(image)
+    scale = side / max(picture.size)
+    size = tuple(max(1, round(each * scale)) for each in picture.size)
+    picture = picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
+    page = Image.new("RGB", (side, side), "white")
+    page.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return page
+
+
+def labelled_rows(rows: Sequence[tuple[str, Sequence[np.ndarray], Sequence[str]]], side: int = 112) -> Image.Image:
+    """Rows of images with a title before each row and a word under each image."""
+    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 12)
+    margin, foot = 96, 18
+    columns = max(len(images) for _, images, _ in rows)
+    page = Image.new("RGB", (margin + columns * (side + GAP), len(rows) * (side + foot + GAP)), "white")
+    draw = ImageDraw.Draw(page)
+    for row, (title, images, words) in enumerate(rows):
+        top = row * (side + foot + GAP)
+        draw.multiline_text((0, top + side // 2 - 8 * len(title.split("\n"))), title, font=font, fill="#3c4043")
+        for column, (image, word) in enumerate(zip(images, words)):
+            left = margin + column * (side + GAP)
+            page.paste(fitted(image, side), (left, top))
+            draw.text((left, top + side + 1), word, font=font, fill="#5f6368")
+    return page

@@ -1,0 +1,291 @@
+"""The questions of an evaluation, each as a section of its report."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ldm.data.cohort import patient_of
+from ldm.data.collection import read_table
+from ldm.data.image_sets import TCGA, ImageSet, images_by_name
+from ldm.encoders.extractors import Extractor
+from ldm.encoders.feature_files import FeatureSet
+from ldm.errors import UserError
+from ldm.files import sha256
+from ldm.images.large import LargeImage
+from ldm.metrics import conditional, frechet, kernels, large_images, manifold, memorisation, pairs
+from ldm.metrics.measure import LOWER, Measure, measure_of
+from ldm.report import plots
+from ldm.report.page import Section
+
+Groups = tuple[np.ndarray | None, np.ndarray | None]
+PAIRWISE = 10_000  # images of a set that kernels and neighbours are measured on
+SHOWN = 16  # images of a grid
+SHOWN_COPIES = 8
+
+
+def evenly(count: int, most: int) -> np.ndarray:
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int)
+
+
+def samples(sets: dict[str, ImageSet]) -> Section:
+    """Grids of each set, evenly chosen."""
+    section = Section("samples", "Samples", "Evenly chosen. Generated images are SYNTHETIC.")
+    titles = {"generated": "SYNTHETIC", "real": "Real", "train": "Training"}
+    for role, images in sets.items():
+        rows = evenly(len(images), SHOWN)
+        grid = plots.sheet([images.read(int(i)) for i in rows])
+        section.pictures.append((grid, f"{titles[role]}: {len(rows)} of {len(images)} images."))
+    return section
+
+
+def distances(generated: FeatureSet, real: FeatureSet, groups: Groups, device: str, seed: int) -> Section:
+    """FID, FD∞, KID, CMMD, precision, recall, density, coverage."""
+    x, y, dim = generated.values, real.values, generated.values.shape[1]
+    rng = np.random.default_rng(seed)
+    few = conditional.few_images(len(x), len(y), dim)
+    whole = frechet.fid(x, y)
+    inverse, values = frechet.fid_by_size(x, y, seed)
+    infinite = frechet.fd_infinity(inverse, values, whole)
+    rows = [np.sort(rng.permutation(len(each))[:PAIRWISE]) for each in (x, y)]
+    a, b = x[rows[0]], y[rows[1]]
+    own = tuple(None if group is None else group[row] for group, row in zip(groups, rows))
+    neighbours = min(manifold.NEIGHBOURS, len(a) - 1, len(b) - 1)
+    measures = [
+        measure_of("fid", whole, groups, seed=seed, invalid=few),
+        measure_of("fd_infinity", infinite, groups, seed=seed, invalid=few),
+        measure_of("kid", kernels.kid(x, y, device=device, seed=seed), groups, seed=seed),
+        measure_of("cmmd", kernels.cmmd(a, b, device=device), own, seed=seed),
+    ]
+    near = manifold.prdc(a, b, neighbours, device)
+    measures += [measure_of(name, each, own, seed=seed) for name, each in near.items()]
+    intro = (
+        f"{len(x)} generated and {len(y)} real images in {dim} dimensions. Intervals are a bootstrap of what each "
+        "group of images adds; they do not hold the bias of FID, which FD∞ takes away."
+    )
+    smaller = min(len(x), len(y))
+    return Section(
+        "distances", "Distance to real images", intro, extractor_of(generated), measures,
+        plots=[
+            (plots.scatter(x, y, seed), "Features on the first two principal components of the real images."),
+            (plots.size_line(inverse, values, infinite.value, smaller),
+             "FID of random subsets; the line leads to infinitely many images."),
+        ],
+        data={"neighbours": neighbours, "dimensions": dim, "pairwise_images": [len(a), len(b)]},
+    )  # fmt: skip
+
+
+def extractor_of(features: FeatureSet) -> str:
+    return str(features.about.get("extractor", "features"))
+
+
+def following(
+    generated: FeatureSet, conditions: FeatureSet, known: np.ndarray, groups: np.ndarray | None,
+    pictures: tuple[ImageSet, ImageSet] | None, seed: int,
+) -> Section:  # fmt: skip
+    """Whether generated images show the tile whose features conditioned them. known: those that have one."""
+    which = conditions.table.groupby(["slide", "row"], sort=False).ngroup().to_numpy()
+    tiles_of = np.unique(which, return_index=True)[1]  # several images may be of one tile
+    found = conditional.following(generated.values[known], conditions.values[tiles_of], which)
+    own = None if groups is None else groups[known]
+    measures = conditional.following_measures(found, own, seed=seed)
+    follows = measures[1].low > 0
+    words = (
+        "Images follow their conditions: the interval of the margin leaves 0 out." if follows
+        else "No sign that images follow their conditions: the interval of the margin holds 0."
+    )  # fmt: skip
+    section = Section(
+        "conditions", "Do images follow their conditions?",
+        f"Features of {len(known)} generated images against those of the {found.count} tiles that conditioned them.",
+        extractor_of(generated), measures, verdict=("good" if follows else "bad", words),
+    )  # fmt: skip
+    if pictures is not None:
+        order = np.argsort(-found.own)
+        rows = order[evenly(len(order), 10)]
+        images, tiles = pictures
+        word = [f"cos {found.own[i]:.2f}, #{found.rank[i]}" for i in rows]
+        grid = plots.labelled_rows([
+            ("condition", [tiles.read(int(i)) for i in rows], [""] * len(rows)),
+            ("generated", [images.read(int(known[i])) for i in rows], word),
+        ], side=96)  # fmt: skip
+        section.pictures.append((grid, "From the best followed condition to the worst: similarity, rank."))
+    return section
+
+
+def classes(
+    generated: FeatureSet, real: FeatureSet, column: str, groups: Groups, seed: int
+) -> tuple[Section, list[str]]:
+    measures, warnings = conditional.per_class(generated, real, column, groups, seed=seed)
+    section = Section(
+        "classes", f"FID by {column}", "Each against the real images of its own.", extractor_of(generated), measures,
+        plots=[(plots.bars(measures, "FID"), "With 95% intervals; grey: not valid.")],
+    )  # fmt: skip
+    return section, warnings
+
+
+def captions(features: FeatureSet, extractor: Extractor, groups: np.ndarray | None, seed: int) -> Section:
+    """CLIP score of images and the text that they were generated from."""
+    which, texts = pd.factorize(features.table["text"].astype(str))
+    measures = conditional.clip_score(features.values, extractor.words(list(texts)), groups, which, seed=seed)
+    return Section("captions", "Do images show their captions?", f"{len(texts)} captions of {len(which)} images.",
+                   extractor.name, measures)  # fmt: skip
+
+
+def memorised(
+    sets: tuple[FeatureSet, FeatureSet, FeatureSet], groups: Groups, images: dict[str, ImageSet], device: str, seed: int
+) -> Section:
+    """Whether generated images copy training images. sets: generated, held-out real, training."""
+    generated, real, train = sets
+    found = memorisation.memorisation(generated, real, train, groups, device, seed=seed)
+    kind = {"memorises": "bad", "nearer": "fair", "no sign": "good"}[found.verdict]
+    names, known = generated.table["name"], train.table["name"]
+    copies = [
+        {"generated": names[i], "train": known[found.generated.row[i, 0]],
+         "distance": float(found.generated.distance[i, 0]), "identical": bool(found.generated.same[i])}
+        for i in found.copies[np.argsort(found.generated.distance[found.copies, 0])]
+    ]  # fmt: skip
+    repeats = [[names[i], names[j]] for i, j in found.repeats[:200]]
+    section = Section(
+        "memorisation", "Has it learnt training images by heart?",
+        f"Distances to the nearest of {len(train)} training images, of {len(generated)} generated and "
+        f"{len(real)} held-out real images.",
+        extractor_of(generated), found.measures, verdict=(kind, found.words),
+        plots=[(plots.distance_histogram(found), "Left of the dashed line lie 5% of held-out images.")],
+        data={"verdict": found.verdict, "flagged": copies, "repeated": repeats, "limit": found.limit},
+    )  # fmt: skip
+    if {"generated", "train"} <= images.keys():
+        order = np.argsort(found.generated.distance[:, 0])[:SHOWN_COPIES]
+        rows = [("generated\n(nearest first)", [images["generated"].read(int(i)) for i in order],
+                 [f"{found.generated.distance[i, 0]:.3f}" for i in order])]  # fmt: skip
+        for k in range(found.generated.row.shape[1]):
+            shown = [images["train"].read(int(found.generated.row[i, k])) for i in order]
+            rows.append(
+                (f"training,\nnearest {k + 1}", shown, [f"{found.generated.distance[i, k]:.3f}" for i in order])
+            )
+        section.pictures.append(
+            (plots.labelled_rows(rows), "The generated images nearest to training images, and those.")
+        )
+        if "real" in images:
+            order = np.argsort(found.held_out.distance[:, 0])[:SHOWN_COPIES]
+            rows = [
+                ("held-out\n(nearest first)", [images["real"].read(int(i)) for i in order],
+                 [f"{found.held_out.distance[i, 0]:.3f}" for i in order]),
+                ("training,\nnearest 1", [images["train"].read(int(found.held_out.row[i, 0])) for i in order],
+                 [""] * len(order)),
+            ]  # fmt: skip
+            section.pictures.append((plots.labelled_rows(rows), "The same of held-out real images: what chance gives."))
+    return section
+
+
+def canvas(image: LargeImage, role: str, tile: int, window: int, extractor: Extractor | None) -> Section:
+    """Seams, tone and repetition of one large image."""
+    tones = large_images.tone(image, window)
+    measures = large_images.seam_measures(image, tile) + large_images.tone_measures(tones)
+    section = Section(
+        f"canvas-{role}", f"The canvas of the {role} image",
+        f"{image.shape[1]} × {image.shape[0]} px, windows of {window} px. The same measures of a real image say what "
+        "is usual.",
+        measures=measures,
+    )  # fmt: skip
+    if not np.isnan(tones.colours).all():
+        section.plots.append((plots.tone_map(tones), "Mean colour of the tissue in each window; white: little tissue."))
+    if extractor is not None:
+        features = window_features(image, window, extractor, tones)
+        if (~np.isnan(features[..., 0])).sum() >= large_images.LEAST and min(features.shape[:2]) > 1:
+            found = large_images.repetition(features)
+            section.measures += large_images.repetition_measures(found)
+            section.extractor = extractor.name
+            section.plots.append((plots.lag_map(found), "Autocorrelation of window features by lag."))
+    picture = whole_picture(image, 640)
+    section.pictures.append((plots.fitted(picture, 640), "SYNTHETIC" if role == "generated" else "Real"))
+    return section
+
+
+def window_features(
+    image: LargeImage, window: int, extractor: Extractor, tones: large_images.Tone
+) -> np.ndarray:  # fmt: skip
+    """(rows,cols,D): features of windows side by side, NaN where there is little tissue."""
+    rows, cols = tones.colours.shape[:2]
+    features = np.full((rows, cols, extractor.dim), np.nan, np.float32)
+    for row in range(rows):
+        kept = np.flatnonzero(~np.isnan(tones.colours[row, :, 0]))
+        if len(kept):
+            batch = np.stack([image.read(int(col) * window, row * window, window, window) for col in kept])
+            features[row, kept] = extractor(batch)
+    return features
+
+
+def whole_picture(image: LargeImage, side: int) -> np.ndarray:
+    """The whole image reduced to at most about `side` px, band by band."""
+    step = max(1, max(image.shape[:2]) // side)
+    bands = []
+    for top, bottom in image.bands():
+        band = image.read(0, top, image.shape[1], bottom - top)
+        height, width = (each // step * step for each in band.shape[:2])
+        if height:
+            cut = band[:height, :width].reshape(height // step, step, width // step, step, 3)
+            bands.append(cut.mean((1, 3), dtype=np.float32).round().astype(np.uint8))
+    return np.concatenate(bands)
+
+
+def whole_distance(generated: LargeImage, real: LargeImage, extractor: Extractor, side: int = 1024) -> Section:
+    """The distance of the features of two whole images, each reduced to one view."""
+    features = [extractor(whole_picture(image, side)[None])[0] for image in (generated, real)]
+    cosine = float(conditional.cosines(features[0][None], features[1][None])[0, 0])
+    measures = [Measure("whole_distance", "distance of the whole images", 1 - cosine, better=LOWER,
+                      note="1 - cosine of their features, each image as one view")]  # fmt: skip
+    return Section("whole", "The whole image", extractor=extractor.name, measures=measures)
+
+
+def paired(
+    generated: Path, real: Path, stains: str, perceptual: Any, device: str, seed: int
+) -> tuple[Section, list[str]]:
+    """Reconstruction or translation: images of the same names in two folders."""
+    of = images_by_name(generated), images_by_name(real)
+    names, warnings = pairs.pair_up(*of)
+    files = [(of[0][name], of[1][name]) for name in names]
+    measured, more = pairs.compare(files, stains, perceptual, device)
+    barcodes = pd.Series(names).str.extract(TCGA, expand=False)
+    groups = barcodes.map(patient_of).to_numpy(str) if barcodes.notna().all() and barcodes.nunique() > 1 else None
+    measures = pairs.pair_measures(measured, groups, seed=seed)
+    order = np.argsort(measured["ssim"])
+    rows = order[evenly(len(order), 8)]
+    shown = [pairs.read_pair(*files[i]) for i in rows]
+    grid = plots.labelled_rows([
+        ("given", [pair[0] for pair in shown], [f"SSIM {measured['ssim'][i]:.2f}" for i in rows]),
+        ("should be", [pair[1] for pair in shown], [names[i][-16:] for i in rows]),
+    ])  # fmt: skip
+    table = pd.DataFrame({"name": names, **measured})
+    section = Section("pairs", "Pairs of images", f"{len(names)} pairs of the same name.", measures=measures,
+                      pictures=[(grid, "From the least similar pair to the most similar one.")],
+                      data={"pairs": table.replace({np.nan: None}).to_dict("records")})  # fmt: skip
+    return section, warnings + more
+
+
+def known_of_files(path: Path) -> dict[str, Any]:
+    """What a report tells of a folder of images by name, or of one file: their contents' SHA-256."""
+    files = images_by_name(path)
+    words = "".join(f"{name} {sha256(files[name])}\n" for name in sorted(files))
+    digest = hashlib.sha256(words.encode()).hexdigest()
+    return {"path": path.name, "kind": "files by name", "count": len(files), "files_sha256": digest}
+
+
+def scores(path: Path, seed: int) -> Section:
+    """The calibration of an ensemble's scores, of a table."""
+    table = read_table(path)
+    groups = next((table[unit].to_numpy(str) for unit in ("patient", "slide") if unit in table), None)
+    found = conditional.calibration(table, groups, seed=seed)
+    return Section("scores", "Are scores calibrated?", f"{len(table)} scores of {path.name}.", measures=found.measures,
+                   plots=[(plots.reliability(found), "Calibrated scores lie on the dashed line.")])  # fmt: skip
+
+
+def check_sections(sections: Sequence[Section]) -> None:
+    if not sections:
+        raise UserError(
+            "there is nothing to evaluate: give --generated with --real, --pairs, --scores or a large image."
+        )

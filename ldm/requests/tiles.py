@@ -1,0 +1,274 @@
+"""Which tiles a user asks for: the conditions of each, by name, of a table, of a file of features or of a store."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ldm.conditioners.compose import known_key, parse_conditions
+from ldm.data.conditions import has_condition
+from ldm.data.features import read_features
+from ldm.data.tile_store import TileStore, open_cohort
+from ldm.errors import UserError, suggest
+from ldm.images.write import to_uint8
+
+
+@dataclass
+class Requests:
+    """N tiles to make.
+
+    Attributes:
+        about: for each, what it is of: source, row, conditions in words.
+        values: condition -> N values. fixed: condition -> the value of all.
+        real: a reader of the i-th real tile (T,T,3) uint8, where they come from real ones.
+        absent: conditions of the model that neither a store nor the user gave; null to the model.
+    """
+
+    about: list[dict[str, Any]]
+    values: dict[str, Sequence[Any]] = field(default_factory=dict)
+    fixed: dict[str, Any] = field(default_factory=dict)
+    real: Callable[[int], np.ndarray] | None = None
+    absent: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.about)
+
+    def given(self, rows: range) -> dict[str, Any]:
+        """The conditions of a range of tiles, for `LatentDiffusion.condition`."""
+        own = {}
+        for name, values in self.values.items():
+            part = list(values[rows.start : rows.stop])
+            alike = isinstance(part[0], np.ndarray) and len({value.shape for value in part}) == 1
+            own[name] = np.stack(part) if alike else part
+        return own | self.fixed
+
+    def digest(self, row: int) -> str:
+        """SHA-256 of all conditions of one tile."""
+        known = hashlib.sha256(json.dumps(self.fixed, sort_keys=True, default=str).encode())
+        for name, values in sorted(self.values.items()):
+            value = values[row]
+            known.update(name.encode())
+            array = isinstance(value, np.ndarray)
+            known.update(value.astype(np.float32).tobytes() if array else str(value).encode())
+        return known.hexdigest()
+
+
+def requested_tiles(
+    model: Any,
+    features: Path | None = None,
+    feature: str | None = None,
+    where: Mapping[str, str] | None = None,
+    conditions: Sequence[str] = (),
+    table: Path | None = None,
+    count: int | None = None,
+) -> Requests:
+    """The tiles that a user asks for.
+
+    Args:
+        features: a file of features, one tile for each; or a cohort or store, one for each tile selected by `where`,
+            with all that the model is conditioned on as its training data had it.
+        conditions: "name=value", the same for every tile; they replace those of a store.
+        table: CSV or TSV with a column for each condition and a tile for each row.
+        count: how many; at most so many, evenly chosen, of features, store or table.
+    """
+    conditioner = model.cond_stage_model
+    fixed = parse_conditions(conditioner, conditions)
+    words = {name.partition("=")[0]: name.partition("=")[2] for name in conditions}
+    if features is not None and table is not None:
+        raise UserError("give features or a table of conditions, not both.")
+    if features is None and where:
+        raise UserError("a selection (--where) is of a tile store's tiles; name the store with --features.")
+    if table is not None:
+        return _of_table(conditioner, table, fixed, count)
+    if features is None:
+        if conditioner is not None and not fixed:
+            raise UserError(
+                f"say what the tiles shall show: --condition name=value ({', '.join(conditioner.keys)}), --features or "
+                "--table."
+            )
+        return Requests([{"source": "", **words} for _ in range(count or 1)], fixed=fixed)
+    if conditioner is None:
+        raise UserError("the model is unconditional; it takes no features.")
+    if not is_store(features):
+        return _of_file(model, features, where, fixed, count)
+    return _of_store(model, features, feature, where or {}, fixed, count)
+
+
+def _of_table(conditioner: Any, path: Path, fixed: dict[str, Any], count: int | None) -> Requests:
+    if conditioner is None:
+        raise UserError("the model is unconditional; it takes no table.")
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [line for line in csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",") if line]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the table of conditions {path}: {error}.") from error
+    if len(lines) < 2:
+        raise UserError(f"{path} has no rows; its first line names conditions, each further line is a tile.")
+    header, lines = [name.strip() for name in lines[0]], lines[1:]
+    for number, line in enumerate(lines, 2):
+        if len(line) != len(header):
+            raise UserError(
+                f"{path}: row {number} has {len(line)} fields, the header {len(header)}; put values with commas in "
+                "quotes."
+            )
+    rows = evenly(len(lines), count)
+    values: dict[str, Any] = {}
+    for column, name in enumerate(header):
+        key = known_key(conditioner, name)
+        if key in values or key in fixed:
+            raise UserError(f"{path}: '{name}' is given twice, in two columns or by --condition too.")
+        texts = [lines[row][column].strip() for row in rows]
+        if "" in texts:
+            raise UserError(f"{path}: row {int(rows[texts.index('')]) + 2} has no {name}; fill it in.")
+        values[key] = [conditioner.parse(key, text) for text in texts]
+    about = [{"source": path.name, "row": int(row), **dict(zip(header, lines[row]))} for row in rows]
+    return Requests(about, values, fixed)
+
+
+def _of_file(
+    model: Any, path: Path, where: Mapping[str, str] | None, fixed: dict[str, Any], count: int | None
+) -> Requests:
+    if where:
+        raise UserError(f"--where selects tiles of a store; {path} is a file of features.")
+    key = known_key(model.cond_stage_model, "features")
+    values = read_features(path, dim=feature_dim(model)).values
+    vectors = values.reshape(-1, values.shape[-1])
+    vectors = vectors[~np.isnan(vectors).any(1)]
+    rows = evenly(len(vectors), count)
+    return Requests([{"source": path.name, "row": int(row)} for row in rows], {key: list(vectors[rows])}, fixed)
+
+
+def _of_store(
+    model: Any, path: Path, feature: str | None, where: Mapping[str, str], fixed: dict[str, Any], count: int | None
+) -> Requests:
+    from ldm.data.datasets import TileDataset
+
+    stores = open_cohort(path)
+    paths, keys = [str(store.path) for store in stores], model.cond_stage_model.keys
+    recorded = model.metadata.get("conditions", {})
+    sources = {key: recorded[key]["source"] for key in keys if key in recorded and key not in fixed}
+    about = model.cond_stage_model.describe()
+    images = [key for key in keys if about[key].get("kind") == "image" and key not in fixed]
+    if "ssl" in keys and "ssl" not in fixed and "ssl" not in sources:
+        sources["ssl"] = f"features/{pick_feature(stores, feature, model)}"
+    elif feature is not None:
+        raise UserError(f"--feature '{feature}': the model takes {sources.get('ssl', 'no features of stores')}.")
+    absent: list[str] = []
+    if fixed:  # the user said what the tiles are: what no store says besides is unknown, and no mistake
+        absent = [key for key, source in sources.items() if not any(has_condition(store, source) for store in stores)]
+        sources = {key: source for key, source in sources.items() if key not in absent}
+    for key, source in sources.items():
+        if source.startswith("features/"):
+            for store in stores:
+                check_encoder(model, dict(store.features(source.removeprefix("features/")).attrs), store.path, key)
+    if not sources and not images and not fixed:
+        raise UserError(
+            f"the model's conditions ({', '.join(keys)}) are not in {path}; give them by name, --condition or --source."
+        )
+    dataset = TileDataset(paths, () if sources else ("image",), where=where, conditions=sources, missing="skip")
+    model.cond_stage_model.check_data(dataset.metadata)
+    pictures = TileDataset(paths, ("image",), where=where, conditions=sources, missing="skip")
+    rows = evenly(len(dataset), count)
+    items = [dataset[int(row)] for row in rows]
+    for item, row in zip(items, rows):
+        shown = pictures[int(row)]["image"]
+        item |= {key: shown.mean(0, keepdim=True) if about[key]["channels"] == 1 else shown for key in images}
+    words = [
+        {"source": item["slide"], "row": item["row"], "x": int(item["coord"][0]), "y": int(item["coord"][1])}
+        | {key: _in_words(item[key]) for key in sources if _in_words(item[key]) is not None}
+        for item in items
+    ]
+    values = {key: [_plain(item[key]) for item in items] for key in [*sources, *images]}
+    return Requests(words, values, fixed, lambda i: to_uint8(pictures[int(rows[i])]["image"]), absent)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return value
+    return float(value) if value.ndim == 0 else value.numpy()
+
+
+def _in_words(value: Any) -> str | float | None:
+    plain = _plain(value)
+    return None if isinstance(plain, np.ndarray) else plain
+
+
+def is_store(path: Path) -> bool:
+    """Whether a path is a tile store or a folder of them rather than a feature file."""
+    return path.is_dir()
+
+
+def pick_feature(stores: Sequence[TileStore], feature: str | None, model: Any) -> str:
+    """The feature to read from stores: the one asked for, the model's own encoder, or the only one there is."""
+    names = stores[0].feature_names
+    recorded = model.metadata.get("conditions", {}).get("ssl", {}).get("source", "").removeprefix("features/")
+    wanted = feature or recorded or model.metadata.get("encoder", {}).get("encoder")
+    if not names:
+        raise UserError(f"{stores[0].path} has no features; make them with `python -m data_prep.extract_features`.")
+    if wanted is None and len(names) == 1:
+        wanted = names[0]
+    if wanted not in names:
+        given = f"--feature '{wanted}'" if wanted else "several features"
+        raise UserError(f"{stores[0].path}: {given}{suggest(wanted or '', names)}")
+    return wanted
+
+
+def check_encoder(model: Any, attrs: Mapping[str, Any], source: Path, key: str = "ssl") -> None:
+    """UserError if features (`attrs` of their array) were made by another encoder than the model's condition `key`."""
+    own = model.metadata.get("conditions", {}).get(key) or (model.metadata.get("encoder", {}) if key == "ssl" else {})
+    for name, given in (("weights_sha256", "weights"), ("encoder", "name")):
+        if own.get(name) and attrs.get(name):
+            if own[name] != attrs[name]:
+                raise UserError(
+                    f"{source} holds features of encoder '{attrs.get('encoder')}', but the model was trained on "
+                    f"'{own.get('encoder')}' ({given} {own[name][:12]}); extract features with that one."
+                )
+            return
+
+
+def feature_dim(model: Any) -> int | None:
+    """Dimension of the features that the model is conditioned on."""
+    kinds = model.cond_stage_model.describe().values()
+    return next((about.get("dim") for about in kinds if about.get("kind") == "features"), None)
+
+
+def parse_where(where: Sequence[str]) -> dict[str, str]:
+    """`label=value` selections."""
+    pairs = [item.partition("=") for item in where]
+    for item, (name, equals, value) in zip(where, pairs):
+        if not (name and equals and value):
+            raise UserError(f"--where takes label=value, as split=val; got '{item}'.")
+    return {name: value for name, _, value in pairs}
+
+
+def parse_guidance(texts: Sequence[str]) -> float | dict[str, float] | None:
+    """One guidance scale ("2.0"), or one for each condition ("class=3", "text=1.5"); None for none given."""
+    scales: dict[str, float] = {}
+    for text in texts:
+        name, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise UserError(f"a guidance scale is a number, or name=number, as class=3; got '{text}'.") from None
+        if not equals:
+            if len(texts) > 1:
+                raise UserError("give one guidance scale, or name=scale for each condition; got both.")
+            return value
+        if name in scales:
+            raise UserError(f"'{name}' has two guidance scales, {scales[name]:g} and {value:g}; give one.")
+        scales[name] = value
+    return scales or None
+
+
+def evenly(total: int, count: int | None) -> np.ndarray:
+    """At most `count` of range(total), evenly spread."""
+    if count is None or count >= total:
+        return np.arange(total)
+    return np.linspace(0, total - 1, count).round().astype(int)

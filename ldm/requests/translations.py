@@ -1,0 +1,218 @@
+"""From what a user asks of `histoldm translate` to the images and what each becomes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ldm.conditioners.compose import parse_conditions
+from ldm.data.features import read_features
+from ldm.encoders.encoder import load_encoder
+from ldm.encoders.feature_map import load_transport
+from ldm.errors import UserError, some
+from ldm.requests.edits import Target, gene_values, safe
+from ldm.requests.pictures import Picture, is_tile_store, pictures_of_store, read_pictures
+from ldm.requests.spec import Plan, mmdm_source, plan_of_flags, read_pairs, read_spec
+from ldm.requests.tiles import check_encoder, feature_dim, requested_tiles
+from ldm.tables.genes import barcode, read_gene_table
+
+CHECKED = ("class", "score", "mutation", "expression", "multiplier")  # kinds whose values are cheap to read
+
+
+def pictures_and_plans(
+    model: Any, images: Path, device: str, region: Sequence[int] | None = None, mpp: float | None = None,
+    where: Mapping[str, str] | None = None, count: int | None = None, source: Sequence[str] = (),
+    targets: Sequence[str] = (), edits: Sequence[str] = (), spec: Path | None = None, table: Path | None = None,
+    names: bool = False, mutation_table: Path | None = None, expression_table: Path | None = None,
+    encoder: str | None = None, features: Path | None = None, target_features: Path | None = None,
+    map_features: Path | None = None,
+) -> tuple[list[Picture], list[Plan]]:  # fmt: skip
+    """The images, and the plan of each; those that a specification or table leaves out are not among them.
+
+    Args:
+        source, targets, edits: see `plan_of_flags`. spec: see `read_spec`. table: see `read_pairs`.
+        names: a source's class is the beginning of the file's name, up to two underscores.
+        mutation_table, expression_table: genes of the sources, by the sample that the file's name tells.
+        encoder: name or folder of the encoder that makes the sources' features; features: a file of them instead.
+        target_features: a file of features, one or one for each image. map_features: a folder of
+            `ldm.encoders.feature_map`, which maps the sources' features to those of the targets.
+    """
+    conditioner = model.cond_stage_model
+    _check_flags(conditioner, spec, table, source, targets, edits, target_features, map_features)
+    if is_tile_store(images):
+        if region or mpp:
+            raise UserError(f"--region and --mpp are of image files; {images} is a tile store.")
+        found = requested_tiles(model, images, where=where, conditions=source, count=count)
+        if found.absent:
+            print(f"{images} has no {', '.join(found.absent)}: unknown to the model")
+        pictures = pictures_of_store(images, found.about)
+        known = [{**{key: values[i] for key, values in found.values.items()}, **found.fixed} for i in range(len(found))]
+        image_key = _keys(conditioner, "image")
+        known = [{key: value for key, value in own.items() if key not in image_key} for own in known]
+    else:
+        if where:
+            raise UserError(f"--where selects tiles of a store; {images} is none.")
+        pictures = read_pictures(images, region, mpp)[:count]
+        known = [parse_conditions(conditioner, source) for _ in pictures]
+    if names:
+        known = [{**_named(conditioner, picture.file), **own} for picture, own in zip(pictures, known)]
+    for kind, path in {"mutation": mutation_table, "expression": expression_table}.items():
+        if path is not None:
+            _add_genes(conditioner, kind, path, pictures, known)
+    mapped: Sequence[Target | None] = [None] * len(pictures)
+    if encoder or features or map_features or target_features:
+        mapped = _with_features(model, pictures, known, encoder, features, target_features, map_features, device)
+    if spec is not None or table is not None:
+        own = {picture.file: values for picture, values in zip(pictures, known)}
+        read = read_pairs if spec is None else read_spec
+        found_plans = read(spec or table, conditioner, list(own), own.__getitem__)
+        pictures = [picture for picture in pictures if picture.file in found_plans]
+        plans = [found_plans[picture.file] for picture in pictures]
+    else:
+        plans = [plan_of_flags(conditioner, values, targets, edits) for values in known]
+        plans = [plan if target is None else _with_target(plan, target) for plan, target in zip(plans, mapped)]
+    if _keys(conditioner, "image"):
+        plans = [plan if plan.targets else Plan(plan.source, [Target("translated", plan.source)]) for plan in plans]
+    if not all(plan.targets for plan in plans):
+        raise UserError(
+            f"say what the images shall become: --target name=value ({', '.join(conditioner.keys)}), --edit, "
+            "--target-features, --map-features, --table or --spec."
+        )
+    _check_values(conditioner, plans)
+    return pictures, plans
+
+
+def _check_values(conditioner: Any, plans: Sequence[Plan]) -> None:
+    """UserError for a class, a number or a gene's value that the model does not take."""
+    if conditioner is None:
+        return
+    simple = {key for kind in CHECKED for key in _keys(conditioner, kind)}
+    seen = set()
+    for plan in plans:
+        for values in (plan.source, *(target.values for target in plan.targets)):
+            given = {key: value for key, value in values.items() if key in simple}
+            if given and (words := repr(given)) not in seen:
+                seen.add(words)
+                conditioner.read(given)
+
+
+def _check_flags(conditioner: Any, spec: Any, table: Any, *flags: Any) -> None:
+    names = ("--source", "--target", "--edit", "--target-features", "--map-features")
+    given = [name for name, value in zip(names, flags) if value]
+    if spec is not None and table is not None:
+        raise UserError("give a specification (--spec) or a table of pairs (--table), not both.")
+    whole = "--spec" if spec is not None else "--table" if table is not None else None
+    if whole and given:
+        raise UserError(f"{whole} says what images are and become; leave {', '.join(given)} out, or the {whole[2:]}.")
+    if conditioner is None and (whole or given):
+        raise UserError(f"the model is unconditional; it takes no {whole or given[0]}.")
+
+
+def _keys(conditioner: Any, kind: str) -> list[str]:
+    about = {} if conditioner is None else conditioner.describe()
+    return [key for key, told in about.items() if told.get("kind") == kind]
+
+
+def _named(conditioner: Any, file: str) -> dict[str, Any]:
+    found = {} if conditioner is None else mmdm_source(conditioner, file)
+    if not found:
+        raise UserError(
+            f"{file}: --class-of-name is for models of classes and files called <class>__<anything>.png, as "
+            "TCGA-COAD__a.png."
+        )
+    return found
+
+
+def _add_genes(
+    conditioner: Any, kind: str, path: Path, pictures: Sequence[Picture], known: Sequence[dict[str, Any]]
+) -> None:
+    """The genes of each picture's sample, of a table of samples and genes."""
+    keys = _keys(conditioner, kind)
+    if not keys:
+        raise UserError(f"the model is not conditioned on {kind}; leave --{kind}-table out.")
+    genes = conditioner.describe()[keys[0]]["genes"]
+    table = read_gene_table(path, kind)
+    if not set(genes) & set(table.genes):
+        raise UserError(f"{path} has none of the model's genes ({some(genes, 5)}); it has {some(table.genes, 5)}.")
+    columns = {gene: table.genes.index(gene) for gene in genes if gene in set(table.genes)}
+    rows = {sample: row for row, sample in enumerate(table.samples)}
+    missing = []
+    for picture, own in zip(pictures, known):
+        name = picture.name.partition("__")[2] or picture.name
+        told = barcode(name)
+        row = next((rows[n] for n in (name, *(reversed(told) if told else ())) if n in rows), None)
+        if row is None:
+            missing.append(picture.file)
+            continue
+        values = gene_values(None, genes)
+        for gene, column in columns.items():
+            values[genes.index(gene)] = table.values[row, column]
+        own.setdefault(keys[0], values)
+    if len(missing) == len(pictures):
+        raise UserError(f"{path} has no sample of these images; it knows {some(table.samples, 3)}, the images are "
+                        f"{some(missing, 3)}.")  # fmt: skip
+
+
+def _with_features(
+    model: Any, pictures: Sequence[Picture], known: Sequence[dict[str, Any]], encoder: str | None,
+    features: Path | None, target_features: Path | None, map_features: Path | None, device: str,
+) -> Sequence[Target | None]:  # fmt: skip
+    """Adds the sources' features to what is known; gives the targets that features make."""
+    keys, dim = _keys(model.cond_stage_model, "features"), feature_dim(model)
+    if not keys:
+        raise UserError("the model is not conditioned on features; leave --encoder and the features out.")
+    key, count = keys[0], len(pictures)
+    transport = None if map_features is None else load_transport(map_features)
+    own_dim = dim if transport is None else transport.dim
+    values = None
+    if features is not None:
+        values = _rows(features, count, own_dim)
+    elif encoder is not None:
+        values = _encoded(model, pictures, encoder, device, check=transport is None)
+    elif all(key in own for own in known):
+        values = np.stack([np.asarray(own[key], np.float32).reshape(-1) for own in known])
+    if values is not None and values.shape[1] == dim:
+        for own, row in zip(known, values):
+            own[key] = row
+    if target_features is not None:
+        if map_features is not None:
+            raise UserError("give --target-features or --map-features, not both.")
+        return [Target(safe(target_features.stem), {key: row}) for row in _rows(target_features, count, dim)]
+    if transport is None:
+        return [None] * count
+    if values is None:
+        raise UserError("--map-features maps the sources' features: give them with --features, or an --encoder.")
+    mapped = transport.map(torch.from_numpy(values)).numpy()
+    if mapped.shape[1] != dim:
+        raise UserError(f"{map_features} maps to features of {mapped.shape[1]} values, the model takes {dim}.")
+    return [Target("mapped", {key: row}) for row in mapped]
+
+
+def _rows(path: Path, count: int, dim: int | None) -> np.ndarray:
+    values = read_features(path, dim=dim).values
+    values = values.reshape(-1, values.shape[-1])
+    if len(values) not in (1, count):
+        raise UserError(f"{path} has {len(values)} features for {count} images; give one, or one for each in order.")
+    return np.broadcast_to(values, (count, values.shape[1])).astype(np.float32)
+
+
+def _encoded(model: Any, pictures: Sequence[Picture], encoder: str, device: str, check: bool) -> np.ndarray:
+    net = load_encoder(encoder, device=device)
+    if check:
+        check_encoder(model, {"encoder": net.name}, Path(encoder))
+    found = []
+    for picture in pictures:
+        pixels = torch.from_numpy(np.array(picture.pixels())).movedim(-1, 0)[None].float() / 127.5 - 1
+        found.append(net(pixels.to(device)).float().cpu().numpy())
+    return np.concatenate(found)
+
+
+def _with_target(plan: Plan, target: Target) -> Plan:
+    """The plan whose targets have the values of another too; of that alone if it has none."""
+    for each in plan.targets:
+        each.values = {**each.values, **target.values}
+    return plan if plan.targets else Plan(plan.source, [Target(target.label, {**plan.source, **target.values})])

@@ -1,0 +1,1 @@
+"""From a model and a condition to images: settings, tiles, canvases, translations, sweeps."""

@@ -1,0 +1,1 @@
+"""Ensembles that score images: their training, calibration, selection by them, ratings."""

@@ -1,0 +1,164 @@
+"""A sheet of images that people rate, and their ratings read back.
+
+A rating folder holds copies of the images in images/, numbered contact sheets, ratings.csv to be filled in (number,
+file, rating, note) and ratings.json: the scale, and what each image was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageDraw, ImageFont
+
+from ldm.data.collection import Pictures, pictures_of_files, read_table
+from ldm.errors import UserError, some
+from ldm.files import sha256, whole, writable_folder, write_text
+from ldm.images.write import save_png, save_real_png
+from ldm.rng import fold
+from ldm.scorers.labelled import Labelled, Task, groups_of, targets_of
+
+TABLE, ABOUT = "ratings.csv", "ratings.json"
+PAGE, COLUMNS = 48, 8  # images of a sheet, in a row
+SIDE = 128  # px of an image on a sheet, at least
+CAPTION = 18  # px under each
+
+
+def parse_scale(text: str) -> list[str]:
+    """The ratings of a scale: "1-5" is 1, 2, 3, 4, 5; "bad,good" two names, the last of them the good one."""
+    low, dash, high = text.partition("-")
+    if dash and low.strip().isdigit() and high.strip().isdigit() and int(low) < int(high) <= int(low) + 100:
+        return [str(value) for value in range(int(low), int(high) + 1)]
+    names = [name.strip() for name in text.split(",")]
+    if len(names) < 2 or len(set(names)) < len(names) or "" in names:
+        raise UserError(f"--scale takes grades, 1-5, or names from bad to good, bad,good; got '{text}'.")
+    return names
+
+
+def synthetic_text_of(path: Path) -> dict | None:
+    """What a generated PNG says of itself; None for any other image."""
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.info["SYNTHETIC"])
+    except (OSError, KeyError, ValueError, TypeError):
+        return None
+
+
+def write_rating_folder(pictures: Pictures, out: Path, count: int, scale: Sequence[str], seed: int) -> int:
+    """Write a rating folder of at most `count` images, drawn at random, in random order; returns how many.
+
+    UserError: `out` holds ratings already, or other files.
+    """
+    if (out / TABLE).is_file():
+        raise UserError(f"{out / TABLE} is there already and may hold ratings; choose another --out.")
+    writable_folder(out / "images")
+    rows = np.random.default_rng(fold(seed)).permutation(len(pictures))[:count]
+    digits = max(3, len(str(len(rows))))
+    about, shown, synthetic = [], [], None
+    for number, row in enumerate(rows.tolist(), 1):
+        image, path = pictures.read(row), None if pictures.paths is None else pictures.paths[row]
+        own = None if path is None else synthetic_text_of(path)
+        synthetic = synthetic or own
+        file = out / "images" / f"{number:0{digits}}{'.png' if path is None else path.suffix.lower()}"
+        if path is None:
+            save_real_png(file, image)
+        else:
+            with whole(file) as part:
+                shutil.copyfile(path, part)
+        shown.append(image)
+        about.append(
+            {"number": number, "file": f"images/{file.name}", "sha256": sha256(file), "was": pictures.about[row]}
+        )
+    for page, start in enumerate(range(0, len(shown), PAGE), 1):
+        numbers = [entry["number"] for entry in about[start : start + PAGE]]
+        sheet = numbered_sheet(shown[start : start + PAGE], [str(number) for number in numbers])
+        file = out / f"contact_sheet_{page:02}.png"
+        save_png(file, sheet, {"SYNTHETIC": "holds generated images", "of": TABLE}) if synthetic else save_real_png(
+            file, sheet
+        )
+    told = {"scale": list(scale), "source": pictures.source, "images": about}
+    write_text(out / ABOUT, json.dumps(told, indent=1, default=str))
+    table = pd.DataFrame([{"number": e["number"], "file": e["file"], "rating": "", "note": ""} for e in about])
+    write_text(out / TABLE, table.to_csv(index=False))
+    return len(rows)
+
+
+def numbered_sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = COLUMNS) -> np.ndarray:
+    """A sheet (H,W,3) uint8 of images (h,w,3) of any size, each over its caption."""
+    side = max(SIDE, *(max(image.shape[:2]) for image in images))
+    gap, step = 6, max(SIDE, side if side <= 2 * SIDE else 2 * SIDE)
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (gap + columns * (step + gap), gap + rows * (step + CAPTION + gap)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(CAPTION - 5)
+    for i, (image, caption) in enumerate(zip(images, captions)):
+        left, top = gap + i % columns * (step + gap), gap + i // columns * (step + CAPTION + gap)
+        scale = step / max(image.shape[:2])
+        size = tuple(max(1, round(extent * scale)) for extent in image.shape[1::-1])
+        method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+        sheet.paste(Image.fromarray(image).resize(size, method), (left, top))
+        pen.text((left + 2, top + step + 1), caption, fill="black", font=font)
+    return np.asarray(sheet)
+
+
+def is_rating_table(path: Path) -> bool:
+    """Whether a table lies in a rating folder."""
+    return path.suffix.lower() == ".csv" and (path.parent / ABOUT).is_file()
+
+
+def read_ratings(path: Path, skip_unrated: bool = False) -> Labelled:
+    """The rated images of a rating folder's table: grades from the scale's lowest to its highest, or its names.
+
+    UserError names the rows that are missing, not rated, rated outside the scale or given twice, and images that are
+    not the ones that were handed out.
+    """
+    told = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
+    table, known = read_table(path, text=True), {entry["number"]: entry for entry in told["images"]}
+    if lacking := {"number", "rating"} - set(table):
+        raise UserError(f"{path} has no column {', '.join(sorted(lacking))}; it was written with number and rating.")
+    ratings: dict[int, str] = {}
+    wrong: list[str] = []
+    for line, (number, rating) in enumerate(zip(table["number"], table["rating"].str.strip()), 2):
+        if not str(number).strip().isdigit() or int(number) not in known:
+            wrong.append(f"row {line}: no image has the number '{number}'")
+        elif int(number) in ratings:
+            wrong.append(f"row {line}: number {number} comes twice")
+        elif rating and rating not in told["scale"]:
+            wrong.append(f"row {line}: '{rating}' is none of {some(told['scale'], 12)}")
+        else:
+            ratings[int(number)] = rating
+    if wrong:
+        raise UserError(
+            f"{path} has {len(wrong)} rows of no use: {'; '.join(wrong[:5])}{'; ...' if wrong[5:] else ''}."
+        )
+    unrated = sorted(set(known) - {number for number, rating in ratings.items() if rating})
+    if unrated and not skip_unrated:
+        raise UserError(
+            f"{len(unrated)} of {len(known)} images of {path} are not rated: {some(list(map(str, unrated)), 12)}. Rate "
+            "them, or leave them out with --skip-unrated."
+        )
+    rated = sorted(set(known) - set(unrated))
+    if not rated:
+        raise UserError(f"no image of {path} is rated.")
+    files = [path.parent / known[number]["file"] for number in rated]
+    for number, file in zip(rated, files):
+        if not file.is_file() or sha256(file) != known[number]["sha256"]:
+            raise UserError(f"{file} is missing or is not the image that was handed out as number {number}.")
+    about = [{**known[n]["was"], "file": known[n]["file"], "rating": ratings[n]} for n in rated]
+    pictures, scale = pictures_of_files(files, about, str(path)), told["scale"]
+    values = [ratings[number] for number in rated]
+    if len(set(values)) < 2:
+        raise UserError(f"all {len(values)} images of {path} are rated {values[0]}; a scorer learns from two ratings.")
+    if all(name.isdigit() for name in scale):
+        task = Task("graded", "rating", (), float(scale[0]), float(scale[-1]))
+    else:
+        task = Task("binary" if len(scale) == 2 else "classes", "rating", tuple(scale))
+    groups, notes = groups_of(pictures, None)
+    if unrated:
+        notes = (*notes, f"{len(unrated)} images are not rated and left out")
+    return replace(Labelled(pictures, task, targets_of(values, task, pictures), groups), notes=notes)

@@ -1,0 +1,1 @@
+"""Tables as users have them: genes, captions, annotations, votes."""
