@@ -8,11 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from typer.testing import CliRunner
 
 import ldm
+from conftest import ROOT
 from ldm.cli import app
 from ldm.conditioners.class_token import ClassEmbedder
 from ldm.conditioners.compose import ConditionerSet, conditions_given, guidance_terms, parse_conditions

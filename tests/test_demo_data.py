@@ -6,10 +6,10 @@ import nibabel
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
 from PIL import Image
 from skimage.color import rgb2hed
 
+from conftest import ROOT
 from data_prep.import_captions import main as import_captions
 from demo.build import cut_samples
 from demo.build.demo_captions import SIZE, main

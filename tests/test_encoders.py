@@ -10,9 +10,9 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+from conftest import ROOT
 from data_prep import extract_features
 from demo.build import pretrain_encoder
 from ldm.config import load_config

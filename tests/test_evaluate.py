@@ -12,10 +12,10 @@ import open_clip
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from typer.testing import CliRunner
 
+from conftest import ROOT
 from ldm.cli import app
 from ldm.data.cohort import merge_index, write_store
 from ldm.errors import UserError

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from ldm.model_folder import HEADINGS
 
 sys.path.append(str(ROOT / "benchmarks"))

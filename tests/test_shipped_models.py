@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import ROOT
 from PIL import Image
 from typer.testing import CliRunner
 
 import ldm
+from conftest import ROOT
 from ldm.cli import app
 from ldm.data.collection import read_pictures
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from published import load, relative
 
+from conftest import ROOT
 from ldm import config
 from ldm.conditioners.grid import GridEmbedder, GridTokens
 from ldm.conditioners.ssl import GridPatchEmbedder, PatchEmbedder, SSLEmbedder, with_noise

@@ -29,6 +29,12 @@ def call_network(network: Network, x: Tensor, time: Tensor, cond: Cond) -> Tenso
     The keys of a condition are `crossattn`, `label`, `vector`, `concat`, or, where several conditions are composed,
     such with a name before them (`text/crossattn`): context tokens then follow one another, vectors are added and
     extra channels concatenated. Extra channels of another size than x are resized bilinearly to it.
+
+    >>> network = lambda x, time, context: (x.shape, context.shape)
+    >>> words, cells = torch.zeros(2, 5, 16), torch.zeros(2, 1, 16)
+    >>> cond = {"text/crossattn": words, "ssl/crossattn": cells}
+    >>> call_network(network, torch.zeros(2, 3, 8, 8), torch.tensor([7, 7]), cond)
+    (torch.Size([2, 3, 8, 8]), torch.Size([2, 6, 16]))
     """
     parts: dict[str, list[Tensor]] = {}
     for key, value in cond.items():
@@ -48,7 +54,11 @@ def call_network(network: Network, x: Tensor, time: Tensor, cond: Cond) -> Tenso
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:
-    """values (B,) shaped to broadcast over `like` (B,...)."""
+    """values (B,) shaped to broadcast over `like` (B,...).
+
+    >>> per_sample(torch.tensor([1.0, 2.0]), torch.zeros(2, 3, 8, 8)).shape
+    torch.Size([2, 1, 1, 1])
+    """
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
@@ -61,6 +71,13 @@ class TableDenoiser:
         parameterization: eps: x0 = x - sigma*eps; v (arXiv:2202.00512): x0 = x/(1+sigma^2) - sigma/sqrt(1+sigma^2)*v.
 
     Networks with 2C output channels (learned variance) are read by their first C; `with_variance` reads both halves.
+
+    >>> network = lambda x, timestep: torch.zeros_like(x)  # no noise in it
+    >>> denoiser = TableDenoiser(network, torch.tensor([0.1, 1.0, 10.0]))
+    >>> denoiser(torch.full((1, 3, 8, 8), 0.5), torch.tensor([1.0]), {}).mean()
+    tensor(0.5000)
+    >>> denoiser.timestep(torch.tensor([1.0, 10**0.5, 99.0]))
+    tensor([1.0000, 1.5000, 2.0000])
     """
 
     def __init__(self, network: Network, table: Tensor, parameterization: str = "eps"):
@@ -108,7 +125,12 @@ class TableDenoiser:
 
 
 class EDMDenoiser:
-    """EDM preconditioning (arXiv:2206.00364, table 1) of a network over continuous noise levels."""
+    """EDM preconditioning (arXiv:2206.00364, table 1) of a network over continuous noise levels.
+
+    >>> denoiser = EDMDenoiser(lambda x, time: torch.zeros_like(x), sigma_data=0.5)
+    >>> denoiser(torch.ones(2, 3, 8, 8), torch.tensor([0.0, 0.5]), {}).mean((1, 2, 3))  # the share of the image in x
+    tensor([1.0000, 0.5000])
+    """
 
     def __init__(
         self, network: Network, sigma_data: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0
@@ -126,6 +148,10 @@ class FlowDenoiser:
     """Rectified flow (arXiv:2209.03003): x_t = (1-t)*x0 + t*n, the network predicts n - x0 at 1000*t.
 
     In variance-exploding coordinates sigma = t/(1-t) and x_t = x/(1+sigma).
+
+    >>> denoiser = FlowDenoiser(lambda x, time: torch.zeros_like(x))  # n - x0 = 0
+    >>> denoiser(torch.full((1, 3, 8, 8), 4.0), torch.tensor([3.0]), {}).mean()
+    tensor(1.)
     """
 
     def __init__(self, network: Network, sigma_min: float = 0.002, sigma_max: float = 160.0):

@@ -25,6 +25,12 @@ class FeatureField:
         size: canvas height and width, window: side of a tile, all in the same pixels.
         interpolation: linear, slerp (of vectors as they are, not of their directions, as published) or nearest.
         background: (D,) embedding that fills holes; without it they take the nearest known embedding.
+
+    >>> field = FeatureField(torch.tensor([[[0.0], [1.0]]]), size=(256, 512), window=256)
+    >>> field.at([(0, 0), (0, 64), (0, 256)])
+    tensor([[0.0000],
+            [0.2500],
+            [1.0000]])
     """
 
     def __init__(
@@ -59,7 +65,12 @@ class FeatureField:
 
 
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
-    """Spherical interpolation of vectors (K,D) at t (K,1); nearly parallel ones are interpolated linearly."""
+    """Spherical interpolation of vectors (K,D) at t (K,1); nearly parallel ones are interpolated linearly.
+
+    >>> a, b = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    >>> slerp(a, b, torch.tensor([[0.5]]))  # as long as they are
+    tensor([[0.7071, 0.7071]])
+    """
     cosine = (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(-1, keepdim=True).clamp(-1, 1)
     theta = cosine.acos()
     curved = ((1 - t) * theta).sin() / theta.sin() * a + (t * theta).sin() / theta.sin() * b
@@ -67,7 +78,12 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def fill_holes(features: Tensor, background: Tensor | None) -> Tensor:
-    """The grid (rows, cols, D) with NaN rows replaced by `background`, or by their nearest known embedding."""
+    """The grid (rows, cols, D) with NaN rows replaced by `background`, or by their nearest known embedding.
+
+    >>> grid = torch.tensor([[[1.0], [torch.nan], [torch.nan], [4.0]]])
+    >>> fill_holes(grid, None).flatten(), fill_holes(grid, torch.tensor([0.0])).flatten()
+    (tensor([1., 1., 4., 4.]), tensor([1., 0., 0., 4.]))
+    """
     holes = features.isnan().any(-1)
     if not holes.any():
         return features

@@ -16,7 +16,11 @@ Likeness = Callable[[Tensor], Tensor]
 
 
 def cat_conds(*conds: Cond) -> dict[str, Tensor]:
-    """Conditions of several batches as the condition of one; all must have the same parts."""
+    """Conditions of several batches as the condition of one; all must have the same parts.
+
+    >>> cat_conds({"crossattn": torch.zeros(1, 5, 16)}, {"crossattn": torch.zeros(2, 5, 16)})["crossattn"].shape
+    torch.Size([3, 5, 16])
+    """
     for cond in conds:
         if set(cond) != set(conds[0]):
             raise ValueError(f"conditions to batch have parts {sorted(conds[0])} and {sorted(cond)}; they must agree")
@@ -32,7 +36,11 @@ def _as_large(values: list[Tensor]) -> list[Tensor]:
 
 
 def expand_cond(cond: Cond, count: int) -> dict[str, Tensor]:
-    """A condition of one sample, or of `count`, as one of `count` samples."""
+    """A condition of one sample, or of `count`, as one of `count` samples.
+
+    >>> expand_cond({"vector": torch.zeros(1, 16)}, 4)["vector"].shape
+    torch.Size([4, 16])
+    """
     return {part: value.expand(count, *value.shape[1:]) for part, value in cond.items()}
 
 
@@ -42,6 +50,10 @@ def cfg(denoiser: Denoiser, null: Cond, scale: float, rescale: float = 0.0) -> D
     `null` is the unconditional condition of one sample, (1,...) for each part, or of every sample of the batch. A
     negative condition in its place moves the image away from that. Scale 1 is no guidance and costs none. `rescale` in
     [0,1] draws each sample's standard deviation back to the conditional one's (arXiv:2305.08891, equations 15, 16).
+
+    >>> guided = cfg(echo, null={"vector": torch.tensor([[0.1]])}, scale=3.0)
+    >>> guided(x, torch.tensor([10.0, 10.0]), {"vector": torch.tensor([[0.2], [0.4]])}).mean((1, 2, 3))
+    tensor([0.4000, 1.0000])
     """
     if scale == 1.0:
         return denoiser
@@ -81,6 +93,12 @@ def compose(denoiser: Denoiser, null: Cond, terms: Sequence[tuple[Cond, float]])
     x0 = null + sum_k scale_k*(x0_k - null). `null` and all terms go in one batched call, the shared null once; terms of
     scale 0 are left out. Parts are of one sample (1,...) or of the batch. `[({}, s)]` is `cfg` at scale s;
     `[({"vector": no_class}, 3.0), ({"crossattn": no_text}, 1.5)]` follows the text at 3 and the class at 1.5.
+
+    >>> both = lambda x, sigma, cond: echo(x, sigma, cond) + cond["label"].view(-1, 1, 1, 1)
+    >>> null = {"vector": torch.tensor([[0.0]]), "label": torch.tensor([0])}
+    >>> guided = compose(both, null, [({"label": null["label"]}, 3.0), ({"vector": null["vector"]}, 1.5)])
+    >>> guided(x[:1], sigmas[:1], {"vector": torch.tensor([[0.1]]), "label": torch.tensor([1])}).mean()
+    tensor(1.8000)
     """
     terms = [(dict(dropped), scale) for dropped, scale in terms if scale]
     for dropped, _ in terms:
@@ -100,6 +118,10 @@ def within(guided: Denoiser, otherwise: Denoiser, low: float, high: float) -> De
     """`guided` at noise levels low < sigma <= high, `otherwise` elsewhere (guidance interval, arXiv:2404.07724).
 
     `within(cfg(d, null, 3.0), d, 0.2, 5.0)` saves the second evaluation outside the interval.
+
+    >>> guided = within(lambda x, *_: x + 1, lambda x, *_: x, low=0.2, high=5.0)
+    >>> guided(torch.zeros(3, 1, 1, 1), torch.tensor([0.1, 1.0, 10.0]), {}).flatten()
+    tensor([0., 1., 0.])
     """
 
     def chosen(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
@@ -114,7 +136,12 @@ def within(guided: Denoiser, otherwise: Denoiser, low: float, high: float) -> De
 
 
 def autoguidance(denoiser: Denoiser, weak: Denoiser, scale: float) -> Denoiser:
-    """Guidance by a smaller or earlier version of the model (arXiv:2406.02507): x0 = weak + scale*(model - weak)."""
+    """Guidance by a smaller or earlier version of the model (arXiv:2406.02507): x0 = weak + scale*(model - weak).
+
+    >>> guided = autoguidance(lambda x, *_: x + 1, weak=lambda x, *_: x + 0.5, scale=2.0)
+    >>> guided(torch.zeros(1, 3, 8, 8), torch.tensor([1.0]), {}).mean()
+    tensor(1.5000)
+    """
     if scale == 1.0:
         return denoiser
 
@@ -131,6 +158,11 @@ def classifier_guidance(denoiser: Denoiser, log_probability: LogProbability, sca
     `log_probability(x, sigma, cond)` -> (B,) is differentiable and works on x in variance-exploding coordinates, see
     `class_log_probability`. Gradients are taken inside no-grad samplers; the denoiser is not differentiated, and does
     not see `cond["target"]`, which is for the classifier alone.
+
+    >>> towards = lambda x, sigma, cond: -(x - 1).square().flatten(1).sum(1) / 2  # a Gaussian around 1
+    >>> guided = classifier_guidance(denoiser, towards, scale=0.5)
+    >>> guided(torch.zeros(1, 3, 8, 8), torch.tensor([0.2]), {}).mean()
+    tensor(0.0200)
     """
 
     def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
@@ -151,6 +183,11 @@ def class_log_probability(
     x_t = x / sqrt(1 + sigma^2); `timestep` maps sigma (B,) to the classifier's time, as `TableDenoiser.timestep`. The
     labels (B,) are `cond["target"]`, else the network's own, `cond["label"]`. With a model whose classes act otherwise:
     `cond = model.condition(class_=names) | {"target": model.cond_stage_model.labels(names)}`.
+
+    >>> brightness = lambda x, timestep: torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)  # logits: dark, bright
+    >>> log_probability = class_log_probability(brightness, lambda sigma: sigma)
+    >>> log_probability(torch.ones(2, 3, 8, 8), torch.zeros(2), {"target": torch.tensor([0, 1])}).exp()
+    tensor([0.1192, 0.8808])
     """
 
     def log_probability(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
@@ -170,6 +207,10 @@ def likeness_guidance(denoiser: Denoiser, likeness: Likeness, scale: float) -> D
 
     likeness(x0) -> (B,) of images (B,C,H,W), differentiable and a mean over places: zero-shot translation compares a
     source of another modality, by the LMI of networks, `lambda x0: lmi_score(source, (x0 + 1) / 2)`.
+
+    >>> guided = likeness_guidance(denoiser, lambda x0: -(x0 - 1).square().mean((1, 2, 3)), scale=1.0)
+    >>> guided(torch.zeros(1, 1, 8, 8), torch.tensor([0.2]), {}).mean()
+    tensor(0.0769)
     """
 
     def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
@@ -183,7 +224,11 @@ def likeness_guidance(denoiser: Denoiser, likeness: Likeness, scale: float) -> D
 
 
 def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
-    """Clip the denoised image, as pixel-space models are sampled."""
+    """Clip the denoised image, as pixel-space models are sampled.
+
+    >>> clip(denoiser)(x, torch.tensor([0.0, 0.0]), {}).abs().max()
+    tensor(1.)
+    """
 
     def clipped(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         return denoiser(x, sigma, cond).clamp(low, high)
@@ -226,6 +271,11 @@ def keep_variance(denoiser: RangeDenoiser, guide: Callable[[Denoiser], Denoiser]
 
     Where the batch that guidance makes does not end with the condition, as `compose` of several terms, the condition
     is evaluated along with it.
+
+    >>> learned = lambda x, sigma, cond: (echo(x, sigma, cond), torch.full_like(x, 0.3))
+    >>> guided = keep_variance(learned, lambda d: cfg(d, {"vector": torch.zeros(1, 1)}, 2.0))
+    >>> [part.mean() for part in guided(x, torch.tensor([10.0, 10.0]), {"vector": torch.ones(2, 1)})]
+    [tensor(2.), tensor(0.3000)]
     """
 
     def guided(x: Tensor, sigma: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,11 @@ from ldm.diffusion.denoiser import per_sample
 
 
 def error_scale(parameterization: str, sigma: Tensor, sigma_data: float = 1.0) -> Tensor:
-    """Factor (B,) that turns an x0 error into the error of what the network predicts."""
+    """Factor (B,) that turns an x0 error into the error of what the network predicts.
+
+    >>> error_scale("v", torch.tensor([0.1, 1.0, 10.0]))
+    tensor([10.0499,  1.4142,  1.0050])
+    """
     if parameterization == "eps":
         return 1 / sigma
     if parameterization == "v":
@@ -32,12 +36,20 @@ def min_snr_scale(sigma: Tensor, gamma: float, parameterization: str, sigma_data
     """Weight (B,) on the squared network error so that the x0 error weighs min(SNR, gamma) (arXiv:2303.09556, eq. 6).
 
     SNR = 1/sigma^2; for eps the weight is min(SNR, gamma)/SNR, for v min(SNR, gamma)/(SNR+1), for x0 min(SNR, gamma).
+
+    >>> min_snr_scale(torch.tensor([0.1, 1.0, 10.0]), 5.0, "eps")  # low noise weighs less
+    tensor([0.0500, 1.0000, 1.0000])
     """
     return (1 / sigma**2).clamp(max=gamma) / error_scale(parameterization, sigma, sigma_data) ** 2
 
 
 def scaled_error(estimate: Tensor, x0: Tensor, scale: Tensor, kind: str = "l2") -> Tensor:
-    """Mean error (B,) of an estimate of x0 (B,C,H,W), scaled by scale (B,) before the norm; kind is l2 or l1."""
+    """Mean error (B,) of an estimate of x0 (B,C,H,W), scaled by scale (B,) before the norm; kind is l2 or l1.
+
+    >>> x0 = torch.zeros(2, 3, 8, 8)
+    >>> scaled_error(x0 + 0.5, x0, torch.tensor([1.0, 2.0]))
+    tensor([0.2500, 1.0000])
+    """
     if kind not in ("l1", "l2"):
         raise ValueError(f"loss kind must be l1 or l2; got {kind!r}")
     error = ((estimate - x0).float() * per_sample(scale, x0)).flatten(1)
@@ -54,6 +66,11 @@ def variational_bound(x0: Tensor, estimate: Tensor, place: Tensor, sigma: Tensor
         x0, estimate: the image and its estimate (B,C,H,W). Only the variance should be trained by this: give the
             estimate detached. place: the step's log-variance between the posterior's (0) and the forward step's (1).
         table: ascending sigmas (T,) of the training schedule; sigma are entries of it.
+
+    >>> table, x0 = torch.tensor([0.1, 1.0, 10.0]), torch.zeros(2, 3, 8, 8)
+    >>> small, large = torch.zeros_like(x0), torch.ones_like(x0)
+    >>> [variational_bound(x0, x0, place, table[1:], table).tolist() for place in (small, large)]
+    [[0.0, 0.0], [2.1220, 0.1358]]
     """
     index = torch.searchsorted(table, sigma).clamp(max=len(table) - 1)
     s, t = (per_sample(table[i], x0).double() for i in ((index - 1).clamp(min=0), index.clamp(min=1)))

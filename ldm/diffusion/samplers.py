@@ -34,7 +34,11 @@ def _checked(x: Tensor, sigmas: Tensor) -> Tensor:
 def sample_euler(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing
 ) -> Tensor:
-    """Euler steps of the probability-flow ODE: deterministic DDIM (arXiv:2010.02502), its inversion if ascending."""
+    """Euler steps of the probability-flow ODE: deterministic DDIM (arXiv:2010.02502), its inversion if ascending.
+
+    >>> float(sample_euler(denoiser, x, sigmas, {}).std() / x.std())  # the exact solution's is (1 + 10^2)^-0.5 = 0.0995
+    0.0918
+    """
     sigmas = _checked(x, sigmas)
     for i in range(len(sigmas) - 1):
         x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
@@ -51,6 +55,9 @@ def sample_ddim(
     """DDIM with stochasticity eta in [0,1] (arXiv:2010.02502, equation 16).
 
     In these coordinates it is Euler ancestral: eta 1 is k-diffusion's, and DDPM's sampler with the small variance.
+
+    >>> float(sample_ddim(denoiser, x, sigmas, {}, noise).std())  # of the data it is 1
+    0.8595
     """
     sigmas = _checked(x, sigmas)
     for i in range(len(sigmas) - 1):
@@ -69,7 +76,11 @@ def sample_ddim(
 def sample_heun(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing
 ) -> Tensor:
-    """Heun's second-order steps (EDM, arXiv:2206.00364, algorithm 1): two evaluations a step, one for the last."""
+    """Heun's second-order steps (EDM, arXiv:2206.00364, algorithm 1): two evaluations a step, one for the last.
+
+    >>> float(sample_heun(denoiser, x, sigmas, {}).std() / x.std())  # the exact solution's is 0.0995
+    0.1007
+    """
     sigmas = _checked(x, sigmas)
     for i in range(len(sigmas) - 1):
         x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
@@ -88,7 +99,11 @@ def sample_heun(
 def sample_dpmpp_2m(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing
 ) -> Tensor:
-    """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2): second order, one evaluation a step."""
+    """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2): second order, one evaluation a step.
+
+    >>> float(sample_dpmpp_2m(denoiser, x, sigmas, {}).std() / x.std())  # the exact solution's is 0.0995
+    0.1008
+    """
     sigmas = _checked(x, sigmas)
     previous = None
     for i in range(len(sigmas) - 1):
@@ -117,6 +132,9 @@ def sample_ddpm(
     The log-variance of a step lies between the posterior's, `fixed small`, and the forward step's, `fixed large`
     (arXiv:2102.09672, equation 15): `variance` is its place, 0 small, 1 large. None takes it from the denoiser, which
     then returns (x0, place), as `TableDenoiser.with_variance` does (`guidance.keep_variance` guides such a one).
+
+    >>> [float(sample_ddpm(denoiser, x, sigmas, {}, noise, variance).std()) for variance in (0.0, 1.0)]
+    [0.8595, 1.0052]
     """
     sigmas = _checked(x, sigmas)
     for i in range(len(sigmas) - 1):
@@ -137,7 +155,11 @@ def sample_dpmpp_2m_sde(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise, eta: float = 1.0,
     callback: Callback = _nothing,
 ) -> Tensor:  # fmt: skip
-    """SDE-DPM-Solver++(2M) (arXiv:2211.01095, section 5, midpoint form); eta 0 is DPM-Solver++(2M)."""
+    """SDE-DPM-Solver++(2M) (arXiv:2211.01095, section 5, midpoint form); eta 0 is DPM-Solver++(2M).
+
+    >>> float(sample_dpmpp_2m_sde(denoiser, x, sigmas, {}, noise).std())  # of the data it is 1
+    1.0385
+    """
     sigmas = _checked(x, sigmas)
     previous = None
     for i in range(len(sigmas) - 1):
@@ -168,6 +190,9 @@ def sample_dpmpp_3m_sde(
     x0 along log sigma is the parabola through the last three evaluations, integrated exactly (exponential
     Adams-Bashforth, as arXiv:2211.01095, equation 9). The published codes halve the parabola's curvature, which leaves
     second order; here it counts whole.
+
+    >>> float(sample_dpmpp_3m_sde(denoiser, x, sigmas, {}, noise).std())  # of the data it is 1
+    1.0021
     """
     sigmas = _checked(x, sigmas)
     seen: list[Tensor] = []                                                     # earlier x0, latest first
@@ -201,7 +226,11 @@ def sample_plms(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing
 ) -> Tensor:
     """PLMS (arXiv:2202.09778, as CompVis' PLMSSampler): linear multistep of up to fourth order with the coefficients
-    of equal steps, started by one averaged step that costs an evaluation more. For parity with published samples."""
+    of equal steps, started by one averaged step that costs an evaluation more. For parity with published samples.
+
+    >>> float(sample_plms(denoiser, x, sigmas, {}).std() / x.std())  # the exact solution's is 0.0995
+    0.0999
+    """
     weights = ((3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
     sigmas = _checked(x, sigmas)
     slopes: list[Tensor] = []                                                   # latest first
@@ -225,7 +254,11 @@ def sample_unipc(
     denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, order: int = 2, callback: Callback = _nothing
 ) -> Tensor:
     """UniPC (arXiv:2302.04867, algorithm 1) of order 1 to 3: a multistep predictor, and a corrector that takes the
-    evaluation at the predicted point, which the next step needs anyway: one evaluation a step."""
+    evaluation at the predicted point, which the next step needs anyway: one evaluation a step.
+
+    >>> [float(sample_unipc(denoiser, x, sigmas, {}, order).std() / x.std()) for order in (1, 2, 3)]  # exact: 0.0995
+    [0.0973, 0.1000, 0.0993]
+    """
     if order not in (1, 2, 3):
         raise ValueError(f"the order of UniPC is 1, 2 or 3; got {order}")
     levels = _checked(x, sigmas).tolist()

@@ -38,6 +38,9 @@ def fixed_starts(size: int, window: int, stride: int, border: str = "inward") ->
 
     At an `inward` border the last start is moved inwards so that the axis is covered exactly; a `circular` axis has
     windows that run on at the other end; at a `replicate` border windows hang over both ends.
+
+    >>> fixed_starts(100, window=64, stride=32)
+    [0, 32, 36]
     """
     if not 1 <= stride <= window:
         raise ValueError(f"stride must be in 1..{window}, the window; got {stride}")
@@ -65,6 +68,9 @@ def drawn_starts(size: int, window: int, *seed: int) -> list[int]:
 
     As many as overlap by 3/16 of a window on average, or more where that is no whole number, so the work grows as the
     axis does. Each overlaps by 1/8 at least; the rest falls to neighbours at random, half a window at most to any.
+
+    >>> drawn_starts(256, 64, 0), drawn_starts(256, 64, 1)
+    ([0, 51, 100, 155, 192], [0, 55, 103, 157, 192])
     """
     _check(size, window, "inward")
     span, least = size - window, window // 8
@@ -94,7 +100,11 @@ def _check_blend(blend: str) -> None:
 
 
 def smooth_weight(window: int, first: bool = False, last: bool = False) -> Tensor:
-    """Raised-cosine weight (window,) along one axis; flat towards the canvas' side for its first and last window."""
+    """Raised-cosine weight (window,) along one axis; flat towards the canvas' side for its first and last window.
+
+    >>> smooth_weight(4), smooth_weight(4, first=True)
+    (tensor([0.1464, 0.8536, 0.8536, 0.1464]), tensor([1.0000, 1.0000, 0.8536, 0.1464]))
+    """
     weight = (torch.pi * (torch.arange(window) + 0.5) / window).sin() ** 2
     if first:
         weight[: (window + 1) // 2] = 1
@@ -147,7 +157,14 @@ def read_field(field: Tensor, images: Sequence[int], corners: Sequence[Corner], 
 def window_conds(
     cond: Cond, images: Sequence[int], corners: Sequence[Corner], size: Corner, window: int, border: str = "inward"
 ) -> dict[str, Tensor]:
-    """The condition of K windows, given by image and corner, from that of the canvas (see above)."""
+    """The condition of K windows, given by image and corner, from that of the canvas (see above).
+
+    >>> cond = {"concat": torch.arange(16.0).view(1, 1, 4, 4), "crossattn": torch.zeros(1, 5, 16)}
+    >>> windows = window_conds(cond, images=[0, 0], corners=[(0, 0), (2, 2)], size=(4, 4), window=2)
+    >>> windows["concat"][1], windows["crossattn"].shape
+    (tensor([[[10., 11.],
+             [14., 15.]]]), torch.Size([2, 5, 16]))
+    """
     conds = {}
     for part, value in cond.items():
         kind = part.rpartition("/")[2]  # of a composed condition, "name/kind"
@@ -213,6 +230,10 @@ def tiled(
     blend: `uniform` weights, or `smooth` ones that fall towards a window's sides. border: `inward`, outer windows end
     at the canvas' sides; `circular`, a canvas without sides, whose opposite ends meet; `replicate`, windows hang over
     and see the outermost pixels repeated.
+
+    >>> canvas = tiled(lambda x, *_: x - x.mean((2, 3), keepdim=True), window=4, stride=2)
+    >>> canvas(torch.arange(8.0).expand(1, 1, 4, 8), torch.tensor([1.0]), {})[0, 0, 0]  # each window's mean is 0
+    tensor([-1.5000, -0.5000, -0.5000,  0.5000, -0.5000,  0.5000,  0.5000,  1.5000])
     """
     _check_blend(blend)
 
@@ -235,6 +256,11 @@ def shifted(
     At the `inward` border they overlap a little (`drawn_starts`), and smooth weights lead from one to the next; at
     others, which are those of `tiled`, they adjoin at a drawn offset. The places are a function of seed and sigma, so
     the denoiser keeps no state. A canvas of one window is denoised as it would be without tiling.
+
+    >>> seen = []
+    >>> canvas = shifted(lambda x, sigma, cond: (seen.append(len(x)), x)[1], window=8)
+    >>> canvas(torch.zeros(1, 4, 8, 32), torch.tensor([1.0]), {}).shape, seen  # of five windows
+    (torch.Size([1, 4, 8, 32]), [5])
     """
     _check_blend(blend)
 

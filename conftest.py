@@ -1,0 +1,86 @@
+"""Fixtures of the tests and of the examples in docstrings.
+
+An example runs in an empty folder and knows `torch`, `np`, `Path`, `ldm` and the names in EXAMPLES. Floats are compared
+to the digits that are written (pytest's NUMBER).
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import ldm
+from ldm.diffusion.denoiser import Cond
+from ldm.diffusion.schedules import karras_sigmas
+from ldm.rng import sample_noise
+
+ROOT = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of larger sample data and oracles that stands beside the repository where it is developed."""
+    path = ROOT.parent / "shared"
+    if not path.is_dir():
+        pytest.skip("the shared sample data do not stand beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def oracle(shared: Path) -> Path:
+    """Tensors computed by the published implementations."""
+    return shared / "oracle"
+
+
+@pytest.fixture(scope="session")
+def demo_slide() -> Path:
+    return ROOT / "data" / "demo" / "CMU-1-Small-Region.svs"
+
+
+@pytest.fixture(scope="session")
+def tiny_store(demo_slide: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo slide as a tile store of 256 px tiles side by side, background tiles included. Do not write to it."""
+    from data_prep.tile_slides import tile_slide
+
+    return tile_slide(demo_slide, tmp_path_factory.mktemp("cohort"), keep_background=1.0)
+
+
+def _ideal(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+
+
+def _echo(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    return cond["vector"].view(-1, 1, 1, 1).expand_as(x)
+
+
+EXAMPLES: dict[str, Callable[[pytest.FixtureRequest], object]] = {
+    # the ideal denoiser of pixels from a standard normal distribution; one whose image is its condition's vector (B,1)
+    "denoiser": lambda request: _ideal,
+    "echo": lambda request: _echo,
+    # two images (2,3,8,8) of noise at sigma 10, levels (21,) of twenty steps from there to 0, the noise of each step
+    "x": lambda request: 10 * sample_noise([0, 1], (3, 8, 8)),
+    "sigmas": lambda request: karras_sigmas(20, 0.01, 10.0),
+    "noise": lambda request: lambda step: sample_noise([0, 1], (3, 8, 8), step + 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _example(request: pytest.FixtureRequest) -> None:
+    """The folder and the names of the examples of a docstring: of EXAMPLES, what they use."""
+    if not (examples := getattr(request.node, "dtest", None)):
+        return
+    request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("tmp_path"))
+    source = "".join(example.source for example in examples.examples)
+    used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
+    names = request.getfixturevalue("doctest_namespace")
+    names |= {"torch": torch, "np": np, "Path": Path, "ldm": ldm}
+    names |= {name: make(request) for name, make in EXAMPLES.items() if name in used}
