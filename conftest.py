@@ -1,7 +1,7 @@
 """Fixtures of the tests and of the examples in docstrings.
 
-An example runs in an empty folder and knows `torch`, `np`, `Path`, `ldm` and the names in EXAMPLES. Floats are compared
-to the digits that are written (pytest's NUMBER).
+An example runs in an empty folder and knows `torch`, `np`, `pd`, `Path`, PIL's `Image`, `ldm` and the names in
+EXAMPLES. Floats are compared to the digits that are written (pytest's NUMBER).
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import ldm
@@ -70,6 +72,11 @@ EXAMPLES: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     "x": lambda request: 10 * sample_noise([0, 1], (3, 8, 8)),
     "sigmas": lambda request: karras_sigmas(20, 0.01, 10.0),
     "noise": lambda request: lambda step: sample_noise([0, 1], (3, 8, 8), step + 1),
+    # features (200,16) of generated images and (300,16) of real ones, a quarter deviation apart in each dimension
+    "generated": lambda request: np.random.default_rng(0).normal(0.25, 1, (200, 16)).astype(np.float32),
+    "real": lambda request: np.random.default_rng(1).normal(0, 1, (300, 16)).astype(np.float32),
+    # a tile (256,256,3) uint8
+    "tile": lambda request: np.array(Image.open(ROOT / "data/samples/cancers/TCGA-CR-7395_1600,2400.png"))[:256, :256],
 }
 
 
@@ -82,5 +89,5 @@ def _example(request: pytest.FixtureRequest) -> None:
     source = "".join(example.source for example in examples.examples)
     used = {node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)}
     names = request.getfixturevalue("doctest_namespace")
-    names |= {"torch": torch, "np": np, "Path": Path, "ldm": ldm}
+    names |= {"torch": torch, "np": np, "pd": pd, "Path": Path, "Image": Image, "ldm": ldm}
     names |= {name: make(request) for name, make in EXAMPLES.items() if name in used}

@@ -30,10 +30,12 @@ def test_frechet_distance_of_gaussians_is_the_analytic_one():
     turn = np.linalg.qr(RNG.normal(size=(dim, dim)))[0]
     a, b = np.linspace(0.5, 3, dim), np.linspace(2, 0.1, dim)
     mean = RNG.normal(size=dim)
-    own = frechet.gaussian_distance(mean, turn @ np.diag(a) @ turn.T, 0 * mean, turn @ np.diag(b) @ turn.T)
+    moved, still = frechet.Moments(mean, turn * a**0.5, 0), frechet.Moments(0 * mean, turn * b**0.5, 0)
+    own = frechet.frechet_distance(moved, still)
     assert own == pytest.approx(mean @ mean + ((a**0.5 - b**0.5) ** 2).sum(), rel=1e-10)  # commuting covariances
-    flat = np.diag([1.0, 4.0, 0, 0, 0, 0])  # singular ones too
-    assert frechet.gaussian_distance(0 * mean, flat, 0 * mean, np.eye(dim)) == pytest.approx(0 + 1 + 4, rel=1e-10)
+    flat = frechet.Moments(0 * mean, np.diag([1.0, 2.0, 0, 0, 0, 0]), 0)  # a singular one too
+    round_ = frechet.Moments(0 * mean, np.eye(dim), 0)
+    assert frechet.frechet_distance(flat, round_) == pytest.approx(0 + 1 + 4, rel=1e-10)
 
 
 def test_fid_of_many_gaussian_features_nears_the_analytic_distance():

@@ -37,7 +37,11 @@ class Moments:
 
 
 def moments(features: np.ndarray) -> Moments:
-    """Mean and covariance of features (N,D), in float64 whatever the features are."""
+    """Mean and covariance of features (N,D), in float64 whatever the features are.
+
+    >>> moments(real).trace  # of 16 dimensions of variance 1
+    16.0026
+    """
     count, dim = features.shape
     mean = np.zeros(dim)
     for part in _parts(features):
@@ -60,19 +64,13 @@ def _parts(features: np.ndarray):
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """The Fréchet distance of two Gaussians."""
+    """The Fréchet distance of two Gaussians.
+
+    >>> frechet_distance(moments(generated), moments(real))  # of the distributions: 16 * 0.25^2 = 1
+    1.4639
+    """
     shared = scipy.linalg.svdvals(a.factor.T @ b.factor, overwrite_a=True, check_finite=False).sum()
     return float(((a.mean - b.mean) ** 2).sum() + a.trace + b.trace - 2 * shared)
-
-
-def gaussian_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
-    """The same of means (D,) and covariances (D,D), as published statistics have them."""
-    return frechet_distance(_of_covariance(mean1, cov1), _of_covariance(mean2, cov2))
-
-
-def _of_covariance(mean: np.ndarray, covariance: np.ndarray) -> Moments:
-    values, vectors = scipy.linalg.eigh(np.asarray(covariance, float))
-    return Moments(np.asarray(mean, float), vectors * np.sqrt(values.clip(min=0)), 0)
 
 
 def fid(generated: np.ndarray, real: np.ndarray) -> Estimate:
@@ -80,6 +78,10 @@ def fid(generated: np.ndarray, real: np.ndarray) -> Estimate:
 
     The singular value decomposition L1^T L2 = U s V^T gives it: weighing image x of the generated set by 1 + e changes
     the last trace by e/2 |s^(1/2) U^T L1^+ (x - m1)|^2, and of the real set alike with V and L2.
+
+    >>> estimate = fid(generated, real)  # of the distributions: 16 * 0.25^2 = 1
+    >>> estimate.value, estimate.interval()
+    (1.4639, (1.0720, 1.8514))
     """
     a, b = moments(generated), moments(real)
     left, values, right = scipy.linalg.svd(
@@ -110,7 +112,12 @@ def _influence(features: np.ndarray, own: Moments, directions: np.ndarray, apart
 
 
 def fid_by_size(generated: np.ndarray, real: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """FID of random subsets that hold a fraction f of both sets: 1/f (n,) and FID (n,)."""
+    """FID of random subsets that hold a fraction f of both sets: 1/f (n,) and FID (n,).
+
+    >>> inverse, values = fid_by_size(generated, real)
+    >>> [float(values[inverse == at].mean()) for at in (1.0, 2.5)]  # fewer images, more distance
+    [1.4639, 2.4068]
+    """
     rng = np.random.default_rng(seed)
     base = min(1.0, SKETCH / max(len(generated), len(real)))
     inverse, values = [], []
@@ -131,6 +138,9 @@ def fd_infinity(inverse: np.ndarray, values: np.ndarray, whole: Estimate) -> Est
     FID is biased upwards by about c1/N + c2/M, which is proportional to 1/f. The publication takes fractions of the
     generated set only, which is the same for a real set of any size to spare. whole: `fid` of the whole sets, which the
     line goes through at 1/f = 1, and whose influences the interval takes.
+
+    >>> fd_infinity(*fid_by_size(generated, real), whole=fid(generated, real)).value  # of the distributions: 1
+    0.7103
     """
     away, more = inverse - 1, values - whole.value
     spread = max(away @ away, 1e-12)

@@ -38,7 +38,13 @@ class Tone:
 
 
 def tone(image: LargeImage, window: int, seed: int = 0) -> Tone:
-    """The tone of an image in windows of `window` px side by side."""
+    """The tone of an image in windows of `window` px side by side.
+
+    >>> image = LargeImage(Path("tile.png"), tile.shape, lambda x, y, w, h: tile[y : y + h, x : x + w])
+    >>> found = tone(image, window=64)
+    >>> found.colours.shape, found.drift, (found.low, found.high)
+    ((4, 4, 3), 6.7663, (1.4706, 6.8119))
+    """
     rows, cols = image.shape[0] // window, image.shape[1] // window
     colours = np.full((rows, cols, 3), np.nan)
     for row in range(rows):
@@ -83,6 +89,11 @@ def repetition(features: np.ndarray) -> Repetition:
 
     The autocorrelation at a lag is the mean cosine similarity of windows that far apart, of features less their mean
     and over lags of which there are at least as many pairs as a quarter of the windows.
+
+    >>> features = np.random.default_rng(0).normal(size=(4, 4, 8))
+    >>> found = repetition(np.tile(features, (1, 2, 1)))  # the right half repeats the left one
+    >>> found.lag, found.strongest
+    ((0, 4), 1.0)
     """
     rows, cols = features.shape[:2]
     known = ~np.isnan(features[..., 0])
@@ -113,7 +124,12 @@ def repetition(features: np.ndarray) -> Repetition:
 
 
 def seam_measures(image: LargeImage, tile: int) -> list[Measure]:
-    """Seam ratios on the lattice of `tile` px; none for an image of less than two tiles along a side."""
+    """Seam ratios on the lattice of `tile` px; none for an image of less than two tiles along a side.
+
+    >>> image = LargeImage(Path("tile.png"), tile.shape, lambda x, y, w, h: tile[y : y + h, x : x + w])
+    >>> [(measure.name, measure.value) for measure in seam_measures(image, tile=64)]
+    [('seams', 1.3247), ('seams_like', 1.0133)]
+    """
     if min(image.shape[:2]) < 2 * tile:
         return []
     found = []
@@ -130,6 +146,11 @@ def seam_measures(image: LargeImage, tile: int) -> list[Measure]:
 
 
 def tone_measures(found: Tone) -> list[Measure]:
+    """The drift as a row of a report; none where too few windows hold tissue.
+
+    >>> tone_measures(Tone(np.zeros((4, 4, 3)), drift=3.2, low=0.4, high=1.6))[0].note
+    'ΔE between corners of the linear trend; shuffled windows 0.4 to 1.6'
+    """
     if np.isnan(found.drift):
         return []
     note = f"ΔE between corners of the linear trend; shuffled windows {found.low:.1f} to {found.high:.1f}"
@@ -137,6 +158,11 @@ def tone_measures(found: Tone) -> list[Measure]:
 
 
 def repetition_measures(found: Repetition) -> list[Measure]:
+    """The strongest repetition and the most similar windows as rows of a report.
+
+    >>> repetition_measures(Repetition(np.zeros((7, 7)), strongest=0.6, lag=(0, 4), closest=0.9))[0].note
+    'autocorrelation of window features, at 0 down and 4 across'
+    """
     rows, cols = found.lag
     note = f"autocorrelation of window features, at {rows} down and {cols} across"
     return [

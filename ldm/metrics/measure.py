@@ -47,7 +47,12 @@ def measure_of(
     name: str, estimate: Estimate, groups: Sequence[np.ndarray | None] = (None, None), title: str = "",
     better: str = NONE, note: str = "", invalid: str = "", draws: int = DRAWS, seed: int = 0,
 ) -> Measure:  # fmt: skip
-    """An estimate as a measure. groups: of the generated and of the real images."""
+    """An estimate as a measure. groups: of the generated and of the real images.
+
+    >>> measure = measure_of("precision", Estimate(0.5, np.array([-0.5, 0.5]), bounds=(0.0, 1.0)))
+    >>> measure.title, measure.value, (measure.low, measure.high), measure.better
+    ('precision', 0.5, (0.0, 1.0), 'higher')
+    """
     known = TITLES.get(name, (title or name, better, note))
     low, high = estimate.interval(*groups, draws=draws, seed=seed)
     return Measure(name, title or known[0], estimate.value, low, high, better or known[1], note or known[2], invalid)

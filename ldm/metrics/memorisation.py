@@ -64,6 +64,11 @@ def nearest(
     """The nearest training images by the cosine distance of features, 1 - cos, from `centre` (D,), the training mean.
 
     Digests tell equal pixels.
+
+    >>> train = FeatureSet(np.array([[1.0, 0.0], [-1.0, 0.0]]), pd.DataFrame())
+    >>> found = nearest(FeatureSet(np.array([[0.9, 0.1]]), pd.DataFrame()), train)
+    >>> found.row, found.distance
+    (array([[0, 1]]), array([[0.00612, 1.9939]]))
     """
     mean = train.values.mean(0) if centre is None else centre
     own, other = (
@@ -89,6 +94,12 @@ def memorisation(
 
     Held-out images that are training images too are left out. UserError: features of different extractors, fewer than
     LEAST held-out images, most of them among the training ones.
+
+    >>> train, held_out = (FeatureSet(part, pd.DataFrame()) for part in (real[:200], real[200:]))
+    >>> copies = FeatureSet(train.values[:50] + 0.01, pd.DataFrame())
+    >>> fresh = FeatureSet(-real[200:], pd.DataFrame())
+    >>> [memorisation(each, held_out, train).verdict for each in (copies, fresh)]
+    ['memorises', 'no sign']
     """
     for features in (generated, held_out):
         check_alike(features, train)
@@ -129,7 +140,12 @@ def memorisation(
 
 
 def repeated(features: FeatureSet, limit: float, centre: np.ndarray, device: str = "cpu") -> list[tuple[int, int]]:
-    """Pairs of images of one set whose distance from `centre` (D,), the training mean, is below the limit."""
+    """Pairs of images of one set whose distance from `centre` (D,), the training mean, is below the limit.
+
+    >>> features = FeatureSet(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.01]]), pd.DataFrame())
+    >>> repeated(features, limit=0.1, centre=np.zeros(2))
+    [(0, 2)]
+    """
     found = nearest(features, features, 2, device, centre)
     pairs = set()
     for i, (distances, rows) in enumerate(zip(found.distance, found.row)):

@@ -18,6 +18,11 @@ def line_gradients(bands: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     """Mean absolute difference of grey across each line between rows (H-1,) and between columns (W-1,).
 
     bands: the image (H,W,3) uint8 as horizontal bands from above to below.
+
+    >>> image = np.zeros((4, 6, 3), np.uint8)
+    >>> image[2:] = 100
+    >>> line_gradients([image[:3], image[3:]])  # between rows, between columns
+    (array([  0., 100.,   0.]), array([0., 0., 0., 0., 0.]))
     """
     rows, columns, count, last = [], 0.0, 0, None
     for band in bands:
@@ -35,6 +40,11 @@ def seam_ratios(image: np.ndarray | Iterable[np.ndarray], tile: int, near: int |
 
     image (H,W,3) uint8, or its horizontal bands. Entry 0 is the lattice that starts in the corner of the image. near:
     of the inside of tiles, take only lines within so many pixels of a border and a multiple of GRID away from it.
+
+    >>> seams = tile[:128, :128].copy()
+    >>> seams[:, 64:] //= 2  # the right half is darker
+    >>> [float(seam_ratios(image, 64)[0]) for image in (tile[:128, :128], seams)]
+    [1.2880, 4.9461]
     """
     across = line_gradients([image] if isinstance(image, np.ndarray) else image)
     ratios = []
@@ -55,6 +65,10 @@ def measure_seams(image: np.ndarray, tile: int, source: Path | str) -> dict[str,
     """The seam ratio over `all` of the inside and `like` for like, each with the 95% range of all other lattices.
 
     UserError: an image of less than two tiles along a side.
+
+    >>> measured = measure_seams(tile, 64, "tile.png")
+    >>> measured["all"]["low"] < measured["all"]["ratio"] < measured["all"]["high"]
+    True
     """
     if min(image.shape[:2]) < 2 * tile:
         height, width = image.shape[:2]
