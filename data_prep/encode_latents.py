@@ -1,19 +1,23 @@
-"""Latents of every tile of a tile store, by a trained first stage.
+r"""Write the latents of every tile into its tile store, by a trained first stage.
 
-    python -m data_prep.encode_latents --store cohort --first-stage MODEL_FOLDER --dihedral
+Each store gets latents/<name> (N,C,h,w) float16 in the first stage's own units (the mode of its posterior), or with
+--dihedral (N,8,C,h,w), the latents of the tile's eight rotations and flips: a flipped latent is not the latent of the
+flipped tile. Attributes record the SHA-256 of the weights, the shape, and the scale_factor 1/std that brings the
+store's latents to unit variance. When a run was interrupted, the same command goes on where it stopped; finished arrays
+are left as they are.
 
-Writes `latents/<name>` (N,C,h,w) float16 into each store, in the first stage's own units (the posterior's mode), or
-(N,8,C,h,w) with the latents of the tile's eight rotations and flips: a flipped latent is not the latent of the flipped
-tile. Attributes tell first stage (SHA-256 of its weights), shape, and the scale_factor 1/std that brings the store's
-latents to unit variance. A stopped run continues; a finished array is left as it is.
+Examples:
+
+    python -m data_prep.encode_latents --store cohort --first-stage models/vq-f4
+    python -m data_prep.encode_latents --store cohort --first-stage models/vq-f4 \
+        --dihedral --name vq-f4-dihedral
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,10 +26,22 @@ from torch import nn
 from tqdm import tqdm
 
 from data_prep.extract_features import PRECISIONS, read_batches
+from data_prep.options import (
+    BatchOption,
+    DeviceOption,
+    Precision,
+    PrecisionOption,
+    StoreOption,
+    inputs,
+    output,
+    stores_told,
+    taken,
+)
+from ldm.cli.script import script
 from ldm.data import dihedral
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.devices import pick_device
-from ldm.errors import UserError, run_command
+from ldm.errors import UserError
 from ldm.files import sha256
 
 
@@ -87,12 +103,14 @@ def encode_latents(
     name = name or folder.resolve().name
     device = pick_device(device)
     if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: must be at least 1")
+        raise UserError(f"a batch has at least 1 tile; got a batch size of {batch_size}")
     first_stage = load_first_stage(str(folder)).to(device, memory_format=torch.channels_last)
     factor = first_stage.downsampling
     for store in stores:
         if store.tile_size % factor:
-            raise UserError(f"{store.path} has tiles of {store.tile_size} px, which {folder} cannot divide by {factor}")
+            raise UserError(
+                f"{store.path} has tiles of {store.tile_size} px; first stage {folder} takes multiples of {factor} px"
+            )
     attrs = latent_attrs(folder, first_stage, with_dihedral, precision)
     variants = dihedral.COUNT if with_dihedral else 1
     measured = []
@@ -129,32 +147,25 @@ def latent_attrs(folder: Path, first_stage: nn.Module, with_dihedral: bool, prec
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.encode_latents", description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--store", type=Path, nargs="+", required=True, help="tile stores, or folders of them")
-    add("--first-stage", type=Path, required=True, metavar="FOLDER", help="model folder of a first stage")
-    add("--name", help="of the latents in the store (default: the folder's name)")
-    add("--dihedral", action="store_true", help="latents of all eight rotations and flips, (N,8,C,h,w)")
-    add("--batch-size", type=int, default=16)
-    add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
-    add("--precision", choices=PRECISIONS, default="fp32")
-    options = parser.parse_args(arguments)
-    stores = open_cohort(options.store)
-    name, scale = encode_latents(
-        stores,
-        options.first_stage,
-        options.name,
-        options.dihedral,
-        options.batch_size,
-        options.device,
-        options.precision,
-    )
-    print(
-        f"latents/{name} of {sum(map(len, stores))} tiles in {len(stores)} store{'s' * (len(stores) > 1)}; "
-        f"scale_factor 1/std = {scale:.5f}"
-    )
+@script("data_prep.encode_latents", __doc__)
+def main(
+    store: StoreOption,
+    first_stage: Annotated[Path, inputs("--first-stage", help="Model folder of the first stage.")],
+    name: Annotated[
+        str | None, output("--name", help="Name of the latents in the stores (default: that of the model folder).")
+    ] = None,
+    dihedral: Annotated[
+        bool, taken("--dihedral", help="Write the latents of all eight rotations and flips of each tile.")
+    ] = False,
+    batch_size: BatchOption = 16,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = Precision.fp32,
+) -> None:
+    stores = open_cohort(store)
+    name, scale = encode_latents(stores, first_stage, name, dihedral, batch_size, device, precision.value)
+    tiles = sum(map(len, stores))
+    print(f"latents/{name} of {tiles} tiles in {stores_told(len(stores))}; scale_factor 1/std = {scale:.5f}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

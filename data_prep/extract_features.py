@@ -1,33 +1,48 @@
-"""Features of every tile of a tile store, by a published encoder or an encoder folder.
+r"""Write the features of every tile into its tile store, by a published encoder or an encoder folder.
 
-    python -m data_prep.extract_features --store SLIDES --encoder hipt-vits16 --weights vit256_small_dino.pth
-    python -m data_prep.extract_features --store SLIDES --encoder data/models/demo-encoder --dihedral
+Each store gets features/<encoder> (N,D) float16, or with --dihedral (N,8,D), the features of the tile's eight rotations
+and flips. Its attributes record encoder, licence, SHA-256 of the weights and preprocessing. Nothing is downloaded. When
+a run was interrupted, the same command goes on where it stopped; finished arrays are left as they are.
 
-Writes `features/<encoder>` (N,D) float16 into each store, or (N,8,D) with the features of the tile's eight rotations
-and flips. Attributes tell encoder, licence, weights (SHA-256) and preprocessing. A stopped run continues; a finished
-array is left as it is.
+Examples:
+
+    python -m data_prep.extract_features --store cohort \
+        --encoder hipt-vits16 --weights vit256_small_dino.pth
+    python -m data_prep.extract_features --store cohort/slides/a.zarr \
+        --encoder data/models/demo-encoder --dihedral
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from data_prep.options import (
+    BatchOption,
+    DeviceOption,
+    Precision,
+    PrecisionOption,
+    StoreOption,
+    WeightsOption,
+    inputs,
+    stores_told,
+    taken,
+)
+from ldm.cli.script import script
 from ldm.data import dihedral
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.devices import pick_device
 from ldm.encoders.encoder import Encoder, find_encoder, load_encoder
 from ldm.encoders.registry import REGISTRY, EncoderSpec
-from ldm.errors import UserError, run_command
+from ldm.errors import UserError
 from ldm.files import sha256
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -94,7 +109,7 @@ def extract(
     """
     device = pick_device(device)
     if batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: must be at least 1")
+        raise UserError(f"a batch has at least 1 tile; got a batch size of {batch_size}")
     spec, _ = find_encoder(encoder_name, weights)
     for store in stores:
         if not any_mpp:
@@ -122,26 +137,25 @@ def extract(
     return spec.name
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.extract_features",
-        description=__doc__.split("\n")[0],
-        epilog=f"Published encoders: {', '.join(sorted(REGISTRY))}.",
-    )
-    parser.add_argument("--store", type=Path, nargs="+", required=True, help="tile stores, or folders of them")
-    parser.add_argument("--encoder", required=True, help="name of a published encoder, or an encoder folder")
-    parser.add_argument("--weights", type=Path, help="weight file (default: $HISTOLDM_WEIGHTS/<encoder>/)")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32")
-    parser.add_argument("--dihedral", action="store_true", help="features of all eight rotations and flips, (N,8,D)")
-    parser.add_argument("--any-mpp", action="store_true", help="accept tiles of another resolution than the encoder's")
-    options = parser.parse_args(arguments)
-    stores = open_cohort(options.store)
-    name = extract(stores, options.encoder, options.weights, options.batch_size, options.device, options.precision,
-                   options.dihedral, options.any_mpp)  # fmt: skip
-    print(f"features/{name} of {sum(map(len, stores))} tiles in {len(stores)} store{'s' * (len(stores) > 1)}")
+@script("data_prep.extract_features", __doc__, f"Published encoders: {', '.join(sorted(REGISTRY))}.")
+def main(
+    store: StoreOption,
+    encoder: Annotated[str, inputs("--encoder", help="Encoder: the name of a published one, or an encoder folder.")],
+    weights: WeightsOption = None,
+    dihedral: Annotated[
+        bool, taken("--dihedral", help="Write the features of all eight rotations and flips of each tile.")
+    ] = False,
+    any_mpp: Annotated[
+        bool, taken("--any-mpp", help="Take tiles of another resolution than the encoder was made for.")
+    ] = False,
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = Precision.fp32,
+) -> None:
+    stores = open_cohort(store)
+    name = extract(stores, encoder, weights, batch_size, device, precision.value, dihedral, any_mpp)
+    print(f"features/{name} of {sum(map(len, stores))} tiles in {stores_told(len(stores))}")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    main.run()

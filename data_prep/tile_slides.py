@@ -1,28 +1,49 @@
-"""Cut whole-slide images into tile stores.
+r"""Cut whole-slide images into tiles: a tile store per slide, and one table of all tiles.
 
-    python -m data_prep.tile_slides --slides a.svs folder/ --out cohort
+The cohort folder gets slides/<slide>.zarr for each slide, and index.parquet. Whole tiles only, on a lattice that starts
+at the slide's corner; tissue is found by its colour. All slides of a cohort should have one --mpp. When a run was
+interrupted, the same command goes on where it stopped; finished slides are skipped.
 
-writes cohort/slides/<slide>.zarr for each slide and cohort/index.parquet over all of them. An interrupted run goes on
-where it stopped when the same command is given again; finished slides are skipped.
+Examples:
+
+    python -m data_prep.tile_slides --slides slides/ --mpp 0.5 --out cohort
+    python -m data_prep.tile_slides --slides a.svs b.svs --mpp 0.5 \
+        --validation 0.1 --test 0.1 --out cohort
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from data_prep.options import (
+    LicenceOption,
+    MppOption,
+    OutOption,
+    SeedOption,
+    SlideMppOption,
+    TestOption,
+    ValidationOption,
+    inputs,
+    speed,
+    splits,
+    stores_told,
+    taken,
+)
+from ldm.cli.options import integers
+from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, patient_of, split_of
 from ldm.data.shards import WriterLock
 from ldm.data.tile_store import TileStore, TileStoreWriter
-from ldm.errors import UserError, run_command
+from ldm.errors import UserError
 from ldm.files import whole
 from ldm.images.slides import Slide, TissueMask, open_slide
 
@@ -66,15 +87,18 @@ def tile_slide(
     """
     for name, value in {"min_tissue": min_tissue, "keep_background": keep_background}.items():
         if not 0 <= value <= 1:
-            raise UserError(f"{name} is a fraction from 0 to 1, got {value}")
+            raise UserError(f"{name} is a fraction from 0 to 1; got {value}")
     stride = tile_size if stride is None else stride
     if tile_size < 8 or stride < 1:
-        raise UserError(f"tile_size is at least 8 px and stride at least 1, got {tile_size} and {stride}")
+        raise UserError(f"tile_size is at least 8 px and stride at least 1 px; got {tile_size} and {stride}")
     path = Path(path)
     slide = open_slide(path, slide_mpp)
     mpp = slide.mpp if mpp is None else mpp
     if mpp < slide.mpp * 0.99:
-        raise UserError(f"{path} has {slide.mpp:g} um per pixel; tiles of {mpp:g} would be blown up. Ask for more mpp")
+        raise UserError(
+            f"{path} has {slide.mpp:g} µm per pixel; tiles of {mpp:g} would be blown up. Give an mpp of at least "
+            f"{slide.mpp:g}"
+        )
     downsample = mpp / slide.mpp
     extent = tile_size * downsample
     attrs = {
@@ -120,7 +144,8 @@ def _choose(
     """Coordinates (n, 2) i4 and tissue fractions (n,) of the tiles to keep."""
     cols, rows = (int((d - extent + 1e-6) // step) + 1 for d in slide.dimensions)
     if cols < 1 or rows < 1:
-        raise UserError(f"{slide.path} is {slide.dimensions} px, smaller than one tile of {extent:g} level-0 px")
+        width, height = slide.dimensions
+        raise UserError(f"{slide.path} is {width} x {height} px, smaller than one tile of {extent:g} level-0 px")
     y, x = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
     coords = np.floor(np.stack([x.ravel(), y.ravel()], 1) * step).astype(np.int32)
     mask = TissueMask(slide)
@@ -203,7 +228,7 @@ def find_slides(paths: Sequence[Path | str]) -> list[Path]:
     for p in map(Path, paths):
         slides += sorted(q for q in p.iterdir() if q.suffix.lower() in SUFFIXES) if p.is_dir() else [p]
     if not slides:
-        raise UserError(f"no slide found in {', '.join(map(str, paths))}; known endings: {' '.join(sorted(SUFFIXES))}")
+        raise UserError(f"no slide found in {', '.join(map(str, paths))}; slides end in {' '.join(sorted(SUFFIXES))}")
     stems: dict[str, Path] = {}
     for slide in slides:
         if slide.stem in stems:
@@ -212,58 +237,65 @@ def find_slides(paths: Sequence[Path | str]) -> list[Path]:
     return slides
 
 
-def box(text: str) -> tuple[int, ...]:
-    """x,y,width,height as four whole numbers."""
-    values = tuple(int(part) for part in text.split(","))
-    if len(values) != 4:
-        raise ValueError(text)
-    return values
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.tile_slides",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--slides", nargs="+", required=True, metavar="PATH", help="slides, images, or folders of them")
-    add("--out", required=True, metavar="FOLDER", help="cohort folder to write")
-    add("--mpp", type=float, help="um per tile pixel (default: the slide's own)")
-    add("--tile-size", type=int, default=256, help="px (default %(default)s)")
-    add("--stride", type=int, help="px between neighbouring tiles (default: the tile size)")
-    add("--min-tissue", type=float, default=0.25, help="least tissue fraction of a tile (default %(default)s)")
-    add("--keep-background", type=float, default=0.05, help="fraction kept of the other tiles (default %(default)s)")
-    add("--licence", default="", help="of the slides; recorded in the stores")
-    add("--slide-mpp", type=float, help="um per pixel of the slides, where their headers lack it")
-    add("--seed", type=int, default=0, help="picks the background tiles (default %(default)s)")
-    add("--workers", type=int, help="threads that read a slide (default: up to 8)")
-    add("--validation", type=float, default=0.0, help="fraction of patients in split 'val' (default %(default)s)")
-    add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
-    add("--holdout", type=box, metavar="X,Y,W,H", help="level-0 px held out of a slide: its tiles are split 'val'")
-    args = vars(parser.parse_args(argv))
-    holdout = args.pop("holdout")
-    slides, out = find_slides(args.pop("slides")), Path(args.pop("out"))
-    validation, test = args.pop("validation"), args.pop("test")
+@script("data_prep.tile_slides", __doc__)
+def main(
+    slides: Annotated[list[Path], inputs("--slides", help="Slides or images, or folders of them: one or several.")],
+    out: OutOption,
+    slide_mpp: SlideMppOption = None,
+    licence: LicenceOption = "",
+    mpp: MppOption = None,
+    tile_size: Annotated[int, taken("--tile-size", help="Side of the square tiles in pixels.")] = 256,
+    stride: Annotated[
+        int | None, taken("--stride", help="Pixels from a tile to the next (default: its side, so that they touch).")
+    ] = None,
+    min_tissue: Annotated[
+        float, taken("--min-tissue", help="Least fraction of tissue in a tile; 0 takes all tiles.")
+    ] = 0.25,
+    keep_background: Annotated[
+        float,
+        taken("--keep-background", help="Fraction kept of the tiles with less, so that models know glass."),
+    ] = 0.05,
+    seed: SeedOption = 0,
+    validation: ValidationOption = 0.0,
+    test: TestOption = 0.0,
+    holdout: Annotated[
+        str | None,
+        splits(
+            "--holdout",
+            help="Box x,y,width,height in level-0 pixels of one slide: tiles inside are split 'val', those across its "
+            "border in none.",
+        ),
+    ] = None,
+    workers: Annotated[int | None, speed("--workers", help="Threads that read a slide (default: up to 8).")] = None,
+) -> None:
+    found, box = find_slides(slides), integers(holdout, 4, "--holdout", "x,y,width,height")
     check_fractions(validation, test)
-    if holdout is not None and len(slides) > 1:
-        raise UserError("--holdout is a box of one slide; for several use --validation and --test (by patient)")
+    if box is not None and len(found) > 1:
+        raise UserError(
+            f"--holdout is a box of one slide, and there are {len(found)}; use --validation and --test, which hold out "
+            "patients"
+        )
     failures, tiles = [], 0
-    for path in slides:
+    for path in found:
         try:
-            tiles += len(TileStore.open(tile_slide(path, out, **args)))
+            store = tile_slide(
+                path, out, mpp=mpp, tile_size=tile_size, stride=stride, min_tissue=min_tissue,
+                keep_background=keep_background, licence=licence, slide_mpp=slide_mpp, seed=seed, workers=workers,
+            )  # fmt: skip
+            tiles += len(TileStore.open(store))
         except UserError as error:
+            if len(found) == 1:
+                raise
             failures.append(str(error))
             tqdm.write(f"error: {error}", file=sys.stderr)
-    if len(failures) < len(slides):
-        index = update_index(out, validation, test, {slides[0].name: holdout} if holdout else None)
-        print(f"{len(slides) - len(failures)} slides, {tiles} tiles in {out / 'slides'}; table of all tiles: {index}")
-    if failures and len(slides) > 1:
-        listed = "".join(f"\n  {failure}" for failure in failures)
-        raise UserError(f"{len(failures)} of {len(slides)} slides could not be tiled:{listed}")
+    if len(failures) < len(found):
+        index = update_index(out, validation, test, {found[0].name: box} if box else None)
+        stores = stores_told(len(found) - len(failures))
+        print(f"{tiles} tiles in {stores} in {out / 'slides'}; table of all tiles: {index}")
     if failures:
-        raise SystemExit(2)
+        listed = "".join(f"\n  {failure}" for failure in failures)
+        raise UserError(f"{len(failures)} of {len(found)} slides could not be tiled:{listed}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

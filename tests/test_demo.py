@@ -151,9 +151,7 @@ def test_demo_commands_take_only_options_that_exist(tmp_path):
     for step in demo_steps(tmp_path, bf16=True):
         for module in (tile_slides, extract_features, encode_latents):
             if module.__name__ in step.command:
-                source = Path(module.__file__).read_text()
-                for option in (part for part in step.command if part.startswith("--")):
-                    assert f'"{option}"' in source, f"{option} of {module.__name__}"
+                module.main.command.make_context(step.name, list(step.command[3:]))
         for part in step.command:
             if part.endswith(".yaml"):
                 assert (ROOT / part).is_file(), part

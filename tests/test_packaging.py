@@ -139,7 +139,7 @@ def source_of(command: list[str]) -> str:
     if program == "histoldm":
         return "".join(path.read_text() for path in sorted((ROOT / "ldm" / "cli").glob("*.py")))
     if rest[0] == "-m":
-        return Path(importlib.util.find_spec(rest[1]).origin).read_text()
+        return "".join(path.read_text() for path in Path(importlib.util.find_spec(rest[1]).origin).parent.glob("*.py"))
     return (ROOT / rest[0]).read_text()
 
 

@@ -1,0 +1,53 @@
+"""Options that several scripts share, in one wording, and the panels in which help shows all options."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+inputs = partial(typer.Option, rich_help_panel="Input")
+output = partial(typer.Option, rich_help_panel="Output")
+taken = partial(typer.Option, rich_help_panel="What is taken")
+splits = partial(typer.Option, rich_help_panel="Splits")
+speed = partial(typer.Option, rich_help_panel="Speed")
+
+Precision = StrEnum("Precision", {name: name for name in ("fp32", "bf16", "fp16")})
+
+StoreOption = Annotated[
+    list[Path], inputs("--store", help="Tile stores that get the arrays, or cohorts of stores: one or several.")
+]
+WeightsOption = Annotated[
+    Path | None,
+    inputs("--weights", help="File of its weights (default: in its folder, or in $HISTOLDM_WEIGHTS/<name>/)."),
+]
+SlideMppOption = Annotated[
+    float | None,
+    inputs("--slide-mpp", help="Micrometres per pixel of the slides or images, where their files do not say it."),
+]
+OutOption = Annotated[
+    Path, output("--out", help="Cohort folder to write: tile stores in slides/, the table of all tiles index.parquet.")
+]
+LicenceOption = Annotated[str, output("--licence", help="Licence of the data, recorded with what is written.")]
+MppOption = Annotated[
+    float | None, taken("--mpp", help="Micrometres per pixel of the tiles (default: those of the slide).")
+]
+SizeOption = Annotated[int, taken("--size", min=8, help="Side of the square tiles in pixels.")]
+SeedOption = Annotated[int, taken("--seed", help="Seed of what is drawn at random: the same seed draws the same.")]
+ValidationOption = Annotated[
+    float, splits("--validation", help="Fraction of the patients in split 'val', from 0 to 1.")
+]
+TestOption = Annotated[float, splits("--test", help="Fraction of the patients in split 'test', from 0 to 1.")]
+BatchOption = Annotated[int, speed("--batch-size", help="Tiles or captions per network call.")]
+DeviceOption = Annotated[
+    str, speed("--device", help="Device: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.")
+]
+PrecisionOption = Annotated[Precision, speed("--precision", help="Precision of the network's arithmetic.")]
+
+
+def stores_told(count: int) -> str:
+    """How many stores, in words: 1 store, 3 stores."""
+    return f"{count} store{'s' * (count != 1)}"
