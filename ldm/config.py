@@ -16,9 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError, nearest, suggest
 from ldm.files import write_text
 
+SHIPPED = Path(__file__).parent / "configs"  # the repository's configs/, and what the package ships of it
 ALLOWED = ("ldm.", "torch.optim.", "torch.nn.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.")
 BUILDERS = ("ldm.model_folder.load_first_stage",)  # functions that may be targets; all others are classes
 _ALSO_ALLOWED: ContextVar[tuple[str, ...]] = ContextVar("also_allowed", default=())
@@ -33,13 +34,14 @@ def load_config(
 ) -> dict[str, Any]:
     """Merge `defaults`, YAML files left to right, then `key.path=value` overrides; resolve interpolations.
 
-    Lists are replaced, mappings merged. A value of an override is read as YAML (`lr=1e-4` is a float, `x=null` None).
-    Returns plain containers. UserError: a missing or unreadable file, bad YAML, a bad interpolation, a bad override.
+    Files may also be names of shipped configs (`shipped`). Lists are replaced, mappings merged. A value of an override
+    is read as YAML (`lr=1e-4` is a float, `x=null` None). Returns plain containers.
+    UserError: a missing or unreadable file, bad YAML, a bad interpolation, a bad override.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    parts = [_load_yaml(Path(path)) for path in paths]
+    parts = [_load_yaml(path) for path in paths]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-") or "" in key.split("."):
@@ -55,15 +57,29 @@ def load_config(
         raise UserError(f"cannot merge the configs {files}: {_one_line(error)}") from error
 
 
-def _load_yaml(path: Path) -> Any:
+def shipped(path: str | Path) -> Path:
+    """The file that `path` is; where there is none, the shipped one of that name, with or without `.yaml`; else `path`.
+
+    >>> shipped("demo/ssl").name, shipped("configs/demo/tiny_clip.json").is_file(), str(shipped("mine.yaml"))
+    ('ssl.yaml', True, 'mine.yaml')
+    """
+    path = Path(path)
+    name = str(path).removeprefix("configs/")
+    found = [p for p in (path, SHIPPED / name, SHIPPED / f"{name}.yaml") if p.is_file()]
+    return found[0] if found else path
+
+
+def _load_yaml(path: str | Path) -> Any:
     import yaml
     from omegaconf import DictConfig, OmegaConf
 
+    path = shipped(path)
     try:
         part = OmegaConf.load(path)
     except FileNotFoundError:
-        near = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
-        raise UserError(f"config '{path}' does not exist{suggest(path.name, near)}") from None
+        names = sorted(str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.glob("*/*.yaml"))
+        near = nearest(str(path), [*names, *(f"{name}.yaml" for name in names), *map(str, path.parent.glob("*.y*ml"))])
+        raise UserError(f"config '{path}' does not exist{near} Those that are shipped: {', '.join(names)}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config '{path}': {_one_line(error)}") from error
     except yaml.YAMLError as error:

@@ -17,10 +17,18 @@ class UserError(ValueError):
 def suggest(given: str, known: Iterable[str]) -> str:
     """`given` and its nearest known name, as the end of an error message: "; did you mean 'x'? Known: ..."."""
     known = sorted(str(name) for name in known)
-    near = get_close_matches(str(given), known, n=1, cutoff=0.5)
-    hint = f"; did you mean '{near[0]}'?" if near else "."
     listed = ", ".join(known[:LISTED]) or "(none)"
-    return f"{hint} Known: {listed}{', ...' if len(known) > LISTED else '.'}"
+    return f"{nearest(given, known)} Known: {listed}{', ...' if len(known) > LISTED else '.'}"
+
+
+def nearest(given: str, known: Iterable[str]) -> str:
+    """The nearest known name to `given`, as the end of a sentence; a full stop where none is near.
+
+    >>> nearest("demo/sll", ["demo/ssl", "demo/text"])
+    "; did you mean 'demo/ssl'?"
+    """
+    near = get_close_matches(str(given), list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else "."
 
 
 def some(names: Sequence[str], shown: int = LISTED) -> str:

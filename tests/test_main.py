@@ -1,4 +1,4 @@
-"""main.py: runs, resumes and refusals. Everything in one process; `tiny_training` is the model and the data."""
+"""Training: runs, resumes and refusals. Everything in one process; `tiny_training` is the model and the data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from typer.main import get_command
 
-import main
-from ldm import config
+from ldm import cli, config
 from ldm.callbacks import LastCheckpoint
+from ldm.cli.script import call
+from ldm.training import command
+from ldm.training.run import merge_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "tests" / "configs"
@@ -33,7 +36,7 @@ def _tiny_is_allowed(monkeypatch, tmp_path):
 
 
 def train(*argv: str) -> int:
-    return main.main(["-t", "--enable_progress_bar", "false", *argv])
+    return command.main(["-t", "--enable_progress_bar", "false", *argv])
 
 
 def only_run(logdir: str) -> Path:
@@ -144,7 +147,7 @@ def test_any_checkpoint_of_a_run_resumes_exactly_and_repeatedly():
 
 def test_a_run_folder_holds_what_users_of_latent_diffusion_know():
     name = ["-n", "mine", "-f", "_v2", "-s", "7", "data.params.length=30"]
-    assert main.main(["-t", "-b", TINY, *name, "--limit_val_batches=1", "lightning.trainer.max_steps=4"]) == 0
+    assert command.main(["-t", "-b", TINY, *name, "--limit_val_batches=1", "lightning.trainer.max_steps=4"]) == 0
     run = only_run("logs")
     assert run.name.endswith("_mine_v2")
     assert {path.name for path in run.iterdir()} == {"checkpoints", "configs", "images", "losses.csv", "tensorboard"}
@@ -259,7 +262,7 @@ def test_a_test_set_is_measured_after_training(options, measured, capsys):
     assert ("test/loss" in capsys.readouterr().out) == measured
     if measured:
         run = only_run("logs")
-        assert main.main(["-r", str(run), "--enable_progress_bar", "false"]) == 0  # without -t: of a finished run
+        assert command.main(["-r", str(run), "--enable_progress_bar", "false"]) == 0  # without -t: of a finished run
         assert "test/loss" in capsys.readouterr().out
 
 
@@ -276,11 +279,56 @@ SHIPPED = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.pa
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configs_name_only_what_exists(path):
-    cfg = main.merge_config(*main.parse(["-b", str(path)]), None)
+    cfg = merge_config(*command.parse(["-b", str(path)]), None)
     assert cfg["name"]
 
 
 def test_without_train_the_config_is_checked_and_nothing_is_written(capsys):
-    assert main.main(["-b", TINY]) == 0
+    assert command.main(["-b", TINY]) == 0
     assert "the config is sound" in capsys.readouterr().out
     assert not Path("logs").exists()
+
+
+def at_histoldm(*argv: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        call(get_command(cli.app), "histoldm", ["train", *argv])
+    return stop.value.code
+
+
+def test_histoldm_train_is_another_door_to_the_same(capsys):
+    assert at_histoldm("-b", TINY, "--enable_progress_bar", "false", "model.params.stop_at=2") == 130  # without -t
+    assert f"go on with: histoldm train --resume {only_run('logs')}" in capsys.readouterr().out
+    call(get_command(cli.app), "histoldm", ["train", "-t", "false", "-b", TINY])
+    assert "train with: histoldm train\n" in capsys.readouterr().out
+    assert at_histoldm("-b", TINY, "--max_stpes", "3") == 2
+    assert "unknown option '--max_stpes'; did you mean '--max_steps'" in capsys.readouterr().err
+
+
+def test_both_doors_show_the_same_help(capsys):
+    assert command.main(["--help"]) == 0
+    main = capsys.readouterr().out
+    call(get_command(cli.app), "histoldm", ["train", "--help"])
+    options = [
+        text[text.index("options:") :].replace("train (true)", "train (false)")
+        for text in (main, capsys.readouterr().out)
+    ]
+    assert options[0] == options[1]
+    assert "python main.py -t --base" in main
+
+
+def test_shipped_configs_are_found_by_name(capsys):
+    found = [
+        merge_config(*command.parse(["-b", name]), None)
+        for name in ("demo/ssl", "demo/ssl.yaml", "configs/demo/ssl.yaml")
+    ]
+    assert found[0] == found[1] == found[2]
+    assert found[0]["name"] == "ssl"
+    Path("demo").mkdir()
+    Path("demo/ssl.yaml").write_text(Path(TINY).read_text())  # a file of the working folder comes first
+    assert merge_config(*command.parse(["-b", "demo/ssl.yaml"]), None)["model"]["target"] == "tiny_training.TinyModel"
+    assert train("-b", "demo/sll") == 2
+    error = capsys.readouterr().err
+    assert (
+        "config 'demo/sll' does not exist; did you mean 'demo/ssl'? Those that are shipped: autoencoder/kl-f4," in error
+    )
+    assert "latent-diffusion/zoomldm_brca." in error

@@ -14,6 +14,7 @@ from ldm.conditioners.compose import conditions_given, parse_conditions
 from ldm.conditioners.omics import GeneSetEmbedder, OmicsEmbedder
 from ldm.config import instantiate_from_config, load_config, validate
 from ldm.errors import UserError
+from ldm.training.run import CALLBACKS
 
 MUTATION = ["TP53", "EGFR", "KRAS"]
 EXPRESSION = ["MKI67", "PTEN", "CD8A", "VIM"]
@@ -309,9 +310,7 @@ def test_bad_gene_sets(tmp_path):
 
 
 def test_the_configs_hold(tmp_path):
-    import main
-
-    callbacks = {name: {"target": target} for name, target in main.CALLBACKS.items()}
+    callbacks = {name: {"target": target} for name, target in CALLBACKS.items()}
     for name in ("demo/omics.yaml", "latent-diffusion/tcga_omics.yaml"):
         path = Path(__file__).parents[1] / "configs" / name
         config = load_config([path], (), {"lightning": {"callbacks": callbacks}})

@@ -140,6 +140,8 @@ def source_of(command: list[str]) -> str:
         return "".join(path.read_text() for path in sorted((ROOT / "ldm" / "cli").glob("*.py")))
     if rest[0] == "-m":
         return "".join(path.read_text() for path in Path(importlib.util.find_spec(rest[1]).origin).parent.glob("*.py"))
+    if rest[0] == "main.py":
+        return (ROOT / "ldm" / "training" / "command.py").read_text()
     return (ROOT / rest[0]).read_text()
 
 

@@ -27,7 +27,6 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from torch import nn
 
-import main
 from ldm import config, model_folder
 from ldm.autoencoder.autoencoder import AutoencoderKL
 from ldm.autoencoder.perceptual import LPIPS
@@ -40,6 +39,7 @@ from ldm.encoders import encoder as encoders
 from ldm.errors import UserError
 from ldm.interop.checkpoint import Inert, read_checkpoint, state_dict_of
 from ldm.scorers.ensemble import load_scorer
+from ldm.training.command import main as train
 
 DDCONFIG = {
     "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 8, "ch_mult": [1, 2], "num_res_blocks": 1,
@@ -204,14 +204,14 @@ def test_a_run_is_resumed_from_tensors_and_plain_values_alone(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     tiny = str(Path(__file__).parent / "configs" / "tiny.yaml")
     common = ["-t", "--enable_progress_bar", "false", "--max_steps", "1"]
-    assert main.main([*common, "--base", tiny, "--logdir", "logs"]) == 0
+    assert train([*common, "--base", tiny, "--logdir", "logs"]) == 0
     (run,) = Path("logs").iterdir()
     checkpoint, mark = run / "checkpoints" / "last.ckpt", tmp_path / "harmed"
     content = torch.load(checkpoint, weights_only=True)
     for name in ("os.system", "getattr", "storage of bytes"):
         torch.save({**content, "callbacks": GADGETS[name](f"touch {mark}")}, checkpoint)
         with pytest.raises(pickle.UnpicklingError):
-            main.main([*common, "--resume", str(run)])
+            train([*common, "--resume", str(run)])
         assert not mark.exists(), name
 
 

@@ -13,6 +13,7 @@ from ldm.conditioners.grid import GridEmbedder, GridTokens
 from ldm.conditioners.ssl import GridPatchEmbedder, PatchEmbedder, SSLEmbedder, with_noise
 from ldm.data.module import collate
 from ldm.errors import UserError
+from ldm.training.run import CALLBACKS
 
 
 def tiny_grid(**params) -> GridEmbedder:
@@ -266,9 +267,7 @@ def test_features_of_another_size_are_told_before_training(model):
 
 @pytest.mark.parametrize(("name", "tokens"), [("brca_20x_region", 2), ("zoomldm_brca", 65)])
 def test_the_published_configs_hold(name, tokens):
-    import main
-
-    defaults = {"lightning": {"callbacks": {name: {"target": target} for name, target in main.CALLBACKS.items()}}}
+    defaults = {"lightning": {"callbacks": {name: {"target": target} for name, target in CALLBACKS.items()}}}
     cfg = config.load_config([ROOT / "configs" / "latent-diffusion" / f"{name}.yaml"], (), defaults)
     config.validate(cfg)
     params = cfg["model"]["params"]

@@ -16,7 +16,7 @@ from ldm.config import instantiate_from_config, load_config, validate
 from ldm.encoders.text_models import REGISTRY
 from ldm.errors import UserError
 from ldm.interop.text_names import is_transformers, open_clip_config, to_open_clip
-from main import CALLBACKS
+from ldm.training.run import CALLBACKS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "tests" / "configs" / "tiny_clip.json"

@@ -6,12 +6,24 @@ import sys
 
 import typer.main
 
-from ldm.cli import generate, translate, sequence, evaluate, filter, models, view, doctor  # isort: skip (as help lists them)
+from ldm.cli import generate, translate, sequence, evaluate, filter, train, models, view, doctor  # isort: skip (as help lists them)
 from ldm.cli.app import app
 from ldm.cli.script import call
 from ldm.errors import run_command
 
-__all__ = ["app", "doctor", "evaluate", "filter", "generate", "main", "models", "sequence", "translate", "view"]
+__all__ = [
+    "app",
+    "doctor",
+    "evaluate",
+    "filter",
+    "generate",
+    "main",
+    "models",
+    "sequence",
+    "train",
+    "translate",
+    "view",
+]
 
 
 def main() -> None:

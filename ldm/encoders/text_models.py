@@ -11,6 +11,7 @@ from typing import Any
 import open_clip
 import torch
 
+from ldm.config import shipped
 from ldm.encoders.encoder import weights_home
 from ldm.errors import UserError, suggest
 from ldm.interop.text_names import open_clip_config
@@ -109,7 +110,7 @@ def find_tower(model: str, weights: str | None = None, tokenizer: str | None = N
     """
     known, folder = REGISTRY.get(model), None
     if model.endswith(".json"):
-        config, name = read_config(Path(model)), Path(model).stem
+        config, name = read_config(shipped(model)), Path(model).stem
     elif known or Path(model).is_dir():
         folder = weights_home() / model if known else Path(model)
         folder = Path(weights) if weights and Path(weights).is_dir() else folder

@@ -1,0 +1,1 @@
+"""Training: one implementation behind `python main.py` and `histoldm train`."""

@@ -1,0 +1,134 @@
+"""The command line of a training: what `python main.py` and `histoldm train` do with the words that follow them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from ldm.errors import UserError, run_command
+from ldm.training.run import SEED, Training, check_trainer_key, find_run, merge_config
+
+HELP = """Train a model that a config describes.
+
+Examples:
+
+    {train} --base configs/a.yaml [b.yaml ...] [key.path=value ...]   a new run
+    {train} --resume logs/<run>                                       go on with it, exactly
+    {check} --base configs/a.yaml                              check and describe, train nothing
+
+Later files and then key.path=value win. Every argument of Lightning's Trainer is a key under `lightning.trainer` and
+an option here: `lightning.trainer.max_steps=1000` and `--max_steps 1000` are the same. Ctrl-C finishes the step, saves
+`last.ckpt` and says how to go on.
+"""
+
+
+@dataclass(frozen=True)
+class Door:
+    """How the command line was called.
+
+    program: what was typed. trains: it trains without -t. train, check: what to type to train, and not to.
+    """
+
+    program: str
+    trains: bool
+
+    @property
+    def train(self) -> str:
+        return self.program if self.trains else f"{self.program} -t"
+
+    @property
+    def check(self) -> str:
+        return f"{self.program} -t false" if self.trains else self.program
+
+
+MAIN = Door("python main.py", trains=False)  # as users of latent-diffusion know it
+HISTOLDM = Door("histoldm train", trains=True)
+
+
+def parse(argv: Sequence[str], door: Door = MAIN) -> tuple[argparse.Namespace, list[str]]:
+    """Options, and key.path=value overrides. Options that are not listed here are taken for the Trainer's.
+
+    Raises UserError: an option that is not the Trainer's either.
+
+    >>> options, overrides = parse(["-t", "--base", "demo/ssl", "--max_steps", "2", "data.params.stores=mine"])
+    >>> options.base, overrides
+    (['demo/ssl'], ['data.params.stores=mine', 'lightning.trainer.max_steps=2'])
+    """
+    parser = argparse.ArgumentParser(
+        prog=door.program,
+        description=HELP.format(train=door.train, check=door.check),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    switch = {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
+    rate_help = "rate = base rate * accumulated batches * devices * batch size (true)"
+    parser.add_argument("-t", "--train", default=door.trains, help=f"train ({str(door.trains).lower()})", **switch)
+    parser.add_argument("-b", "--base", nargs="*", default=[], metavar="YAML", help="configs, merged left to right")
+    parser.add_argument("-r", "--resume", metavar="RUN", help="run folder or checkpoint in one, to go on with")
+    parser.add_argument("-n", "--name", help="run folder is logs/<time>_<name>; default: the first config's name")
+    parser.add_argument("-f", "--postfix", default="", help="added to the run folder's name")
+    parser.add_argument("-l", "--logdir", default="logs", metavar="DIR", help="folder of run folders (logs)")
+    parser.add_argument("-s", "--seed", type=int, help=f"of everything random ({SEED})")
+    parser.add_argument("--gpus", help="GPUs to train on, such as 0,1 or 0, (default: one if there is one)")
+    parser.add_argument("-d", "--debug", default=False, help="post-mortem debugger when training fails", **switch)
+    parser.add_argument("--scale_lr", default=True, help=rate_help, **switch)
+    parser.add_argument("--no-test", default=False, help="do not measure on the data's test set afterwards", **switch)
+    overrides = [item for item in argv if re.match(r"[A-Za-z_][\w.]*=", item)]  # before -t or --base swallows them
+    options, rest = parser.parse_known_args([item for item in argv if item not in overrides])
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    while rest:
+        flag, equals, value = rest.pop(0).partition("=")
+        check_trainer_key(flag.removeprefix("--"), flags, flag)
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        overrides.append(f"lightning.trainer.{flag.removeprefix('--')}={value}")
+    return options, overrides
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "yes", "y", "1", "false", "no", "n", "0"):
+        return text.lower() in ("true", "yes", "y", "1")
+    raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+
+
+def _run(argv: Sequence[str], door: Door) -> int:
+    options, overrides = parse(argv, door)
+    if options.resume and options.name:
+        raise UserError("--name names a new run and --resume goes on with an old one: give one of them")
+    folder, checkpoint = find_run(options.resume) if options.resume else (None, None)
+    cfg = merge_config(options, overrides, folder)
+    folder = folder or Path(options.logdir) / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{cfg['name']}{options.postfix}"
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    harmless = (".*LeafSpec", "Checkpoint directory .* is not empty", r"Found \d+ module\(s\) in eval mode")
+    for message in (*harmless, "Total length of `list`"):  # no test set
+        warnings.filterwarnings("ignore", message=message)
+    training = Training(cfg, folder, checkpoint)
+    if options.train:
+        if code := training.fit(options.scale_lr, f"{door.train} --resume {folder}", options.debug):
+            return code
+    elif not checkpoint:
+        training.trainer.print(f"the config is sound; train with: {door.train}")
+    if not options.no_test and (options.train or checkpoint):
+        training.test(None if options.train else checkpoint)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None, door: Door = MAIN) -> int:
+    """Run the words of a command line, those of this process by default; the exit code.
+
+    >>> main(["--logdri", "x"])
+    2
+    """
+    codes: list[int] = []
+    try:
+        return run_command(lambda: codes.append(_run(sys.argv[1:] if argv is None else argv, door))) or codes[0]
+    except SystemExit as stop:  # after --help, and after what argparse calls an error
+        return stop.code

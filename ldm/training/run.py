@@ -1,0 +1,231 @@
+"""One training: its config, merged and checked; model, data and Trainer made of it; the fit and the test."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import pdb
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm.errors import UserError, suggest
+
+if TYPE_CHECKING:  # imported when a training begins: --help need not wait for it
+    from pytorch_lightning import LightningDataModule, LightningModule, Trainer
+
+SEED = 23
+CALLBACKS = {
+    "progress_bar": "ldm.callbacks.ProgressBar",
+    "image_logger": "ldm.callbacks.ImageLogger",
+    "loss_recorder": "ldm.callbacks.LossRecorder",
+    "learning_rate_logger": "pytorch_lightning.callbacks.LearningRateMonitor",
+    "last_checkpoint": "ldm.callbacks.LastCheckpoint",
+}
+NOT_IN_CONFIG = {"self", "callbacks", "logger", "default_root_dir", "use_distributed_sampler"}  # decided here
+
+
+def check_trainer_key(key: str, flags: Sequence[str] = (), option: str = "") -> None:
+    """UserError unless `key` is an argument of Lightning's Trainer; as the option `option`, where one is given.
+
+    >>> check_trainer_key("max_steps")
+    """
+    from pytorch_lightning import Trainer
+
+    known = set(inspect.signature(Trainer.__init__).parameters) - NOT_IN_CONFIG
+    if option and (not option.startswith("--") or key not in known):
+        raise UserError(f"unknown option '{option}'{suggest(option, [*flags, *(f'--{name}' for name in known)])}")
+    if key not in known:
+        raise UserError(f"unknown key 'lightning.trainer.{key}'{suggest(key, known)}")
+
+
+def find_run(resume: str) -> tuple[Path, Path]:
+    """(run folder, checkpoint) of `--resume`. UserError where there is nothing to resume.
+
+    >>> find_run("logs/none")
+    Traceback (most recent call last):
+    ldm.errors.UserError: cannot resume 'logs/none': it does not exist
+    """
+    path = Path(resume)
+    run, checkpoint = (path, path / "checkpoints" / "last.ckpt") if path.is_dir() else (path.parent.parent, path)
+    if not path.exists():
+        raise UserError(f"cannot resume '{path}': it does not exist")
+    if not checkpoint.is_file():
+        raise UserError(f"cannot resume '{run}': it has no checkpoints/last.ckpt")
+    if not zipfile.is_zipfile(checkpoint):
+        raise UserError(f"cannot resume: '{checkpoint}' is not a whole checkpoint; try another of that folder")
+    for part in ("project", "lightning"):
+        if not list((run / "configs").glob(f"*-{part}.yaml")):
+            raise UserError(f"cannot resume '{path}': '{run}' has no configs/*-{part}.yaml, so it is not a run folder")
+    return run, checkpoint
+
+
+def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Path | None) -> dict[str, Any]:
+    """The run's own latest config, the --base files, the overrides and options, checked in every key.
+
+    >>> from ldm.training.command import parse
+    >>> merge_config(*parse(["--base", "demo/ssl", "--max_steps", "2"]), None)["lightning"]["trainer"]["max_steps"]
+    2
+    """
+    from ldm.config import load_config, validate
+
+    own = [sorted((run / "configs").glob(f"*-{part}.yaml"))[-1] for part in ("project", "lightning")] if run else []
+    if not own and not options.base:
+        raise UserError("give a config: --base configs/<name>.yaml, or a run to --resume")
+    defaults = {} if own else {"lightning": {"callbacks": {name: {"target": cls} for name, cls in CALLBACKS.items()}}}
+    cfg = load_config([*own, *options.base], overrides, defaults)
+    validate(cfg)
+    lightning = cfg["lightning"] = cfg.get("lightning") or {}
+    trainer = lightning["trainer"] = {**(lightning.get("trainer") or {}), **_gpus(options.gpus)}
+    for key in trainer:
+        check_trainer_key(key)
+    if isinstance(trainer.get("val_check_interval"), int):  # batches, counted over all epochs
+        trainer.setdefault("check_val_every_n_epoch", None)
+    cfg["seed"] = next(s for s in (options.seed, cfg.get("seed"), SEED) if s is not None)
+    cfg["name"] = options.name or cfg.get("name") or Path((options.base or [run])[0]).stem
+    return cfg
+
+
+def _gpus(gpus: str | None) -> dict[str, Any]:
+    """Trainer arguments of `--gpus 0,1`."""
+    if gpus is None:
+        return {}
+    import torch
+
+    if not re.fullmatch(r"\d+(,\d+)*,?", gpus):
+        raise UserError(f"--gpus takes numbers such as 0,1 or 0, and got '{gpus}'")
+    indices = [int(part) for part in gpus.split(",") if part]
+    count = torch.cuda.device_count()
+    if not count:
+        raise UserError(
+            f"--gpus {gpus}: this machine has no CUDA GPU that PyTorch can use; leave --gpus out to train on the CPU"
+        )
+    if max(indices) >= count:
+        raise UserError(f"--gpus {gpus}: this machine has GPUs 0 to {count - 1}")
+    return {"accelerator": "gpu", "devices": indices}
+
+
+class Training:
+    """A training that is about to begin: model, data and Trainer are made, nothing is written yet.
+
+    Args:
+        cfg: a whole config, see `merge_config`.
+        folder: run folder, which `fit` makes.
+        checkpoint: of a run that goes on.
+    Raises:
+        UserError: whatever is wrong with the config, the data or the weights.
+    """
+
+    def __init__(self, cfg: dict[str, Any], folder: Path, checkpoint: Path | None) -> None:
+        from pytorch_lightning import seed_everything
+
+        self.cfg, self.folder, self.checkpoint = cfg, folder, checkpoint
+        seed_everything(cfg["seed"], workers=True, verbose=False)
+        self.model: LightningModule = self._build(cfg["model"])
+        self.data: LightningDataModule = self._build(cfg["data"])
+        self.trainer = self._trainer()
+        size, device = sum(p.numel() for p in self.model.parameters()) / 1e6, self.trainer.strategy.root_device
+        kind = type(self.model).__name__
+        self.trainer.print(f"{cfg['name']}: {kind}, {size:.1f} M parameters on {device}; seed {cfg['seed']}")
+
+    def _build(self, node: Mapping[str, Any]) -> Any:
+        """The model or the data; its `seed`, where it takes one and the config does not state it, is the run's."""
+        from ldm.config import get_obj_from_str, instantiate_from_config
+
+        params = node.get("params") or {}
+        takes = "seed" in inspect.signature(get_obj_from_str(node["target"])).parameters and "seed" not in params
+        seed = {"seed": self.cfg["seed"]} if takes else {}
+        return instantiate_from_config({"target": node["target"], "params": params}, **seed)
+
+    def _trainer(self) -> Trainer:
+        """The Trainer with its logger and callbacks. Its errors about `lightning.trainer` are the user's."""
+        from pytorch_lightning import Trainer
+        from pytorch_lightning.callbacks import ModelCheckpoint
+        from pytorch_lightning.loggers import TensorBoardLogger
+        from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+        from ldm.callbacks import SetupRun, StepSeed, WholeCheckpoints
+        from ldm.config import check_params, instantiate_from_config
+
+        lightning = self.cfg["lightning"]
+        arguments = {"devices": 1, **lightning["trainer"]}
+        nodes = {name: node for name, node in lightning["callbacks"].items() if node is not None}
+        if arguments.get("enable_progress_bar") is False:
+            nodes.pop("progress_bar", None)
+        callbacks = [SetupRun(self.cfg), StepSeed(self.cfg["seed"]), *map(instantiate_from_config, nodes.values())]
+        asked = (lightning.get("modelcheckpoint") or {}).get("params") or {}
+        best = {"monitor": getattr(self.model, "monitor", None), "filename": "best-{epoch:06}-{step:09}"}
+        best |= {"dirpath": str(self.folder / "checkpoints"), "save_on_train_epoch_end": False, **asked}
+        check_params(ModelCheckpoint, best, "lightning.modelcheckpoint.params")
+        logger = lightning.get("logger")
+        logger = instantiate_from_config(logger) if logger else TensorBoardLogger(self.folder, "tensorboard", "")
+        plugins = arguments.pop("plugins", None) or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), WholeCheckpoints()]
+        own = {"logger": logger, "default_root_dir": self.folder, "use_distributed_sampler": False, "plugins": plugins}
+        try:
+            best_checkpoint = [ModelCheckpoint(**best)] if best["monitor"] or asked else []
+            return Trainer(**arguments, **own, callbacks=[*callbacks, *best_checkpoint])
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise UserError(f"Lightning does not accept lightning.trainer: {error}") from error
+
+    def _set_learning_rate(self, scale: bool) -> None:
+        base, trainer = self.cfg["model"].get("base_learning_rate"), self.trainer
+        devices, size = trainer.world_size, self.data.batch_size
+        if not isinstance(base, (int, float)):
+            raise UserError(f"model.base_learning_rate must be a number such as 1.0e-06, got {base!r}")
+        accumulate = trainer.accumulate_grad_batches * getattr(self.model, "accumulate", 1)  # the latter by hand
+        rate = self.model.learning_rate = accumulate * devices * size * base if scale else base
+        factors = f"{accumulate} (accumulate_grad_batches) * {devices} (devices) * {size} (batch size) * "
+        trainer.print(f"learning rate {rate:.2e} = {factors if scale else ''}{base:.2e} (model.base_learning_rate)")
+
+    def fit(self, scale_lr: bool, again: str, debug: bool = False) -> int:
+        """Train; 0, or 130 where a signal stopped it. A new run that ends before its first step leaves no folder.
+
+        scale_lr: multiply the base learning rate by batch size, devices and accumulation. again: command that goes on
+        with a stopped run. debug: open the debugger where training fails.
+        """
+        from pytorch_lightning.callbacks import Timer
+        from pytorch_lightning.utilities.exceptions import MisconfigurationException
+
+        from ldm.callbacks import Stopped
+
+        self._set_learning_rate(scale_lr)
+        trainer, run, last = self.trainer, self.folder, self.folder / "checkpoints" / "last.ckpt"
+        try:
+            for name in ("checkpoints", "configs", "images") if trainer.is_global_zero else ():
+                (run / name).mkdir(parents=True, exist_ok=self.checkpoint is not None)
+        except OSError as error:
+            raise UserError(f"cannot make the run folder '{run}': {error.strerror}; choose another --logdir") from error
+        trainer.print(f"run folder {run}")
+        try:
+            trainer.fit(self.model, self.data, ckpt_path=self.checkpoint, weights_only=True)
+        except (Stopped, SystemExit):  # SystemExit is what Lightning makes of a second Ctrl-C
+            where = f"go on with: {again}" if last.exists() else "before the first saved step"
+            trainer.print(f"stopped at step {trainer.global_step}; {where}")
+            return 130
+        except (UserError, MisconfigurationException) as error:  # a loader's worker adds its traceback to the message
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+        except Exception:
+            if debug:
+                pdb.post_mortem(sys.exc_info()[2])
+            raise
+        finally:
+            if trainer.is_global_zero and self.checkpoint is None and trainer.global_step == 0:
+                shutil.rmtree(run)
+        timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
+        if timer is not None and trainer.global_step < trainer.max_steps and (timer.time_remaining() or 0) <= 0:
+            told = f"at step {trainer.global_step} of {trainer.max_steps}; an idle or faster machine gets further"
+            trainer.print(f"the time limit (max_time) ended the training {told}")
+        trainer.print(f"trained to step {trainer.global_step}: {last if last.exists() else run}")
+        return 0
+
+    def test(self, checkpoint: Path | None) -> None:
+        """Measure on the data's test set, where there is one: a checkpoint, or None for what `fit` has just trained."""
+        from pytorch_lightning.utilities.model_helpers import is_overridden
+
+        if is_overridden("test_step", self.model) and is_overridden("test_dataloader", self.data):
+            self.trainer.test(self.model, self.data, ckpt_path=checkpoint, weights_only=True)
