@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldm.data.cohort import check_fractions, counted, merge_index, read_index, split_of, write_store
+from ldm.data.cohort import check_fractions, counted, merge_index, read_index, split_table, write_store
 from ldm.errors import UserError, run_command, some
 from ldm.tables.captions import RESIZES, Caption, CaptionTable, drop_unreadable, open_image, read_captions, square
 
@@ -30,9 +30,9 @@ LISTED = 20  # problems that are printed
 
 
 def import_table(
-    table: CaptionTable, out: Path | str, size: int = 256, resize: str = "shorter", validation: float = 0.0,
+    table: CaptionTable, out: Path | str, size: int = 256, resize: str = "shorter", validation: float | None = None,
     test: float = 0.0, licence: str = "",
-) -> pd.DataFrame:  # fmt: skip
+) -> tuple[pd.DataFrame, str]:  # fmt: skip
     """Write the images of a table as the store `slides/<table>.zarr` of `out`, and their captions into its index.
 
     Args:
@@ -41,7 +41,7 @@ def import_table(
             captions of one are in the same.
         licence: of the images; recorded in the store.
     Returns:
-        the rows of the index.
+        the rows of the index, and what to tell of their splits, or "" (`ldm.data.cohort.split_table`).
     """
     captions, name = table.captions, table.path.stem
     listed = json.dumps([[caption.path, caption.image.stat().st_size] for caption in captions])
@@ -54,21 +54,21 @@ def import_table(
         return square(open_image(captions[i].image), size, resize)
 
     write_store(out, name, image, len(captions), attrs=attrs, desc=name)
-    patients = [caption.patient or caption.path for caption in captions]
     rows = pd.DataFrame(
         {
             "slide": name,
             "row": np.arange(len(captions)),
-            "patient": patients,
-            "split": [split_of(patient, validation, test) for patient in patients],
+            "patient": [caption.patient or caption.path for caption in captions],
             "text": [caption.text for caption in captions],
             "source": [caption.path for caption in captions],
         }
     )
     if table.has_modality:
         rows["modality"] = [caption.modality for caption in captions]
+    instead = "Or --patient-column names a finer column, or `where` in the config holds out some of the images."
+    rows, note = split_table(rows, out, validation, test, instead)
     merge_index(out, rows)
-    return rows
+    return rows, note
 
 
 def caption_slides(table: CaptionTable, out: Path | str) -> str:
@@ -153,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--modality-column", metavar="NAME", help="column of the modality (default: modality or modal)")
     add("--patient-column", metavar="NAME", help="column of the patient; splits keep patients together")
     add("--skip-bad", action="store_true", help="leave out rows that cannot be used, instead of stopping")
-    add("--validation", type=float, default=0.0, help="fraction of patients in split 'val' (default %(default)s)")
+    add("--validation", type=float, help="fraction of patients in split 'val' (default: 0.1 of three or more)")
     add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
     add("--licence", default="", help="of the images; recorded in the stores")
     args = parser.parse_args(argv)
@@ -184,8 +184,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.of_slides:
             print(caption_slides(table, args.out))
             continue
-        rows = import_table(table, args.out, args.size, args.resize, args.validation, args.test, args.licence)
+        rows, note = import_table(table, args.out, args.size, args.resize, args.validation, args.test, args.licence)
         print(f"{len(rows)} tiles in {args.out / 'slides' / table.path.stem}.zarr\n{report(rows)}")
+        if note:
+            print(f"note: {note}")
     print(f"table of all tiles: {args.out / 'index.parquet'}")
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_prep.tile_slides import find_slides, update_index
+from data_prep.tile_slides import find_slides, tell_splits, update_index
 from ldm.data.cohort import check_fractions, merge_index, read_index, write_store
 from ldm.data.features import Places, SlideFiles, files_of, find_slide_files, nearest_tiles
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
@@ -324,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--patch-size", type=float, help="level-0 px that a tile covers, where the files do not say")
     add("--licence", default="", help="of the slides; recorded in the stores")
     add("--slide-mpp", type=float, help="um per level-0 px, where the slides lack it")
-    add("--validation", type=float, default=0.0, help="fraction of patients in split 'val' (default %(default)s)")
+    add("--validation", type=float, help="fraction of patients in split 'val' (default: 0.1 of three or more)")
     add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
     args = parser.parse_args(argv)
     if bool(args.store) == bool(args.slides):
@@ -360,7 +360,9 @@ def cut_all(args: argparse.Namespace, found: dict[str, SlideFiles]) -> list[Tile
         except UserError as error:
             failures.append(str(error))
     if stores:
-        update_index(args.out, args.validation, args.test)
+        path = update_index(args.out, args.validation, args.test)
+        instead = "Cut the tiles with data_prep.tile_slides --holdout to hold out a region of a slide."
+        print(tell_splits(path, args.validation, args.test, instead))
     if failures:
         listed = "".join(f"\n  {failure}" for failure in failures)
         raise UserError(f"{len(failures)} of {len(slides)} slides could not be cut:{listed}")

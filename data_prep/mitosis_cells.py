@@ -22,7 +22,15 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.cohort import check_fractions, counted, merge_index, patient_of, split_of, write_store
+from ldm.data.cohort import (
+    check_fractions,
+    choose_splits,
+    counted,
+    merge_index,
+    patient_of,
+    tell_validation,
+    write_store,
+)
 from ldm.errors import UserError, run_command
 from ldm.images.slides import Slide, open_slide
 from ldm.tables.annotations import Cell, find_files, read_crops, read_midog, read_sliderunner
@@ -59,7 +67,7 @@ def choose(
     cells: Sequence[Cell],
     positive: str,
     labels: str,
-    validation: float,
+    validation: float | None,
     test: float,
     balance: bool,
     negatives_per_slide: int | None,
@@ -71,6 +79,7 @@ def choose(
     """
     scores = scores_of(cells, positive, labels)
     patients = [cell.patient or patient_of(Path(cell.slide).name) for cell in cells]
+    splits = choose_splits(patients, validation, test)
     table = pd.DataFrame(
         {
             "cell": range(len(cells)),
@@ -79,7 +88,7 @@ def choose(
             "score": scores,
             "votes": [len(cell.votes) for cell in cells],
             "patient": patients,
-            "split": [split_of(patient, validation, test) for patient in patients],
+            "split": [splits[patient] for patient in patients],
         }
     )
     if any(cell.domain for cell in cells):
@@ -271,7 +280,7 @@ def prepare(
     annotators: Sequence[str] = (),
     balance: bool = False,
     negatives_per_slide: int | None = None,
-    validation: float = 0.0,
+    validation: float | None = None,
     test: float = 0.0,
     skip_missing: bool = False,
     licence: str = "",
@@ -310,6 +319,8 @@ def prepare(
     table = choose(present, positive, labels, validation, test, balance, negatives_per_slide, seed)
     if table.empty:
         raise UserError(_nothing_left(scores_of(present, positive, labels), positive))
+    instead = "Or `where` in the config holds out some of the cells."
+    notes += filter(None, [tell_validation(table["patient"], table["split"], validation, test, instead)])
     undecided = sum(score is None for score in scores_of(present, positive, labels))
     if undecided:
         notes.append(f"{undecided} undecided cells have no hard label and are left out; --labels soft uses their votes")
@@ -373,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--annotators", nargs="+", default=(), metavar="NAME", help="whose votes count (default: all)")
     add("--balance", action="store_true", help="in every split, only as many cells below score 0.5 as above")
     add("--negatives-per-slide", type=int, metavar="N", help="most cells below score 0.5 of a slide (default: all)")
-    add("--validation", type=float, default=0.0, help="fraction of patients in split 'val' (default %(default)s)")
+    add("--validation", type=float, help="fraction of patients in split 'val' (default: 0.1 of three or more)")
     add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
     add("--skip-missing", action="store_true", help="go on without slides that are not found")
     add("--licence", default="", help="of the slides; recorded in the stores")

@@ -38,7 +38,11 @@ MppOption = Annotated[
 SizeOption = Annotated[int, taken("--size", min=8, help="Side of the square tiles in pixels.")]
 SeedOption = Annotated[int, taken("--seed", help="Seed of what is drawn at random: the same seed draws the same.")]
 ValidationOption = Annotated[
-    float, splits("--validation", help="Fraction of the patients in split 'val', from 0 to 1.")
+    float | None,
+    splits(
+        "--validation",
+        help="Fraction of the patients in split 'val', from 0 to 1 (default: 0.1, at least one of three or more).",
+    ),
 ]
 TestOption = Annotated[float, splits("--test", help="Fraction of the patients in split 'test', from 0 to 1.")]
 BatchOption = Annotated[int, speed("--batch-size", help="Tiles or captions per network call.")]

@@ -23,7 +23,7 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.cohort import check_fractions, counted, merge_index, split_of, write_store
+from ldm.data.cohort import check_fractions, counted, merge_index, split_table, write_store
 from ldm.data.datasets import IMAGE_SUFFIXES
 from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_tile, windowed
 from ldm.errors import UserError, run_command, suggest
@@ -302,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     add("--size", type=int, default=128, help="px, side of a tile (default %(default)s)")
     add("--patient", metavar="REGEX", help="what names the patient in a subject's name (default: all of it)")
-    add("--validation", type=float, default=0.0, help="fraction of patients in split 'val' (default %(default)s)")
+    add("--validation", type=float, help="fraction of patients in split 'val' (default: 0.1 of three or more)")
     add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
     add("--licence", default="", help="of the data; recorded in the stores")
     args = parser.parse_args(argv)
@@ -330,9 +330,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         table, left_out = slice_images(args.out, {m: Path(folder) for m, folder in named}, settings)
     else:
         table, left_out = slice_all(args.out, args.volumes, dict(named), settings)
-    table["split"] = [split_of(patient, args.validation, args.test) for patient in table["patient"]]
+    instead = "Or `where` in the config holds out some of the slices, as configs/demo/slices_lmi.yaml does."
+    table, note = split_table(table, args.out, args.validation, args.test, instead)
     index = merge_index(args.out, table)
     print(f"{table['subject'].nunique()} subjects, slices: {counted(table['modality'])}; table of all tiles: {index}")
+    print(f"splits: {counted(table['split'])}" + (f"\nnote: {note}" if note else ""))
     if left_out:
         print(f"{len(left_out)} left out:", *left_out, sep="\n  ")
 

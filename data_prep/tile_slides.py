@@ -40,7 +40,7 @@ from data_prep.options import (
 )
 from ldm.cli.options import integers
 from ldm.cli.script import script
-from ldm.data.cohort import check_fractions, patient_of, split_of
+from ldm.data.cohort import check_fractions, choose_splits, counted, patient_of, tell_validation
 from ldm.data.shards import WriterLock
 from ldm.data.tile_store import TileStore, TileStoreWriter
 from ldm.errors import UserError
@@ -173,16 +173,17 @@ def held_out(coords: np.ndarray, side: float, box: Sequence[float]) -> np.ndarra
 
 def update_index(
     cohort: Path | str,
-    validation: float = 0.0,
+    validation: float | None = None,
     test: float = 0.0,
     holdout: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """Bring `cohort`/index.parquet up to date with its finished stores: slide, row, x, y, tissue, patient, split.
 
-    Rows of slides that the index knows already stay as they are, with whatever columns and splits a user gave them.
+    Rows of slides that the index knows already stay as they are, with whatever columns and splits a user gave them. But
+    a cohort without a validation split gets one of its training tiles where a fraction for it is asked for.
 
     Args:
-        validation, test: fractions of the patients.
+        validation, test: fractions of the patients, see `ldm.data.cohort.choose_splits`.
         holdout: slide file name -> box (x, y, width, height) in level-0 pixels, see `held_out`.
     Raises:
         UserError: a held-out box without tiles, or of a slide that the index knows with other splits.
@@ -191,14 +192,16 @@ def update_index(
     cohort = Path(cohort)
     path = cohort / "index.parquet"
     with WriterLock(cohort / ".lock-index"):
-        old = pd.read_parquet(path) if path.exists() else pd.DataFrame({"slide": []})
+        old = pd.read_parquet(path) if path.exists() else pd.DataFrame({"slide": [], "patient": [], "split": []})
+        found = [TileStore.open(p, allow_incomplete=True) for p in sorted((cohort / "slides").glob("*.zarr"))]
+        stores = [store for store in found if store.attrs["complete"]]
+        patients = [patient_of(store.slide) for store in stores if store.slide not in holdout]
+        late = bool(validation) and "val" not in set(old["split"])
+        by_patient = choose_splits(patients, validation, test, old[old["split"] != "train"] if late else old)
         tables = []
-        for folder in sorted((cohort / "slides").glob("*.zarr")):
-            store = TileStore.open(folder, allow_incomplete=True)
-            if not store.attrs["complete"]:
-                continue
+        for store in stores:
             known = old[old["slide"] == store.slide]
-            split: str | np.ndarray = split_of(patient_of(store.slide), validation, test)
+            split: str | np.ndarray = by_patient.get(patient_of(store.slide), "train")
             if box := holdout.get(store.slide):
                 split = held_out(store.coords, store.tile_size * store.downsample, box)
                 if "val" not in split:
@@ -209,7 +212,8 @@ def update_index(
                         "make them anew, and train again whatever was trained with the old ones"
                     )
             if len(known) == len(store):
-                tables.append(known)
+                moved = known["split"].where(known["split"] != "train", split)
+                tables.append(known.assign(split=moved) if late and not box else known)
                 continue
             x, y = store.coords.T
             columns = {"slide": store.slide, "row": np.arange(len(store)), "x": x, "y": y}
@@ -220,6 +224,13 @@ def update_index(
             with whole(path) as part:
                 pd.concat(tables, ignore_index=True).to_parquet(part, index=False)
     return path
+
+
+def tell_splits(path: Path, validation: float | None, test: float, instead: str) -> str:
+    """How many tiles of an index are in which split, and what there is to tell of them, see `tell_validation`."""
+    index = pd.read_parquet(path)
+    note = tell_validation(index["patient"], index["split"], validation, test, instead)
+    return f"splits: {counted(index['split'])}" + (f"\nnote: {note}" if note else "")
 
 
 def find_slides(paths: Sequence[Path | str]) -> list[Path]:
@@ -256,7 +267,7 @@ def main(
         taken("--keep-background", help="Fraction kept of the tiles with less, so that models know glass."),
     ] = 0.05,
     seed: SeedOption = 0,
-    validation: ValidationOption = 0.0,
+    validation: ValidationOption = None,
     test: TestOption = 0.0,
     holdout: Annotated[
         str | None,
@@ -289,9 +300,11 @@ def main(
             failures.append(str(error))
             tqdm.write(f"error: {error}", file=sys.stderr)
     if len(failures) < len(found):
-        index = update_index(out, validation, test, {found[0].name: box} if box else None)
+        path = update_index(out, validation, test, {found[0].name: box} if box else None)
         stores = stores_told(len(found) - len(failures))
-        print(f"{tiles} tiles in {stores} in {out / 'slides'}; table of all tiles: {index}")
+        print(f"{tiles} tiles in {stores} in {out / 'slides'}; table of all tiles: {path}")
+        instead = f"To hold out a region of a slide, delete {path} and give this command again with --holdout."
+        print(tell_splits(path, 0.0 if box else validation, test, instead))
     if failures:
         listed = "".join(f"\n  {failure}" for failure in failures)
         raise UserError(f"{len(failures)} of {len(found)} slides could not be tiled:{listed}")

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from ldm.data import dihedral
 from ldm.data.balance import Balanced
-from ldm.data.cohort import merge_index, read_index, write_store
+from ldm.data.cohort import choose_splits, merge_index, read_index, split_of, tell_validation, write_store
 from ldm.data.datasets import TileDataset
 from ldm.data.tile_store import ArrayWriter
 from ldm.errors import UserError
@@ -190,3 +190,50 @@ def test_two_cohorts_have_omics_tables_of_their_own(cohort, tmp_path_factory):
     table[["EGFR", "TP53", "KRAS"]].to_parquet(other / "omics" / "mutation.parquet")
     with pytest.raises(UserError, match="other genes"):
         TileDataset([str(cohort), str(other)], conditions={"mutation": "omics/mutation"})
+
+
+def index_of(splits: dict[str, str]) -> pd.DataFrame:
+    return pd.DataFrame({"patient": list(splits), "split": list(splits.values())})
+
+
+def test_a_tenth_of_the_patients_validates_and_at_least_one():
+    many = choose_splits([f"p{i}" for i in range(2000)], None, 0.2)
+    assert Counter(many.values())["val"] / 2000 == pytest.approx(0.1, abs=0.02)
+    assert many == {patient: split_of(patient, 0.1, 0.2) for patient in many}
+    for count in range(3, 12):
+        assert "val" in choose_splits(map(str, range(count)), None, 0.0).values(), count
+    assert set(choose_splits(["a", "b"], None, 0.0).values()) == {"train"}
+    assert set(choose_splits("abcdefgh", 0.0, 0.0).values()) == {"train"}
+
+
+def test_patients_of_the_cohort_keep_their_split():
+    index = index_of({"a": "val", "b": "test"})
+    assert choose_splits(["a", "b", "c"], None, 0.0, index) == {"a": "val", "b": "test", "c": "train"}
+    assert choose_splits(["a", "b", "c"], 0.0, 0.0, index) == {"a": "val", "b": "test", "c": "train"}
+    regions = pd.DataFrame({"patient": ["a"] * 3, "split": ["train", "none", "val"]})  # parts of a slide are held out
+    assert choose_splits(["a", "b", "c"], None, 0.0, regions) == dict.fromkeys("abc", "train")
+    assert "val" in choose_splits(["c"], None, 0.0, index_of({"a": "train", "b": "train"})).values()
+
+
+@pytest.mark.parametrize(
+    ("patients", "splits", "asked", "told"),
+    [
+        ("aab", "train train train", None, "it takes three patients, and there are two. Or so"),
+        ("a", "train", None, "there is one"),
+        ("abc", "train train val", None, "1 of 3 patients is in split 'val'"),
+        ("abc", "train train val", 0.3, ""),
+        ("abc", "train train train", 0.0, ""),
+    ],
+)
+def test_what_is_told_of_validation(patients, splits, asked, told):
+    said = tell_validation(patients, splits.split(), asked, 0.0, "Or so")
+    assert told in said
+    assert bool(told) == bool(said)
+
+
+def test_a_fraction_that_takes_nobody_is_told_with_one_that_does():
+    patients = [f"p{i}" for i in range(5)]
+    said = tell_validation(patients, ["train"] * 5, 0.01, 0.0, "")
+    least = float(said.split("--validation ")[1].split()[0])
+    assert "val" in choose_splits(patients, least, 0.0).values()
+    assert "val" not in choose_splits(patients, least - 0.02, 0.0).values()

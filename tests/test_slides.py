@@ -12,7 +12,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-from data_prep.tile_slides import find_slides, main, patient_of, split_of, tile_slide
+from data_prep.tile_slides import find_slides, main, tile_slide
+from ldm.data.cohort import patient_of, split_of
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
 from ldm.images.slides import TissueMask, open_slide
@@ -231,6 +232,33 @@ def test_held_out_box(demo_slide: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert run("--holdout", "0,0,100,100") == 2
     assert "no tile of" in capsys.readouterr().err
     assert pd.read_parquet(tmp_path / "index.parquet").equals(index)
+
+
+def test_a_cohort_of_patients_gets_a_validation_split(demo_slide: Path, tmp_path: Path, capsys):
+    out, slides = tmp_path / "cohort", tmp_path / "slides"
+    slides.mkdir()
+
+    def tile(*options: str) -> dict[str, set[str]]:
+        main(["--slides", str(slides), "--out", str(out), "--tile-size", "512", "--stride", "1024", *options])
+        return pd.read_parquet(out / "index.parquet").groupby("patient")["split"].agg(set).to_dict()
+
+    for name in "ab":
+        (slides / f"{name}.svs").symlink_to(demo_slide)
+    assert tile() == {"a": {"train"}, "b": {"train"}}
+    assert "no tile is in split 'val', on which a training validates: it takes three" in capsys.readouterr().out
+    (slides / "c.svs").symlink_to(demo_slide)
+    assert tile() == {"a": {"train"}, "b": {"train"}, "c": {"val"}}
+    said = capsys.readouterr().out
+    assert "note: 1 of 3 patients is in split 'val', on which a training validates; --validation asks" in said
+
+    index = pd.read_parquet(out / "index.parquet").assign(split="train", mine=1)
+    index.to_parquet(out / "index.parquet")
+    assert set.union(*tile().values()) == {"train"}  # what the index has stays, until a fraction is asked for
+    assert "--validation 0.2 would take one of the 3 patients" in capsys.readouterr().out
+    splits = tile("--validation", "0.2")
+    assert splits == {name: {split_of(name, 0.2, 0)} for name in "abc"}
+    assert {"val"} in splits.values()
+    assert (pd.read_parquet(out / "index.parquet")["mine"] == 1).all()
 
 
 def test_same_name_twice(demo_slide: Path, tmp_path: Path):

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ from ldm.data.tile_store import TileStore, TileStoreWriter
 from ldm.errors import UserError
 from ldm.files import whole
 
+VALIDATION = 0.1  # fraction of the patients in split 'val' where none is asked for
 _BATCH = 64
 
 
@@ -31,16 +33,96 @@ def patient_of(slide: str) -> str:
 
 
 def split_of(patient: str, validation: float, test: float) -> str:
-    """train, val or test by a hash of the patient: the slides of one stay together, however the cohort grows."""
-    place = int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
+    """train, val or test by a hash of the patient: the slides of one stay together, however the cohort grows.
+
+    >>> [split_of(f"patient {i}", 0.2, 0.2) for i in range(3, 8)]
+    ['train', 'val', 'train', 'train', 'val']
+    """
+    place = _place(patient)
     return "test" if place < test else "val" if place < test + validation else "train"
 
 
-def check_fractions(validation: float, test: float) -> None:
+def _place(patient: str) -> float:
+    """Where a patient lies in [0, 1), by a hash."""
+    return int.from_bytes(hashlib.sha256(patient.encode()).digest()[:8], "big") / 2**64
+
+
+def choose_splits(
+    patients: Iterable[str], validation: float | None, test: float, index: pd.DataFrame | None = None
+) -> dict[str, str]:
+    """The split of each patient: train, val or test.
+
+    Args:
+        validation, test: fractions of the patients, see `split_of`. A validation of None is a tenth of the cohort, and
+            at least one patient; none where it has one or two patients, whom a training would miss.
+        index: patient and split of the cohort's other tiles; their patients keep their split.
+
+    >>> choose_splits(["a", "b"], None, 0.0), Counter(choose_splits("abcdefgh", None, 0.0).values())
+    ({'a': 'train', 'b': 'train'}, Counter({'train': 7, 'val': 1}))
+    """
+    patients = sorted(set(patients))
+    known: dict[str, set[str]] = {} if index is None else index.groupby("patient")["split"].agg(set).to_dict()
+    least_one = validation is None and len(known.keys() | patients) > 2
+    fraction = validation if validation is not None else VALIDATION if least_one else 0.0
+    splits = {patient: split_of(patient, fraction, test) for patient in patients}
+    for patient in known.keys() & splits:
+        splits[patient] = known[patient].pop() if len(known[patient]) == 1 else "train"  # parts of a slide differ
+    new = [patient for patient in patients if patient not in known and splits[patient] == "train"]
+    if least_one and new and "val" not in {*splits.values(), *(() if index is None else index["split"])}:
+        splits[min(new, key=_place)] = "val"
+    return splits
+
+
+def tell_validation(
+    patients: Iterable[str], splits: Iterable[str], validation: float | None, test: float, instead: str
+) -> str:
+    """What a user should know of a cohort's validation split: that it was made unasked, or why there is none.
+
+    Args:
+        patients, splits: of each tile. validation, test: the fractions that were asked for, see `choose_splits`.
+        instead: how to validate where there are too few patients.
+
+    >>> tell_validation("abc", ["train", "train", "val"], None, 0.0, "")
+    "1 of 3 patients is in split 'val', on which a training validates; --validation asks for another fraction"
+    """
+    pairs = set(zip(patients, splits))
+    known, held = {patient for patient, _ in pairs}, sum(split == "val" for _, split in pairs)
+    if held or validation == 0:
+        told = f"{held} of {len(known)} patients {'is' if held == 1 else 'are'} in split 'val', on which a training "
+        return f"{told}validates; --validation asks for another fraction" if validation is None else ""
+    told = "no tile is in split 'val', on which a training validates: "
+    if validation is None and len(known) < 3:
+        return f"{told}it takes three patients, and there {'are two' if len(known) == 2 else 'is one'}. {instead}"
+    least = min((place for patient in known if (place := _place(patient)) >= test), default=1.0) - test
+    return f"{told}--validation {math.ceil(least * 100 + 1) / 100:g} would take one of the {len(known)} patients"
+
+
+def split_table(
+    table: pd.DataFrame, cohort: Path | str, validation: float | None, test: float, instead: str
+) -> tuple[pd.DataFrame, str]:
+    """A table of tiles (slide, patient, any other columns) with the column `split`, and what to tell of it, or "".
+
+    The splits of patients that other slides of the cohort have stay; see `choose_splits` and `tell_validation`.
+
+    >>> table, told = split_table(pd.DataFrame({"slide": "a", "patient": list("abc")}), "cohort", None, 0.0, "")
+    >>> table["split"].tolist()
+    ['train', 'train', 'val']
+    """
+    path = Path(cohort) / "index.parquet"
+    index = pd.read_parquet(path, columns=["slide", "patient", "split"]) if path.exists() else None
+    others = None if index is None else index[~index["slide"].isin(table["slide"])]
+    splits = choose_splits(table["patient"], validation, test, others)
+    table = table.assign(split=table["patient"].map(splits))
+    whole_cohort = pd.concat([others, table[["patient", "split"]]])
+    return table, tell_validation(whole_cohort["patient"], whole_cohort["split"], validation, test, instead)
+
+
+def check_fractions(validation: float | None, test: float) -> None:
     """UserError unless these fractions of the patients can be in the splits val and test."""
-    if not (validation >= 0 and test >= 0 and validation + test <= 1):
+    asked = VALIDATION if validation is None else validation
+    if not (asked >= 0 and test >= 0 and asked + test <= 1):
         raise UserError(
-            f"--validation and --test are fractions from 0 to 1 that sum to 1 at most; got {validation:g} and {test:g}"
+            f"--validation and --test are fractions from 0 to 1 that sum to 1 at most; got {asked:g} and {test:g}"
         )
 
 
