@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -30,7 +31,7 @@ ROOT = Path(__file__).resolve().parent
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of larger sample data and oracles that stands beside the repository where it is developed."""
+    """The folder of larger sample data that stands beside the repository where it is developed."""
     path = ROOT.parent / "shared"
     if not path.is_dir():
         pytest.skip("the shared sample data do not stand beside this checkout")
@@ -38,9 +39,12 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def oracle(shared: Path) -> Path:
-    """Tensors computed by the published implementations."""
-    return shared / "oracle"
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tensors computed by the published implementations, and the checkpoints that they were computed with."""
+    from published import unpack
+
+    yield (folder := unpack(ROOT / "tests" / "oracle", tmp_path_factory.mktemp("oracle")))
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

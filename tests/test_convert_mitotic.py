@@ -249,7 +249,7 @@ def test_cells_are_scored_as_published(oracle, tmp_path):
         torch.save({"epoch": "7", "model_state_dict": state}, paths[-1])
     scorer = load_scorer(paths)
     images = 2 * golden["cells"] - 1
-    torch.testing.assert_close(scorer.prepare(images), golden["network_input"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scorer.prepare(images)[..., ::5, ::5], golden["network_input"], rtol=1e-5, atol=1e-6)
     logits = scorer.logits(images)
     assert relative(logits, golden["logits"]) < 1e-5
     torch.testing.assert_close(logits.sigmoid(), golden["probabilities"], rtol=1e-5, atol=1e-6)
