@@ -31,6 +31,7 @@ from PIL import Image
 from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder, write_text
+from ldm.images.sheets import grid
 from ldm.images.slides import open_slide
 from ldm.images.write import save_png
 from ldm.metrics.conditional import cosines
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 
 RESAMPLES = 10_000
 SHOWN = 8  # pairs in the picture
-GAP = 8  # px between them
 
 
 def held_out(dataset: Dataset, count: int) -> list[dict[str, Any]]:
@@ -130,13 +130,7 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
         "seed": args.seed, "precision": args.precision,
     }  # fmt: skip
     shown = np.linspace(0, len(items) - 1, min(SHOWN, len(items))).round().astype(int)
-    rows = [np.hstack(with_gap(ldm.to_uint8(batch[shown]))) for batch in (images, sampled)]
-    return measures, np.concatenate(rows)[:-GAP, :-GAP]
-
-
-def with_gap(tiles: np.ndarray) -> np.ndarray:
-    """Tiles (N,T,T,3) with white to their right and below."""
-    return np.pad(tiles, ((0, 0), (0, GAP), (0, GAP), (0, 0)), constant_values=255)
+    return measures, grid([ldm.to_uint8(batch[shown]) for batch in (images, sampled)], least=0)
 
 
 def table(measures: dict[str, Any]) -> str:

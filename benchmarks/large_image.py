@@ -43,6 +43,7 @@ from ldm.diffusion.fields import FeatureField
 from ldm.encoders.encoder import load_encoder
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder, write_text
+from ldm.images.sheets import grid
 from ldm.images.write import save_png, to_uint8
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.metrics.seams import NEAR, seam_ratios
@@ -219,11 +220,6 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def side_by_side(images: Sequence[np.ndarray], gap: int = 8) -> np.ndarray:
-    white = np.full((images[0].shape[0], gap, 3), 255, np.uint8)
-    return np.hstack([part for image in images for part in (white, image)][1:])
-
-
 def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     if options.procedure:
         return make_image(options)
@@ -265,7 +261,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         print(f"published time over ours: {np.median(ratios):.1f} (median; {min(ratios):.1f}..{max(ratios):.1f})")
     if options.out:
         about = {"content": f"from the left: {', '.join(shown)}", "model": options.model.name}
-        save_png(options.out / "side_by_side.png", side_by_side(list(shown.values())), about)
+        save_png(options.out / "side_by_side.png", grid([list(shown.values())], least=0), about)
         write_text(options.out / "measures.json", json.dumps(results, indent=1))
 
 

@@ -33,11 +33,11 @@ from ldm.encoders.extractors import load_extractor
 from ldm.encoders.feature_files import FeatureSet
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder
+from ldm.images.sheets import grid
 from ldm.images.slides import open_slide
 from ldm.images.write import save_png, to_uint8
 from ldm.metrics.memorisation import Memorisation, memorisation
 from ldm.networks.layers import timestep_embedding
-from ldm.report import plots
 from ldm.report.page import number
 
 SLIDE = Path("data/demo/CMU-1-Small-Region.svs")
@@ -179,11 +179,9 @@ def run(args: argparse.Namespace) -> None:
 def sheet(made: np.ndarray, images: np.ndarray, found: Memorisation) -> np.ndarray:
     """Generated images above the nearest training images."""
     order = np.linspace(0, len(made) - 1, 10).round().astype(int)
-    rows = [
-        ("generated", list(made[order]), [f"{found.generated.distance[i, 0]:.3f}" for i in order]),
-        ("nearest", list(images[found.generated.row[order, 0]]), [""] * len(order)),
-    ]
-    return np.asarray(plots.labelled_rows(rows).convert("RGB"))
+    words = [f"{found.generated.distance[i, 0]:.3f}" for i in order]
+    rows = [made[order], images[found.generated.row[order, 0]]]
+    return grid(rows, [words, [""] * len(order)], ["generated", "nearest"])
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,6 +35,7 @@ from ldm.data.datasets import to_tensor
 from ldm.data.volumes import Volume, cut_slice, to_tile, windowed
 from ldm.encoders.encoder import load_encoder
 from ldm.errors import UserError, run_command
+from ldm.images import sheets
 from ldm.images.slides import TissueMask, open_slide
 from ldm.images.write import save_png
 
@@ -322,8 +323,7 @@ def main(argv: list[str] | None = None) -> None:
             failed.append(name)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-            large = torch.cat([case.images, samples]).repeat_interleave(4, 2).repeat_interleave(4, 3)
-            sheet = np.concatenate([np.concatenate(list(ldm.to_uint8(half)), 1) for half in large.chunk(2)])
+            sheet = sheets.grid([ldm.to_uint8(images) for images in (case.images, samples)])
             save_png(args.out / f"{name.replace(' ', '_')}.png", sheet, {"content": "training images above samples"})
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

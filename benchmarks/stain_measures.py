@@ -140,6 +140,6 @@ def known(hits: Mapping[str, np.ndarray]) -> str:
     return ", ".join(f"{name} {each.mean():.0%} of {len(each)}" for name, each in hits.items())
 
 
-def strip(tiles: Tensor, count: int = 12) -> np.ndarray:
-    """The first tiles side by side, uint8 (H,W,3)."""
-    return np.concatenate(list(to_uint8(tiles[:count])), 1)
+def shown(tiles: Tensor, count: int = 12) -> np.ndarray:
+    """The first tiles (count,H,W,3) uint8, a row of a sheet."""
+    return to_uint8(tiles[:count])

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from stain_measures import called, strip, train_classifier
+from stain_measures import called, shown, train_classifier
 from torch import Tensor, nn
 
 import ldm
@@ -31,6 +31,7 @@ from ldm.data.datasets import TileDataset
 from ldm.encoders.extractors import load_extractor
 from ldm.encoders.feature_files import FeatureSet
 from ldm.errors import UserError
+from ldm.images.sheets import grid
 from ldm.images.write import save_png, to_uint8
 from ldm.metrics.memorisation import LEAST, Memorisation, memorisation
 from ldm.requests.tiles import evenly
@@ -190,9 +191,9 @@ def main() -> None:
         for each in found.copies.measures:
             print(f"  {each.title:36} {each.value:.3f}  {each.note}")
     if options.out:
-        rows = [strip(images[evenly(len(images), 12)]) for images in found.made.values()]
+        rows = [shown(images[evenly(len(images), 12)]) for images in found.made.values()]
         about = {"content": f"images of {', '.join(found.made)}", "model": options.model}
-        save_png(options.out, np.concatenate(rows).repeat(2, 0).repeat(2, 1), about)
+        save_png(options.out, grid(rows, least=64), about)
 
 
 if __name__ == "__main__":

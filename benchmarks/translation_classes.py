@@ -24,13 +24,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from stain_measures import Pair, judged, known, right, strip, summary, tiles_of, train_classifier
+from stain_measures import Pair, judged, known, right, shown, summary, tiles_of, train_classifier
 from torch import Tensor, nn
 
 from ldm import load_model
 from ldm.data.datasets import TileDataset
 from ldm.diffusion.denoiser import Cond
 from ldm.diffusion.guidance import expand_cond
+from ldm.images.sheets import grid
 from ldm.images.write import save_png
 from ldm.requests.tiles import evenly
 from ldm.sampling.inversion import invertible, translate
@@ -43,14 +44,14 @@ UNCHANGED = "unchanged"
 
 @dataclass(frozen=True)
 class Changed:
-    """hits: class -> (N,), which held-out real tiles the classifier knows. pairs: way -> translations. page: a picture.
+    """hits: class -> (N,), which held-out real tiles the classifier knows. pairs: way -> translations. page: a sheet.
 
     The target of an unchanged tile is its source.
     """
 
     hits: dict[str, np.ndarray]
     pairs: dict[str, list[Pair]]
-    page: np.ndarray
+    page: list[np.ndarray]
 
 
 def sample_of(cohort: str, column: str, name: str) -> dict[str, Tensor]:
@@ -81,7 +82,7 @@ def measure(
     for source in names:
         chosen = real[source][evenly(len(real[source]), count)]
         others = [name for name in names if name != source]
-        page.append(strip(chosen))
+        page.append(shown(chosen))
         for way, told in WAYS.items():
             targets = [*others, source] if way == "class and omics" else others
             with torch.no_grad():
@@ -95,8 +96,8 @@ def measure(
                 if name == source:
                     other = other.roll(1, 0)  # another place of the same slide
                 pairs[own].append(judged(classifier, names, source, name, chosen, image, other, own))
-                page.append(strip(image))
-    return Changed(right(classifier, real), pairs, np.concatenate(page))
+                page.append(shown(image))
+    return Changed(right(classifier, real), pairs, page)
 
 
 def main() -> None:
@@ -124,7 +125,7 @@ def main() -> None:
         print(f"{way}, {summary(pairs)}")
     if options.out:
         content = "each source, then by class and omics, unchanged, by class, by omics"
-        save_png(options.out, found.page.repeat(2, 0).repeat(2, 1), {"content": content, "model": options.model})
+        save_png(options.out, grid(found.page, least=64), {"content": content, "model": options.model})
 
 
 if __name__ == "__main__":

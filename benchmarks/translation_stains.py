@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from stain_measures import Pair, judged, known, right, strip, summary, tiles_of, train_classifier
+from stain_measures import Pair, judged, known, right, shown, summary, tiles_of, train_classifier
 from torch import nn
 
 from ldm import load_model
 from ldm.diffusion.guidance import expand_cond
+from ldm.images.sheets import grid
 from ldm.images.write import save_png
 from ldm.requests.tiles import evenly
 from ldm.sampling.inversion import invertible, translate
@@ -29,11 +30,11 @@ from ldm.sampling.tiles import PRECISIONS, guided_denoiser, sampling_sigmas
 
 @dataclass(frozen=True)
 class Stained:
-    """hits: class -> (N,), which held-out real tiles the classifier knows. pairs: the translations. page: a picture."""
+    """hits: class -> (N,), which held-out real tiles the classifier knows. pairs: the translations. page: a sheet."""
 
     hits: dict[str, np.ndarray]
     pairs: list[Pair]
-    page: np.ndarray
+    page: list[np.ndarray]
 
 
 def measure(
@@ -59,12 +60,12 @@ def measure(
                 encoder, decoder, chosen, levels, expand_cond(conditions[source], len(chosen)),
                 [expand_cond(conditions[name], len(chosen)) for name in targets], exact=exact,
             )  # fmt: skip
-        page.append(strip(chosen))
+        page.append(shown(chosen))
         for name, image in zip(targets, found):
             image, other = image.clamp(-1, 1), real[name][evenly(len(real[name]), len(chosen))]
             pairs.append(judged(classifier, names, source, name, chosen, image, other))
-            page += [strip(image), strip(other)]
-    return Stained(right(classifier, real), pairs, np.concatenate(page))
+            page += [shown(image), shown(other)]
+    return Stained(right(classifier, real), pairs, page)
 
 
 def main() -> None:
@@ -92,7 +93,7 @@ def main() -> None:
     print(summary(found.pairs))
     if options.out:
         content = "source, then for each target: translation, real tiles"
-        save_png(options.out, found.page.repeat(2, 0).repeat(2, 1), {"content": content, "model": options.model})
+        save_png(options.out, grid(found.page, least=64), {"content": content, "model": options.model})
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ matplotlib.use("agg")
 from matplotlib import font_manager
 from matplotlib import pyplot as plt
 
+from ldm.images.sheets import grid
+
 SPLITS = {"train": "#3b6fb6", "val": "#d9822b", "none": "#9aa0a6"}  # colours of the splits
 BAND = "#d9822b"
 STYLE = {
@@ -43,7 +45,7 @@ def overlap(region: Sequence[int], band: Sequence[int]) -> tuple[int, int, int, 
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def annotate(image: np.ndarray, title: str, mpp: float, band: tuple[int, int, int, int] | None) -> Image.Image:
+def annotate(image: np.ndarray, title: str, mpp: float, band: tuple[int, int, int, int] | None) -> np.ndarray:
     """image (H,W,3) uint8 with its title, a scale bar of 100 um, and brackets along the sides of the held-out band."""
     picture = Image.fromarray(image).copy()
     draw = ImageDraw.Draw(picture)
@@ -66,30 +68,13 @@ def annotate(image: np.ndarray, title: str, mpp: float, band: tuple[int, int, in
         label = "held out"
         extent = draw.textlength(label, font=_font(size))
         _tag(draw, (int(right - extent - size - width), top + size), label, size)
-    return picture
+    return np.asarray(picture)
 
 
-def side_by_side(pictures: Sequence[Image.Image], gap: int = 16) -> Image.Image:
-    """Pictures of one height in a row on white."""
-    width = sum(p.width for p in pictures) + gap * (len(pictures) - 1)
-    row = Image.new("RGB", (width, pictures[0].height), "white")
-    left = 0
-    for picture in pictures:
-        row.paste(picture, (left, 0))
-        left += picture.width + gap
-    return row
-
-
-def details(real: np.ndarray, generated: np.ndarray, corners: Sequence[tuple[int, int]], side: int) -> Image.Image:
+def details(real: np.ndarray, generated: np.ndarray, corners: Sequence[tuple[int, int]], side: int) -> np.ndarray:
     """Crops (row, col) of `side` px at full resolution: the real ones above, the generated ones below."""
-    rows = [
-        side_by_side([Image.fromarray(image[r : r + side, c : c + side]) for r, c in corners], 8)
-        for image in (real, generated)
-    ]
-    sheet = Image.new("RGB", (rows[0].width, 2 * rows[0].height + 8), "white")
-    sheet.paste(rows[0], (0, 0))
-    sheet.paste(rows[1], (0, rows[0].height + 8))
-    return sheet
+    rows = [[image[r : r + side, c : c + side] for r, c in corners] for image in (real, generated)]
+    return grid(rows, least=0, gap=8, margin=0)
 
 
 def slide_map(thumbnail: Image.Image, centres: np.ndarray, splits: np.ndarray, scale: float, spot: float,

@@ -27,8 +27,9 @@ from demo.steps import ENCODER, FIRST_STAGE, HELD_OUT, REGION, SEED, SLIDE, Step
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
 from ldm.files import whole, write_text
+from ldm.images.marks import mark_text
+from ldm.images.sheets import grid
 from ldm.images.slides import open_slide
-from ldm.images.write import synthetic_text
 
 PACKAGES = ("histoldm", "torch", "pytorch-lightning", "timm", "zarr", "openslide-python", "numpy", "tifffile")
 WIDTH = 1600  # px of comparison.jpg
@@ -71,10 +72,11 @@ def comparison(out: Path) -> Image.Image:
     slide = open_slide(SLIDE)
     generated = np.asarray(Image.open(out / "synthetic_1024.png").convert("RGB"))
     band = figures.overlap(REGION, HELD_OUT)
-    return figures.side_by_side([
+    pictures = [
         figures.annotate(slide.read(*REGION), "real", slide.mpp, band),
         figures.annotate(generated, "SYNTHETIC", slide.mpp, band),
-    ])  # fmt: skip
+    ]
+    return Image.fromarray(grid([pictures], least=0, gap=16, margin=0))
 
 
 def main_section(out: Path) -> str:
@@ -90,7 +92,7 @@ def main_section(out: Path) -> str:
             "neither encoder nor first stage nor diffusion model has seen any of it in training.",
         )
         + figure(
-            embed(figures.details(real, generated, DETAILS, DETAIL), "crops at full resolution"),
+            embed(Image.fromarray(figures.details(real, generated, DETAILS, DETAIL)), "crops at full resolution"),
             f"Crops of {DETAIL} px at full resolution: real above, generated below, from the same places.",
         )
     )
@@ -266,7 +268,7 @@ def build_report(out: Path, steps: list[Step], record: dict[str, Any], runs: dic
     )
     picture = comparison(out)
     picture.thumbnail((WIDTH, WIDTH))
-    about = synthetic_text({"content": "left: real region; right: generated", "model": "demo", "seed": SEED})
+    about = mark_text({"content": "left: real region; right: generated", "model": "demo", "seed": SEED})
     with whole(out / "comparison.jpg") as part:
         picture.save(part, format="JPEG", quality=85, comment=about)
     write_text(out / "report.html", page)

@@ -15,7 +15,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import Checkpoint, TQDMProgressBar
@@ -26,6 +25,7 @@ from torch import Tensor
 from ldm.config import save_config
 from ldm.errors import UserError, suggest
 from ldm.files import whole
+from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, save_real_png, to_uint8
 from ldm.rng import fold
 
@@ -215,7 +215,7 @@ class ImageLogger(Callback):
         step, epoch = trainer.global_step, trainer.current_epoch
         folder = Path(trainer.default_root_dir) / "images" / split
         for name, stack in images.items():
-            grid = image_grid(stack[: self.max_images])
+            grid = contact_sheet(to_uint8(stack[: self.max_images]), columns=4, least=0)
             path = folder / f"{name}_gs-{step:06}_e-{epoch:06}_b-{batch_idx:06}.png"
             if name == "inputs":
                 save_real_png(path, grid)
@@ -225,19 +225,6 @@ class ImageLogger(Callback):
             add_image = getattr(getattr(trainer.logger, "experiment", None), "add_image", None)
             if add_image:
                 add_image(f"{split}/{name}", grid, step, dataformats="HWC")
-
-
-def image_grid(images: Tensor, columns: int = 4, gap: int = 2) -> np.ndarray:
-    """(B,3,H,W) in [-1,1] -> one (h,w,3) uint8 image, `columns` to a row, white gaps between."""
-    pixels = to_uint8(images)  # (B,H,W,3)
-    count, height, width, _ = pixels.shape
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), 255, np.uint8)
-    for index, image in enumerate(pixels):
-        top, left = index // columns * (height + gap), index % columns * (width + gap)
-        grid[top : top + height, left : left + width] = image
-    return grid
 
 
 class LossRecorder(Callback):

@@ -232,7 +232,8 @@ def test_the_region_shows_the_held_out_band():
 
 def test_report_parts_carry_their_pictures_and_escape_text():
     picture = figures.annotate(np.full((512, 512, 3), 240, np.uint8), "SYNTHETIC", 0.5, (0, 100, 512, 300))
-    assert report.embed(picture, 'a "b"').startswith('<img alt="a &quot;b&quot;" src="data:image/jpeg;base64,/9j/')
+    embedded = report.embed(Image.fromarray(picture), 'a "b"')
+    assert embedded.startswith('<img alt="a &quot;b&quot;" src="data:image/jpeg;base64,/9j/')
     assert "&lt;x&gt;" in report.table([("<x>", 1)])
     curves = figures.loss_curves([(1, "train/loss", 2.0), (2, "train/loss", 1.0)], [("train/loss", "val/loss")])
     assert curves.startswith("<svg")

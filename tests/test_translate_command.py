@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from data_prep.train_feature_map import main as train_feature_map
 from ldm.cli import app
-from ldm.commands.translate import said_by
 from ldm.conditioners.compose import ConditionerSet
 from ldm.config import instantiate_from_config
 from ldm.data.cohort import write_store
 from ldm.data.tile_store import ArrayWriter
 from ldm.encoders.feature_map import Transport, fit_transport, load_transport, save_transport
 from ldm.errors import UserError
+from ldm.images.marks import read_mark
 from ldm.images.write import save_bigtiff, save_ome_zarr
 from ldm.model_folder import write_model_folder
 from ldm.requests.edits import edited, parse_edits
@@ -141,8 +141,8 @@ def test_size_mpp_and_form_of_large_images_stay(world, tmp_path):
         assert file.pages[0].shape == (24, 20, 3)
         top, bottom = file.pages[0].tags["XResolution"].value
         assert 1e4 / (top / bottom) == pytest.approx(0.5)
-    assert said_by(tmp_path / "out" / "in__LUAD.tif")["region"] == "4,8,20,24"
-    about = said_by(tmp_path / "out" / "in2__LUAD.ome.zarr")
+    assert read_mark(tmp_path / "out" / "in__LUAD.tif")["region"] == "4,8,20,24"
+    about = read_mark(tmp_path / "out" / "in2__LUAD.ome.zarr")
     assert about["mpp"] == 0.25
     assert "kept 1" in run(*common, "--images", tmp_path / "in2.ome.zarr").stdout
 
@@ -200,7 +200,7 @@ def test_tiles_of_a_store_bring_their_own_conditions(world, tmp_path):
     assert [row["file"] for row in rows] == ["slide-a_000000__LUAD.png", "slide-a_000002__LUAD.png"]
     assert rows[0]["source_condition"].startswith("ssl=sha256:")
     assert rows[0]["target_condition"] == rows[0]["source_condition"] + " class=LUAD"
-    about = said_by(tmp_path / "out" / rows[1]["file"])
+    about = read_mark(tmp_path / "out" / rows[1]["file"])
     assert (about["source_image"], about["row"], about["mpp"]) == ("slide-a", 2, 0.5)
 
 
@@ -242,7 +242,7 @@ def test_a_classifier_guides_to_the_targets_class(world, tmp_path):
     pairs = [[np.asarray(Image.open(tmp_path / way / f"{name}__LUAD.png")) for way in ("plain", "guided")]
              for name in ("COAD__a", "LUAD__large")]  # fmt: skip
     assert all((plain != guided).any() for plain, guided in pairs)
-    assert said_by(tmp_path / "guided" / "COAD__a__LUAD.png")["classifier_scale"] == 50
+    assert read_mark(tmp_path / "guided" / "COAD__a__LUAD.png")["classifier_scale"] == 50
     network.metadata = {"classes": ["BRCA", "KIRC", "COAD"]}
     write_model_folder(tmp_path / "other", node, network.state_dict(), network.metadata)
     message = refused(*common, "--classifier", tmp_path / "other", "--out", tmp_path / "x")
@@ -264,7 +264,7 @@ def test_features_are_mapped_to_those_of_the_target(world, tmp_path):
     np.save(tmp_path / "own.npy", source[:3].numpy())
     run("--model", world / "model", "--images", world / "images", "--features", tmp_path / "own.npy", "--map-features",
         tmp_path / "map", "--steps", 2, "--out", tmp_path / "out")  # fmt: skip
-    assert "ssl=sha256:" in said_by(tmp_path / "out" / "COAD__a__mapped.png")["condition"]
+    assert "ssl=sha256:" in read_mark(tmp_path / "out" / "COAD__a__mapped.png")["condition"]
     with pytest.raises(UserError, match="of different spaces: that takes pairs"):
         fit_transport(source, target, paired=False)
     with pytest.raises(UserError, match="is no map of features"):

@@ -27,6 +27,7 @@ from ldm.config import instantiate_from_config, load_config
 from ldm.data.datasets import RegionDataset, to_tensor
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder
+from ldm.images.sheets import grid
 from ldm.images.slides import open_slide
 from ldm.images.write import save_png, to_uint8
 from ldm.model_folder import write_model_folder
@@ -99,9 +100,8 @@ class Export(pl.Callback):
         stage.eval()
         x = torch.stack([self.tiles[i]["image"] for i in np.linspace(0, len(self.tiles) - 1, 5).astype(int)])
         recon = stage.log_images({"image": x}, n=len(x))["reconstructions"]
-        rows = [torch.cat(list(images), dim=-1) for images in (x, recon)]
         about = {"content": "above: real; below: reconstructed", "step": trainer.global_step}
-        picture = to_uint8(torch.cat(rows, dim=-2))
+        picture = grid([to_uint8(x), to_uint8(recon)], least=0)
         save_png(self.pictures / f"step-{trainer.global_step:06d}.png", picture, about)
 
         z = torch.cat([stage.autoencoder.latent(self.tiles[i]["image"][None]) for i in range(len(self.tiles))])

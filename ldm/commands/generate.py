@@ -12,13 +12,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.commands.outputs import contact_sheet, kept_tiles, provenance, weights_of
+from ldm.commands.outputs import kept_tiles, provenance, weights_of
 from ldm.conditioners.compose import parse_conditions
 from ldm.convert import load_model
 from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError
 from ldm.files import writable_folder, write_text
+from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, to_uint8
 from ldm.requests.tiles import check_encoder, evenly, feature_dim, is_store, pick_feature, requested_tiles
 from ldm.sampling import tiles as inference

@@ -20,13 +20,13 @@ from ldm.convert import load_model
 from ldm.data.collection import LIST, Pictures
 from ldm.errors import UserError
 from ldm.files import whole, writable_folder, write_text
+from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, to_uint8
 from ldm.requests.tiles import Requests, evenly, requested_tiles
 from ldm.sampling import tiles as inference
 from ldm.scorers.calibration import proportion
 from ldm.scorers.data import to_range
 from ldm.scorers.ensemble import Scorer, load_scorer
-from ldm.scorers.ratings import numbered_sheet
 from ldm.scorers.select import merit
 
 SETTINGS, ATTEMPTS = "resample.json", "attempts.csv"
@@ -192,7 +192,8 @@ def _finish(out: Path, log: Log, tiles: Requests, seed: int, begin: dict[str, An
             pd.DataFrame(listed).to_csv(part, index=False)
         shown = [kept[i] for i in evenly(len(kept), SHOWN)]
         images = [np.asarray(Image.open(_name(out, row["index"])).convert("RGB")) for row in shown]
-        save_png(out / "contact_sheet.png", numbered_sheet(images, [f"{r['kept_by']:.3f}" for r in shown]), sheet_text)
+        sheet = contact_sheet(images, labels=[f"{r['kept_by']:.3f}" for r in shown], most=256)
+        save_png(out / "contact_sheet.png", sheet, sheet_text)
     found = {"passed": len(kept), "attempts": len(log.rows)}
     found["acceptance"] = [round(v, 5) for v in proportion(len(kept), len(log.rows))]
     write_text(out / SETTINGS, json.dumps(begin | found, indent=1))

@@ -7,17 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-SIDE = 72  # px of an image on the grid, at least
+from ldm.images.sheets import grid
+
+SIDE = 96  # px of an image on the grid, at least
 GAP = 4
 AXIS = 52  # px left of the grid, where the curve has its scale
 CURVE = 150  # px, height of the curve
 LINE, MEAN = "#9db8dc", "#1f4e9c"
-
-
-def enlarged(images: np.ndarray) -> np.ndarray:
-    """(...,H,W,3) by a whole factor to at least SIDE px, so that cells of 32 px can be seen."""
-    factor = -(-SIDE // images.shape[-2])
-    return images.repeat(factor, -3).repeat(factor, -2)
 
 
 def sheet(
@@ -27,37 +23,32 @@ def sheet(
 
     first: real images (S,H,W,3) that the sequences start from, to their left.
     """
-    images = enlarged(images)
-    rows, count, height, width = images.shape[:4]
-    left = AXIS if first is None else AXIS + width + 3 * GAP
-    page = np.full((rows * (height + GAP), left + count * (width + GAP) + GAP, 3), 255, np.uint8)
-    for i in range(rows):
-        top = i * (height + GAP)
-        if first is not None:
-            page[top : top + height, AXIS : AXIS + width] = enlarged(first[i])
-        for k in range(count):
-            x = left + k * (width + GAP)
-            page[top : top + height, x : x + width] = images[i, k]
-    centres = [left + k * (width + GAP) + width / 2 for k in range(count)]
+    body, left = _grid(images), AXIS
+    if first is not None:
+        starts = _grid(first[:, None])
+        apart = np.full((len(body), 4 * GAP, 3), 255, np.uint8)
+        left += starts.shape[1] + apart.shape[1]
+        body = np.concatenate([starts, apart, body], 1)
+    page = np.pad(body, ((0, GAP), (AXIS, GAP), (0, 0)), constant_values=255)
+    step = (page.shape[1] - left) / len(values)
+    centres = [left + k * step + (step - GAP) / 2 for k in range(len(values))]
     return np.concatenate([page, curve(page.shape[1], centres, values, label, scores)])
 
 
 def film(images: np.ndarray, values: Sequence[float], label: str, scores: np.ndarray | None) -> list[np.ndarray]:
     """Frames (H,W,3), there and back: all sequences (S,N,H,W,3) at one value, marked on the curve under them."""
-    images = enlarged(images)
-    count, steps, height, width = images.shape[:4]
-    columns = min(count, 4)
-    rows = -(-count // columns)
     frames = []
-    for k in range(steps):
-        across = AXIS + max(columns * (width + GAP) + GAP, 260)
-        page = np.full((rows * (height + GAP), across, 3), 255, np.uint8)
-        for i in range(count):
-            top, x = i // columns * (height + GAP), AXIS + i % columns * (width + GAP)
-            page[top : top + height, x : x + width] = images[i, k]
-        centres = np.linspace(AXIS + 16, across - 24, steps).tolist()
+    for k in range(len(values)):
+        body = _grid([images[i : i + 4, k] for i in range(0, len(images), 4)])
+        across = AXIS + max(body.shape[1] + GAP, 260)
+        page = np.pad(body, ((0, GAP), (AXIS, across - AXIS - body.shape[1]), (0, 0)), constant_values=255)
+        centres = np.linspace(AXIS + 16, across - 24, len(values)).tolist()
         frames.append(np.concatenate([page, curve(across, centres, values, label, scores, at=k)]))
     return frames + frames[-2:0:-1]
+
+
+def _grid(rows: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+    return grid(rows, least=SIDE, gap=GAP, margin=0)
 
 
 def curve(

@@ -1,45 +1,146 @@
-"""What shows a translation: maps of what changed, and a sheet for each image."""
+"""Sheets of images: rows on white with words beside and under them; and maps of what a translation changed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
-WIDEST, LEAST = 384, 132  # px of an image on a sheet
-COLUMNS = 6
-GAP, LINE = 6, 14
+GAP = 6
+LEAST = 128  # px of the longer side of an image on a sheet: small ones are enlarged to it
+WORDS, FONT, LINE = "#3c4043", 12, 17  # colour; px of letters and of their line
+
+Row = Sequence[np.ndarray | None]
+
+
+def grid(
+    rows: Sequence[Row],
+    labels: Sequence[Sequence[str]] | None = None,
+    titles: Sequence[str] | None = None,
+    least: int = LEAST,
+    most: int | None = None,
+    gap: int = GAP,
+    margin: int | None = None,
+) -> np.ndarray:
+    """Rows of images (H,W,3) uint8 of any size on white, all as large as one another: (H',W',3) uint8.
+
+    Args:
+        rows: images, from the left; the place of None stays white.
+        labels: a line of words under each image, cut to its place.
+        titles: words before each row, of one or several lines.
+        least, most: pixels that the longer side has on the sheet: smaller images are enlarged, larger ones reduced.
+        gap: pixels between images. margin: around all of them; None is as much as the gap.
+
+    >>> images = [np.zeros((32, 32, 3), np.uint8)] * 2
+    >>> grid([images, images], labels=[["a", "b"], ["c", "d"]]).shape
+    (308, 274, 3)
+    >>> grid([images], least=0, gap=2, margin=0).shape
+    (32, 66, 3)
+    """
+    margin = gap if margin is None else margin
+    largest = max(max(image.shape[:2]) for row in rows for image in row if image is not None)
+    side = max(min(largest, most or largest), least)
+    pictures = [[None if image is None else fitted(image, side) for image in row] for row in rows]
+    shapes = [picture.shape for row in pictures for picture in row if picture is not None]
+    height, width = (max(shape[axis] for shape in shapes) for axis in (0, 1))
+    width = max(width, LEAST) if labels else width  # room for words
+    foot = LINE if labels else 0
+    left = margin + (max(_extent(title) for title in titles) + 2 * gap if titles else 0)
+    columns = max(map(len, rows))
+    across, down = left + columns * (width + gap) - gap + margin, len(rows) * (height + foot + gap) - gap + 2 * margin
+    page = Image.new("RGB", (across, down), "white")
+    pen = ImageDraw.Draw(page)
+    for i, row in enumerate(pictures):
+        top = margin + i * (height + foot + gap)
+        if titles:
+            pen.text((margin, top + height // 2), titles[i], WORDS, _font(), "lm")
+        for j, picture in enumerate(row):
+            x = left + j * (width + gap)
+            if picture is not None:
+                page.paste(Image.fromarray(picture), (x, top + (height - picture.shape[0]) // 2))
+            if labels:
+                pen.text((x, top + height + 1), _cut(labels[i][j], width), WORDS, _font())
+    return np.asarray(page)
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray],
+    real: Sequence[np.ndarray] | None = None,
+    labels: Sequence[str] | None = None,
+    columns: int = 8,
+    least: int = LEAST,
+    most: int | None = None,
+) -> np.ndarray:
+    """Images (H,W,3) uint8 row by row, see `grid`; a real one right above each, as large as it, where there are any.
+
+    >>> contact_sheet([np.zeros((64, 64, 3), np.uint8)] * 9).shape
+    (274, 1078, 3)
+    """
+    if real is not None:
+        side = max(least, max(images[0].shape[:2]))
+        images = [np.concatenate([fitted(each, side) for each in pair]) for pair in zip(real, images)]
+        least, most = 0, None
+    return grid(_wrapped(images, columns), labels and _wrapped(labels, columns), least=least, most=most)
+
+
+def labelled_sheet(rows: Sequence[Sequence[tuple[str, np.ndarray | None]]], columns: int = 6) -> np.ndarray:
+    """Rows of images with a line of words under each; rows of more than `columns` go on below.
+
+    >>> labelled_sheet([[("source", np.zeros((64, 64, 3), np.uint8))]]).shape
+    (157, 140, 3)
+    """
+    rows = [part for row in rows for part in _wrapped(row, columns)]
+    return grid([[image for _, image in row] for row in rows], [[text for text, _ in row] for row in rows], most=384)
+
+
+def fitted(image: np.ndarray, side: int) -> np.ndarray:
+    """An image (H,W,3) uint8 made so large that its longer side has `side` px."""
+    scale = side / max(image.shape[:2])
+    size = tuple(max(1, round(extent * scale)) for extent in image.shape[1::-1])
+    if size == image.shape[1::-1]:
+        return image
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 
 def difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """How much changed at each place, in grey levels (H,W): the mean over channels of images (H,W,3) uint8."""
+    """How much changed at each place, in grey levels (H,W): the mean over channels of images (H,W,3) uint8.
+
+    >>> difference(np.zeros((1, 1, 3), np.uint8), np.array([[[0, 6, 0]]], np.uint8)).tolist()
+    [[2.0]]
+    """
     return np.abs(after.astype(np.float32) - before.astype(np.float32)).mean(-1)
 
 
 def coloured(change: np.ndarray, most: float) -> np.ndarray:
-    """A map (H,W) as colours (H,W,3) uint8, black for none, light for `most`."""
+    """A map (H,W) as colours (H,W,3) uint8, black for none, light for `most`.
+
+    >>> coloured(np.array([[0.0, 9.0]]), most=9).sum(-1).tolist()
+    [[4, 671]]
+    """
     scaled = (change / max(most, 1.0)).clip(0, 1)
     return (colormaps["inferno"](scaled)[..., :3] * 255).round().astype(np.uint8)
 
 
-def labelled_sheet(rows: Sequence[Sequence[tuple[str, np.ndarray]]]) -> np.ndarray:
-    """Rows of images (H,W,3) of one size with a line of text under each, (H',W',3) uint8; long rows go on below."""
-    rows = [row[i : i + COLUMNS] for row in rows for i in range(0, len(row), COLUMNS)]
-    height, width = rows[0][0][1].shape[:2]
-    side = max(height, width)
-    scale = WIDEST / side if side > WIDEST else max(LEAST // side, 1)  # small tiles are seen, too
-    w, h = max(round(width * scale), 1), max(round(height * scale), 1)
-    columns = max(len(row) for row in rows)
-    cell_w, cell_h = max(w, LEAST) + GAP, h + LINE + GAP
-    sheet = Image.new("RGB", (columns * cell_w + GAP, len(rows) * cell_h + GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        for j, (text, image) in enumerate(row):
-            left, top = GAP + j * cell_w, GAP + i * cell_h
-            sheet.paste(Image.fromarray(image).resize((w, h), Image.Resampling.LANCZOS), (left, top))
-            while len(text) > 4 and draw.textlength(text) > cell_w - GAP:
-                text = text[:-4] + "..."
-            draw.text((left, top + h + 1), text, fill="black")
-    return np.asarray(sheet)
+def _wrapped(row: Sequence, columns: int) -> list[Sequence]:
+    return [row[i : i + columns] for i in range(0, len(row), columns)]
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT)
+
+
+def _extent(words: str) -> int:
+    return max(round(_font().getlength(line)) for line in words.split("\n"))
+
+
+def _cut(words: str, width: int) -> str:
+    """The words, as far as they fit into `width` px."""
+    if _font().getlength(words) <= width:
+        return words
+    return next(words[:end] + "…" for end in range(len(words), -1, -1) if _font().getlength(words[:end] + "…") <= width)

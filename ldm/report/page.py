@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ldm.files import tool_version, write_text
@@ -36,7 +37,7 @@ class Section:
     extractor: str = ""
     measures: list[Measure] = field(default_factory=list)
     plots: list[tuple[str, str]] = field(default_factory=list)
-    pictures: list[tuple[Image.Image, str]] = field(default_factory=list)
+    pictures: list[tuple[np.ndarray, str]] = field(default_factory=list)
     verdict: tuple[str, str] | None = None  # good, fair or bad; in words
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -163,10 +164,10 @@ def document(title: str, lead: str, body: str) -> str:
     )
 
 
-def embed(picture: Image.Image, alt: str) -> str:
-    """An <img> that carries its own JPEG."""
+def embed(picture: np.ndarray, alt: str) -> str:
+    """An <img> that carries its own JPEG, of a picture (H,W,3) uint8."""
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, format="JPEG", quality=88, subsampling=0)
+    Image.fromarray(picture).save(buffer, format="JPEG", quality=88, subsampling=0)
     data = base64.b64encode(buffer.getvalue()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
 

@@ -1,4 +1,4 @@
-"""Plots of a report, as SVG text; and sheets of images."""
+"""Plots of a report, as SVG text."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 matplotlib.use("agg")
-from matplotlib import font_manager
 from matplotlib import pyplot as plt
 from skimage.color import lab2rgb
 
@@ -28,7 +26,6 @@ STYLE = {
     "ytick.color": "#3c4043", "legend.frameon": False, "figure.facecolor": "none", "axes.facecolor": "none",
 }  # fmt: skip
 SHOWN = 1500  # points of a scatter plot
-GAP = 4
 
 
 def _svg(figure: plt.Figure) -> str:
@@ -136,44 +133,3 @@ def lag_map(found: Repetition) -> str:
         axes.set(xlabel="windows across", ylabel="windows down")
         figure.colorbar(shown, ax=axes, shrink=0.8)
         return _svg(figure)
-
-
-# --- sheets of images -------------------------------------------------------------------------------------------------
-
-
-def sheet(images: Sequence[np.ndarray], columns: int = 8, side: int = 128) -> Image.Image:
-    """Images (H,W,3) uint8 side by side, each made to fit a square of `side` px."""
-    rows = -(-len(images) // columns)
-    columns = min(columns, len(images))
-    page = Image.new("RGB", (columns * (side + GAP) - GAP, rows * (side + GAP) - GAP), "white")
-    for place, image in enumerate(images):
-        page.paste(fitted(image, side), (place % columns * (side + GAP), place // columns * (side + GAP)))
-    return page
-
-
-def fitted(image: np.ndarray, side: int) -> Image.Image:
-    """An image in a square of `side` px: small ones enlarged without smoothing, larger ones reduced."""
-    picture = Image.fromarray(image)
-    scale = side / max(picture.size)
-    size = tuple(max(1, round(each * scale)) for each in picture.size)
-    picture = picture.resize(size, Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST)
-    page = Image.new("RGB", (side, side), "white")
-    page.paste(picture, ((side - size[0]) // 2, (side - size[1]) // 2))
-    return page
-
-
-def labelled_rows(rows: Sequence[tuple[str, Sequence[np.ndarray], Sequence[str]]], side: int = 112) -> Image.Image:
-    """Rows of images with a title before each row and a word under each image."""
-    font = ImageFont.truetype(font_manager.findfont("DejaVu Sans"), 12)
-    margin, foot = 96, 18
-    columns = max(len(images) for _, images, _ in rows)
-    page = Image.new("RGB", (margin + columns * (side + GAP), len(rows) * (side + foot + GAP)), "white")
-    draw = ImageDraw.Draw(page)
-    for row, (title, images, words) in enumerate(rows):
-        top = row * (side + foot + GAP)
-        draw.multiline_text((0, top + side // 2 - 8 * len(title.split("\n"))), title, font=font, fill="#3c4043")
-        for column, (image, word) in enumerate(zip(images, words)):
-            left = margin + column * (side + GAP)
-            page.paste(fitted(image, side), (left, top))
-            draw.text((left, top + side + 1), word, font=font, fill="#5f6368")
-    return page

@@ -18,6 +18,7 @@ from ldm.encoders.feature_files import FeatureSet
 from ldm.errors import UserError
 from ldm.files import sha256
 from ldm.images.large import LargeImage
+from ldm.images.sheets import LEAST, contact_sheet, fitted, grid
 from ldm.metrics import conditional, frechet, kernels, large_images, manifold, memorisation, pairs
 from ldm.metrics.measure import LOWER, Measure, measure_of
 from ldm.report import plots
@@ -39,8 +40,8 @@ def samples(sets: dict[str, ImageSet]) -> Section:
     titles = {"generated": "SYNTHETIC", "real": "Real", "train": "Training"}
     for role, images in sets.items():
         rows = evenly(len(images), SHOWN)
-        grid = plots.sheet([images.read(int(i)) for i in rows])
-        section.pictures.append((grid, f"{titles[role]}: {len(rows)} of {len(images)} images."))
+        page = contact_sheet([images.read(int(i)) for i in rows], most=LEAST)
+        section.pictures.append((page, f"{titles[role]}: {len(rows)} of {len(images)} images."))
     return section
 
 
@@ -109,11 +110,9 @@ def following(
         rows = order[evenly(len(order), 10)]
         images, tiles = pictures
         word = [f"cos {found.own[i]:.2f}, #{found.rank[i]}" for i in rows]
-        grid = plots.labelled_rows([
-            ("condition", [tiles.read(int(i)) for i in rows], [""] * len(rows)),
-            ("generated", [images.read(int(known[i])) for i in rows], word),
-        ], side=96)  # fmt: skip
-        section.pictures.append((grid, "From the best followed condition to the worst: similarity, rank."))
+        shown = [[tiles.read(int(i)) for i in rows], [images.read(int(known[i])) for i in rows]]
+        page = grid(shown, [[""] * len(rows), word], ["condition", "generated"], most=LEAST)
+        section.pictures.append((page, "From the best followed condition to the worst: similarity, rank."))
     return section
 
 
@@ -159,27 +158,23 @@ def memorised(
         data={"verdict": found.verdict, "flagged": copies, "repeated": repeats, "limit": found.limit},
     )  # fmt: skip
     if {"generated", "train"} <= images.keys():
-        order = np.argsort(found.generated.distance[:, 0])[:SHOWN_COPIES]
-        rows = [("generated\n(nearest first)", [images["generated"].read(int(i)) for i in order],
-                 [f"{found.generated.distance[i, 0]:.3f}" for i in order])]  # fmt: skip
-        for k in range(found.generated.row.shape[1]):
-            shown = [images["train"].read(int(found.generated.row[i, k])) for i in order]
-            rows.append(
-                (f"training,\nnearest {k + 1}", shown, [f"{found.generated.distance[i, k]:.3f}" for i in order])
-            )
-        section.pictures.append(
-            (plots.labelled_rows(rows), "The generated images nearest to training images, and those.")
-        )
+        page = nearest_page("generated", found.generated, images["generated"], images["train"])
+        section.pictures.append((page, "The generated images nearest to training images, and those."))
         if "real" in images:
-            order = np.argsort(found.held_out.distance[:, 0])[:SHOWN_COPIES]
-            rows = [
-                ("held-out\n(nearest first)", [images["real"].read(int(i)) for i in order],
-                 [f"{found.held_out.distance[i, 0]:.3f}" for i in order]),
-                ("training,\nnearest 1", [images["train"].read(int(found.held_out.row[i, 0])) for i in order],
-                 [""] * len(order)),
-            ]  # fmt: skip
-            section.pictures.append((plots.labelled_rows(rows), "The same of held-out real images: what chance gives."))
+            page = nearest_page("held-out", found.held_out, images["real"], images["train"])
+            section.pictures.append((page, "The same of held-out real images: what chance gives."))
     return section
+
+
+def nearest_page(name: str, found: memorisation.Nearest, images: ImageSet, train: ImageSet) -> np.ndarray:
+    """The images that are nearest to training images, above those, each with its distance."""
+    order = np.argsort(found.distance[:, 0])[:SHOWN_COPIES]
+    rows, words = [[images.read(int(i)) for i in order]], [[""] * len(order)]
+    for k in range(found.row.shape[1]):
+        rows.append([train.read(int(found.row[i, k])) for i in order])
+        words.append([f"{found.distance[i, k]:.3f}" for i in order])
+    titles = [f"{name}\n(nearest first)", *(f"training,\nnearest {k + 1}" for k in range(found.row.shape[1]))]
+    return grid(rows, words, titles, most=LEAST)
 
 
 def canvas(image: LargeImage, role: str, tile: int, window: int, extractor: Extractor | None) -> Section:
@@ -202,7 +197,7 @@ def canvas(image: LargeImage, role: str, tile: int, window: int, extractor: Extr
             section.extractor = extractor.name
             section.plots.append((plots.lag_map(found), "Autocorrelation of window features by lag."))
     picture = whole_picture(image, 640)
-    section.pictures.append((plots.fitted(picture, 640), "SYNTHETIC" if role == "generated" else "Real"))
+    section.pictures.append((fitted(picture, 640), "SYNTHETIC" if role == "generated" else "Real"))
     return section
 
 
@@ -256,13 +251,11 @@ def paired(
     order = np.argsort(measured["ssim"])
     rows = order[evenly(len(order), 8)]
     shown = [pairs.read_pair(*files[i]) for i in rows]
-    grid = plots.labelled_rows([
-        ("given", [pair[0] for pair in shown], [f"SSIM {measured['ssim'][i]:.2f}" for i in rows]),
-        ("should be", [pair[1] for pair in shown], [names[i][-16:] for i in rows]),
-    ])  # fmt: skip
+    words = [[f"SSIM {measured['ssim'][i]:.2f}" for i in rows], [names[i][-16:] for i in rows]]
+    page = grid(list(zip(*shown)), words, ["given", "should be"], most=LEAST)
     table = pd.DataFrame({"name": names, **measured})
     section = Section("pairs", "Pairs of images", f"{len(names)} pairs of the same name.", measures=measures,
-                      pictures=[(grid, "From the least similar pair to the most similar one.")],
+                      pictures=[(page, "From the least similar pair to the most similar one.")],
                       data={"pairs": table.replace({np.nan: None}).to_dict("records")})  # fmt: skip
     return section, warnings + more
 

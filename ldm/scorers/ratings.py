@@ -14,19 +14,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from PIL import Image, ImageDraw, ImageFont
 
 from ldm.data.collection import Pictures, pictures_of_files, read_table
 from ldm.errors import UserError, some
 from ldm.files import sha256, whole, writable_folder, write_text
+from ldm.images.marks import read_mark
+from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, save_real_png
 from ldm.rng import fold
 from ldm.scorers.labelled import Labelled, Task, groups_of, targets_of
 
 TABLE, ABOUT = "ratings.csv", "ratings.json"
-PAGE, COLUMNS = 48, 8  # images of a sheet, in a row
-SIDE = 128  # px of an image on a sheet, at least
-CAPTION = 18  # px under each
+PAGE = 48  # images of a sheet
+MOST = 256  # px of an image on a sheet
 
 
 def parse_scale(text: str) -> list[str]:
@@ -40,15 +40,6 @@ def parse_scale(text: str) -> list[str]:
     return names
 
 
-def synthetic_text_of(path: Path) -> dict | None:
-    """What a generated PNG says of itself; None for any other image."""
-    try:
-        with Image.open(path) as image:
-            return json.loads(image.info["SYNTHETIC"])
-    except (OSError, KeyError, ValueError, TypeError):
-        return None
-
-
 def write_rating_folder(pictures: Pictures, out: Path, count: int, scale: Sequence[str], seed: int) -> int:
     """Write a rating folder of at most `count` images, drawn at random, in random order; returns how many.
 
@@ -59,11 +50,10 @@ def write_rating_folder(pictures: Pictures, out: Path, count: int, scale: Sequen
     writable_folder(out / "images")
     rows = np.random.default_rng(fold(seed)).permutation(len(pictures))[:count]
     digits = max(3, len(str(len(rows))))
-    about, shown, synthetic = [], [], None
+    about, shown, synthetic = [], [], False
     for number, row in enumerate(rows.tolist(), 1):
         image, path = pictures.read(row), None if pictures.paths is None else pictures.paths[row]
-        own = None if path is None else synthetic_text_of(path)
-        synthetic = synthetic or own
+        synthetic = synthetic or (path is not None and bool(read_mark(path)))
         file = out / "images" / f"{number:0{digits}}{'.png' if path is None else path.suffix.lower()}"
         if path is None:
             save_real_png(file, image)
@@ -76,34 +66,14 @@ def write_rating_folder(pictures: Pictures, out: Path, count: int, scale: Sequen
         )
     for page, start in enumerate(range(0, len(shown), PAGE), 1):
         numbers = [entry["number"] for entry in about[start : start + PAGE]]
-        sheet = numbered_sheet(shown[start : start + PAGE], [str(number) for number in numbers])
+        sheet = contact_sheet(shown[start : start + PAGE], labels=[str(number) for number in numbers], most=MOST)
         file = out / f"contact_sheet_{page:02}.png"
-        save_png(file, sheet, {"SYNTHETIC": "holds generated images", "of": TABLE}) if synthetic else save_real_png(
-            file, sheet
-        )
+        save_png(file, sheet, {"of": TABLE}) if synthetic else save_real_png(file, sheet)
     told = {"scale": list(scale), "source": pictures.source, "images": about}
     write_text(out / ABOUT, json.dumps(told, indent=1, default=str))
     table = pd.DataFrame([{"number": e["number"], "file": e["file"], "rating": "", "note": ""} for e in about])
     write_text(out / TABLE, table.to_csv(index=False))
     return len(rows)
-
-
-def numbered_sheet(images: Sequence[np.ndarray], captions: Sequence[str], columns: int = COLUMNS) -> np.ndarray:
-    """A sheet (H,W,3) uint8 of images (h,w,3) of any size, each over its caption."""
-    side = max(SIDE, *(max(image.shape[:2]) for image in images))
-    gap, step = 6, max(SIDE, side if side <= 2 * SIDE else 2 * SIDE)
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (gap + columns * (step + gap), gap + rows * (step + CAPTION + gap)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(CAPTION - 5)
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        left, top = gap + i % columns * (step + gap), gap + i // columns * (step + CAPTION + gap)
-        scale = step / max(image.shape[:2])
-        size = tuple(max(1, round(extent * scale)) for extent in image.shape[1::-1])
-        method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-        sheet.paste(Image.fromarray(image).resize(size, method), (left, top))
-        pen.text((left + 2, top + step + 1), caption, fill="black", font=font)
-    return np.asarray(sheet)
 
 
 def is_rating_table(path: Path) -> bool:

@@ -3,7 +3,6 @@ themselves."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tifffile
 import zarr
 from PIL import Image
 
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
+from ldm.images.marks import read_mark
 from ldm.images.slides import Slide, open_any
 
 PLAIN = (".png", ".jpg", ".jpeg")
@@ -96,11 +95,11 @@ def describe(source: Source) -> dict[str, Any]:
     Raises:
         UserError: it cannot be read. Of PNG and JPEG in folders, which may be thousands, only the header is looked at.
     """
-    said = provenance(source)
-    told = {key: (said or {}).get(key) for key in ("slide", "region", "grid", "tile_px")}
+    said = {} if source.row is not None else read_mark(source.path)
+    told = {key: said.get(key) for key in ("slide", "region", "grid", "tile_px")}
     (width, height), mpp = _measure(source)
-    mpp = mpp or _number((said or {}).get("mpp"))
-    return {"name": source.name, "width": width, "height": height, "mpp": mpp, "synthetic": said, **told}
+    mpp = mpp or _number(said.get("mpp"))
+    return {"name": source.name, "width": width, "height": height, "mpp": mpp, "synthetic": said or None, **told}
 
 
 def _measure(source: Source) -> tuple[tuple[int, int], float]:
@@ -121,38 +120,6 @@ def _measure(source: Source) -> tuple[tuple[int, int], float]:
 @lru_cache(maxsize=8)
 def _store(path: Path) -> TileStore:
     return TileStore.open(path)
-
-
-def provenance(source: Source) -> dict[str, Any] | None:
-    """What a generated file says of itself; None of a file that does not say that it is SYNTHETIC."""
-    path = source.path
-    try:
-        if source.row is not None:
-            return None
-        if path.suffix == ".zarr":
-            said = _attributes(path).get("histoldm", {})
-            return _read_text(said.get("description", "")) if said.get("SYNTHETIC") else None
-        if path.suffix.lower() in PLAIN:
-            with Image.open(path) as image:
-                return _read_json(image.info["SYNTHETIC"]) if "SYNTHETIC" in image.info else None
-        with tifffile.TiffFile(path) as file:
-            return _read_text(file.pages.first.description)
-    except (OSError, ValueError):  # no TIFF, a damaged header: such a file says nothing
-        return None
-
-
-def _read_text(text: str) -> dict[str, Any] | None:
-    """Of a text as `synthetic_text` writes it: a sentence that begins with SYNTHETIC, then JSON."""
-    sentence, _, rest = text.partition("\n")
-    return _read_json(rest) if sentence.startswith("SYNTHETIC") else None
-
-
-def _read_json(text: str) -> dict[str, Any]:
-    try:
-        said = json.loads(text)
-    except ValueError:
-        said = text
-    return said if isinstance(said, dict) else {"SYNTHETIC": str(said)}
 
 
 def _number(value: Any) -> float | None:
