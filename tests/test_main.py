@@ -162,7 +162,7 @@ def test_a_run_folder_holds_what_users_of_latent_diffusion_know():
         "last.ckpt",
     ]
     grid = Image.open(run / "images" / "val" / "inputs_gs-000003_e-000000_b-000000.png")
-    assert (grid.mode, grid.size) == ("RGB", (2 * 4 + 2, 4))  # a validation batch has 2
+    assert (grid.mode, grid.size) == ("RGB", (2 * 4 + 3 * 6, 4 + 2 * 6))  # a validation batch has 2
     assert "SYNTHETIC" not in grid.text
     samples = Image.open(run / "images" / "train" / "samples_gs-000004_e-000000_b-000003.png")
     assert json.loads(samples.text["SYNTHETIC"])["step"] == 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ldm.commands.sequence_pictures import AXIS, GAP, film, sheet
-from ldm.images.sheets import LEAST, contact_sheet, fitted, grid, labelled_sheet
+from ldm.images.sheets import LEAST, ROOM, contact_sheet, fitted, grid, labelled_sheet
 
 
 def plain(value: int, height: int = 32, width: int = 32) -> np.ndarray:
@@ -23,11 +23,12 @@ def test_images_of_any_size_fill_places_of_one_size():
 
 
 def test_small_images_are_seen_and_large_ones_stay_as_they_are():
-    rng = np.random.default_rng(0)
-    small, large = (rng.integers(0, 255, (side, side, 3), dtype=np.uint8) for side in (32, 300))
+    ramps = np.mgrid[:32, :32].transpose(1, 2, 0) * 8
+    small = np.concatenate([ramps, ramps[..., :1] // 2], -1).astype(np.uint8)
+    large = np.random.default_rng(0).integers(0, 255, (300, 300, 3), dtype=np.uint8)
     page = contact_sheet([small], columns=1)
     assert page.shape[0] > LEAST
-    assert np.abs(page[6:134, 6:134].reshape(32, 4, 32, 4, 3).mean((1, 3)) - small).mean() < 20  # it is the image
+    assert np.abs(page[6:134, 6:134].reshape(32, 4, 32, 4, 3).mean((1, 3)) - small).mean() < 1  # it is the image
     assert np.array_equal(contact_sheet([large])[6:306, 6:306], large)
     assert fitted(large, 300) is large
 
@@ -43,13 +44,14 @@ def test_a_real_image_lies_right_above_its_own():
 def test_words_stand_under_their_image_and_are_cut_to_its_place():
     words = ["a", "a far longer label than this place has room for"]
     page = grid([[plain(0), plain(0)]], [words], ["title\nof two lines"])
-    without = grid([[plain(0), plain(0)]], [["", ""]], [""])
-    foot, side = page[6 + LEAST :], page[6 : 6 + LEAST, : page.shape[1] - 2 * (LEAST + 6)]
-    first, second = foot[:, -2 * (LEAST + 6) : -LEAST - 6], foot[:, -LEAST - 6 :]
+    place = ROOM + 6
+    foot, side = page[6 + LEAST :], page[6 : 6 + LEAST, : page.shape[1] - 2 * place]
     assert (side < 128).any()
-    assert 0 < (first < 128).any(2).any(0).sum() < 12
-    assert 60 < (second < 128).any(2).any(0).sum() <= LEAST
-    assert (without[6 + LEAST :] == 255).all()
+    assert 0 < (foot[:, -2 * place : -place] < 128).any(2).any(0).sum() < 12
+    assert 80 < (foot[:, -place:] < 128).any(2).any(0).sum() <= ROOM
+    short = grid([[plain(0), plain(0)]], [["a", ""]])
+    assert short.shape[1] == 2 * (LEAST + 6) + 6
+    assert (short[6 + LEAST :, LEAST:] == 255).all()
 
 
 def test_long_rows_of_a_labelled_sheet_go_on_below():

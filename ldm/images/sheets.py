@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP = 6
 LEAST = 128  # px of the longer side of an image on a sheet: small ones are enlarged to it
+ROOM = 160  # px that words under an image may take where it is narrower
 WORDS, FONT, LINE = "#3c4043", 12, 17  # colour; px of letters and of their line
 
 Row = Sequence[np.ndarray | None]
@@ -31,7 +32,7 @@ def grid(
 
     Args:
         rows: images, from the left; the place of None stays white.
-        labels: a line of words under each image, cut to its place.
+        labels: a line of words under each image, cut where they are long.
         titles: words before each row, of one or several lines.
         least, most: pixels that the longer side has on the sheet: smaller images are enlarged, larger ones reduced.
         gap: pixels between images. margin: around all of them; None is as much as the gap.
@@ -48,7 +49,8 @@ def grid(
     pictures = [[None if image is None else fitted(image, side) for image in row] for row in rows]
     shapes = [picture.shape for row in pictures for picture in row if picture is not None]
     height, width = (max(shape[axis] for shape in shapes) for axis in (0, 1))
-    width = max(width, LEAST) if labels else width  # room for words
+    if labels:
+        width = max(width, min(ROOM, max(_extent(words) for row in labels for words in row)))
     foot = LINE if labels else 0
     left = margin + (max(_extent(title) for title in titles) + 2 * gap if titles else 0)
     columns = max(map(len, rows))
@@ -99,12 +101,17 @@ def labelled_sheet(rows: Sequence[Sequence[tuple[str, np.ndarray | None]]], colu
 
 
 def fitted(image: np.ndarray, side: int) -> np.ndarray:
-    """An image (H,W,3) uint8 made so large that its longer side has `side` px."""
+    """An image (H,W,3) uint8 made so large that its longer side has `side` px.
+
+    >>> fitted(np.zeros((100, 50, 3), np.uint8), 10).shape
+    (10, 5, 3)
+    """
     scale = side / max(image.shape[:2])
     size = tuple(max(1, round(extent * scale)) for extent in image.shape[1::-1])
     if size == image.shape[1::-1]:
         return image
-    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    method = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(image).resize(size, method))
 
 
 def difference(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -158,15 +158,15 @@ def memorised(
         data={"verdict": found.verdict, "flagged": copies, "repeated": repeats, "limit": found.limit},
     )  # fmt: skip
     if {"generated", "train"} <= images.keys():
-        page = nearest_page("generated", found.generated, images["generated"], images["train"])
+        page = _nearest("generated", found.generated, images["generated"], images["train"])
         section.pictures.append((page, "The generated images nearest to training images, and those."))
         if "real" in images:
-            page = nearest_page("held-out", found.held_out, images["real"], images["train"])
+            page = _nearest("held-out", found.held_out, images["real"], images["train"])
             section.pictures.append((page, "The same of held-out real images: what chance gives."))
     return section
 
 
-def nearest_page(name: str, found: memorisation.Nearest, images: ImageSet, train: ImageSet) -> np.ndarray:
+def _nearest(name: str, found: memorisation.Nearest, images: ImageSet, train: ImageSet) -> np.ndarray:
     """The images that are nearest to training images, above those, each with its distance."""
     order = np.argsort(found.distance[:, 0])[:SHOWN_COPIES]
     rows, words = [[images.read(int(i)) for i in order]], [[""] * len(order)]
