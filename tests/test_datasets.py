@@ -189,6 +189,36 @@ def test_nodes_of_the_data_module(store: Path):
         TileDataModule(**nodes, batch_size=0)
 
 
+def test_what_the_datasets_share_is_stated_once(store: Path):
+    shared = {"stores": str(store), "keys": ["ssl", "latent"], "feature": "turned", "latents": "turned"}
+    train = {"target": TARGET, "params": {"dihedral": True, "conditions": {"tissue": "tissue"}}}
+    balanced = {"by": "tissue", "thresholds": [0.5], "dataset": train}
+    data = TileDataModule(
+        train={"target": "ldm.data.balance.Balanced", "params": balanced},
+        validation={"target": TARGET, "params": {"keys": ["image"], "where": {"tissue": {"min": 0.9}}}},
+        in_memory=True,
+        **shared,
+    )
+    tiles = data.datasets["train"].dataset
+    alone = TileDataset(**shared, dihedral=True, conditions={"tissue": "tissue"}, in_memory=True)
+    assert vars(tiles).keys() == vars(alone).keys()
+    assert all(torch.equal(tiles[(5, 3)][key], alone[(5, 3)][key]) for key in ("ssl", "latent", "tissue"))
+    assert data.datasets["validation"].keys == ("image",)
+    assert data.datasets["validation"]._memory.keys() == {(0, "image")}
+
+
+def test_splits_that_a_cohort_does_not_have(store: Path, capsys: pytest.CaptureFixture[str]):
+    cohort = str(store.parents[1])
+    nodes = {split: {"target": TARGET, "params": {"where": {"split": split}}} for split in ("train", "val", "test")}
+    data = TileDataModule(nodes["train"], nodes["train"], nodes["test"], stores=cohort)
+    assert data.test_dataloader() == []
+    assert capsys.readouterr().out.startswith("there is nothing to test on: none of the ")
+    with pytest.raises(UserError, match=r"'split': 'val'\}; the data_prep command .* again with --validation"):
+        TileDataModule(nodes["train"], nodes["val"], stores=cohort)
+    with pytest.raises(UserError, match="none of the"):
+        TileDataModule({"target": TARGET, "params": {"where": {"split": "test"}}}, stores=cohort)
+
+
 def test_datasets_travel_to_workers(store: Path):
     data = TileDataset(str(store), ("image", "ssl"), "turned", dihedral=True)
     want = data[(5, 9)]

@@ -321,8 +321,8 @@ def test_the_configs_hold(tmp_path):
         (tmp_path / f"{kind}.json").write_text(json.dumps({"genes": genes}))
         members["omics"]["params"][f"{kind}_genes"] = str(tmp_path / f"{kind}.json")
     model = instantiate_from_config(params["cond_stage_config"])
-    train = config["data"]["params"]["train"]["params"]["dataset"]["params"]
-    assert set(train["conditions"]) == {key for key in model.keys if not key.endswith("_multiplier")}
+    conditions = config["data"]["params"]["conditions"]
+    assert set(conditions) == {key for key in model.keys if not key.endswith("_multiplier")}
     width = 4 * params["unet_config"]["params"]["model_channels"]
     assert {key: tuple(value.shape) for key, value in model.null().items()} == {
         "class/vector": (1, width), "omics/vector": (1, width),

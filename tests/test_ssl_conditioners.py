@@ -272,9 +272,8 @@ def test_the_published_configs_hold(name, tokens):
     config.validate(cfg)
     params = cfg["model"]["params"]
     model = config.instantiate_from_config(params["cond_stage_config"])
-    train = cfg["data"]["params"]["train"]["params"]
-    dataset = train.get("dataset", {}).get("params", train)
-    assert set(model.keys) <= {*dataset["keys"], *dataset["conditions"]}
+    data = cfg["data"]["params"]
+    assert set(model.keys) <= {*data["keys"], *data["conditions"]}
     assert model.null()["crossattn"].shape == (1, tokens, params["unet_config"]["params"]["context_dim"])
 
 

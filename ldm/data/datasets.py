@@ -31,6 +31,17 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 _TRIES = 1000
 
 
+MAKE_VALIDATION = (
+    "; the data_prep command that made the cohort gives it a split 'val' when it is given again with --validation, as "
+    "`python -m data_prep.tile_slides --slides ... --out ... --validation 0.1`, which holds out patients, or with "
+    "--holdout, a region of one slide"
+)
+
+
+class NoTiles(UserError):
+    """Nothing in the stores is what a dataset was asked for."""
+
+
 def to_tensor(image: np.ndarray, variant: int = 0) -> Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float32 in [-1, 1], in the orientation `variant` of `ldm.data.dihedral`."""
     turned = d4.apply(np.moveaxis(image, -1, 0), variant)
@@ -76,7 +87,8 @@ class TileDataset(Dataset):
         gray: images are (1,H,W), the mean of the colours.
     Raises:
         UserError: anything named that is not there, rows that do not match, dimensions that differ between stores,
-            latents that are not cached in eight orientations, no tile left.
+            latents that are not cached in eight orientations.
+        NoTiles: no tile left.
     """
 
     def __init__(
@@ -122,7 +134,11 @@ class TileDataset(Dataset):
         if not len(self._row_of):
             given = {"where": where, "include": include, "exclude": exclude, "missing": conditions and missing}
             chosen = ", ".join(f"{name}={value}" for name, value in given.items() if value)
-            raise UserError(f"none of the {sum(map(len, self.stores))} tiles of {stores} is selected by {chosen}")
+            unsplit = (where or {}).get("split") == "val"
+            raise NoTiles(
+                f"none of the {sum(map(len, self.stores))} tiles of {stores} is selected by {chosen}"
+                + (MAKE_VALIDATION if unsplit else "")
+            )
         held = {**self.names, **({"image": "tiles"} if "image" in keys else {})}
         self._memory = {
             (i, key): np.asarray(store.array(name)[:])

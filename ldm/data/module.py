@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ldm.config import instantiate_from_config
+from ldm.config import get_obj_from_str, instantiate_from_config
+from ldm.data.datasets import NoTiles
 from ldm.data.sampler import ResumableBatchSampler, ResumableDataLoader, evaluation_batches, ignore_interrupts
 from ldm.errors import UserError
 
@@ -25,14 +28,33 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch | {key: [item[key] for item in items] for key in ragged}
 
 
+def with_shared(node: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """A node whose dataset, or the dataset within it, has the params of `shared` that it takes and does not state.
+
+    >>> tiles = {"target": "ldm.data.datasets.TileDataset", "params": {"where": {"split": "val"}}}
+    >>> with_shared(tiles, {"stores": "cohort"})["params"]
+    {'stores': 'cohort', 'where': {'split': 'val'}}
+    """
+    takes = inspect.signature(get_obj_from_str(node["target"])).parameters
+    own = {
+        key: with_shared(value, shared) if isinstance(value, Mapping) and "target" in value else value
+        for key, value in (node.get("params") or {}).items()
+    }
+    return {**node, "params": {key: value for key, value in shared.items() if key in takes} | own}
+
+
 class TileDataModule(pl.LightningDataModule):
     """Batches of the datasets named in a config.
 
     Args:
         train, validation, test: nodes `{target: ldm.data.datasets.TileDataset, params: {...}}`; items are asked for by
-            (index, draw), see `ldm.data.datasets`.
+            (index, draw), see `ldm.data.datasets`. A test set without tiles is told and left out.
         batch_size: tiles per device and step. num_workers: processes that load tiles, per device.
         seed: of the order of tiles and of everything random in them.
+        stores, keys, feature, latents, conditions, missing, gray, in_memory: params of those of the three that do not
+            state them, see `ldm.data.datasets.TileDataset`.
+    Raises:
+        UserError: whatever is wrong with a dataset; no tile to train or to validate on.
     """
 
     def __init__(
@@ -43,13 +65,35 @@ class TileDataModule(pl.LightningDataModule):
         batch_size: int = 8,
         num_workers: int = 0,
         seed: int = 0,
+        stores: str | Sequence[str] | None = None,
+        keys: Sequence[str] | None = None,
+        feature: str | None = None,
+        latents: str | None = None,
+        conditions: Mapping[str, str] | None = None,
+        missing: str | None = None,
+        gray: bool | None = None,
+        in_memory: bool | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"batch_size is at least 1 and num_workers at least 0, got {batch_size} and {num_workers}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
-        nodes = {"train": train, "validation": validation, "test": test}
-        self.datasets: dict[str, Dataset] = {k: instantiate_from_config(node) for k, node in nodes.items() if node}
+        shared = {
+            "stores": stores, "keys": keys, "feature": feature, "latents": latents, "conditions": conditions,
+            "missing": missing, "gray": gray, "in_memory": in_memory,
+        }  # fmt: skip
+        shared = {key: value for key, value in shared.items() if value is not None}
+        self.datasets: dict[str, Dataset] = {}
+        for split, node in {"train": train, "validation": validation, "test": test}.items():
+            if not node:
+                continue
+            try:
+                self.datasets[split] = instantiate_from_config(with_shared(node, shared))
+            except NoTiles as error:
+                if split != "test":
+                    raise
+                if rank_zero_only.rank == 0:
+                    print(f"there is nothing to test on: {error}")
         self._loader: ResumableDataLoader | None = None
         self._resume: dict[str, int] | None = None
 
