@@ -30,12 +30,14 @@ ROOT = Path(__file__).resolve().parent
 
 
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of larger sample data that stands beside the repository where it is developed."""
-    path = ROOT.parent / "shared"
-    if not path.is_dir():
-        pytest.skip("the shared sample data do not stand beside this checkout")
-    return path
+def shared() -> Callable[[str], Path]:
+    """A path of the larger sample data, which stand beside the repository where it is developed."""
+
+    def find(name: str) -> Path:
+        path = ROOT.parent / "shared" / name
+        return path if path.exists() else pytest.skip(f"../shared/{name} does not come with the repository")
+
+    return find
 
 
 @pytest.fixture(scope="session")

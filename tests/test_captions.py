@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import ROOT
 from data_prep.encode_captions import main as encode_captions
 from data_prep.import_captions import main as import_captions
 from ldm.conditioners.text import TextEmbedder
@@ -240,16 +241,19 @@ def test_captions_encoded_into_the_store_train_like_captions(folder, capsys):
         encode_captions([*command, "--name", "again"])
 
 
-def test_chest_x_rays(shared, tmp_path, capsys):
+def test_chest_x_rays(tmp_path, capsys):
     """A real table: quoted captions with commas, images in a folder of their own."""
-    source = shared / "data" / "text_cxr"
-    arguments = ["--table", str(source / "captions.csv"), "--out", str(tmp_path), "--size", "32", "--text-column",
+    source, out = ROOT / "tests" / "data" / "captions.csv", tmp_path / "out"
+    arguments = ["--table", str(source), "--out", str(out), "--size", "32", "--text-column",
                  "clinical_notes", "--modality-column", "view", "--resize", "pad"]  # fmt: skip
     with pytest.raises(UserError, match="X-ray_of_cyst"):
         import_captions(arguments)  # the images are not beside the table
-    import_captions([*arguments, "--images", str(source / "images")])
+    (tmp_path / "images").mkdir()
+    for name in pd.read_csv(source)["filename"]:
+        Image.new("L", (48, 40)).save(tmp_path / "images" / name)
+    import_captions([*arguments, "--images", str(tmp_path / "images")])
     assert "7 of 7 rows" in capsys.readouterr().out
-    index = read_index(tmp_path)
+    index = read_index(out)
     assert len(index) == 7
     assert set(index["modality"]) == {"PA"}
     assert index["text"][0].endswith("Note the large cyst (arrow)")

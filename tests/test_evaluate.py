@@ -225,12 +225,12 @@ def test_captions_are_scored_by_clip(world, tmp_path):
     assert report(tmp_path / "out")["extractors"]["clip:tiny_clip"]["dim"] == known["embed_dim"]
 
 
-def test_halves_of_a_slide_are_near_and_another_stain_is_far(shared, monkeypatch, capsys):
+def test_halves_of_a_slide_are_near_and_another_stain_is_far(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location("evaluation", ROOT / "benchmarks" / "evaluation.py")
     benchmark = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(benchmark)
-    ihc = shared / "data" / "ihc" / "OS-2-ndpi.ome.tif"
+    ihc = ROOT / "data" / "samples" / "stains" / "OS-2-ndpi.ome.tif"
     assert benchmark.main(["--only", "order", "--ihc", str(ihc), "--features", "pixels"]) == 0
     assert capsys.readouterr().out.count("holds") == 8  # every figure
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from conftest import ROOT
 from data_prep import grid_features, import_features
 from data_prep.tile_slides import tile_slide, update_index
 from ldm.conditioners.grid import GridEmbedder
@@ -151,13 +152,15 @@ def test_tiles_are_cut_where_the_file_says(demo_slide: Path, tmp_path: Path):
     assert bare.feature_names == []
 
 
-def test_the_real_pair_goes_through(shared: Path, tmp_path: Path, capsys):
+def test_the_real_pair_goes_through(tmp_path: Path, capsys):
     """Three tiles of a TCGA slide as pictures, and the features of all its 777 tiles."""
-    pictures = shared / "data" / "he" / "mopadi_TCGA-AD-6964"
-    file = shared / "data" / "embeddings" / "TCGA-AD-6964-01Z-00-DX1_features.h5"
-    command("--slides", pictures, "--files", file, "--out", tmp_path, "--name", "mopadi", "--slide-mpp", "0.5")
+    (pictures := tmp_path / "mopadi_TCGA-AD-6964").mkdir()
+    for tile in (ROOT / "data" / "samples" / "cancers").glob("*.jpg"):
+        shutil.copy(tile, pictures / tile.name.removeprefix("TCGA-AD-6964_"))
+    file = ROOT / "tests" / "data" / "TCGA-AD-6964-01Z-00-DX1_features.h5"
+    command("--slides", pictures, "--files", file, "--out", tmp_path / "out", "--name", "mopadi", "--slide-mpp", "0.5")
     assert "3 pictures; 774 places of the file have none" in capsys.readouterr().out
-    store = TileStore.open(tmp_path / "slides" / "mopadi_TCGA-AD-6964.zarr")
+    store = TileStore.open(tmp_path / "out" / "slides" / "mopadi_TCGA-AD-6964.zarr")
     found = read_features(file)
     for row, (x, y) in enumerate([(16896, 20480), (22016, 11776), (23040, 25088)]):
         assert store.coords[row].tolist() == [x, y]

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from test_annotations import EOSINOPHIL, MITOSIS, SlideRunner, crops, midog
 
+from conftest import ROOT
 from data_prep.mitosis_cells import cut_cell, main, prepare
 from ldm.data.cohort import read_index
 from ldm.data.tile_store import TileStore
@@ -139,30 +140,32 @@ def test_slides_that_are_not_there(tmp_path, demo_slide):
         prepare(tmp_path / "lost", midog=lost, images=demo_slide.parent)
 
 
-def test_real_crops_and_their_experts(tmp_path, shared):
-    folder, votes = (shared / "data" / "mitosis" / name for name in ("AtNorM-MD", "AtNorM-MD_expert_votes.csv"))
+def test_real_crops_and_their_experts(tmp_path):
+    folder = ROOT / "data" / "samples" / "cells"
+    votes = tmp_path / "votes.csv"
+    votes.write_text((folder / "AtNorM-MD_expert_votes.csv").read_text() + "none.png" + 6 * ",Normal" + "\n")
     given = {"crops": folder, "votes": votes, "positive": "Atypical", "slide_mpp": 0.25, "validation": 0.2}
     report = prepare(tmp_path / "soft", **given, labels="soft")
     index = read_index(tmp_path / "soft")
-    assert index["class"].value_counts().to_dict() == {"Normal": 600, "Atypical": 219}
-    counts = {0.0: 431, 0.2: 122, 0.4: 47, 0.6: 83, 0.8: 77, 1.0: 59}
+    assert index["class"].value_counts().to_dict() == {"Normal": 24, "Atypical": 24}
+    counts = {0.0: 18, 0.2: 6, 0.6: 9, 0.8: 9, 1.0: 6}
     assert index["score"].value_counts().to_dict() == counts
-    assert index["score"].mean() == pytest.approx(0.2608, abs=5e-5)
+    assert index["score"].mean() == pytest.approx(0.4125)
     assert set(index["votes"]) == {5}
     assert set(index["patient"]) == {"unknown"}
     assert 0.15 < (index["split"] == "val").mean() < 0.25
-    assert "1288 rows of" in report
+    assert "1 rows of" in report
     assert "patients are unknown" in report
-    store = TileStore.open(tmp_path / "soft" / "slides" / "AtNorM-MD.zarr")
-    for row in (0, 300, 818):
+    store = TileStore.open(tmp_path / "soft" / "slides" / "cells.zarr")
+    for row in (0, 30, 47):
         crop = np.asarray(Image.open(folder / index.set_index("row")["file"][row]).convert("RGB"))
         assert np.array_equal(store.tile(row), crop[32:96, 32:96])
     assert store.mpp == 0.25
     prepare(tmp_path / "hard", **given, balance=True)
     hard = read_index(tmp_path / "hard")
-    assert hard["score"].value_counts().to_dict() == {1.0: 219, 0.0: 219}
+    assert hard["score"].value_counts().to_dict() == {1.0: 24, 0.0: 23}
     halves = hard.groupby("split")["score"].mean()
-    assert halves.to_dict() == {"train": 0.5, "val": 0.5}
+    assert halves.to_dict() == pytest.approx({"train": 0.5, "val": 0.5}, abs=0.02)
 
 
 def test_splits_are_by_slide_never_by_cell(tmp_path, demo_slide):

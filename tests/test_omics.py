@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import scipy.sparse
 
+from conftest import ROOT
 from data_prep.join_omics import join_labels, main
 from ldm.conditioners.omics import OmicsEmbedder
 from ldm.data.cohort import merge_index, read_index, write_store
@@ -37,8 +38,8 @@ def cohort(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def real(shared: Path) -> Path:
-    return shared / "data" / "omics"
+def real() -> Path:
+    return ROOT / "data" / "samples" / "cancers"
 
 
 def omics(cohort: Path, source: str) -> tuple[pd.DataFrame, dict]:
@@ -415,7 +416,8 @@ def test_names_of_genes(plain, tmp_path):
         join_omics(plain, mutation=tmp_path / "t.csv", genes=tmp_path / "genes.tsv")
 
 
-def test_a_mutation_matrix_of_all_genes(tmp_path, real):
+def test_a_mutation_matrix_of_all_genes(tmp_path, shared):
+    real = shared("data/omics")
     cohort = make_cohort(tmp_path / "cohort", ["TCGA-21-5787-01Z-00-DX1"])
     table = real / "mutation-matrix-all-genes.tsv"
     report = join_omics(cohort, mutation=table, genes=real / "expression-genes.tsv", top_variable=99)["mutation"]
@@ -456,13 +458,15 @@ def test_h5ad_dense_or_sparse(tmp_path, sparse):
 
 
 def test_labels_of_samples_become_columns_of_the_index(cohort, real, tmp_path, capsys):
-    labels = ["--labels", str(real / "samples.tsv"), "--columns", "acronym", "age_diagnosed"]
+    raw = pd.read_csv(real / "samples.tsv", sep="\t", index_col=0)
+    raw["age_diagnosed"] = np.arange(len(raw)) % 90
+    raw.to_csv(tmp_path / "samples.tsv", sep="\t")
+    labels = ["--labels", str(tmp_path / "samples.tsv"), "--columns", "acronym", "age_diagnosed"]
     main(["--cohort", str(cohort), *labels])
     out = capsys.readouterr().out
     assert "acronym: 2 (HNSC 1, LGG 1)" in out
     assert f"slides joined: 2 ({HEAD}, {BRAIN})\n  slides not joined: 2 ({NORMAL}, {OTHER})" in out
     rows = read_index(cohort).drop_duplicates("slide").set_index("slide")
-    raw = pd.read_csv(real / "samples.tsv", sep="\t", index_col=0)
     assert rows.loc[HEAD, "acronym"] == raw.loc["TCGA-CR-7395-01", "acronym"] == "HNSC"
     assert rows.loc[BRAIN, "age_diagnosed"] == raw.loc["TCGA-FG-6692-01", "age_diagnosed"]
     assert rows.loc[[NORMAL, OTHER], "acronym"].isna().all()

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from conftest import ROOT
 from ldm.cli import app
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
@@ -75,8 +76,8 @@ def scorer_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cells(shared) -> list[Path]:
-    return sorted((shared / "data" / "mitosis" / "AtNorM-MD" / "Atypical").glob("*.png"))[:3]
+def cells() -> list[Path]:
+    return sorted((ROOT / "data" / "samples" / "cells" / "Atypical").glob("*.png"))[:3]
 
 
 def run(*args: object) -> str:

@@ -12,6 +12,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+from conftest import ROOT
 from data_prep.tile_slides import find_slides, main, tile_slide
 from ldm.data.cohort import patient_of, split_of
 from ldm.data.tile_store import TileStore
@@ -53,8 +54,8 @@ def test_thumbnail_in_blocks_has_no_seams(demo_slide: Path, monkeypatch: pytest.
     assert np.abs(whole.astype(int) - slide.thumbnail(4.0)).mean() < 1.5
 
 
-def test_ome_tiff_through_tifffile(shared: Path):
-    path = shared / "data" / "he" / "OS-1-detail.ome.tif"
+def test_ome_tiff_through_tifffile():
+    path = ROOT / "data" / "pretrain" / "OS-1-detail.ome.tif"
     slide = open_slide(path)
     assert slide.mpp == pytest.approx(0.2271, rel=1e-3)
     assert np.array_equal(slide.read(100, 200, 64, 32), tifffile.imread(path)[200:232, 100:164])
