@@ -1,24 +1,41 @@
-"""Cache the features of captions, so that training does not run the text tower.
+r"""Write the features of captions into tile stores, so that training need not run the text model.
 
-    python -m data_prep.encode_captions --store cohort --model plip --chunks 2 --name plip-154
+Each store gets features/<name> (N,tokens,D) float16 of the captions in the cohort's index.parquet. A model reads them
+by `conditions: {text: features/<name>}`; its conditioner takes the same settings, and the empty caption, its null, from
+its own text model. When a run was interrupted, the same command goes on where it stopped; finished arrays are left as
+they are.
 
-writes `features/<name>` (N, tokens, D) float16 into each store, of the captions in the cohort's index.parquet. A model
-reads them with `conditions: {text: features/<name>}`; its conditioner takes the same settings, and its null, the empty
-caption, from its own tower. A stopped run continues; a finished array is left as it is.
+Examples:
+
+    python -m data_prep.encode_captions --store cohort --model plip
+    python -m data_prep.encode_captions --store cohort --model plip \
+        --chunks 2 --prompt "{modality}: {text}" --name plip-154
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 from tqdm import tqdm
 
+from data_prep.options import (
+    BatchOption,
+    DeviceOption,
+    StoreOption,
+    WeightsOption,
+    choices,
+    inputs,
+    output,
+    stores_told,
+)
+from ldm.cli.script import script
 from ldm.conditioners.text import PADS, TextEmbedder
 from ldm.conditioners.text_tokens import LAYOUTS
 from ldm.conditioners.text_towers import LAYERS
@@ -26,7 +43,12 @@ from ldm.data.conditions import index_rows
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.devices import pick_device
 from ldm.encoders.text_models import REGISTRY
-from ldm.errors import UserError, run_command, suggest
+from ldm.errors import UserError, suggest
+
+tower = partial(typer.Option, rich_help_panel="Text model")
+Layout = choices("Layout", LAYOUTS)
+Pad = choices("Pad", PADS)
+Layer = choices("Layer", LAYERS)
 
 
 def prompts_of(store: TileStore, embedder: TextEmbedder, text_column: str, modality_column: str) -> list[str]:
@@ -42,7 +64,7 @@ def prompts_of(store: TileStore, embedder: TextEmbedder, text_column: str, modal
     if lacking.any():
         raise UserError(
             f"{lacking.sum()} of {len(index)} tiles of {store.path} have no {text_column} (the first is row "
-            f"{int(index['row'][lacking].iloc[0])}); write them into index.parquet"
+            f"{int(index['row'][lacking].iloc[0])}); write their captions into index.parquet"
         )
     return embedder.prompts({key: index[column].tolist() for key, column in columns.items()})
 
@@ -53,6 +75,8 @@ def encode(
     modality_column: str = "modality", batch_size: int = 64,
 ) -> int:  # fmt: skip
     """Write `features/<name>` into the stores; everything is checked first. Returns how many captions were cut."""
+    if batch_size < 1:
+        raise UserError(f"a batch has at least 1 caption; got a batch size of {batch_size}")
     embedder.check_data({})
     captions = [prompts_of(store, embedder, text_column, modality_column) for store in stores]
     about = {"kind": "text", "licence": embedder.source.licence, **embedder.settings()}
@@ -74,46 +98,58 @@ def encode(
     return cut
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.encode_captions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Text models known by name: {', '.join(REGISTRY)}.",
-    )
-    add = parser.add_argument
-    add("--store", type=Path, nargs="+", required=True, help="cohort folder, or tile stores of one")
-    add("--model", required=True, help="name of a text model, folder, JSON model config or open_clip architecture")
-    add("--weights", help="weight file (default: in the folder, or $HISTOLDM_WEIGHTS/<model>/)")
-    add("--tokenizer", help="tokenizer.json of a BERT (default: in the folder)")
-    add("--name", help="features/<name> (default: that of the model)")
-    add("--chunks", type=int, default=1, help="context lengths of 77 tokens (default %(default)s)")
-    add("--layout", choices=LAYOUTS, default="joint", help="of several chunks (default %(default)s)")
-    add("--mask-padding", action=argparse.BooleanOptionalAction, default=True, help="tokens do not look at padding")
-    add("--pad", choices=PADS, default="eos", help="(default %(default)s)")
-    add("--layer", choices=LAYERS, default="last", help="(default %(default)s)")
-    add("--prompt", default="{text}", help="what the tower reads, such as '{modality}: {text}'")
-    add("--text-column", default="text", help="column of index.parquet (default %(default)s)")
-    add("--modality-column", default="modality", help="column of index.parquet (default %(default)s)")
-    add("--batch-size", type=int, default=64)
-    add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, mps")
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
-    stores = open_cohort(args.store)
+@script("data_prep.encode_captions", __doc__, f"Text models known by name: {', '.join(REGISTRY)}.")
+def main(
+    store: StoreOption,
+    model: Annotated[
+        str,
+        inputs("--model", help="Text model: its name, a folder, a JSON model config, or an architecture of open_clip."),
+    ],
+    weights: WeightsOption = None,
+    tokenizer: Annotated[
+        str | None, inputs("--tokenizer", help="File tokenizer.json of a BERT (default: in the model's folder).")
+    ] = None,
+    text_column: Annotated[
+        str, inputs("--text-column", help="Column of index.parquet that holds the captions.")
+    ] = "text",
+    modality_column: Annotated[
+        str, inputs("--modality-column", help="Column of index.parquet that holds the modality, for --prompt.")
+    ] = "modality",
+    name: Annotated[
+        str | None, output("--name", help="Name of the features in the stores (default: that of the text model).")
+    ] = None,
+    chunks: Annotated[
+        int, tower("--chunks", help="Contexts of 77 tokens that a caption may fill; what is longer is cut.")
+    ] = 1,
+    layout: Annotated[
+        Layout, tower("--layout", help="Several chunks share one start and end token, or have their own each.")
+    ] = Layout.joint,
+    mask_padding: Annotated[
+        bool, tower("--mask-padding/--no-mask-padding", help="Keep tokens from attending to the padding.")
+    ] = True,
+    pad: Annotated[Pad, tower("--pad", help="Token that fills up a caption: the end token again, or zero.")] = Pad.eos,
+    layer: Annotated[Layer, tower("--layer", help="Layer whose output is taken.")] = Layer.last,
+    prompt: Annotated[
+        str, tower("--prompt", help="Text that the model reads of a tile, as '{modality}: {text}'.")
+    ] = "{text}",
+    batch_size: BatchOption = 64,
+    device: DeviceOption = "auto",
+) -> None:
+    stores = open_cohort(store)
     embedder = TextEmbedder(
-        args.model, args.weights, args.tokenizer, chunks=args.chunks, layout=args.layout,
-        mask_padding=args.mask_padding, pad=args.pad, layer=args.layer, prompt=args.prompt,
-    ).to(pick_device(args.device)).eval()  # fmt: skip
-    name = args.name or embedder.source.name
-    cut = encode(stores, embedder, name, args.text_column, args.modality_column, args.batch_size)
-    total = sum(map(len, stores))
-    print(f"features/{name} of {total} captions in {len(stores)} store{'s' * (len(stores) > 1)}, licence of the model: "
-          f"{embedder.source.licence}")  # fmt: skip
+        model, str(weights) if weights else None, tokenizer, chunks=chunks, layout=layout.value,
+        mask_padding=mask_padding, pad=pad.value, layer=layer.value, prompt=prompt,
+    ).to(pick_device(device)).eval()  # fmt: skip
+    name = name or embedder.source.name
+    cut = encode(stores, embedder, name, text_column, modality_column, batch_size)
+    captions = sum(map(len, stores))
+    print(f"features/{name} of {captions} captions in {stores_told(len(stores))}; licence: {embedder.source.licence}")
     if cut:
-        print(f"note: {cut} captions are longer than {embedder.capacity} tokens and were cut; more --chunks take more",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"note: {cut} captions are longer than {embedder.capacity} tokens and were cut; more --chunks keep more",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

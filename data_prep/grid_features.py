@@ -1,24 +1,29 @@
-"""Features of the tiles inside each tile, or of the tile around it, from a cohort of another magnification.
+r"""Write the features of the tiles inside each tile, or of the tile around it, from another magnification.
 
-    python -m data_prep.grid_features --store cohort_5x --from cohort_20x --feature uni --out-name uni-grid
-    python -m data_prep.grid_features --store cohort_5x --from cohort_20x --feature uni --out-name uni-mean --mean
-    python -m data_prep.grid_features --store cohort_20x --from cohort_5x --feature ctranspath --out-name ctranspath-5x
+Where the tiles of --from are smaller, each tile gets a grid features/<name> (N,D,k,k): the cell at row r and column c
+is the feature of the tile that covers that part; grids above 8 x 8 are averaged down to 8 x 8. With --mean it gets the
+mean of its cells (N,D). Where the tiles of --from are larger, each tile gets the feature (N,D) of the one in which its
+middle lies, its region.
 
-The first writes `features/uni-grid` (N,D,k,k): the cell at [row, col] is the feature of the tile that covers that part.
-Grids above 8 x 8 are averaged down to it. The second writes their mean (N,D). The third, from a lower magnification,
-writes the feature (N,D) of the tile in which the middle of each tile lies: its region.
+Parts without a tile are mostly glass that was not kept. They get the mean feature of the background tiles that were, or
+without any the nearest tile's; the report counts them. The cohort's table gets a column `magnification`.
 
-Parts without a tile are mostly glass that was not kept. They get the mean feature of the background tiles that were,
-or where there are none the nearest tile's; the report counts them. The cohort's table gets a column `magnification`.
+Examples:
+
+    python -m data_prep.grid_features --store cohort_5x --from cohort_20x \
+        --feature uni --out-name uni-grid
+    python -m data_prep.grid_features --store cohort_5x --from cohort_20x \
+        --feature uni --out-name uni-mean --mean
+    python -m data_prep.grid_features --store cohort_20x --from cohort_5x \
+        --feature ctranspath --out-name ctranspath-5x
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -26,11 +31,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from data_prep.options import StoreOption, inputs, output, stores_told, taken
+from ldm.cli.script import script
 from ldm.data import dihedral
 from ldm.data.cohort import merge_index
 from ldm.data.features import nearest_tiles
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
-from ldm.errors import UserError, run_command, suggest
+from ldm.errors import UserError, suggest
 
 LARGEST = 8  # cells along each side
 _CELLS = 16384  # features in memory at once
@@ -65,7 +72,7 @@ def side_of(store: TileStore, other: TileStore) -> int:
     if abs(extent / part / side - 1) > 0.02:
         raise UserError(
             f"tiles of {store.path} cover {extent:g} level-0 px, {extent / part:.3g} times those of {other.path} "
-            f"({part:g}); a grid takes a whole number. Tile both at magnifications that are multiples"
+            f"({part:g}); a grid takes a whole number. Tile one of them at a multiple of the other's mpp"
         )
     return side
 
@@ -77,7 +84,7 @@ def find_cells(store: TileStore, other: TileStore) -> Cells:
     if not side:
         return Cells(nearest_tiles(store.coords + extent / 2, coords + part / 2, part / 2)[:, None], 0)
     steps = (np.arange(side) + 0.5) * extent / side - part / 2
-    places = np.stack(np.meshgrid(steps, steps), -1).reshape(1, -1, 2)          # x, y of cells, row by row
+    places = np.stack(np.meshgrid(steps, steps), -1).reshape(1, -1, 2)  # x, y of cells, row by row
     points = (store.coords[:, None] + places).reshape(-1, 2)
     rows = nearest_tiles(points, coords, part / 2)
     found = rows >= 0
@@ -118,7 +125,7 @@ def write_grid(store: TileStore, other: TileStore, feature: str, out_name: str, 
     turned = bool(source.attrs.get("dihedral"))
     cells = find_cells(store, other)
     known = cells.rows >= 0
-    values, how = filling(cells, store, other, np.asarray(source[:]))           # (M,[8,]D)
+    values, how = filling(cells, store, other, np.asarray(source[:]))  # (M,[8,]D)
     dim, side, one = values.shape[-1], min(cells.side, LARGEST), mean or not cells.side
     tail = (dim,) if one else (dim, side, side)
     skipped = ("rows", "rows_sha256")
@@ -132,11 +139,11 @@ def write_grid(store: TileStore, other: TileStore, feature: str, out_name: str, 
     ):
         for start in range(writer.rows, len(store), batch):
             rows, own = cells.rows[start : start + batch], known[start : start + batch]
-            part = values[rows].astype(np.float32)                              # (b,k*k,[8,]D)
+            part = values[rows].astype(np.float32)  # (b,k*k,[8,]D)
             if one:
                 own = own | ~own.any(1, keepdims=True)  # without any tile, the filling
                 weights = own / own.sum(1, keepdims=True)
-                part = np.einsum("bc,bc...->b...", weights, part)               # (b,[8,]D)
+                part = np.einsum("bc,bc...->b...", weights, part)  # (b,[8,]D)
             else:
                 part = _grids(part, cells.side, side)
             writer.append(part.astype(np.float16))
@@ -151,7 +158,7 @@ def write_grid(store: TileStore, other: TileStore, feature: str, out_name: str, 
 
 def _grids(values: np.ndarray, side: int, largest: int) -> np.ndarray:
     """Cells (b,k*k,D) -> (b,D,k,k), or (b,k*k,8,D) of all orientations -> (b,8,D,k,k) with the cells turned as well."""
-    grids = np.moveaxis(values, 1, -1)                                          # (b,[8,]D,k*k)
+    grids = np.moveaxis(values, 1, -1)  # (b,[8,]D,k*k)
     grids = grids.reshape(*grids.shape[:-1], side, side)
     if side > largest:
         flat = torch.from_numpy(np.ascontiguousarray(grids)).flatten(0, -4)
@@ -168,41 +175,41 @@ def magnification(mpp: float) -> str:
     return f"{40 / 2.0**level:g}x" if abs(mpp / usual - 1) < 0.25 else f"{10 / mpp:.3g}x"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.grid_features",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--store", type=Path, nargs="+", required=True, help="tile stores, or cohorts, that get the features")
-    add("--from", type=Path, nargs="+", required=True, dest="others", help="those of the other magnification")
-    add("--feature", required=True, help="name of the features there")
-    add("--out-name", required=True, help="name of the features to write")
-    add("--mean", action="store_true", help="one feature for each tile, the mean of its cells")
-    args = parser.parse_args(argv)
-    stores = open_cohort(args.store)
-    others = {store.slide: store for store in open_cohort(args.others)}
-    for store in stores:
-        other = others.get(store.slide)
-        if other is None:
-            raise UserError(f"no store of slide '{store.slide}' in --from{suggest(store.slide, others)}")
-        source = other.features(args.feature)
-        if source.ndim != (3 if source.attrs.get("dihedral") else 2):
-            raise UserError(f"features/{args.feature} of {other.path} are no vectors; name those of single tiles")
-        side_of(store, other)
-    for store in stores:
-        tqdm.write(write_grid(store, others[store.slide], args.feature, args.out_name, args.mean))
-    for cohort in {store.path.parent.parent for store in stores if store.path.parent.name == "slides"}:
-        known = [store for store in stores if store.path.parent.parent == cohort and store.mpp is not None]
+@script("data_prep.grid_features", __doc__)
+def main(
+    store: StoreOption,
+    others: Annotated[
+        list[Path],
+        inputs("--from", help="Tile stores or cohorts of the same slides at the other magnification: one or several."),
+    ],
+    feature: Annotated[str, inputs("--feature", help="Name of the features to take from them.")],
+    out_name: Annotated[str, output("--out-name", help="Name of the features to write.")],
+    mean: Annotated[bool, taken("--mean", help="Write one feature for each tile, the mean of its cells.")] = False,
+) -> None:
+    stores = open_cohort(store)
+    sources = {source.slide: source for source in open_cohort(others)}
+    for each in stores:
+        source = sources.get(each.slide)
+        if source is None:
+            raise UserError(f"no store of slide '{each.slide}' in --from{suggest(each.slide, sources)}")
+        values = source.features(feature)
+        if values.ndim != (3 if values.attrs.get("dihedral") else 2):
+            raise UserError(
+                f"features/{feature} of {source.path} are no vectors; give --feature one vector for each tile"
+            )
+        side_of(each, source)
+    for each in stores:
+        tqdm.write(write_grid(each, sources[each.slide], feature, out_name, mean))
+    for cohort in {each.path.parent.parent for each in stores if each.path.parent.name == "slides"}:
+        known = [each for each in stores if each.path.parent.parent == cohort and each.mpp is not None]
         tables = [
             pd.DataFrame({"slide": s.slide, "row": np.arange(len(s)), "magnification": magnification(s.mpp)})
             for s in known
         ]
         if tables:
             merge_index(cohort, pd.concat(tables))
-    print(f"features/{args.out_name} of {sum(map(len, stores))} tiles in {len(stores)} store{'s' * (len(stores) != 1)}")
+    print(f"features/{out_name} of {sum(map(len, stores))} tiles in {stores_told(len(stores))}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

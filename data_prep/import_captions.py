@@ -1,32 +1,45 @@
-"""Images with captions, listed in a table, as tile stores of a cohort.
+r"""Write images with captions, listed in a table, as tile stores of a cohort; or give slides their captions.
 
-    python -m data_prep.import_captions --table captions.csv --out cohort --size 256
+A table has the columns path, text and, if known, modality and patient; commas inside captions need no quotes, and other
+names of columns are given as options (see `ldm.tables.captions`). Each table becomes slides/<table>.zarr, and in
+index.parquet the columns text, modality and source (the path of the image). With --of-slides the table names slides or
+patients that the cohort has tiles of, and all their tiles get its captions. When a run was interrupted, the same
+command goes on where it stopped.
 
-reads `path, Text, modality` tables (commas inside captions need no quotes) and CSV with any columns, see
-`ldm.tables.captions`. It writes cohort/slides/<table>.zarr and, into cohort/index.parquet, the columns text, modality
-(where the table has it) and source (the image's path). An interrupted run goes on where it stopped.
+Examples:
 
+    python -m data_prep.import_captions --table captions.csv --size 256 \
+        --validation 0.1 --out cohort
     python -m data_prep.import_captions --table reports.csv --of-slides --out cohort
-
-reads captions of slides, or of patients, that `cohort` has tiles of, and writes them into its index for every tile.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 
+from data_prep.options import (
+    LicenceOption,
+    OutOption,
+    SizeOption,
+    TestOption,
+    ValidationOption,
+    choices,
+    inputs,
+    taken,
+)
+from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, counted, merge_index, read_index, split_table, write_store
-from ldm.errors import UserError, run_command, some
+from ldm.errors import UserError, some
 from ldm.tables.captions import RESIZES, Caption, CaptionTable, drop_unreadable, open_image, read_captions, square
 
 LISTED = 20  # problems that are printed
+Resize = choices("Resize", RESIZES)
 
 
 def import_table(
@@ -90,7 +103,7 @@ def caption_slides(table: CaptionTable, out: Path | str) -> str:
             if slide in owner:
                 raise UserError(
                     f"{slide} gets a caption from line {owner[slide].line} and from line {caption.line} of "
-                    f"{table.path}; leave one"
+                    f"{table.path}; leave one of them"
                 )
             owner[slide] = caption
     if not owner:
@@ -107,9 +120,11 @@ def caption_slides(table: CaptionTable, out: Path | str) -> str:
     bare = sorted(set(names["slide"]) - set(owner))
     report = [f"{len(rows)} tiles of {len(owner)} slides have captions now"]
     if unknown:
-        report.append(f"  {len(unknown)} captions are of no slide of {out}: {some(unknown, LISTED)}")
+        report.append(f"  {len(unknown)} captions belong to no slide of {out}: {some(unknown, LISTED)}")
     if bare:
-        report.append(f"  {len(bare)} slides have no caption: {some(bare, LISTED)}; `missing: skip` leaves them out")
+        report.append(
+            f"  {len(bare)} slides have no caption: {some(bare, LISTED)}; a config leaves them out by `missing: skip`"
+        )
     return "\n".join(report)
 
 
@@ -133,63 +148,73 @@ def report(rows: pd.DataFrame) -> str:
     return "\n".join(parts)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.import_captions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--table", nargs="+", required=True, type=Path, metavar="CSV", help="caption tables; each becomes a store")
-    add("--out", required=True, type=Path, metavar="FOLDER", help="cohort folder to write")
-    add("--of-slides", action="store_true", help="the table names slides or patients of --out instead of images")
-    add("--images", type=Path, metavar="FOLDER", help="where relative image paths start (default: the table's folder)")
-    add("--size", type=int, default=256, help="side of the tiles in px (default %(default)s)")
-    add("--resize", choices=RESIZES, default="shorter",
-        help="shorter: scale the shorter side and cut out the middle; pad: scale the longer side, pad with black "
-        "(default %(default)s)")  # fmt: skip
-    add("--path-column", metavar="NAME", help="column of the image path (default: path, filename, image, ...)")
-    add("--text-column", metavar="NAME", help="column of the caption (default: text, caption, report, ...)")
-    add("--modality-column", metavar="NAME", help="column of the modality (default: modality or modal)")
-    add("--patient-column", metavar="NAME", help="column of the patient; splits keep patients together")
-    add("--skip-bad", action="store_true", help="leave out rows that cannot be used, instead of stopping")
-    add("--validation", type=float, help="fraction of patients in split 'val' (default: 0.1 of three or more)")
-    add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
-    add("--licence", default="", help="of the images; recorded in the stores")
-    args = parser.parse_args(argv)
-    if args.size < 8:
-        raise UserError(f"--size {args.size}: tiles are at least 8 px")
-    check_fractions(args.validation, args.test)
-    if len({path.stem for path in args.table}) < len(args.table):
-        raise UserError("two tables have the same name, which is that of their store; rename one of them")
+@script("data_prep.import_captions", __doc__)
+def main(
+    table: Annotated[
+        list[Path], inputs("--table", help="Tables of captions, CSV: one or several; each becomes a store.")
+    ],
+    out: OutOption,
+    of_slides: Annotated[
+        bool, inputs("--of-slides", help="Read names of slides or patients of --out where paths of images would be.")
+    ] = False,
+    images: Annotated[
+        Path | None, inputs("--images", help="Folder where relative paths begin (default: that of the table).")
+    ] = None,
+    path_column: Annotated[
+        str | None, inputs("--path-column", help="Column of the image's path (default: path, filename, image, ...).")
+    ] = None,
+    text_column: Annotated[
+        str | None, inputs("--text-column", help="Column of the caption (default: text, caption, report, ...).")
+    ] = None,
+    modality_column: Annotated[
+        str | None, inputs("--modality-column", help="Column of the modality (default: modality or modal).")
+    ] = None,
+    patient_column: Annotated[
+        str | None, inputs("--patient-column", help="Column of the patient, all of whose images are in one split.")
+    ] = None,
+    licence: LicenceOption = "",
+    size: SizeOption = 256,
+    resize: Annotated[
+        Resize,
+        taken("--resize", help="Scale the shorter side and cut out the middle, or the longer one and pad with black."),
+    ] = Resize.shorter,
+    skip_bad: Annotated[
+        bool, taken("--skip-bad", help="Leave out rows that cannot be used, and list them, instead of stopping.")
+    ] = False,
+    validation: ValidationOption = None,
+    test: TestOption = 0.0,
+) -> None:
+    check_fractions(validation, test)
+    if len({path.stem for path in table}) < len(table):
+        raise UserError("two tables have the same name, and their stores would have it too; rename one of them")
     tables = []
-    for path in args.table:
-        columns = (args.path_column, args.text_column, args.modality_column, args.patient_column)
-        table = read_captions(path, args.images, *columns, of_files=not args.of_slides)
-        if not args.of_slides:
-            drop_unreadable(table)
-        total = len(table.captions) + len(table.problems)
-        print(f"{path}: {table.form}; {len(table.captions)} of {total} rows can be used")
-        if not table.captions:
-            raise UserError(f"no row of {path} can be used (--images says where paths start):{list_problems(table)}")
-        if table.problems and not args.skip_bad:
+    for path in table:
+        columns = (path_column, text_column, modality_column, patient_column)
+        read = read_captions(path, images, *columns, of_files=not of_slides)
+        if not of_slides:
+            drop_unreadable(read)
+        total = len(read.captions) + len(read.problems)
+        print(f"{path}: {read.form}; {len(read.captions)} of {total} rows can be used")
+        if not read.captions:
+            raise UserError(f"no row of {path} can be used (--images says where paths begin):{list_problems(read)}")
+        if read.problems and not skip_bad:
             raise UserError(
-                f"{len(table.problems)} of {total} rows of {path} cannot be used:{list_problems(table)}\n"
+                f"{len(read.problems)} of {total} rows of {path} cannot be used:{list_problems(read)}\n"
                 "Correct them, or leave them out with --skip-bad."
             )
-        if table.problems:
-            print(f"left out:{list_problems(table)}")
-        tables.append(table)
-    for table in tables:
-        if args.of_slides:
-            print(caption_slides(table, args.out))
+        if read.problems:
+            print(f"left out:{list_problems(read)}")
+        tables.append(read)
+    for read in tables:
+        if of_slides:
+            print(caption_slides(read, out))
             continue
-        rows, note = import_table(table, args.out, args.size, args.resize, args.validation, args.test, args.licence)
-        print(f"{len(rows)} tiles in {args.out / 'slides' / table.path.stem}.zarr\n{report(rows)}")
+        rows, note = import_table(read, out, size, resize.value, validation, test, licence)
+        print(f"{len(rows)} tiles in {out / 'slides' / read.path.stem}.zarr\n{report(rows)}")
         if note:
             print(f"note: {note}")
-    print(f"table of all tiles: {args.out / 'index.parquet'}")
+    print(f"table of all tiles: {out / 'index.parquet'}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

@@ -1,39 +1,55 @@
-"""Features, and tiles, from the files of CLAM, TRIDENT or alike.
+r"""Import features, and cut tiles, from the files that CLAM, TRIDENT or the like have written.
 
-    python -m data_prep.import_features --store cohort --files TRIDENT_JOB --name uni
-    python -m data_prep.import_features --slides slides/*.svs --files TRIDENT_JOB --out cohort --name uni
-
-The first gives the tiles of a cohort the features of the same places. The second cuts the tiles of slides where the
-files say, as large as they say, and gives them their features; with files of coordinates alone it only cuts.
+With --store the tiles of a cohort get the features of the same places. With --slides the tiles of slides are cut where
+the files say, as large as they say, and get their features; from files of coordinates alone they are only cut.
 
 Slides and files belong together by name, tiles and features by level-0 coordinates, within half a tile pixel. A folder
-of pictures named by their coordinates ("Tile_(512,1024).jpg", "a_512_1024.png") is a slide, too.
+of pictures that are named by their coordinates ("Tile_(512,1024).jpg", "a_512_1024.png") counts as a slide.
+
+Examples:
+
+    python -m data_prep.import_features --slides slides/*.svs \
+        --files TRIDENT_JOB --name uni --out cohort
+    python -m data_prep.import_features --store cohort \
+        --files TRIDENT_JOB --name uni
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from data_prep.options import (
+    LicenceOption,
+    SlideMppOption,
+    TestOption,
+    ValidationOption,
+    choices,
+    inputs,
+    output,
+    stores_told,
+    taken,
+)
 from data_prep.tile_slides import find_slides, tell_splits, update_index
+from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, merge_index, read_index, write_store
 from ldm.data.features import Places, SlideFiles, files_of, find_slide_files, nearest_tiles
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY
-from ldm.errors import UserError, run_command
+from ldm.errors import UserError
 from ldm.images.slides import TissueMask, open_slide
 
 _PLACE = re.compile(r"\((\d+)\s*,\s*(\d+)\)|(?:^|[_-])x?_?(\d+)[_-]y?_?(\d+)$", re.IGNORECASE)
+Missing = choices("Missing", ("error", "drop"))
 _PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 
 
@@ -75,8 +91,8 @@ def match(store: TileStore, files: SlideFiles | None) -> Match:
     extent = store.tile_size * store.downsample
     if places.extent is not None and abs(places.extent / extent - 1) > 0.01:
         raise UserError(
-            f"{files.source} is of tiles that cover {places.extent:g} level-0 px, but tiles of {store.path} cover "
-            f"{extent:g}; cut tiles of their size with --slides, or with data_prep.tile_slides --mpp"
+            f"the tiles of {files.source} cover {places.extent:g} level-0 px, those of {store.path} {extent:g}; cut "
+            "tiles of that size by --slides, or by data_prep.tile_slides --mpp"
         )
     _check_distinct(places, files)
     rows = nearest_tiles(store.coords, places.coords, max(0.5, store.downsample / 2))
@@ -84,7 +100,7 @@ def match(store: TileStore, files: SlideFiles | None) -> Match:
         own, other = (tuple(np.asarray(coords[0]).tolist()) for coords in (store.coords, places.coords))
         raise UserError(
             f"no tile of {store.path} lies where {files.source} has one: its first is at {own}, the file's at {other}. "
-            "Is it the same slide, tiled with the same step? --slides cuts tiles where the file says"
+            "Is it the same slide, tiled with the same stride? --slides cuts tiles where the file says"
         )
     return Match(store, files, rows, values.shape)
 
@@ -100,7 +116,9 @@ def pair(names: Sequence[str], found: dict[str, SlideFiles]) -> list[SlideFiles 
     takers: dict[str, str] = {}
     for name, own in zip(names, files):
         if own is not None and (other := takers.setdefault(own.name, name)) != name:
-            raise UserError(f"{own.source} could be of '{other}' and of '{name}' by name; name files like slides")
+            raise UserError(
+                f"{own.source} could be of '{other}' and of '{name}' by its name; name files like their slides"
+            )
     if files == [None] and len(found) == 1:
         return list(found.values())
     if not any(files):
@@ -130,12 +148,14 @@ def import_features(
         bare = sum(each.without == len(each.rows) for each in matches)
         raise UserError(
             f"{without} of {sum(map(len, stores))} tiles have no feature, among them all tiles of {bare} slides. Leave "
-            "them out with --missing drop --out NEW_COHORT, or cut tiles where the features are with --slides. "
+            "them out by --missing drop --out NEW_COHORT, or cut tiles where the features are by --slides. "
             "(data_prep.tile_slides keeps some background, which CLAM and TRIDENT do not.)"
         )
     dims = sorted({each.shape[1] for each in matches if each.files})
     if len(dims) > 1:
-        raise UserError(f"the files have features of {' and '.join(map(str, dims))} values; give those of one encoder")
+        raise UserError(
+            f"the files have features of {' and '.join(map(str, dims))} values; give the files of one encoder"
+        )
     attrs = encoder_attrs(name, dims[0], licence)
     done = []
     for each in tqdm(matches, desc=f"features {name}", unit="slide"):
@@ -169,13 +189,15 @@ def encoder_attrs(name: str, dim: int, licence: str) -> dict[str, Any]:
     attrs: dict[str, Any] = {"encoder": name, "dim": dim, "imported": True}
     spec = REGISTRY.get(name)
     if spec is not None and spec.dim != dim:
-        raise UserError(f"encoder '{name}' has {spec.dim} values, the files have {dim}; give another --name")
+        raise UserError(
+            f"encoder '{name}' has {spec.dim} values, the files have {dim}; give the name of theirs by --name"
+        )
     if spec is not None:
         attrs |= {key: getattr(spec, key) for key in ("licence", "non_commercial", "source")}
     if licence:
         attrs["licence"] = licence
     if "licence" not in attrs:
-        print(f"note: the licence of encoder '{name}' is not known; record it with --encoder-licence.", file=sys.stderr)
+        print(f"note: the licence of encoder '{name}' is not known; record it by --encoder-licence.", file=sys.stderr)
     return attrs
 
 
@@ -203,7 +225,7 @@ class PictureFolder:
         self.files = [p for _, p in found]
         self.coords = np.array([[int(n) for n in place.groups() if n] for place, _ in found]).reshape(-1, 2)
         if not self.files:
-            raise UserError(f"{path} has no pictures that are named by coordinates, as Tile_(512,1024).jpg")
+            raise UserError(f"{path} has no pictures that are named by their coordinates, as Tile_(512,1024).jpg")
         with Image.open(self.files[0]) as image:
             self.size = image.width
 
@@ -211,7 +233,8 @@ class PictureFolder:
         """Picture i as (size,size,3) uint8."""
         with Image.open(self.files[i]) as image:
             if image.size != (self.size, self.size):
-                raise UserError(f"{self.files[i]} is {image.size} px; the others are {self.size} x {self.size}")
+                size = f"{image.width} x {image.height}"
+                raise UserError(f"{self.files[i]} is {size} px; the others are {self.size} x {self.size}")
             image = image.convert("RGB")
         return np.asarray(image if size == self.size else image.resize((size, size), Image.Resampling.LANCZOS))
 
@@ -233,7 +256,8 @@ def cut(
     Args:
         tile_size: pixels of a tile; None is what the files say. patch_size: level-0 pixels that a tile covers, where
             the files do not say.
-        others: as in `main`.
+        licence: of the slide. slide_mpp: micrometres per level-0 pixel, where the slide lacks it.
+        encoder_licence: of the features' encoder.
     Raises:
         UserError: extent unknown, coordinates outside the slide, see also `SlideFiles.read` and `open_slide`.
     """
@@ -304,70 +328,86 @@ def slide_paths(paths: Sequence[Path]) -> list[Path]:
     return folders + (find_slides(others) if others else [])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.import_features",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--store", type=Path, nargs="+", help="tile stores, or cohorts, that get features")
-    add("--slides", type=Path, nargs="+", metavar="PATH", help="slides, or folders of them, to cut where the files say")
-    add("--files", type=Path, nargs="+", required=True, metavar="PATH",
-        help=".h5 and .pt files of CLAM or TRIDENT, or their folders")  # fmt: skip
-    add("--out", type=Path, metavar="FOLDER", help="cohort to write (with --slides, or --missing drop)")
-    add("--name", help="name of the features, best that of their encoder: uni, conch_v15")
-    add("--encoder-licence", default="", help="of the features' encoder; recorded with them")
-    add("--missing", choices=("error", "drop"), default="error",
-        help="tiles without a feature: an error, or left out of a new cohort --out (default %(default)s)")  # fmt: skip
-    add("--tile-size", type=int, help="px of a tile to cut (default: what the files say)")
-    add("--patch-size", type=float, help="level-0 px that a tile covers, where the files do not say")
-    add("--licence", default="", help="of the slides; recorded in the stores")
-    add("--slide-mpp", type=float, help="um per level-0 px, where the slides lack it")
-    add("--validation", type=float, help="fraction of patients in split 'val' (default: 0.1 of three or more)")
-    add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
-    args = parser.parse_args(argv)
-    if bool(args.store) == bool(args.slides):
-        raise UserError("give either --store, tiles that get features, or --slides, to cut tiles where the files say")
-    check_fractions(args.validation, args.test)
-    found = find_slide_files(args.files)
-    if args.store:
-        if not args.name:
-            raise UserError("give the features a --name, as --name uni")
-        if (args.missing == "drop") != (args.out is not None):
-            raise UserError("--missing drop and --out go together: the tiles that have a feature become a new cohort")
-        stores = import_features(open_cohort(args.store), found, args.name, args.encoder_licence, args.out)
-    else:
-        if args.out is None:
-            raise UserError("--slides needs --out, the cohort to write")
-        stores = cut_all(args, found)
-    features = f" with features/{args.name}" if args.name else ""
-    print(f"{sum(map(len, stores))} tiles{features} in {len(stores)} store{'s' * (len(stores) != 1)}")
-
-
-def cut_all(args: argparse.Namespace, found: dict[str, SlideFiles]) -> list[TileStore]:
-    """Cut all slides that have files; the others are named. UserError if one of them cannot be cut."""
-    slides = slide_paths(args.slides)
-    stores, failures = [], []
-    for path, files in zip(slides, pair([path.name if path.is_dir() else path.stem for path in slides], found)):
+def cut_all(
+    slides: Sequence[Path], found: dict[str, SlideFiles], out: Path, name: str | None, validation: float | None,
+    test: float, **settings: str | float | None,
+) -> list[TileStore]:  # fmt: skip
+    """Cut all slides that have files, each with the settings of `cut`. UserError if one of them cannot be cut."""
+    paths, stores, failures = slide_paths(slides), [], []
+    for path, files in zip(paths, pair([path.name if path.is_dir() else path.stem for path in paths], found)):
         try:
             if files is None:
                 raise UserError(f"{path} has no file of its name among --files")
-            stores.append(
-                cut(path, files, args.out, args.name, tile_size=args.tile_size, patch_size=args.patch_size,
-                    licence=args.licence, slide_mpp=args.slide_mpp, encoder_licence=args.encoder_licence)
-            )  # fmt: skip
+            stores.append(cut(path, files, out, name, **settings))
         except UserError as error:
             failures.append(str(error))
     if stores:
-        path = update_index(args.out, args.validation, args.test)
+        path = update_index(out, validation, test)
         instead = "Cut the tiles with data_prep.tile_slides --holdout to hold out a region of a slide."
-        print(tell_splits(path, args.validation, args.test, instead))
+        print(tell_splits(path, validation, test, instead))
     if failures:
         listed = "".join(f"\n  {failure}" for failure in failures)
-        raise UserError(f"{len(failures)} of {len(slides)} slides could not be cut:{listed}")
+        raise UserError(f"{len(failures)} of {len(paths)} slides could not be cut:{listed}")
     return stores
 
 
+@script("data_prep.import_features", __doc__)
+def main(
+    files: Annotated[
+        list[Path],
+        inputs("--files", help="Files .h5 and .pt of CLAM or TRIDENT, or their folders: one or several."),
+    ],
+    store: Annotated[
+        list[Path] | None,
+        inputs("--store", help="Tile stores that get features, or cohorts of stores: one or several."),
+    ] = None,
+    slides: Annotated[
+        list[Path] | None,
+        inputs("--slides", help="Slides to cut where the files say, or folders of them: one or several."),
+    ] = None,
+    slide_mpp: SlideMppOption = None,
+    patch_size: Annotated[
+        float | None, inputs("--patch-size", help="Side of a tile in level-0 pixels, where the files do not say it.")
+    ] = None,
+    out: Annotated[
+        Path | None, output("--out", help="Cohort folder to write, for --slides and for --missing drop.")
+    ] = None,
+    name: Annotated[
+        str | None, output("--name", help="Name of the features, best that of their encoder: uni, conch_v15.")
+    ] = None,
+    licence: LicenceOption = "",
+    encoder_licence: Annotated[
+        str, output("--encoder-licence", help="Licence of the features' encoder, recorded with them.")
+    ] = "",
+    tile_size: Annotated[
+        int | None, taken("--tile-size", help="Side of the square tiles in pixels (default: what the files say).")
+    ] = None,
+    missing: Annotated[
+        Missing, taken("--missing", help="Tiles without a feature are an error, or left out of the new cohort --out.")
+    ] = Missing.error,
+    validation: ValidationOption = None,
+    test: TestOption = 0.0,
+) -> None:
+    if bool(store) == bool(slides):
+        raise UserError("give either --store, tiles that get features, or --slides, to cut tiles where the files say")
+    check_fractions(validation, test)
+    found = find_slide_files(files)
+    if store:
+        if not name:
+            raise UserError("give the features a name by --name, best that of their encoder, as --name uni")
+        if (missing is Missing.drop) != (out is not None):
+            raise UserError("--missing drop and --out go together: the tiles that have a feature become a new cohort")
+        stores = import_features(open_cohort(store), found, name, encoder_licence, out)
+    else:
+        if out is None:
+            raise UserError("--slides needs --out, the cohort folder to write")
+        stores = cut_all(
+            slides, found, out, name, validation, test, tile_size=tile_size, patch_size=patch_size, licence=licence,
+            slide_mpp=slide_mpp, encoder_licence=encoder_licence,
+        )  # fmt: skip
+    features = f" with features/{name}" if name else ""
+    print(f"{sum(map(len, stores))} tiles{features} in {stores_told(len(stores))}")
+
+
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

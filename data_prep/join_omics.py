@@ -1,26 +1,37 @@
-"""Join tables of mutations, gene expression and labels of samples to the slides of a cohort.
+r"""Join tables of mutations, gene expression and labels of samples to the slides of a cohort.
 
-    python -m data_prep.join_omics --cohort cohort --mutation mutation.tsv --expression expression.tsv --genes genes.tsv
-    python -m data_prep.join_omics --cohort cohort --labels samples.tsv --columns acronym
+The cohort gets omics/mutation.parquet and expression.parquet, a .json beside each that says what it holds, and in
+index.parquet the column `sample`; labels become columns of index.parquet. What joined and what did not is printed.
+Tables are csv, tsv, parquet or h5ad, samples x genes or genes x samples, as of UCSC Xena or cBioPortal, or lists of
+mutations (MAF). Slides and samples of TCGA join by their barcodes.
 
-writes cohort/omics/mutation.parquet and expression.parquet, what they are (.json), and the column `sample` of
-cohort/index.parquet; labels become columns of that index. It prints what joined and what did not. Tables: csv, tsv,
-parquet, h5ad; samples x genes or genes x samples; UCSC Xena's, cBioPortal's, lists of mutations (MAF). Slides and
-samples of TCGA join by their barcodes.
+Examples:
+
+    python -m data_prep.join_omics --cohort cohort --mutation mutation.tsv \
+        --expression expression.tsv --genes genes.tsv
+    python -m data_prep.join_omics --cohort cohort --labels samples.tsv \
+        --columns acronym stage
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import pandas as pd
 
+from data_prep.options import LicenceOption, choices, inputs, taken
+from ldm.cli.script import script
 from ldm.data.cohort import merge_index, read_index
 from ldm.data.omics import DUPLICATES, LEVELS, join_keys, join_omics, told
-from ldm.errors import UserError, run_command, suggest
+from ldm.errors import UserError, suggest
 from ldm.tables.genes import ORIENTATIONS, UNITS, text_table
+
+Level = choices("Level", LEVELS)
+Orientation = choices("Orientation", ORIENTATIONS)
+Unit = choices("Unit", UNITS)
+Duplicates = choices("Duplicates", DUPLICATES)
 
 
 def join_labels(
@@ -39,7 +50,7 @@ def join_labels(
         if column not in frame.columns:
             raise UserError(f"{labels} has no column '{column}'{suggest(column, frame.columns)}")
         if column in ("slide", "row", "x", "y", "patient", "split", "sample"):
-            raise UserError(f"'{column}' is a column that every cohort has; rename the one of {labels}.")
+            raise UserError(f"'{column}' is a column that every cohort has; rename the one in {labels}.")
     if not columns:
         raise UserError(f"name the --columns of {labels} to take: {', '.join(frame.columns[1:])}.")
     frame, columns = frame.dropna(subset=[frame.columns[0]]), list(dict.fromkeys(columns))
@@ -51,12 +62,15 @@ def join_labels(
     known = known[known.index.isin(set(sample_of.values()) - {None})]
     differ = (known.groupby(level=0).nunique(dropna=False) > 1).any(axis=1)
     if differ.any():
-        raise UserError(f"{labels} has different labels of {differ.idxmax()}.")
+        raise UserError(f"{labels} has two different labels of {differ.idxmax()}; leave one of them.")
     known = known[~known.index.duplicated()]
     joined = {slide: sample for slide, sample in sample_of.items() if sample in known.index}
     if not joined:
         slide = next(iter(ids))
-        raise UserError(f"no slide is in {labels}: a slide is called {slide}, a row {frame.iloc[0, 0]}. See --samples.")
+        raise UserError(
+            f"no slide is in {labels}: a slide is called {slide}, a row {frame.iloc[0, 0]}; --samples says which "
+            "sample a slide is of."
+        )
     table = index[["slide", "row"]].copy()
     lines = [f"labels: {labels.name}; joined by {how}"]
     for column in columns:
@@ -71,38 +85,66 @@ def join_labels(
     return "\n".join([*lines, f"  slides joined: {told(list(joined))}", f"  slides not joined: {told(others)}"])
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.join_omics",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--cohort", required=True, metavar="FOLDER", help="cohort folder with tiles")
-    add("--mutation", metavar="TABLE", help="1 mutated, 0 not, empty unknown; or a MAF list")
-    add("--expression", metavar="TABLE", help="scaled to [0, 1] by gene: --scaler, or all but val and test")
-    add("--labels", metavar="TABLE", help="labels of samples or patients; its first column names them")
-    add("--columns", nargs="+", default=(), metavar="NAME", help="columns of --labels to bring into the index")
-    add("--genes", metavar="TABLE", help="gene ids (Entrez, Ensembl) to symbols: a column `symbol`, and columns of ids")
-    add("--gene-list", metavar="FILE", help="only these genes, in this order: one symbol per line")
-    add("--top-variable", type=int, metavar="N", help="only the N genes of the largest variance")
-    add("--level", choices=LEVELS, default="auto", help="part of TCGA barcodes that joins (default %(default)s)")
-    add("--orient", choices=ORIENTATIONS, default="auto", help="what the rows of the tables are (default %(default)s)")
-    add("--unit", choices=UNITS, default="auto", help="of the expression; unit is in [0, 1] (default %(default)s)")
-    add("--samples", metavar="COLUMN|CSV", help="slides' samples: a column of the index, or a CSV of slide, sample")
-    add("--duplicates", choices=DUPLICATES, default="error", help="samples or genes given twice (default %(default)s)")
-    add("--scaler", metavar="PATH", help="genes and ranges of the expression: expression.json of a cohort, or a model")
-    add("--licence", default="", help="of the tables; recorded with them")
-    args = vars(parser.parse_args(argv))
-    labels, columns = args.pop("labels"), args.pop("columns")
-    if columns and not labels:
+@script("data_prep.join_omics", __doc__)
+def main(
+    cohort: Annotated[Path, inputs("--cohort", help="Cohort folder with tiles, which gets the tables.")],
+    mutation: Annotated[
+        Path | None, inputs("--mutation", help="Table of mutations: 1 mutated, 0 not, empty unknown; or a MAF list.")
+    ] = None,
+    expression: Annotated[
+        Path | None,
+        inputs("--expression", help="Table of gene expression, which is scaled to 0..1 by gene over training samples."),
+    ] = None,
+    labels: Annotated[
+        Path | None, inputs("--labels", help="Table of labels of samples or patients; its first column names them.")
+    ] = None,
+    genes: Annotated[
+        Path | None,
+        inputs("--genes", help="Table of gene symbols, column `symbol`, with their Entrez or Ensembl ids in others."),
+    ] = None,
+    samples: Annotated[
+        str | None,
+        inputs("--samples", help="Which sample a slide is of: a column of index.parquet, or a CSV of slide, sample."),
+    ] = None,
+    orient: Annotated[
+        Orientation, inputs("--orient", help="What a row of the tables is: a sample, or a gene.")
+    ] = Orientation.auto,
+    unit: Annotated[Unit, inputs("--unit", help="Unit of the expression; `unit` lies in 0..1 already.")] = Unit.auto,
+    licence: LicenceOption = "",
+    columns: Annotated[
+        list[str] | None, taken("--columns", help="Columns of --labels to take: one or several.")
+    ] = None,
+    gene_list: Annotated[
+        Path | None, taken("--gene-list", help="File with a gene symbol per line: only these genes, in this order.")
+    ] = None,
+    top_variable: Annotated[
+        int | None, taken("--top-variable", help="Take only so many genes, those of the largest variance.")
+    ] = None,
+    scaler: Annotated[
+        Path | None,
+        taken(
+            "--scaler", help="Take genes and ranges of the expression from another cohort's expression.json or a model."
+        ),
+    ] = None,
+    level: Annotated[
+        Level, taken("--level", help="Part of TCGA barcodes by which slides and samples join.")
+    ] = Level.auto,
+    duplicates: Annotated[
+        Duplicates, taken("--duplicates", help="What a sample or gene that is given twice with other values becomes.")
+    ] = Duplicates.error,
+) -> None:
+    if columns and labels is None:
         raise UserError("--columns are of a table of --labels; give it too.")
-    if args["mutation"] or args["expression"] or not labels:
-        for report in join_omics(**args).values():
-            print(report)
-    if labels:
-        print(join_labels(args["cohort"], labels, columns, args["level"], args["samples"]))
+    if mutation is not None or expression is not None or labels is None:
+        reports = join_omics(
+            cohort, mutation, expression, genes=genes, gene_list=gene_list, top_variable=top_variable,
+            level=level.value, orient=orient.value, unit=unit.value, samples=samples, duplicates=duplicates.value,
+            scaler=scaler, licence=licence,
+        )  # fmt: skip
+        print(*reports.values(), sep="\n")
+    if labels is not None:
+        print(join_labels(cohort, labels, columns or [], level.value, samples))
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

@@ -1,27 +1,47 @@
-"""Cut annotated cells out of slides, with a score for one class, such as mitotic figures.
+r"""Cut annotated cells out of slides, with a score for one class, such as mitotic figures.
 
-    python -m data_prep.mitosis_cells --sqlite MITOS_WSI_CCMCT_ODAEL.sqlite --slides WSI --out cohort
-    python -m data_prep.mitosis_cells --midog MIDOG++.json --images images --out cohort
-    python -m data_prep.mitosis_cells --crops AtNorM-MD --votes votes.csv --positive Atypical --labels soft --out cohort
+Annotations are a SlideRunner database, a MIDOG file, or a folder of crops with votes. Each slide, or the folder of
+crops, becomes a tile store, and index.parquet gets the columns `score`, `class`, `votes` (their number), `patient` and
+`split`. A cell lies in the middle of its crop; beyond the slide's edge the crop goes on as its mirror image. When a run
+was interrupted, the same command goes on where it stopped.
 
-writes a tile store per slide (one for a folder of crops) and cohort/index.parquet with the columns `score`, `class`,
-`votes` (how many), `patient`, `split`. A cell lies in the middle of its crop; beyond the slide's edge the crop goes on
-as its mirror image. An interrupted run goes on where it stopped when the same command is given again.
+Examples:
+
+    python -m data_prep.mitosis_cells --sqlite MITOS_WSI_CCMCT_ODAEL.sqlite \
+        --slides WSI --out cohort
+    python -m data_prep.mitosis_cells --midog MIDOG++.json \
+        --images images --out cohort
+    python -m data_prep.mitosis_cells --crops AtNorM-MD --votes votes.csv \
+        --positive Atypical --labels soft --out cohort
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from data_prep.options import (
+    LicenceOption,
+    MppOption,
+    OutOption,
+    SeedOption,
+    SizeOption,
+    SlideMppOption,
+    TestOption,
+    ValidationOption,
+    choices,
+    inputs,
+    taken,
+)
+from ldm.cli.script import script
 from ldm.data.cohort import (
     check_fractions,
     choose_splits,
@@ -31,11 +51,12 @@ from ldm.data.cohort import (
     tell_validation,
     write_store,
 )
-from ldm.errors import UserError, run_command
+from ldm.errors import UserError
 from ldm.images.slides import Slide, open_slide
 from ldm.tables.annotations import Cell, find_files, read_crops, read_midog, read_sliderunner
 from ldm.tables.votes import LABELS, class_called, distribution, scores_of, without_surplus
 
+Labels = choices("Labels", LABELS)
 _UNKNOWN = "unknown"  # the patient of crops that nothing says it of
 
 
@@ -116,7 +137,7 @@ def slides_of(cells: Sequence[Cell], folder: Path | str, skip_missing: bool) -> 
     if missing and (not skip_missing or not paths):
         raise UserError(
             f"{len(missing)} of {len(names)} annotated slides are not in {folder}: {', '.join(missing[:10])}"
-            f"{', ...' if len(missing) > 10 else ''}; --skip-missing goes on with the others"
+            f"{', ...' if len(missing) > 10 else ''}; --skip-missing goes on without them"
         )
     return paths, missing
 
@@ -189,11 +210,12 @@ def cut_crops(
 ) -> pd.DataFrame:
     """Write the middle of each crop into one store; the table of what was written, with the column `file`."""
     if mpp is not None and slide_mpp is None:
-        raise UserError("the crops' own resolution is not known, so --mpp needs it: give it by --slide-mpp")
+        raise UserError("--mpp needs the resolution of the crops, which their files do not say: give it by --slide-mpp")
     downsample = mpp / slide_mpp if mpp else 1.0
     if downsample < 0.99:
         raise UserError(
-            f"the crops have {slide_mpp:g} um per pixel; cells of {mpp:g} would be blown up. Ask for more mpp"
+            f"the crops have {slide_mpp:g} µm per pixel; cells of {mpp:g} would be blown up. Give an mpp of at least "
+            f"{slide_mpp:g}"
         )
     own = [cells[i] for i in table["cell"]]
     extent = math.ceil(size * downsample)
@@ -201,7 +223,7 @@ def cut_crops(
         if min(cell.x, cell.y) * 2 < extent:
             raise UserError(
                 f"{folder / cell.slide} is {cell.x * 2:g} x {cell.y * 2:g} px, and a cell of {size} px takes {extent} "
-                "of them; ask for a smaller --size"
+                "of them; give a smaller --size"
             )
 
     def image(i: int) -> np.ndarray:
@@ -231,7 +253,8 @@ def _write(
 def _downsample(slide: Slide, mpp: float | None) -> float:
     if mpp is not None and mpp < slide.mpp * 0.99:
         raise UserError(
-            f"{slide.path} has {slide.mpp:g} um per pixel; cells of {mpp:g} would be blown up. Ask for more mpp"
+            f"{slide.path} has {slide.mpp:g} µm per pixel; cells of {mpp:g} would be blown up. Give an mpp of at least "
+            f"{slide.mpp:g}"
         )
     return mpp / slide.mpp if mpp else 1.0
 
@@ -289,8 +312,6 @@ def prepare(
     """Cut the cells of one source of annotations and return the report; see the options of the command."""
     sources = {"sqlite": sqlite, "midog": midog, "crops": crops}
     source = _source(sources, {"slides": slides, "images": images, "votes": votes})
-    if size < 8:
-        raise UserError(f"size is at least 8 px, got {size}")
     check_fractions(validation, test)
     if annotators and source == "midog":
         raise UserError("a MIDOG file does not say whose votes it has; --annotators goes with --sqlite and --crops")
@@ -361,36 +382,63 @@ def _source(sources: dict[str, Path | str | None], folders: dict[str, Path | str
     return given[0]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.mitosis_cells",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--sqlite", metavar="DB", help="SlideRunner database; --slides FOLDER holds its slides")
-    add("--slides", metavar="FOLDER", help="slides of --sqlite, also in subfolders")
-    add("--midog", metavar="JSON", help="MIDOG annotations; --images FOLDER holds their images")
-    add("--images", metavar="FOLDER", help="images of --midog, also in subfolders")
-    add("--crops", metavar="FOLDER", help="images of single cells, a subfolder per class")
-    add("--votes", metavar="CSV", help="votes of --crops: file name, a column per annotator, Majority")
-    add("--out", required=True, metavar="FOLDER", help="cohort folder to write")
-    add("--positive", default="mitotic figure", help="class that scores 1 (default '%(default)s')")
-    add("--labels", choices=LABELS, default="hard", help="the agreed class, or the fraction of votes (%(default)s)")
-    add("--size", type=int, default=64, help="px of a cell's crop (default %(default)s)")
-    add("--mpp", type=float, help="um per pixel of a crop (default: the slide's own)")
-    add("--slide-mpp", type=float, help="um per pixel of slides or crops, where their files lack it")
-    add("--classes", nargs="+", default=(), metavar="NAME", help="cells of these classes only (default: all)")
-    add("--annotators", nargs="+", default=(), metavar="NAME", help="whose votes count (default: all)")
-    add("--balance", action="store_true", help="in every split, only as many cells below score 0.5 as above")
-    add("--negatives-per-slide", type=int, metavar="N", help="most cells below score 0.5 of a slide (default: all)")
-    add("--validation", type=float, help="fraction of patients in split 'val' (default: 0.1 of three or more)")
-    add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
-    add("--skip-missing", action="store_true", help="go on without slides that are not found")
-    add("--licence", default="", help="of the slides; recorded in the stores")
-    add("--seed", type=int, default=0, help="picks the negatives that stay (default %(default)s)")
-    print(prepare(**vars(parser.parse_args(argv))))
+@script("data_prep.mitosis_cells", __doc__)
+def main(
+    *,
+    sqlite: Annotated[
+        Path | None, inputs("--sqlite", help="SlideRunner database; --slides says where its slides are.")
+    ] = None,
+    slides: Annotated[
+        Path | None, inputs("--slides", help="Folder of the slides of --sqlite, searched with all folders in it.")
+    ] = None,
+    midog: Annotated[
+        Path | None, inputs("--midog", help="MIDOG annotations, JSON; --images says where their images are.")
+    ] = None,
+    images: Annotated[
+        Path | None, inputs("--images", help="Folder of the images of --midog, searched with all folders in it.")
+    ] = None,
+    crops: Annotated[
+        Path | None, inputs("--crops", help="Folder of images of single cells, with a folder for each class.")
+    ] = None,
+    votes: Annotated[
+        Path | None, inputs("--votes", help="CSV of votes on --crops: file name, a column per annotator, Majority.")
+    ] = None,
+    slide_mpp: SlideMppOption = None,
+    out: OutOption,
+    licence: LicenceOption = "",
+    positive: Annotated[str, taken("--positive", help="Class whose cells score 1.")] = "mitotic figure",
+    labels: Annotated[
+        Labels, taken("--labels", help="Score by the agreed class (hard), or by the fraction of votes (soft).")
+    ] = Labels.hard,
+    size: SizeOption = 64,
+    mpp: MppOption = None,
+    classes: Annotated[
+        list[str] | None, taken("--classes", help="Classes whose cells are cut: one or several (default: all).")
+    ] = None,
+    annotators: Annotated[
+        list[str] | None, taken("--annotators", help="Annotators whose votes count: one or several (default: all).")
+    ] = None,
+    balance: Annotated[
+        bool, taken("--balance", help="Take only as many cells with a score below 0.5 as above, in every split.")
+    ] = False,
+    negatives_per_slide: Annotated[
+        int | None, taken("--negatives-per-slide", help="Take at most so many cells below 0.5 of a slide.")
+    ] = None,
+    skip_missing: Annotated[
+        bool, taken("--skip-missing", help="Go on without the slides that are not found, and list them.")
+    ] = False,
+    seed: SeedOption = 0,
+    validation: ValidationOption = None,
+    test: TestOption = 0.0,
+) -> None:
+    told = prepare(
+        out, sqlite=sqlite, slides=slides, midog=midog, images=images, crops=crops, votes=votes, positive=positive,
+        labels=labels.value, size=size, mpp=mpp, slide_mpp=slide_mpp, classes=classes or (),
+        annotators=annotators or (), balance=balance, negatives_per_slide=negatives_per_slide, validation=validation,
+        test=test, skip_missing=skip_missing, licence=licence, seed=seed,
+    )  # fmt: skip
+    print(told)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

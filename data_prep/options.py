@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -9,13 +10,28 @@ from typing import Annotated
 
 import typer
 
+from ldm.errors import UserError
+
 inputs = partial(typer.Option, rich_help_panel="Input")
 output = partial(typer.Option, rich_help_panel="Output")
 taken = partial(typer.Option, rich_help_panel="What is taken")
 splits = partial(typer.Option, rich_help_panel="Splits")
 speed = partial(typer.Option, rich_help_panel="Speed")
 
-Precision = StrEnum("Precision", {name: name for name in ("fp32", "bf16", "fp16")})
+
+def choices(name: str, values: Iterable[str]) -> type[StrEnum]:
+    """The type of an option that takes one of `values`."""
+    return StrEnum(name, {value: value for value in values})
+
+
+def check_side(size: int) -> int:
+    """`size`, where it can be the side of a tile."""
+    if size < 8:
+        raise UserError(f"--size is at least 8 px; got {size}")
+    return size
+
+
+Precision = choices("Precision", ("fp32", "bf16", "fp16"))
 
 StoreOption = Annotated[
     list[Path], inputs("--store", help="Tile stores that get the arrays, or cohorts of stores: one or several.")
@@ -35,7 +51,7 @@ LicenceOption = Annotated[str, output("--licence", help="Licence of the data, re
 MppOption = Annotated[
     float | None, taken("--mpp", help="Micrometres per pixel of the tiles (default: those of the slide).")
 ]
-SizeOption = Annotated[int, taken("--size", min=8, help="Side of the square tiles in pixels.")]
+SizeOption = Annotated[int, taken("--size", callback=check_side, help="Side of the square tiles in pixels.")]
 SeedOption = Annotated[int, taken("--seed", help="Seed of what is drawn at random: the same seed draws the same.")]
 ValidationOption = Annotated[
     float | None,

@@ -1,34 +1,51 @@
-"""Cut slices out of volumes of several modalities, or take them from folders of images.
+r"""Cut slices out of volumes of several modalities, or take them from folders of images.
 
-    python -m data_prep.slice_volumes --volumes BraTS --modality t1=*_t1.nii.gz t2=*_t2.nii.gz --out cohort
-    python -m data_prep.slice_volumes --images t1=slices/T1 pd=slices/PD --out cohort
+Each subject and modality (of images: each modality) becomes a tile store, and index.parquet gets the columns `subject`,
+`modality`, `slice`, `patient` and `split`. What a pattern's * stands for names the subject, or its folder if that is
+nothing. Volumes are turned to RAS orientation; those of one subject must share their voxel grid. When a run was
+interrupted, the same command goes on where it stopped.
 
-writes a tile store for each subject and modality (for images: each modality) and cohort/index.parquet with the columns
-`subject`, `modality`, `slice`, `patient`, `split`. What a pattern's * stands for names the subject, or its folder if
-that is nothing. Volumes are turned to RAS orientation; those of one subject must share their voxel grid. An interrupted
-run goes on where it stopped when the same command is given again.
+Examples:
+
+    python -m data_prep.slice_volumes --volumes BraTS \
+        --modality t1=*_t1.nii.gz t2=*_t2.nii.gz --out cohort
+    python -m data_prep.slice_volumes --images t1=slices/T1 pd=slices/PD \
+        --out cohort
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
+from data_prep.options import (
+    LicenceOption,
+    OutOption,
+    SizeOption,
+    TestOption,
+    ValidationOption,
+    choices,
+    inputs,
+    taken,
+)
+from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, counted, merge_index, split_table, write_store
 from ldm.data.datasets import IMAGE_SUFFIXES
 from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_tile, windowed
-from ldm.errors import UserError, run_command, suggest
+from ldm.errors import UserError, suggest
 from ldm.files import sha256
 
+AXIS = AXES | {str(number): number for number in AXES.values()}  # by name or number
+Axis = choices("Axis", AXIS)
 PERCENTILES = (0.5, 99.5)
 LEAST_FOREGROUND = 0.05
 
@@ -71,15 +88,15 @@ def find_subjects(paths: Sequence[Path | str], patterns: Mapping[str, str]) -> d
     owners: dict[Path, str] = {}
     for modality, pattern in patterns.items():
         if "/" in pattern:
-            raise UserError(f"a pattern is of file names, as *_t1.nii.gz; got '{pattern}'")
+            raise UserError(f"a pattern is that of a file's name, as *_t1.nii.gz, without folders; got '{pattern}'")
         matcher = re.compile("".join("(.*)" if letter == "*" else re.escape(letter) for letter in pattern))
         found = [(file, match) for file in files if (match := matcher.fullmatch(file.name))]
         if not found:
             seen = sorted({file.name for file in files})
-            raise UserError(f"no file is called '{pattern}', as modality {modality} asks for{suggest(pattern, seen)}")
+            raise UserError(f"no file is called '{pattern}', which --modality {modality} names{suggest(pattern, seen)}")
         for file, match in found:
             if file in owners:
-                raise UserError(f"{file} is of both {owners[file]} and {modality}; make their patterns differ")
+                raise UserError(f"{file} is both {owners[file]} and {modality}; make their patterns differ")
             owners[file] = modality
             subject = "_".join(part.strip("_-. ") for part in match.groups()).strip("_") or file.resolve().parent.name
             if (other := subjects.setdefault(subject, {}).setdefault(modality, file)) != file:
@@ -129,8 +146,8 @@ def slice_subject(out: Path | str, subject: str, volumes: Mapping[str, Volume], 
     slices = (np.flatnonzero(kept) + start).tolist()
     if not slices:
         raise UserError(
-            f"no slice of {subject} has {settings.least_foreground:g} of foreground in every modality; ask for less by "
-            "--least-foreground, or choose slices by --range"
+            f"no slice of {subject} has a fraction of {settings.least_foreground:g} of foreground in every modality; "
+            "ask for less by --least-foreground, or choose slices by --range"
         )
     plane = in_plane(first.spacing, axis)
     extent = max(first.shape[i] * first.spacing[i] for i in others)
@@ -155,7 +172,7 @@ def slice_subject(out: Path | str, subject: str, volumes: Mapping[str, Volume], 
 
 
 def slice_all(
-    out: Path | str, paths: Sequence[str], patterns: Mapping[str, str], settings: Settings
+    out: Path | str, paths: Sequence[Path | str], patterns: Mapping[str, str], settings: Settings
 ) -> tuple[pd.DataFrame, list[str]]:
     """Slice every subject that has all modalities; rows for the index, and subjects left out, with the reason.
 
@@ -190,7 +207,7 @@ def read_gray(path: Path, window: tuple[float, float] | None) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read the image {path}: {error}") from error
     if deep and window is None:
-        raise UserError(f"{path} has more than 8 bits; give its black and white by --window")
+        raise UserError(f"{path} has more than 8 bits; say which values are black and white by --window")
     return windowed(values, *(window or (0, 255)))
 
 
@@ -205,7 +222,7 @@ def find_images(folders: Mapping[str, Path]) -> tuple[list[str], dict[str, dict[
             if (other := files[modality].setdefault(path.stem, path)) != path:
                 raise UserError(f"{other} and {path} have the same name; give one of them")
         if not files[modality]:
-            raise UserError(f"no image in {folder}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
+            raise UserError(f"no image in {folder}; images end in {' '.join(sorted(IMAGE_SUFFIXES))}")
     owners = {name: {m: own[name] for m, own in files.items() if name in own} for own in files.values() for name in own}
     names, lines = complete(owners, list(folders))
     return names, files, lines
@@ -252,87 +269,113 @@ def patient_in(subject: str, pattern: str | None) -> str:
     return patient
 
 
-def pair(kind: type, text: str) -> tuple:
-    """a,b as two ascending numbers."""
-    values = tuple(kind(part) for part in text.split(","))
-    if len(values) != 2 or not values[0] < values[1]:
-        raise argparse.ArgumentTypeError(f"'{text}' is not two ascending numbers a,b")
-    return values
+def interval(kind: type[int] | type[float], text: str | None, option: str) -> tuple | None:
+    """LOW,HIGH as two ascending numbers."""
+    if text is None:
+        return None
+    try:
+        low, high = (kind(part) for part in text.split(","))
+    except ValueError:
+        low, high = 0, 0
+    if not low < high:
+        raise UserError(f"{option} takes two ascending numbers low,high; got '{text}'")
+    return low, high
 
 
-def assignment(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not (name and equals and value) or not re.fullmatch(r"[\w.-]+", name):
-        raise argparse.ArgumentTypeError(f"'{text}' is not modality=value, as t1=*_t1.nii.gz")
-    return name, value
+def assignments(texts: Sequence[str], option: str, form: str) -> dict[str, str]:
+    """modality -> value of texts modality=value."""
+    pairs: dict[str, str] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if not value or not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"{option} takes {form}; got '{text}'")
+        if name in pairs:
+            raise UserError(f"{option} names the modality '{name}' twice; name it once")
+        pairs[name] = value
+    return pairs
 
 
-def axis(text: str) -> int:
-    if text in AXES:
-        return AXES[text]
-    if text in ("0", "1", "2"):
-        return int(text)
-    raise argparse.ArgumentTypeError(f"'{text}' is none of {', '.join(AXES)}, 0, 1, 2")
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.slice_volumes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    inputs = parser.add_mutually_exclusive_group(required=True)
-    inputs.add_argument("--volumes", nargs="+", metavar="PATH", help="NIfTI files, or folders that are searched")
-    inputs.add_argument(
-        "--images", nargs="+", type=assignment, metavar="MODALITY=FOLDER", help="folders of images, matched by name"
-    )
-    add("--modality", nargs="+", type=assignment, metavar="MODALITY=PATTERN", help="file names of --volumes")
-    add("--out", required=True, metavar="FOLDER", help="cohort folder to write")
-    add("--axis", type=axis, default=AXES["axial"], help="axial (2), coronal (1), sagittal (0); default axial")
-    add("--range", type=lambda text: pair(int, text), metavar="A,B", help="slices A to B-1 (default: all)")
-    add(
-        "--least-foreground", type=float, metavar="FRACTION",
-        help=f"drop slices with less in any modality (default {LEAST_FOREGROUND:g}, with --range 0)",
-    )  # fmt: skip
-    add("--window", type=lambda text: pair(float, text), metavar="LO,HI", help="values of black and white")
-    add(
-        "--percentiles", type=lambda text: pair(float, text), metavar="LO,HI",
-        help=f"of each volume, in place of --window (default {PERCENTILES[0]:g},{PERCENTILES[1]:g})",
-    )  # fmt: skip
-    add("--size", type=int, default=128, help="px, side of a tile (default %(default)s)")
-    add("--patient", metavar="REGEX", help="what names the patient in a subject's name (default: all of it)")
-    add("--validation", type=float, help="fraction of patients in split 'val' (default: 0.1 of three or more)")
-    add("--test", type=float, default=0.0, help="fraction of patients in split 'test' (default %(default)s)")
-    add("--licence", default="", help="of the data; recorded in the stores")
-    args = parser.parse_args(argv)
-    if bool(args.volumes) != bool(args.modality):
-        parser.error("--modality goes with --volumes: t1=*_t1.nii.gz t2=*_t2.nii.gz")
-    if args.images and (args.range or args.least_foreground is not None or args.percentiles):
-        parser.error("--range, --least-foreground and --percentiles are of --volumes")
-    if args.window and args.percentiles:
-        parser.error("give --window or --percentiles")
-    least = (0.0 if args.range else LEAST_FOREGROUND) if args.least_foreground is None else args.least_foreground
-    percentiles = args.percentiles or PERCENTILES
-    if args.size < 8 or not 0 <= least <= 1 or not 0 <= percentiles[0] <= percentiles[1] <= 100:
-        raise UserError("--size is at least 8, --least-foreground a fraction from 0 to 1, --percentiles from 0 to 100")
-    check_fractions(args.validation, args.test)
-    if args.patient is not None:
+@script("data_prep.slice_volumes", __doc__)
+def main(
+    *,
+    volumes: Annotated[
+        list[Path] | None,
+        inputs("--volumes", help="NIfTI files, or folders searched with all folders in them: one or several."),
+    ] = None,
+    modality: Annotated[
+        list[str] | None,
+        inputs(
+            "--modality", help="Modality and the names of its files of --volumes, as t1=*_t1.nii.gz: one or several."
+        ),
+    ] = None,
+    images: Annotated[
+        list[str] | None,
+        inputs("--images", help="Modality and its folder of images, as t1=slices/T1: one or several, matched by name."),
+    ] = None,
+    patient: Annotated[
+        str | None,
+        inputs("--patient", help="Regular expression of the patient in a subject's name (default: all of the name)."),
+    ] = None,
+    out: OutOption,
+    licence: LicenceOption = "",
+    axis: Annotated[Axis, taken("--axis", help="Axis along which the slices follow one another.")] = Axis.axial,
+    between: Annotated[
+        str | None, taken("--range", help="Slices first,end of each volume, without the one at end (default: all).")
+    ] = None,
+    least_foreground: Annotated[
+        float | None,
+        taken(
+            "--least-foreground",
+            help="Least fraction of foreground in a slice, in every modality (default: "
+            f"{LEAST_FOREGROUND:g}, with --range 0).",
+        ),
+    ] = None,
+    window: Annotated[str | None, taken("--window", help="Values low,high that become black and white.")] = None,
+    percentiles: Annotated[
+        str | None,
+        taken(
+            "--percentiles",
+            help="Percentiles low,high of each volume that become black and white, without --window (default: "
+            f"{PERCENTILES[0]:g},{PERCENTILES[1]:g}).",
+        ),
+    ] = None,
+    size: SizeOption = 128,
+    validation: ValidationOption = None,
+    test: TestOption = 0.0,
+) -> None:
+    if bool(volumes) == bool(images):
+        raise UserError("give either --volumes with --modality, or --images")
+    if bool(volumes) != bool(modality):
+        raise UserError("--volumes and --modality go together, as --modality t1=*_t1.nii.gz t2=*_t2.nii.gz")
+    if images and (between or least_foreground is not None or percentiles):
+        raise UserError("--range, --least-foreground and --percentiles are of --volumes; leave them out with --images")
+    if window and percentiles:
+        raise UserError("--window and --percentiles both say what becomes black and white; give one of them")
+    least = (0.0 if between else LEAST_FOREGROUND) if least_foreground is None else least_foreground
+    low, high = interval(float, percentiles, "--percentiles") or PERCENTILES
+    if not 0 <= least <= 1:
+        raise UserError(f"--least-foreground is a fraction from 0 to 1; got {least:g}")
+    if not 0 <= low <= high <= 100:
+        raise UserError(f"--percentiles lie from 0 to 100; got {low:g},{high:g}")
+    check_fractions(validation, test)
+    if patient is not None:
         try:
-            re.compile(args.patient)
+            re.compile(patient)
         except re.error as error:
-            raise UserError(f"--patient '{args.patient}' is no regular expression: {error}") from None
-    settings = Settings(args.axis, args.range, least, args.window, percentiles, args.size, args.licence, args.patient)
-    named = args.modality or args.images
-    if len(dict(named)) < len(named):
-        raise UserError("a modality is named twice")
-    if args.images:
-        table, left_out = slice_images(args.out, {m: Path(folder) for m, folder in named}, settings)
+            raise UserError(f"--patient '{patient}' is no regular expression: {error}") from None
+    settings = Settings(
+        AXIS[axis], interval(int, between, "--range"), least, interval(float, window, "--window"),
+        (low, high), size, licence, patient,
+    )  # fmt: skip
+    if images:
+        folders = assignments(images, "--images", "modality=folder, as t1=slices/T1")
+        table, left_out = slice_images(out, {name: Path(folder) for name, folder in folders.items()}, settings)
     else:
-        table, left_out = slice_all(args.out, args.volumes, dict(named), settings)
+        patterns = assignments(modality, "--modality", "modality=pattern, as t1=*_t1.nii.gz")
+        table, left_out = slice_all(out, volumes, patterns, settings)
     instead = "Or `where` in the config holds out some of the slices, as configs/demo/slices_lmi.yaml does."
-    table, note = split_table(table, args.out, args.validation, args.test, instead)
-    index = merge_index(args.out, table)
+    table, note = split_table(table, out, validation, test, instead)
+    index = merge_index(out, table)
     print(f"{table['subject'].nunique()} subjects, slices: {counted(table['modality'])}; table of all tiles: {index}")
     print(f"splits: {counted(table['split'])}" + (f"\nnote: {note}" if note else ""))
     if left_out:
@@ -340,4 +383,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

@@ -195,7 +195,7 @@ def test_captions_of_slides(folder, capsys):
     assert index.loc["TCGA-A1-0002-01Z.svs", "text"].tolist() == ["low grade"] * 2
     assert index.loc["other.svs", "text"].isna().all()
     printed = capsys.readouterr().out
-    for words in ("4 tiles of 2 slides", "1 captions are of no", "TCGA-A1-0009", "1 slides have no caption: other"):
+    for words in ("4 tiles of 2 slides", "1 captions belong to no", "TCGA-A1-0009", "1 slides have no caption: other"):
         assert words in printed
     dataset = TileDataset(str(cohort), conditions={"text": "text"}, missing="skip")
     assert [dataset[i]["text"] for i in range(len(dataset))] == ["high grade, ductal"] * 2 + ["low grade"] * 2

@@ -190,7 +190,7 @@ def test_a_file_is_of_one_slide(tmp_path: Path):
     ]
     with h5py.File(tmp_path / "case.h5", "w") as file:
         file["features"], file["coords"] = np.ones((1, 2)), np.zeros((1, 2))
-    with pytest.raises(UserError, match=r"case.h5 could be of 'case_1' and of 'case_2' by name"):
+    with pytest.raises(UserError, match=r"case.h5 could be of 'case_1' and of 'case_2' by its name"):
         import_features.import_features(stores, find_slide_files([tmp_path / "case.h5"]), "x")
 
 
@@ -210,7 +210,7 @@ def test_the_nearest_tile_is_found_however_they_lie():
     [
         ("count", "5 features but .* has 6 coordinates"),
         ("own count", r"5 features but coords of shape \(6, 2\)"),
-        ("extent", "cover 512 level-0 px, but tiles of .* cover 256"),
+        ("extent", "cover 512 level-0 px, those of .* 256"),
         ("elsewhere", "no tile of .* lies where"),
         ("two encoders", "several files of features"),
         ("twice", "2 coordinates more than once"),

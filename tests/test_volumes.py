@@ -48,7 +48,8 @@ def folder(tmp_path):
 
 
 def run(source, out, *options):
-    main(["--volumes", str(source), "--modality", "t1=*_t1.nii.gz", "t2=*_t2.nii.gz", "--out", str(out), "--size", "16",
+    named = [] if "--modality" in options else ["--modality", "t1=*_t1.nii.gz", "t2=*_t2.nii.gz"]
+    main(["--volumes", str(source), *named, "--out", str(out), "--size", "16",
           "--least-foreground", "0", *options])  # fmt: skip
 
 
@@ -148,9 +149,9 @@ def test_a_bad_subject_does_not_stop_the_others(folder, tmp_path, capsys):
         (["--range", "4,9"], r"has slices 0\.\.7; the range 4,9"),
         (["--least-foreground", "1"], "of foreground in every modality"),
         (["--modality", "t1=*_t3.nii.gz"], "no file is called"),
-        (["--modality", "t1=*_t1.nii.gz", "pd=*.gz"], "is of both t1 and pd"),
-        (["--modality", "t1=*_t1.nii.gz", "t1=x"], "named twice"),
-        (["--modality", "t1=x/*_t1.nii.gz"], "a pattern is of file names"),
+        (["--modality", "t1=*_t1.nii.gz", "pd=*.gz"], "is both t1 and pd"),
+        (["--modality", "t1=*_t1.nii.gz", "t1=x"], "names the modality 't1' twice"),
+        (["--modality", "t1=x/*_t1.nii.gz"], "is that of a file's name, as"),
         (["--patient", r"\d+"], "finds no patient in 'a'"),
         (["--size", "2"], "at least 8"),
     ],
