@@ -1,14 +1,15 @@
 """Run the demo: every step that is not done yet, as a command of its own, printed before it runs.
 
-    python -m demo
+`demo_output/times.json` records what is done and what it took. Ctrl-C stops the step under way so that it can go on;
+the same command continues. A step that begins anew makes the later ones begin anew.
 
-`demo_output/times.json` records what is done and what it took. Ctrl-C stops the step under way so that it can
-go on; the same command continues. A step that begins anew makes the later ones begin anew.
+Example:
+
+    python -m demo
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import signal
@@ -19,7 +20,8 @@ from pathlib import Path
 
 from demo.record import Record, command_of
 from demo.steps import OUT, SLIDE, Step, demo_steps, executable, native_bf16
-from ldm.errors import UserError, run_command
+from ldm.cli.script import script
+from ldm.errors import UserError
 
 IMPORT_SECONDS = 5
 ENVIRONMENT = {
@@ -107,13 +109,10 @@ def run_demo(out: Path) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args(argv)
-    return run_command(lambda: run_demo(OUT))
+@script("demo", __doc__)
+def main() -> None:
+    run_demo(OUT)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

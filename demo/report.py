@@ -1,31 +1,38 @@
-"""One self-contained page over what the demo made: `python -m demo.report demo_output`."""
+"""Put what the demo made on one self-contained page, report.html.
+
+Its figures, pictures and settings come from the folder that `python -m demo` fills; an unfinished one is refused.
+
+Example:
+
+    python -m demo.report demo_output
+"""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import io
 import json
 import os
 import platform
-import sys
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
+import typer
 import yaml
 from PIL import Image
 
 from demo import figures
 from demo.record import Record, runs_of
 from demo.steps import ENCODER, FIRST_STAGE, HELD_OUT, REGION, SEED, SLIDE, Step, demo_steps
+from ldm.cli.script import script
 from ldm.data.tile_store import TileStore
-from ldm.errors import UserError, run_command
+from ldm.errors import UserError
 from ldm.files import whole, write_text
 from ldm.images.marks import mark_text
 from ldm.images.sheets import grid
@@ -286,12 +293,10 @@ def run(out: Path) -> None:
     print(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m demo.report", description=__doc__)
-    parser.add_argument("out", type=Path, help="folder that the demo fills")
-    args = parser.parse_args(argv)
-    return run_command(lambda: run(args.out))
+@script("demo.report", __doc__)
+def main(out: Annotated[Path, typer.Argument(help="Folder that the demo fills.")]) -> None:
+    run(out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()

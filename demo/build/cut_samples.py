@@ -1,24 +1,27 @@
 """Cut the sample files of data/samples out of the published ones that data/README.md names.
 
-    python -m demo.build.cut_samples --sources SOURCES --out data/samples
-
 SOURCES has he/, ihc/, mr/, mitosis/ and omics/ with the files under their published names. Images that fit are copied
 unchanged; of large ones a region or a range of slices is cut out, of tables the columns and rows that demos need.
+
+Example:
+
+    python -m demo.build.cut_samples --sources SOURCES --out data/samples
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import nibabel
 import numpy as np
 import pandas as pd
 from PIL import Image
 
-from ldm.errors import UserError, run_command
+from data_prep.options import inputs, output
+from ldm.cli.script import script
+from ldm.errors import UserError
 from ldm.images.slides import open_slide
 
 CELLS = 24  # of each class
@@ -68,20 +71,16 @@ def slices(sources: Path, out: Path) -> None:
         nibabel.save(image.slicer[:, :, HELD_OUT], out / f"TCGA-FG-6692_{name}.nii.gz")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.build.cut_samples",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--sources", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args(argv)
-    if not (args.sources / "he").is_dir():
-        raise UserError(f"{args.sources} has no folder he/: it is not where the published files lie")
+@script("demo.build.cut_samples", __doc__)
+def main(
+    sources: Annotated[Path, inputs("--sources", help="Folder of the published files.")],
+    out: Annotated[Path, output("--out", help="Folder of the samples to write.")],
+) -> None:
+    if not (sources / "he").is_dir():
+        raise UserError(f"{sources} has no folder he/; give the folder of the published files by --sources")
     for write in (stains, cancers, cells, slices):
-        write(args.sources, args.out / write.__name__)
+        write(sources, out / write.__name__)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

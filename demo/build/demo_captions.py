@@ -1,55 +1,62 @@
-"""Images of several kinds with captions, for the demo's text-to-image model: tissue, slices of volumes, radiographs.
+r"""Write images of several kinds with captions, for the demo's text-to-image model.
 
-    python -m demo.build.demo_captions --tissue "H&E: skin=CMU-1-Small-Region.svs"
-        --tissue "IHC: Ki67=OS-2-ndpi.ome.tif"
-        --volumes FLAIR=fla.nii.gz T1=t1.nii.gz --tumour seg_fusion.nii.gz --radiographs captions.csv --out captioned
+They are tissue, slices of volumes and radiographs. captions.csv (path, text, modality, patient) lists them for
+`data_prep.import_captions`. Captions say what can be told without a reader: of tissue the stain, the organ and whether
+a tile has many or few nuclei (the upper and lower third of its slide by mean haematoxylin, colour deconvolution); of
+slices the sequence and whether the given segmentation has tumour there; of radiographs the notes of their table. The
+column patient is a block of 128 µm, or of five slices, so that splits have no pixel in common.
 
-writes images and captions.csv (path, text, modality, patient), which `data_prep.import_captions` reads. Captions say
-what can be told without a reader: of tissue the stain, the organ and whether a tile has many or few nuclei (the upper
-and lower third of its slide by mean haematoxylin, colour deconvolution); of slices the sequence and whether the given
-segmentation has tumour there; of radiographs the notes of their table. The column patient is a block of 128 um, or of
-five slices, so that splits have no pixel in common.
+Example:
+
+    python -m demo.build.demo_captions --out captioned \
+        --tissue "H&E: skin=CMU-1-Small-Region.svs" "IHC: Ki67=OS-2-ndpi.ome.tif" \
+        --volumes FLAIR=fla.nii.gz T1=t1.nii.gz --tumour seg_fusion.nii.gz \
+        --radiographs captions.csv
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 from skimage.color import rgb2hed
 from tqdm import tqdm
 
+from data_prep.options import inputs, output
+from ldm.cli.script import script
 from ldm.data.volumes import Volume, cut_slice, in_plane, to_tile, windowed
-from ldm.errors import UserError, run_command
+from ldm.errors import UserError
 from ldm.files import whole
 from ldm.images.slides import TissueMask, open_any, open_slide
 from ldm.tables.captions import open_image, read_captions, square
 
 SIZE = 64  # px of all images
-BLOCK = 128  # um, of tissue that stays in one split
-STRIDE = 16  # um
+BLOCK = 128  # µm, of tissue that stays in one split
+STRIDE = 16  # µm
 SLICES = range(30, 120)  # axial
 TUMOUR = 50  # voxels of a slice that has tumour
 Row = tuple[np.ndarray, str, str, str]  # image, text, modality, patient
 
 
 def tissue(name: str, path: Path, mpp: float | None) -> Iterator[Row]:
-    """Tiles of 64 um, those of tissue; `name` is "modality: what it is"."""
+    """Tiles of 64 µm, those of tissue; `name` is "modality: what it is"."""
     modality, _, what = (part.strip() for part in name.partition(":"))
     slide = open_slide(path, None if open_any(path).mpp else mpp)
     mask = TissueMask(slide)
-    scale = 1 / slide.mpp  # level-0 pixels per um
+    scale = 1 / slide.mpp  # level-0 pixels per µm
     width, height = (int(side / scale) for side in slide.dimensions)
     inside = range(0, BLOCK - SIZE + 1, STRIDE)
     blocks = [(x, y) for y in range(0, height - BLOCK + 1, BLOCK) for x in range(0, width - BLOCK + 1, BLOCK)]
     places = np.array([(bx + x, by + y) for bx, by in blocks for y in inside for x in inside]).reshape(-1, 2)
     places = places[mask.fraction(places * scale, SIZE * scale) > 0.5]
     if not len(places):
-        raise UserError(f"{path} has no tissue in squares of {SIZE} um; is its um per pixel ({slide.mpp:g}) right?")
+        raise UserError(
+            f"{path} has no tissue in squares of {SIZE} µm; are its {slide.mpp:g} µm per pixel right? See --mpp"
+        )
     images = [slide.read(x * scale, y * scale, SIZE * scale, SIZE * scale, (SIZE, SIZE)) for x, y in places]
     stained = np.array([rgb2hed(image)[..., 0].mean() for image in images])
     low, high = np.quantile(stained, [1 / 3, 2 / 3])
@@ -82,46 +89,51 @@ def named(texts: Sequence[str]) -> list[tuple[str, Path]]:
     pairs = [text.rpartition("=")[::2] for text in texts]
     for text, (name, path) in zip(texts, pairs):
         if not name or not Path(path).is_file():
-            raise UserError(f"'{text}' is not NAME=FILE with a file that is there")
+            raise UserError(f"a source is given as NAME=FILE with a file that exists; got '{text}'")
     return [(name, Path(path)) for name, path in pairs]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.build.demo_captions",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--tissue", action="append", default=[], metavar="'MODALITY: WHAT=FILE'", help="a slide and what it shows")
-    add("--mpp", type=float, help="um per pixel of slides that do not say it")
-    add("--volumes", nargs="+", default=[], metavar="SEQUENCE=FILE", help="NIfTI volumes of one subject")
-    add("--tumour", type=Path, help="NIfTI labels on the same grid, above 0 where tumour is")
-    add("--radiographs", type=Path, metavar="CSV", help="table of radiographs, which lie in images/ beside it")
-    add("--text-column", default="clinical_notes", help="its column of captions (default %(default)s)")
-    add("--out", type=Path, required=True, metavar="FOLDER")
-    args = parser.parse_args(argv)
-    if args.volumes and not args.tumour:
-        raise UserError("--volumes needs --tumour, the labels that captions are told by")
-    sources: list[Iterator[Row]] = []
-    sources += [tissue(name, path, args.mpp) for name, path in named(args.tissue)]
-    if args.volumes:
-        sources.append(slices(dict(named(args.volumes)), args.tumour))
-    if args.radiographs:
-        sources.append(radiographs(args.radiographs, args.text_column))
+@script("demo.build.demo_captions", __doc__)
+def main(
+    *,
+    tissues: Annotated[
+        list[str] | None, inputs("--tissue", help="Slide and what it shows, as 'H&E: skin=FILE': one or several.")
+    ] = None,
+    mpp: Annotated[float | None, inputs("--mpp", help="Micrometres per pixel of slides that do not say it.")] = None,
+    volumes: Annotated[
+        list[str] | None, inputs("--volumes", help="NIfTI volumes of one subject, as T1=FILE: one or several.")
+    ] = None,
+    tumour: Annotated[
+        Path | None, inputs("--tumour", help="NIfTI labels on the same grid, above 0 where there is tumour.")
+    ] = None,
+    table: Annotated[
+        Path | None, inputs("--radiographs", help="CSV of radiographs, which lie in images/ beside it.")
+    ] = None,
+    text_column: Annotated[
+        str, inputs("--text-column", help="Column of captions in the table of radiographs.")
+    ] = "clinical_notes",
+    out: Annotated[Path, output("--out", help="Folder to write.")],
+) -> None:
+    if volumes and not tumour:
+        raise UserError("--volumes needs --tumour, the labels that their captions are made of")
+    sources = [tissue(name, path, mpp) for name, path in named(tissues or [])]
+    if volumes:
+        sources.append(slices(dict(named(volumes)), tumour))
+    if table:
+        sources.append(radiographs(table, text_column))
     if not sources:
-        raise UserError("nothing to write: give --tissue, --volumes or --radiographs")
-    (args.out / "images").mkdir(parents=True, exist_ok=True)
-    with whole(args.out / "captions.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
+        raise UserError("there is nothing to write; give --tissue, --volumes or --radiographs")
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    with whole(out / "captions.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("path", "text", "modality", "patient"))
         rows = (row for source in sources for row in source)
         for i, (image, text, modality, patient) in enumerate(tqdm(rows, desc="images", unit="image")):
             path = f"images/{i:05d}.png"
-            Image.fromarray(image).save(args.out / path)
+            Image.fromarray(image).save(out / path)
             writer.writerow((path, text, modality, patient))
-    print(f"{i + 1} images and {args.out / 'captions.csv'}")
+    print(f"{i + 1} images and {out / 'captions.csv'}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_command(main))
+    main.run()

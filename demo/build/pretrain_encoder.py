@@ -1,6 +1,4 @@
-"""Self-supervised pre-training of a small tile encoder: SimCLR over tiles and, as in DenseCL, over their cells.
-
-    python -m demo.build.pretrain_encoder --config configs/demo/encoder.yaml --out FOLDER
+r"""Pre-train a small tile encoder by self-supervision: SimCLR over tiles and, as in DenseCL, over their cells.
 
 NT-Xent (Chen et al. 2020, "A Simple Framework for Contrastive Learning of Visual Representations", eq. 1) between two
 views of a tile, plus the same loss between corresponding cells of the two feature maps (Wang et al. 2021, "Dense
@@ -9,32 +7,40 @@ stain (Tellez et al. 2018, HED jitter), brightness, contrast, blur, and only mil
 same rotation and flip, so that the feature keeps where things are in the tile. Pairs that are known not to be negatives
 (overlapping tiles, two pieces of empty glass) are left out of the denominator.
 
-FOLDER gets `encoder.yaml` and `model.safetensors` (see `ldm.encoders.encoder`). A stopped run continues where it was.
+The folder gets encoder.yaml and model.safetensors (see `ldm.encoders.encoder`). When a run was interrupted, the same
+command goes on where it stopped.
+
+Example:
+
+    python -m demo.build.pretrain_encoder --out FOLDER \
+        --config configs/demo/encoder.yaml
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import typer
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from data_prep.options import inputs, output
+from ldm.cli.script import script
 from ldm.config import load_config
 from ldm.encoders.encoder import Encoder, load_encoder
 from ldm.encoders.registry import EncoderSpec
-from ldm.errors import UserError, run_command, suggest
+from ldm.errors import UserError, suggest
 from ldm.files import whole, writable_folder, write_text
 from ldm.images.slides import open_slide
 
@@ -416,23 +422,26 @@ def pretrain(config: dict, out: Path) -> None:
     )
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m demo.build.pretrain_encoder", description=__doc__.split("\n")[0])
-    parser.add_argument("--config", type=Path, required=True, help="YAML, see configs/demo/encoder.yaml")
-    parser.add_argument("--out", type=Path, required=True, help="encoder folder to write")
-    parser.add_argument("--exclude", action="append", default=[], metavar="X,Y,W,H",
-                        help="keep this rectangle of the first image (its own pixels) out of training")  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the config")
-    options = parser.parse_args(arguments)
-    config = load_config([options.config], options.overrides)
-    for text in options.exclude:
+@script("demo.build.pretrain_encoder", __doc__)
+def main(
+    *,
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to the config, key.path=value.")] = None,
+    path: Annotated[Path, inputs("--config", help="Config, YAML, as configs/demo/encoder.yaml.")],
+    exclude: Annotated[
+        list[str] | None,
+        inputs("--exclude", help="Box x,y,width,height, pixels of the first image, to keep out of training (repeat)."),
+    ] = None,
+    out: Annotated[Path, output("--out", help="Encoder folder to write.")],
+) -> None:
+    config = load_config([path], overrides or [])
+    for text in exclude or []:
         try:
             x, y, width, height = (float(value) for value in text.split(","))
         except ValueError:
-            raise UserError(f"--exclude {text}: four numbers x,y,width,height are needed") from None
+            raise UserError(f"--exclude takes x,y,width,height as 4 numbers; got '{text}'.") from None
         config["images"][0].setdefault("exclude", []).append([x, y, width, height])
-    pretrain(config, options.out)
+    pretrain(config, out)
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    main.run()

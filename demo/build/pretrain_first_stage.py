@@ -1,17 +1,19 @@
-"""Train a small first stage from scratch on random crops of a few images.
-
-    python -m demo.build.pretrain_first_stage --config configs/demo/pretrain_first_stage.yaml --out FOLDER
+r"""Train a small first stage from scratch on random crops of a few images.
 
 The training is `ldm.autoencoder.stage.AutoencoderStage`'s; this script adds the crops and writes a model folder.
-FOLDER-run keeps the checkpoint that a stopped run continues from, the numbers of every epoch and reconstructions of
-held-out crops side by side (top: real, bottom: reconstructed).
+FOLDER-run keeps the checkpoint that an interrupted run goes on from, the numbers of every epoch and reconstructions of
+held-out crops (above: real, below: reconstructed).
+
+Example:
+
+    python -m demo.build.pretrain_first_stage --out FOLDER \
+        --config configs/demo/pretrain_first_stage.yaml
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pytorch_lightning as pl
@@ -22,10 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data_prep.options import inputs, output
 from demo.build.pretrain_encoder import check_keys
+from ldm.cli.script import script
 from ldm.config import instantiate_from_config, load_config
 from ldm.data.datasets import RegionDataset, to_tensor
-from ldm.errors import UserError, run_command
+from ldm.errors import UserError
 from ldm.files import writable_folder
 from ldm.images.sheets import grid
 from ldm.images.slides import open_slide
@@ -172,14 +176,13 @@ def pretrain(config_path: Path, out: Path) -> None:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    about = __doc__.split("\n")[0]
-    parser = argparse.ArgumentParser(prog="python -m demo.build.pretrain_first_stage", description=about)
-    parser.add_argument("--config", type=Path, required=True, help="YAML as configs/demo/pretrain_first_stage.yaml")
-    parser.add_argument("--out", type=Path, required=True, help="model folder to write")
-    args = parser.parse_args(argv)
-    return run_command(lambda: pretrain(args.config, args.out))
+@script("demo.build.pretrain_first_stage", __doc__)
+def main(
+    config: Annotated[Path, inputs("--config", help="Config, YAML, as configs/demo/pretrain_first_stage.yaml.")],
+    out: Annotated[Path, output("--out", help="Model folder to write.")],
+) -> None:
+    pretrain(config, out)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run()
