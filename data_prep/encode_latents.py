@@ -8,9 +8,10 @@ are left as they are.
 
 Examples:
 
-    python -m data_prep.encode_latents --store cohort --first-stage models/vq-f4
-    python -m data_prep.encode_latents --store cohort --first-stage models/vq-f4 \
-        --dihedral --name vq-f4-dihedral
+    python -m data_prep.encode_latents --store cohort \
+        --first-stage models/vq-f4
+    python -m data_prep.encode_latents --store cohort \
+        --first-stage models/vq-f4 --dihedral --name vq-f4-turned
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ Examples:
 
     python -m data_prep.import_captions --table captions.csv --size 256 \
         --validation 0.1 --out cohort
-    python -m data_prep.import_captions --table reports.csv --of-slides --out cohort
+    python -m data_prep.import_captions --table reports.csv --of-slides \
+        --out cohort
 """
 
 from __future__ import annotations

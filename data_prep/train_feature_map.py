@@ -7,8 +7,8 @@ Examples:
 
     python -m data_prep.train_feature_map --source he.zarr --target ihc.zarr \
         --out models/he-to-ihc
-    python -m data_prep.train_feature_map --source he.npy --target ihc.npy --paired \
-        --out models/he-to-ihc
+    python -m data_prep.train_feature_map --source he.npy --target ihc.npy \
+        --paired --out models/he-to-ihc
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def train(
     Raises:
         UserError: unreadable features, unequally many pairs, see also `ldm.encoders.feature_map.fit_transport`.
     """
-    writable_folder(out.parent)
     (a, of_source), (b, of_target) = read_set(source, source_feature), read_set(target, target_feature)
+    writable_folder(out.parent)
     settings = {"paired": paired, "steps": steps, "seed": seed}
     metadata = {"source": of_source, "target": of_target, **settings, "counts": [len(a), len(b)]}
     a, b = torch.from_numpy(a), torch.from_numpy(b)

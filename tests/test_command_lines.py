@@ -1,9 +1,10 @@
-"""What a user gets wrong, Ctrl-C and a full disk look and exit alike on every command line."""
+"""What a user gets wrong, Ctrl-C and a full disk look and exit alike for `histoldm` and for every script."""
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from typing import Annotated
 
 import pytest
 import typer
+from scripts import MODULES, examples_of, script_of
 
 import ldm.cli
 import ldm.commands.models
 from ldm.cli.script import script
 
 STOPPED = "stopped; run the same command again to continue.\n"
+FULL = "error: the disk is full (out/part); make room and run the same command again.\n"
 
 
 @script("several", "Take several.\n\nIn one\nparagraph.\n\n    python -m several\n        --names a")
@@ -82,7 +85,7 @@ def test_histoldm_is_stopped_by_ctrl_c_and_by_a_full_disk(monkeypatch, capsys):
     assert capsys.readouterr().err == STOPPED
     monkeypatch.setattr(ldm.commands.models, "describe_model", fill_disk)
     assert exit_of(ldm.cli.main, ["describe", "x"], monkeypatch) == 2
-    assert capsys.readouterr().err == "error: the disk is full (out/part); make room and run the same command again.\n"
+    assert capsys.readouterr().err == FULL
 
 
 def test_histoldm_tells_a_mistake_once(monkeypatch, capsys, tmp_path: Path):
@@ -90,3 +93,31 @@ def test_histoldm_tells_a_mistake_once(monkeypatch, capsys, tmp_path: Path):
     assert capsys.readouterr().err == f"error: model {tmp_path / 'none'} does not exist.\n"
     assert exit_of(ldm.cli.main, ["describe"], monkeypatch) == 2
     assert "\n\nError: Missing argument 'model'.\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_mistake_in_a_script_is_one_message(module, monkeypatch, capsys, tmp_path: Path):
+    """The inputs of its example are not there."""
+    monkeypatch.chdir(tmp_path)
+    assert exit_of(script_of(module).run, examples_of(module)[0], monkeypatch) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"error: (.|\n)*\S\n", said)
+    assert said.count("error: ") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_an_unknown_option_of_a_script_is_a_usage_error(module, monkeypatch, capsys):
+    assert exit_of(script_of(module).run, ["--no-such-option"], monkeypatch) == 2
+    head = f"Usage: python -m {module} [OPTIONS]"
+    assert re.fullmatch(
+        rf"{re.escape(head)}.*\nTry 'python -m {module} --help' .*\n\nError: .*\n", capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_script_is_stopped_by_ctrl_c_and_by_a_full_disk(module, monkeypatch, capsys):
+    for stop, code, told in ((interrupt, 130, STOPPED), (fill_disk, 2, FULL)):
+        monkeypatch.setattr(script_of(module).command, "callback", stop)
+        assert exit_of(script_of(module).run, examples_of(module)[0], monkeypatch) == code
+        assert capsys.readouterr().err == told

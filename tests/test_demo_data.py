@@ -69,8 +69,8 @@ def test_captioned_images_become_a_cohort_whose_splits_share_no_block(captioned,
     ("call", "message"),
     [
         ([], "nothing to write"),
-        (["--tissue", "H&E: skin"], "not NAME=FILE"),
-        (["--tissue", "H&E: skin=no.svs"], "not NAME=FILE"),
+        (["--tissue", "H&E: skin"], "given as NAME=FILE"),
+        (["--tissue", "H&E: skin=no.svs"], "given as NAME=FILE"),
         (["--volumes", f"T1={SLICES / 'TCGA-FG-6692_t1.nii.gz'}"], "needs --tumour"),
     ],
 )

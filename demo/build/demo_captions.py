@@ -9,7 +9,7 @@ column patient is a block of 128 µm, or of five slices, so that splits have no 
 Example:
 
     python -m demo.build.demo_captions --out captioned \
-        --tissue "H&E: skin=CMU-1-Small-Region.svs" "IHC: Ki67=OS-2-ndpi.ome.tif" \
+        --tissue "H&E: skin=CMU-1-Small-Region.svs" "IHC: Ki67=OS-2.ome.tif" \
         --volumes FLAIR=fla.nii.gz T1=t1.nii.gz --tumour seg_fusion.nii.gz \
         --radiographs captions.csv
 """
@@ -112,7 +112,7 @@ def main(
     text_column: Annotated[
         str, inputs("--text-column", help="Column of captions in the table of radiographs.")
     ] = "clinical_notes",
-    out: Annotated[Path, output("--out", help="Folder to write.")],
+    out: Annotated[Path, output("--out", help="Folder of images and captions.csv to write.")],
 ) -> None:
     if volumes and not tumour:
         raise UserError("--volumes needs --tumour, the labels that their captions are made of")

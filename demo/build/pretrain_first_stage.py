@@ -143,7 +143,6 @@ def pretrain(config_path: Path, out: Path) -> None:
     check_keys(config["train"], TRAIN_KEYS, "the config's train")
     train = config["train"]
     run = out.with_name(out.name + "-run")
-    writable_folder(run)
     pl.seed_everything(config["seed"])
     node = {"target": config["model"]["target"], "params": config["model"]["params"]}
     stage = instantiate_from_config(node, seed=config["seed"])
@@ -151,6 +150,7 @@ def pretrain(config_path: Path, out: Path) -> None:
     length = train["steps_per_epoch"] * train["batch_size"]
     crops = RegionDataset(config["images"], train["crop"], length, train["mpp"], background=train["glass"])
     held_out = HeldOut(config["images"], size=256)
+    writable_folder(run)
     checkpoint = ModelCheckpoint(run, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         accelerator="cpu",
