@@ -8,7 +8,7 @@ from torch import nn
 
 from ldm.autoencoder.autoencoder import AutoencoderKL
 from ldm.sampling import local_norm as tiled_decode
-from ldm.sampling.local_norm import decode_tiled, decode_tiles, local_group_norm, local_statistics, spans, spread
+from ldm.sampling.local_norm import decode_tiles, local_group_norm, local_statistics, spans, spread
 
 DDCONFIG = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2],
                 num_res_blocks=1, attn_resolutions=[], dropout=0.0, mid_attention=False)  # fmt: skip
@@ -26,22 +26,30 @@ def canvas() -> torch.Tensor:
     return z
 
 
+def decoded(model: AutoencoderKL, z: torch.Tensor, window: int, **settings: int) -> torch.Tensor:
+    """The image of latents z, put together from its parts."""
+    image = torch.full((1, 3, 2 * z.shape[-2], 2 * z.shape[-1]), torch.nan)
+    for rows, cols, part in decode_tiles(model, z, window, **settings):
+        image[..., rows, cols] = part
+    return image
+
+
 def test_the_middle_of_a_tile_is_decoded_as_the_tile_alone():
     """Beside a half of another tone, where statistics of the whole canvas would spoil it."""
     model, z = first_stage(), canvas()
     with torch.no_grad():
         whole = model.decode(z)
         tile = model.decode(z[..., 16:48, 64:96])[..., 28:36, 28:36]
-    ours = decode_tiled(model, z, window=32)[..., 60:68, 156:164]
+    ours = decoded(model, z, window=32)[..., 60:68, 156:164]
     near, far = (float((image - tile).abs().mean()) for image in (ours, whole[..., 60:68, 156:164]))
     assert near < 0.2 * far, (near, far)
 
 
 def test_parts_fit_together():
     model, z = first_stage(), canvas()
-    whole = decode_tiled(model, z, WINDOW, part=96)
-    apart = decode_tiled(model, z, WINDOW, part=32, halo=24)
-    narrow = decode_tiled(model, z, WINDOW, part=32, halo=1)
+    whole = decoded(model, z, WINDOW, part=96)
+    apart = decoded(model, z, WINDOW, part=32, halo=24)
+    narrow = decoded(model, z, WINDOW, part=32, halo=1)
     error, careless = (float((image - whole).abs().mean() / whole.std()) for image in (apart, narrow))
     assert error < 0.01, (error, careless)
     assert careless > 5 * error, (error, careless)
@@ -49,11 +57,11 @@ def test_parts_fit_together():
 
 def test_any_size_is_covered_and_a_canvas_of_one_tile_is_decoded_as_it_is():
     model, z = first_stage(), canvas()
-    assert decode_tiled(model, z[..., :50, :70], WINDOW, part=32).shape == (1, 3, 100, 140)
-    assert decode_tiled(model, z[..., :50, :70], WINDOW, part=32).isfinite().all()
-    assert decode_tiled(model, z[..., :9, :70], WINDOW, part=32).isfinite().all()
+    assert decoded(model, z[..., :50, :70], WINDOW, part=32).shape == (1, 3, 100, 140)
+    assert decoded(model, z[..., :50, :70], WINDOW, part=32).isfinite().all()
+    assert decoded(model, z[..., :9, :70], WINDOW, part=32).isfinite().all()
     with torch.no_grad():
-        assert torch.equal(decode_tiled(model, z[..., :16, :12], WINDOW), model.decode(z[..., :16, :12]))
+        assert torch.equal(decoded(model, z[..., :16, :12], WINDOW), model.decode(z[..., :16, :12]))
 
 
 def test_parts_cover_the_image_once_and_come_as_they_are_made():

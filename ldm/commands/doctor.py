@@ -26,7 +26,6 @@ from ldm.files import sha256, tool_version, writable_folder
 MARKS = {"ok": "ok", "missing": "--", "problem": "!!"}
 FREE_BYTES = 5e9  # less than this on a disk is a problem: stores, latents and checkpoints fill it soon
 KEY = ("torch", "pytorch-lightning", "timm", "zarr", "openslide-python")
-GROUPS = ("Versions", "Devices", "Encoders", "Text models", "Metrics and losses", "Folders", "Self-test")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def doctor(as_json: bool) -> bool:
 
 
 def examine() -> Iterator[Finding]:
-    """All findings, in the order of GROUPS."""
+    """All findings, group by group."""
     yield from versions()
     yield from devices()
     yield from encoder_weights()

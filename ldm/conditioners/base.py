@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 
-PARTS = ("crossattn", "vector", "concat", "label")  # where a condition acts in the network
-
 
 class Conditioner(nn.Module):
     """A condition of samples: reads values from a batch and tells a network.
 
-    `forward(batch, drop)` gives the condition, a dict of PARTS: {"crossattn": (B,L,D), "vector": (B,E),
-    "concat": (B,C,h,w)}; `null()` the unconditional one of one sample. Values that users name ("LUAD", 0.7,
-    {"TP53": 1}) become batch values by `read`, texts of a command line by `parse`; a user's mistake is a UserError.
+    `forward(batch, drop)` gives the condition, a dict of the parts of a network where it acts: {"crossattn": (B,L,D),
+    "vector": (B,E), "concat": (B,C,h,w), "label": (B,)}; `null()` the unconditional one of one sample. Values that
+    users name ("LUAD", 0.7, {"TP53": 1}) become batch values by `read`, texts of a command line by `parse`; a user's
+    mistake is a UserError.
 
     Attributes:
         keys: batch keys that it reads; users give conditions by the same names.

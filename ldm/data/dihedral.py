@@ -24,14 +24,3 @@ def apply(x: Array, k: int) -> Array:
         return torch.rot90(x, k % 4, (-2, -1))
     x = np.flip(x, -1) if k >= 4 else x
     return np.rot90(x, k % 4, (-2, -1))
-
-
-def inverse(k: int) -> int:
-    """The variant that undoes k: `apply(apply(x, k), inverse(k)) == x`. Every flipped variant is its own inverse."""
-    return k if k >= 4 else -k % 4
-
-
-def variants(x: Array) -> Array:
-    """All eight variants of square x (B, C, H, H) along a new axis: (B, 8, C, H, H)."""
-    each = [apply(x, k) for k in range(COUNT)]
-    return torch.stack(each, 1) if isinstance(x, torch.Tensor) else np.stack(each, 1)

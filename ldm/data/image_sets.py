@@ -32,7 +32,6 @@ CROP = 256
 BLOCK_SIDE = 512  # level-0 px of the squares of a slide that intervals draw where the slides are too few
 GREY = ("1", "L", "LA", "I", "I;16", "F")
 TCGA = r"(TCGA-\w{2}-\w{4})"
-OWN = ("name", "slide", "patient", "block")  # columns that say whose an image is; others say what it shows
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ldm.metrics.measure import Measure
     from ldm.metrics.memorisation import Memorisation
 
-GENERATED, REAL, TRAIN, FLAG, GREY = "#d9822b", "#3b6fb6", "#5f9e6e", "#b3261e", "#9aa0a6"
+GENERATED, REAL, FLAG, GREY = "#d9822b", "#3b6fb6", "#b3261e", "#9aa0a6"
 STYLE = {
     "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.spines.top": False,
     "axes.spines.right": False, "axes.edgecolor": GREY, "axes.labelcolor": "#3c4043", "xtick.color": "#3c4043",

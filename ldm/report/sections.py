@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from ldm.data.collection import read_table
 from ldm.data.image_sets import TCGA, ImageSet, images_by_name
 from ldm.encoders.extractors import Extractor
 from ldm.encoders.feature_files import FeatureSet
-from ldm.errors import UserError
 from ldm.files import sha256
 from ldm.images.large import LargeImage
 from ldm.images.sheets import LEAST, contact_sheet, fitted, grid
@@ -275,10 +273,3 @@ def scores(path: Path, seed: int) -> Section:
     found = conditional.calibration(table, groups, seed=seed)
     return Section("scores", "Are scores calibrated?", f"{len(table)} scores of {path.name}.", measures=found.measures,
                    plots=[(plots.reliability(found), "Calibrated scores lie on the dashed line.")])  # fmt: skip
-
-
-def check_sections(sections: Sequence[Section]) -> None:
-    if not sections:
-        raise UserError(
-            "there is nothing to evaluate: give --generated with --real, --pairs, --scores or a large image."
-        )

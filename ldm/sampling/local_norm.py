@@ -160,11 +160,3 @@ def decode_tiles(
             yield *under_way[:2], under_way[2]()
         under_way = rows.outside(factor), cols.outside(factor), receive(decoded, z.device)
     yield *under_way[:2], under_way[2]()
-
-
-def decode_tiled(first_stage: nn.Module, z: Tensor, window: int, part: int = 256, halo: int | None = None) -> Tensor:
-    """The image (1,3,H,W) of latents z (1,C,h,w), decoded part by part (`decode_tiles`)."""
-    image = z.new_empty(1, 3, *(side * first_stage.downsampling for side in z.shape[-2:]))
-    for rows, cols, decoded in decode_tiles(first_stage, z, window, part, halo):
-        image[..., rows, cols] = decoded
-    return image
