@@ -28,6 +28,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from ldm.networks.lmi import EPS, lmi_map
@@ -45,10 +46,10 @@ def dense_lmi(
         return F.unfold(F.pad(image, [half] * 4), patch)                        # (B,pixels,places)
 
     source, target = ((255 * image).int().float() for image in (source, target))
-    spread = patches(target).view(b, patch, patch, h, w).permute(0, 3, 1, 4, 2).reshape(b, 1, h * patch, w * patch)
-    others = patches(spread).view(b, pixels, h, patch, w, patch).permute(0, 2, 4, 3, 5, 1)
-    others = others.reshape(-1, pixels, 1)                                      # (B*H*W*candidates,pixels,1)
-    own = patches(source).transpose(1, 2).repeat_interleave(pixels, dim=1).reshape(-1, pixels, 1)
+    size = {"h": h, "w": w}
+    spread = rearrange(patches(target), "b (i j) (h w) -> b 1 (h i) (w j)", i=patch, **size)
+    others = rearrange(patches(spread), "b p (h i w j) -> (b h w i j) p 1", i=patch, j=patch, **size)
+    own = repeat(patches(source), "b p place -> (b place candidate) p 1", candidate=pixels)
     k1, k2 = (torch.exp(-0.5 * ((values - centres) / width) ** 2) for values in (own, others))
     p1, p2 = (k.mean(1) / (k.mean(1).sum(1, keepdim=True) + EPS) for k in (k1, k2))
     joint = k1.transpose(1, 2) @ k2
@@ -57,7 +58,7 @@ def dense_lmi(
     information = h1 + h2 - h12
     if normalized:
         information = 2 * (information + EPS) / (h1 + h2 + EPS)
-    return information.view(b, 1, h, w, pixels).amax(-1)
+    return reduce(information, "(b h w candidate) -> b 1 h w", "max", b=b, **size)
 
 
 def smooth(count: int, size: int, seed: int) -> Tensor:

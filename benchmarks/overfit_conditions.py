@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -110,7 +111,7 @@ def grid(data: Path, size: int) -> Case:
     tiles, images = tissue_tiles(16, size)
     cells = [tile[128 + 128 * r :, 128 + 128 * c :][:128, :128] for tile in tiles for r in (0, 1) for c in (0, 1)]
     enlarged = [np.kron(cell, np.ones((2, 2, 1), np.uint8)) for cell in cells]
-    features = demo_features(enlarged).unflatten(0, (-1, 2, 2)).permute(0, 3, 1, 2)  # (N,D,2,2)
+    features = rearrange(demo_features(enlarged), "(n row col) d -> n d row col", row=2, col=2)
     node = module(
         "grid.GridEmbedder", embed_dim=features.shape[1], context_dim=CONTEXT, magnifications=["20x"], hidden=64,
         depth=2, heads=4, mlp=128,

@@ -26,6 +26,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from skimage.exposure import match_histograms
 from skimage.metrics import structural_similarity
 from stain_measures import interval
@@ -167,12 +168,12 @@ def main() -> None:
         columns = ["source", "matched", *best, *[way for way in rows if way.startswith("gradient")], last]
         shown = [ways[way][chosen] for way in columns] + [real[chosen]]
         shown.append((shown[-2] - shown[-1]).abs() - 1)
-        pictures.append(torch.cat(shown, 3).flatten(0, 2))                      # (3H, columns*W)
+        pictures.append(rearrange(shown, "column n 1 h w -> (n h) (column w)"))
     if options.out:
-        page = (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).mul(255).byte().numpy().repeat(2, 0).repeat(2, 1)
+        page = (torch.cat(pictures) / 2 + 0.5).clamp(0, 1).mul(255).byte().numpy()
         content = "source, matched, SDEdit, gradient, translation, real, |difference|"
         about = {"content": content, "model": options.model}
-        save_png(options.out, np.repeat(page[..., None], 3, 2), about)
+        save_png(options.out, repeat(page, "h w -> (h 2) (w 2) 3"), about)
 
 
 if __name__ == "__main__":

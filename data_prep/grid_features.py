@@ -29,6 +29,7 @@ import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from einops import pack, rearrange, unpack
 from tqdm import tqdm
 
 from data_prep.options import StoreOption, inputs, output, stores_told, taken
@@ -158,11 +159,10 @@ def write_grid(store: TileStore, other: TileStore, feature: str, out_name: str, 
 
 def _grids(values: np.ndarray, side: int, largest: int) -> np.ndarray:
     """Cells (b,k*k,D) -> (b,D,k,k), or (b,k*k,8,D) of all orientations -> (b,8,D,k,k) with the cells turned as well."""
-    grids = np.moveaxis(values, 1, -1)  # (b,[8,]D,k*k)
-    grids = grids.reshape(*grids.shape[:-1], side, side)
+    grids = rearrange(values, "b (row col) ... d -> b ... d row col", row=side)
     if side > largest:
-        flat = torch.from_numpy(np.ascontiguousarray(grids)).flatten(0, -4)
-        grids = F.adaptive_avg_pool2d(flat, largest).numpy().reshape(*grids.shape[:-2], largest, largest)
+        flat, shape = pack([torch.from_numpy(np.ascontiguousarray(grids))], "* d row col")
+        grids = unpack(F.adaptive_avg_pool2d(flat, largest), shape, "* d row col")[0].numpy()
     if values.ndim == 4:
         grids = np.stack([dihedral.apply(grids[:, variant], variant) for variant in range(dihedral.COUNT)], 1)
     return grids

@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 import typer
 import yaml
+from einops import rearrange
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -214,7 +215,7 @@ class Contrast(nn.Module):
         """views (B,3,S,S) in [0, 1] -> tile projections (B,P), cell projections (B*k*k,P)."""
         inputs = self.encoder.normalise(views)
         features = self.encoder.pool(self.encoder.model.forward_features(inputs))  # (B,C*k*k)
-        cells = features.unflatten(1, (-1, self.grid**2)).transpose(1, 2).flatten(0, 1)  # (B*k*k,C)
+        cells = rearrange(features, "b (c cell) -> (b cell) c", cell=self.grid**2)
         return self.tile_head(features), self.cell_head(cells)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import UserError, suggest
@@ -55,9 +56,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W)
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B,1,HW,C)
-        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
 
 
 class Downsample(nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder
 
@@ -126,7 +127,7 @@ class GridEmbedder(FeatureGrid):
         order, parts = [], []
         for indices, grids in self.grids(values):
             grids = self.prepared(grids.to(self.pad_token))
-            cells = self.dim_reduce(grids.flatten(2).transpose(1, 2))           # (b,k*k,hidden)
+            cells = self.dim_reduce(rearrange(grids, "b d row col -> b (row col) d"))
             count = cells.shape[1]
             start = SIDE**2 // 2 - count // 2
             taken = torch.arange(SIDE**2, device=cells.device)[:, None]
@@ -221,7 +222,7 @@ class GridTokens(FeatureGrid):
         groups = self.grids(self._value(batch, self.keys[0]))
         if wrong := [grids.shape[-1] for _, grids in groups if grids.shape[-1] != self.grid]:
             raise UserError(f"the model takes {self.grid} x {self.grid} features; got {wrong[0]} x {wrong[0]}.")
-        cells = groups[0][1].to(self.positions).flatten(2).transpose(1, 2) + self.positions  # (B,k*k,embed_dim)
+        cells = rearrange(groups[0][1].to(self.positions), "b d row col -> b (row col) d") + self.positions
         return {"crossattn": self.projection(where_kept(cells, self.uncond_embedding, drop))}
 
     def null(self) -> dict[str, Tensor]:
@@ -245,5 +246,5 @@ def sincos_2d(dim: int, grid: int) -> Tensor:
     places = (torch.arange(grid, dtype=torch.float64) + 0.5) * 32 / grid
     waves = places[:, None] * rates                                             # (grid,dim/4)
     waves = torch.cat([waves.sin(), waves.cos()], 1)                            # (grid,dim/2)
-    cols, rows = waves[None].expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)
-    return torch.cat([cols, rows], 2).flatten(0, 1).float()
+    cols, rows = (repeat(waves, f"{axis} d -> (row col) d", row=grid, col=grid) for axis in ("col", "row"))
+    return torch.cat([cols, rows], 1).float()

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioners.base import Conditioner
@@ -95,9 +96,8 @@ class GridPatchEmbedder(PatchEmbedder):
         self.cell_fc = nn.Linear(embed_dim // grid**2, map_channels)
 
     def embed(self, features: Tensor) -> dict[str, Tensor]:
-        cells = features.unflatten(1, (-1, self.grid * self.grid)).transpose(1, 2)  # (B,grid^2,embed_dim/grid^2)
-        layout = self.cell_fc(cells).transpose(1, 2).unflatten(2, (self.grid, self.grid))
-        return {**super().embed(features), "concat": layout}                    # (B,map_channels,grid,grid)
+        cells = rearrange(features, "b (d row col) -> b row col d", row=self.grid, col=self.grid)
+        return {**super().embed(features), "concat": rearrange(self.cell_fc(cells), "b row col c -> b c row col")}
 
 
 class SSLEmbedder(Conditioner):

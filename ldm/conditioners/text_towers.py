@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import repeat
 from open_clip.transformer import LayerNorm, QuickGELU, TextTransformer
 from torch import Tensor, nn
 
@@ -79,7 +80,7 @@ class ClipTower(nn.Module):
         mask = torch.full((length, length), float("-inf"), device=ids.device).triu(1)
         if keep is not None:
             hidden = torch.zeros(keep.shape, device=ids.device).masked_fill(~keep, float("-inf"))
-            mask = (mask + hidden[:, None]).repeat_interleave(self.heads, 0)  # (B*heads,L,L)
+            mask = repeat(mask + hidden[:, None], "b q k -> (b heads) q k", heads=self.heads)
         return self.ln_final(self.transformer(x, attn_mask=mask))
 
 

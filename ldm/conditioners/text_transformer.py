@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 HEAD = 64  # width of an attention head
@@ -24,8 +25,10 @@ class TokenAttention(nn.Module):
         self.to_out = nn.Linear(heads * HEAD, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        q, k, v = (to(x).unflatten(-1, (self.heads, HEAD)).transpose(1, 2) for to in (self.to_q, self.to_k, self.to_v))
-        return self.to_out(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        of = (self.to_q, self.to_k, self.to_v)
+        q, k, v = (rearrange(to(x), "b n (heads c) -> b heads n c", heads=self.heads) for to in of)
+        out = F.scaled_dot_product_attention(q, k, v, mask)
+        return self.to_out(rearrange(out, "b heads n c -> b n (heads c)"))
 
 
 class TokenFeedForward(nn.Module):

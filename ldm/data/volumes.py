@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import repeat
 from PIL import Image
 from torch.utils.data import Dataset
 
@@ -96,7 +97,7 @@ def to_tile(image: np.ndarray, size: int, spacing: tuple[float, float] = (1.0, 1
     tile = np.zeros((size, size), np.float32)
     top, left = (size - height) // 2, (size - width) // 2
     tile[top : top + height, left : left + width] = resized
-    return np.repeat(np.rint(tile * 255).astype(np.uint8)[..., None], 3, 2)
+    return repeat(np.rint(tile * 255).astype(np.uint8), "h w -> h w 3")
 
 
 class PairDataset(Dataset):

@@ -23,6 +23,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
+from einops import rearrange
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import SwiGLUPacked, to_2tuple
@@ -133,9 +134,9 @@ class Encoder(nn.Module):
             if pooling == "token+avg":
                 return torch.cat([features[:, 0], features[:, prefix:].mean(1)], 1)
             side = round((features.shape[1] - prefix) ** 0.5)
-            features = features[:, prefix:].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+            features = rearrange(features[:, prefix:], "b (h w) c -> b c h w", h=side)
         elif getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-            features = features.permute(0, 3, 1, 2)
+            features = rearrange(features, "b h w c -> b c h w")
         cells = self.spec.grid if pooling == "grid" else 1
         return F.adaptive_avg_pool2d(features, cells).flatten(1)  # (B,C*cells*cells)
 

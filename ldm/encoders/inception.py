@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
@@ -72,7 +73,7 @@ def clean_resize(images: Tensor) -> Tensor:
         for image in images.cpu().numpy()
         for channel in np.moveaxis(image, -1, 0)
     ]
-    return torch.from_numpy(np.stack(filtered)).clamp(0, 255).unflatten(0, (-1, 3)).to(images.device)
+    return rearrange(torch.from_numpy(np.stack(filtered)), "(b c) h w -> b c h w", c=3).clamp(0, 255).to(images.device)
 
 
 def tensorflow_resize(images: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import UserError
@@ -61,9 +62,9 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).transpose(1, 2) for layer in (self.q, self.k, self.v))
-        h = attend(q, k, v, heads=1)                                            # (B,N,C)
-        return x + self.proj_out(h.transpose(1, 2).unflatten(-1, x.shape[-2:]))
+        q, k, v = (rearrange(layer(h), "b c h w -> b (h w) c") for layer in (self.q, self.k, self.v))
+        h = attend(q, k, v, heads=1)
+        return x + self.proj_out(rearrange(h, "b (h w) c -> b c h w", h=x.shape[-2]))
 
 
 class Downsample(nn.Module):

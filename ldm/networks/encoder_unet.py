@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import UserError
@@ -48,8 +49,8 @@ class AttentionPool2d(nn.Module):
                 f"the classifier's pool takes {self.positional_embedding.shape[-1] - 1} positions, got "
                 f"{x.shape[-1] - 1}; give images of its image_size"
             )
-        qkv = self.qkv_proj(x + self.positional_embedding.to(x.dtype)).transpose(1, 2)
-        q, k, v = qkv.chunk(3, dim=-1)
+        qkv = self.qkv_proj(x + self.positional_embedding.to(x.dtype))
+        q, k, v = rearrange(qkv, "b (qkv c) n -> qkv b n c", qkv=3)
         pooled = attend(q[:, :1], k, v, self.num_heads)                         # (B,1,C), what the mean asks for
         return self.c_proj(pooled.transpose(1, 2))[:, :, 0]
 

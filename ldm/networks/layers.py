@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -66,15 +67,16 @@ class Conv3x3(nn.Conv2d):
         return super().forward(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        _, channels, height, width = x.shape
+        height, width = x.shape[-2:]
         x = F.pad(x, (1, 1, 1, 1))
         shifted = [x[:, :, row : row + height, col : col + width] for row in range(3) for col in range(3)]
         if self.weight.is_contiguous():
-            columns = torch.stack(shifted).permute(2, 0, 1, 3, 4).reshape(9 * channels, -1)     # (9C,BHW)
-            out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)              # (out,BHW)
-            return out.view(-1, len(x), height, width).transpose(0, 1).contiguous()
-        columns = torch.cat([part.permute(0, 2, 3, 1) for part in shifted], dim=-1)             # (B,H,W,9C)
-        return F.linear(columns, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias).permute(0, 3, 1, 2)
+            columns = rearrange(shifted, "k b c h w -> (c k) (b h w)")
+            out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)
+            return rearrange(out, "o (b h w) -> b o h w", h=height, w=width).contiguous()
+        columns = torch.cat([part.permute(0, 2, 3, 1) for part in shifted], dim=-1)
+        out = F.linear(columns, rearrange(self.weight, "o c kh kw -> o (kh kw c)"), self.bias)
+        return out.permute(0, 3, 1, 2)
 
 
 class PointwiseConv(nn.Conv2d):
@@ -177,12 +179,12 @@ class ResBlock(nn.Module):
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Multi-head scaled dot-product attention: q (B,N,C), k and v (B,M,C) -> (B,N,C)."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B,heads,N or M,C/heads)
+    q, k, v = (rearrange(x, "b n (heads c) -> b heads n c", heads=heads) for x in (q, k, v))
     if q.device.type == "cpu" and q.requires_grad and k.dtype != torch.float32 and q.shape[2] * k.shape[2] <= 1024**2:
         out = _attend_plainly(q, k, v)  # below float32 the CPU's fused kernel is several times slower backwards
     else:
         out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2)
+    return rearrange(out, "b heads n c -> b n (heads c)")
 
 
 def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -208,17 +210,13 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, channels, height, width = x.shape
-        tokens = self.norm(x).flatten(2).transpose(1, 2)                        # (B,N,C)
+        tokens = rearrange(self.norm(x), "b c h w -> b (h w) c")
         qkv = F.linear(tokens, self.qkv.weight[:, :, 0], self.qkv.bias)         # (B,N,3C)
-        if self.new_attention_order:
-            q, k, v = qkv.chunk(3, dim=-1)
-        else:
-            q, k, v = qkv.unflatten(-1, (self.num_heads, 3, -1)).unbind(-2)
-            q, k, v = q.flatten(2), k.flatten(2), v.flatten(2)
+        order = "(qkv heads c)" if self.new_attention_order else "(heads qkv c)"
+        q, k, v = rearrange(qkv, f"b n {order} -> qkv b n (heads c)", qkv=3, heads=self.num_heads)
         h = attend(q, k, v, self.num_heads)
         h = F.linear(h, self.proj_out.weight[:, :, 0], self.proj_out.bias)
-        return x + h.transpose(1, 2).reshape(batch, channels, height, width)
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[-2])
 
 
 class CrossAttention(nn.Module):
@@ -301,8 +299,8 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_module(PointwiseConv(inner, channels))
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        h = self.proj_in.tokens(self.norm(x).flatten(2).transpose(1, 2))        # (B,N,C)
+        h = self.proj_in.tokens(rearrange(self.norm(x), "b c h w -> b (h w) c"))
         for block in self.transformer_blocks:
             h = block(h, context)
         h = self.proj_out.tokens(h)
-        return x + h.transpose(1, 2).unflatten(-1, x.shape[-2:])                # (B,C,H,W)
+        return x + rearrange(h, "b (h w) c -> b c h w", h=x.shape[-2])

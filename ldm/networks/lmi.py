@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.config import instantiate_from_config
@@ -101,7 +102,7 @@ def _largest(images: Sequence[Tensor], table: _Kernels, patch: int, normalized: 
     (n, h, w), device, half = images[0].shape, images[0].device, patch // 2
     around = [F.pad(image, [half] * 4, value=table.reach) for image in images]  # zeros around the image
     side = w + 2 * half
-    base = torch.arange(n, device=device).view(n, 1, 1) * (h + 2 * half) * side
+    base = torch.arange(n, device=device) * (h + 2 * half) * side                            # (N,): an image's first
 
     def windows(image: Tensor) -> tuple[Tensor, Tensor]:
         """First bin and number of bins, in fours, that the patch of each pixel reaches, (NHW,) each."""
@@ -114,7 +115,8 @@ def _largest(images: Sequence[Tensor], table: _Kernels, patch: int, normalized: 
     (low1, width1), (low2, width2) = (windows(image) for image in around)
     rows = torch.arange(patch, device=device) + torch.arange(h, device=device)[:, None]      # (H,P)
     cols = torch.arange(patch, device=device) + torch.arange(w, device=device)[:, None]
-    own = (base.view(-1, 1, 1, 1, 1) + rows[:, None, :, None] * side + cols[None, :, None, :]).view(n * h * w, -1)
+    own = base[:, None, None, None, None] + rows[:, None, :, None] * side + cols[None, :, None, :]
+    own = rearrange(own, "n h w i j -> (n h w) (i j)")
     rows, cols = (candidates(length, patch, device) for length in (h, w))                    # (H,P,P): pixel, candidate
     flat = around[0].float()
     plain = F.max_pool2d(flat, patch, 1) == -F.max_pool2d(-flat, patch, 1)
@@ -125,10 +127,11 @@ def _largest(images: Sequence[Tensor], table: _Kernels, patch: int, normalized: 
     for chosen, first, second in _groups(width1, width2, patch, (~plain).flatten().nonzero()[:, 0]):
         y, x = chosen // w % h, chosen % w
         pairs = (
-            base.flatten()[chosen // (h * w)].view(-1, 1, 1, 1, 1)
+            base[chosen // (h * w), None, None, None, None]
             + rows[y][:, :, None, :, None] * side
             + cols[x][:, None, :, None, :]
-        ).view(len(chosen), patch**2, patch**2)                                              # (n,pixel,candidate)
+        )
+        pairs = rearrange(pairs, "n i j k l -> n (i j) (k l)")                                # (n,pixel,candidate)
         levels1, levels2 = source[own[chosen]], target[pairs]
         k1 = table.window(levels1, low1[chosen], first)                                      # (n,pixel,w1)
         k2 = table.window(levels2, low2[chosen], second)                                     # (n,pixel,candidate,w2)
@@ -222,7 +225,7 @@ def lmi_score(
 
     def kernels(image: Tensor) -> Tensor:
         pixels = F.unfold(image.float().flatten(0, 1)[:, None], window, stride=stride)       # (BC,window^2,L)
-        pixels = pixels.transpose(1, 2)[..., None] * 255                                     # (BC,L,window^2,1)
+        pixels = rearrange(pixels, "b p l -> b l p 1") * 255
         return torch.exp(-0.5 * ((pixels - centres) / (2 * sigma**2)) ** 2) + EPS            # (...,bins)
 
     k1, k2 = kernels(source), kernels(target)

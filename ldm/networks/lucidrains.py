@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.errors import UserError
@@ -101,10 +102,10 @@ class LinearAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        q, k, v = (part.unflatten(1, (HEADS, -1)).flatten(3) for part in self.to_qkv(x).chunk(3, dim=1))
-        q, k = q.softmax(-2) * HEAD_CHANNELS**-0.5, k.softmax(-1)               # (B,heads,C/heads,N)
+        qkv = rearrange(self.to_qkv(x), "b (qkv heads c) h w -> qkv b heads c (h w)", qkv=3, heads=HEADS)
+        q, k, v = qkv[0].softmax(-2) * HEAD_CHANNELS**-0.5, qkv[1].softmax(-1), qkv[2]
         out = (v / (height * width)) @ k.transpose(-1, -2) @ q
-        return self.to_out(out.flatten(1, 2).unflatten(-1, (height, width)))
+        return self.to_out(rearrange(out, "b heads c (h w) -> b (heads c) h w", h=height))
 
 
 class Attention(nn.Module):
@@ -117,9 +118,9 @@ class Attention(nn.Module):
         self.to_out = nn.Conv2d(inner, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (part.flatten(2).transpose(1, 2) for part in self.to_qkv(x).chunk(3, dim=1))
-        out = attend(q, k, v, HEADS)                                            # (B,N,inner)
-        return self.to_out(out.transpose(1, 2).unflatten(-1, x.shape[-2:]))
+        q, k, v = rearrange(self.to_qkv(x), "b (qkv c) h w -> qkv b (h w) c", qkv=3)
+        out = attend(q, k, v, HEADS)
+        return self.to_out(rearrange(out, "b (h w) c -> b c h w", h=x.shape[-2]))
 
 
 class PreNorm(nn.Module):

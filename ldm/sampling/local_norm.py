@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.devices import receive, send
@@ -102,8 +103,8 @@ def normalised(norm: nn.GroupNorm, x: Tensor, window: int) -> Tensor:
         share = down[rows]                                                      # (strip,windows)
         first, last = share.any(0).nonzero()[[0, -1], 0].tolist()
         near = slice(first, last + 1)
-        here = ((share[:, near] @ values[:, near].flatten(2)).unflatten(2, (-1, x.shape[1])) for values in maps)
-        scale, shift = (values.permute(0, 3, 1, 2) for values in here)          # (B,C,strip,W)
+        here = (share[:, near] @ rearrange(values[:, near], "b r w c -> b r (w c)") for values in maps)
+        scale, shift = (rearrange(values, "b h (w c) -> b c h w", c=x.shape[1]) for values in here)
         if x.dtype == shift.dtype:
             torch.addcmul(shift, x[..., rows, :], scale, out=out[..., rows, :])
         else:
