@@ -94,9 +94,9 @@ def set_up() -> str:
 
     torch.set_num_threads(1)
     sys.path.append(str(ROOT))
-    from demo.steps import native_bf16
+    from ldm.devices import faster_precision
 
-    return "bf16" if native_bf16() else "fp32"
+    return faster_precision("cpu")[0]
 
 
 def report(options: argparse.Namespace) -> None:

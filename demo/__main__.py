@@ -19,8 +19,9 @@ import time
 from pathlib import Path
 
 from demo.record import Record, command_of
-from demo.steps import OUT, SLIDE, Step, demo_steps, executable, native_bf16
+from demo.steps import OUT, SLIDE, Step, demo_steps, executable
 from ldm.cli.script import script
+from ldm.devices import faster_precision
 from ldm.errors import UserError
 
 IMPORT_SECONDS = 5
@@ -88,7 +89,7 @@ def run_demo(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
-    steps = demo_steps(out, native_bf16())
+    steps = demo_steps(out, faster_precision()[0])
     record = Record(out / "times.json")
     for number, step in enumerate(steps, start=1):
         head = f"[{number}/{len(steps)}] {step.title}"

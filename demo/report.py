@@ -283,7 +283,7 @@ def build_report(out: Path, steps: list[Step], record: dict[str, Any], runs: dic
 
 
 def run(out: Path) -> None:
-    steps = demo_steps(out, bf16=False)
+    steps = demo_steps(out)
     whole = Record(out / "times.json")
     record, runs = whole.steps, runs_of(steps, whole, out / "logs")
     missing = [step.title for step in steps[:-1] if not record.get(step.name, {}).get("done")]

@@ -34,26 +34,17 @@ class Step:
     run_name: str = ""
 
 
-def native_bf16() -> bool:
-    """Whether this machine computes in bfloat16 natively (GPU, or CPU with AMX or AVX512-BF16); else it is slower."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    info = Path("/proc/cpuinfo")
-    flags = info.read_text().split() if info.is_file() else []
-    return "amx_bf16" in flags or "avx512_bf16" in flags
-
-
 def region_text(region: tuple[int, ...]) -> str:
     return ",".join(map(str, region))
 
 
-def demo_steps(out: Path, bf16: bool) -> list[Step]:
-    """The steps that fill `out`. Limits of time in the configs hold the whole under ten minutes on two slow cores."""
+def demo_steps(out: Path, precision: str = "fp32") -> list[Step]:
+    """The steps that fill `out`. Limits of time in the configs hold the whole under ten minutes on two slow cores.
+
+    precision: bf16 or fp32, of what encodes and generates; trainings choose their own.
+    """
     cohort = out / "cohort"
     store = cohort / "slides" / f"{SLIDE.stem}.zarr"
-    python, mixed, plain = "python", "bf16-mixed" if bf16 else "32-true", "bf16" if bf16 else "fp32"
     logs = out / "logs"
     image = out / "synthetic_1024"
 
@@ -64,20 +55,20 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
 
     def train(*configs: str) -> tuple[str, ...]:
         files = (str(yaml(config)) for config in configs)
-        options = ("--logdir", str(logs), "--no-test", "--seed", str(SEED), "--precision", mixed)
-        return (python, "main.py", "-t", "--base", *files, *options)
+        options = ("--logdir", str(logs), "--no-test", "--seed", str(SEED))
+        return ("python", "main.py", "-t", "--base", *files, *options)
 
     return [
         Step(
             "tiles", "Tile the slide at its own resolution, over tissue and a little glass; hold out a band",
-            (python, "-m", "data_prep.tile_slides", "--slides", str(SLIDE), "--out", str(cohort), "--stride", "64",
+            ("python", "-m", "data_prep.tile_slides", "--slides", str(SLIDE), "--out", str(cohort), "--stride", "64",
              "--min-tissue", "0.05", "--keep-background", "0.08", "--holdout", region_text(HELD_OUT),
              "--licence", "CC0-1.0"),
             (cohort,), (SLIDE,),
         ),
         Step(
             "features", "Extract self-supervised features of every tile",
-            (python, "-m", "data_prep.extract_features", "--store", str(cohort), "--encoder", str(encoder)),
+            ("python", "-m", "data_prep.extract_features", "--store", str(cohort), "--encoder", str(encoder)),
             (store / "features" / ENCODER,), (encoder,),
         ),
         Step(
@@ -92,8 +83,8 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
         ),
         Step(
             "latents", "Encode every tile once: the diffusion model trains on latents",
-            (python, "-m", "data_prep.encode_latents", "--store", str(cohort), "--first-stage", str(out / FIRST_STAGE),
-             "--precision", plain),
+            ("python", "-m", "data_prep.encode_latents", "--store", str(cohort),
+             "--first-stage", str(out / FIRST_STAGE), "--precision", precision),
             (store / "latents" / FIRST_STAGE,),
         ),
         Step(
@@ -110,20 +101,20 @@ def demo_steps(out: Path, bf16: bool) -> list[Step]:
             "large_image", "Generate 1024 x 1024 px from the slide's own grid of features",
             ("histoldm", "large-image", "--model", str(out / "model"), "--features", str(store), "--feature", ENCODER,
              "--region", region_text(REGION), "--out", f"{image}.png", "--out", f"{image}.tif", "--seed", str(SEED),
-             "--precision", plain),
+             "--precision", precision),
             (image.with_suffix(".png"), image.with_suffix(".tif")),
         ),
         Step(
             "figures", "Measure: do tiles follow their condition, do borders show?",
-            (python, "benchmarks/conditioning.py", "--model", str(out / "model"), "--store", str(cohort),
+            ("python", "benchmarks/conditioning.py", "--model", str(out / "model"), "--store", str(cohort),
              "--feature", ENCODER, "--encoder", str(encoder), "--image", f"{image}.png", "--slide",
-             str(SLIDE), "--region", region_text(REGION), "--count", "64", "--steps", "10", "--precision", plain,
+             str(SLIDE), "--region", region_text(REGION), "--count", "64", "--steps", "10", "--precision", precision,
              "--out", str(out / "conditioning")),
             (out / "conditioning",),
         ),
         Step(
             "report", "Put it all on one page",
-            (python, "-m", "demo.report", str(out)),
+            ("python", "-m", "demo.report", str(out)),
             (out / "report.html", out / "comparison.jpg"),
         ),
     ]  # fmt: skip

@@ -45,8 +45,7 @@ def note(out: Path, name: str) -> Step:
 
 @pytest.fixture
 def three(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(demo, "demo_steps", lambda out, bf16: [note(out, name) for name in "abc"])
-    monkeypatch.setattr(demo, "native_bf16", lambda: False)
+    monkeypatch.setattr(demo, "demo_steps", lambda out, precision: [note(out, name) for name in "abc"])
     monkeypatch.chdir(ROOT)
     return tmp_path
 
@@ -77,14 +76,14 @@ def test_a_changed_command_is_run_again_over_its_old_output(three, monkeypatch):
     demo.run_demo(three)
     changed = Step("a", "a", (*note(three, "a").command, "--more"), (three / "a",))
     steps = [changed, note(three, "b"), note(three, "c")]
-    monkeypatch.setattr(demo, "demo_steps", lambda out, bf16: steps)
+    monkeypatch.setattr(demo, "demo_steps", lambda out, precision: steps)
     demo.run_demo(three)
     assert log(three) == ["a", "b", "c"] * 2
 
 
 def test_a_failed_step_stops_the_demo_and_says_which(three, monkeypatch):
     steps = [note(three, "a"), Step("b", "b", ("python", "-c", "raise SystemExit(3)")), note(three, "c")]
-    monkeypatch.setattr(demo, "demo_steps", lambda out, bf16: steps)
+    monkeypatch.setattr(demo, "demo_steps", lambda out, precision: steps)
     with pytest.raises(UserError, match="'b' failed with exit code 3"):
         demo.run_demo(three)
     assert log(three) == ["a"]
@@ -103,7 +102,7 @@ except KeyboardInterrupt:
 def test_ctrl_c_reaches_the_step_and_the_next_run_goes_on_with_it(three, monkeypatch):
     ready = three / "ready"
     steps = [note(three, "a"), Step("b", "b", ("python", "-c", PATIENT, str(ready)), (three / "kept",))]
-    monkeypatch.setattr(demo, "demo_steps", lambda out, bf16: steps)
+    monkeypatch.setattr(demo, "demo_steps", lambda out, precision: steps)
     monkeypatch.setattr(demo, "IMPORT_SECONDS", 0)
 
     def press() -> None:
@@ -123,13 +122,13 @@ def test_ctrl_c_reaches_the_step_and_the_next_run_goes_on_with_it(three, monkeyp
     again = Step("b", "b", ("python", "-c", look), (three / "kept",))
     record.steps["b"]["command"] = list(again.command)
     record.save()
-    monkeypatch.setattr(demo, "demo_steps", lambda out, bf16: [steps[0], again])
+    monkeypatch.setattr(demo, "demo_steps", lambda out, precision: [steps[0], again])
     demo.run_demo(three)
     assert log(three) == ["a"]
 
 
 def test_a_stopped_training_is_resumed_and_its_run_named_to_later_steps(tmp_path):
-    steps = demo_steps(tmp_path, bf16=False)
+    steps = demo_steps(tmp_path)
     names = [step.name for step in steps]
     training, export = steps[names.index("ssl")], steps[names.index("export")]
     record = Record(tmp_path / "times.json")
@@ -148,7 +147,7 @@ def test_a_stopped_training_is_resumed_and_its_run_named_to_later_steps(tmp_path
 def test_demo_commands_take_only_options_that_exist(tmp_path):
     from data_prep import encode_latents, extract_features, tile_slides
 
-    for step in demo_steps(tmp_path, bf16=True):
+    for step in demo_steps(tmp_path):
         for module in (tile_slides, extract_features, encode_latents):
             if module.__name__ in step.command:
                 module.main.command.make_context(step.name, list(step.command[3:]))
@@ -158,7 +157,7 @@ def test_demo_commands_take_only_options_that_exist(tmp_path):
 
 
 def test_a_training_whose_run_folder_is_gone_is_not_done(tmp_path):
-    steps = demo_steps(tmp_path, bf16=False)
+    steps = demo_steps(tmp_path)
     training = next(step for step in steps if step.run_name == "ssl")
     record = Record(tmp_path / "times.json")
     record.begin(training, [])
@@ -174,7 +173,7 @@ def test_a_step_whose_weights_changed_begins_anew_with_all_that_builds_on_it(thr
     weights.mkdir()
     (weights / "model").write_text("old")
     steps = [note(three, "a"), replace(note(three, "b"), inputs=(weights,)), note(three, "c")]
-    monkeypatch.setattr(demo, "demo_steps", lambda out, bf16: steps)
+    monkeypatch.setattr(demo, "demo_steps", lambda out, precision: steps)
     demo.run_demo(three)
     (weights / "model").write_text("new")
     demo.run_demo(three)
@@ -182,7 +181,7 @@ def test_a_step_whose_weights_changed_begins_anew_with_all_that_builds_on_it(thr
 
 
 def test_what_commands_and_their_configs_name_are_inputs(tmp_path):
-    for step in demo_steps(tmp_path, bf16=False):
+    for step in demo_steps(tmp_path):
         if step.name in ("figures", "report"):  # they read what earlier steps made, of the same encoder and slide
             continue
         named = [part for part in step.command if part.startswith(("data/", "configs/"))]

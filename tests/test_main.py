@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import platform
 import re
 import resource
 import subprocess
@@ -20,6 +21,7 @@ from typer.main import get_command
 from ldm import cli, config
 from ldm.callbacks import LastCheckpoint
 from ldm.cli.script import call
+from ldm.devices import TRAINER, faster_precision
 from ldm.training import command
 from ldm.training.run import merge_config
 
@@ -189,6 +191,27 @@ def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(capsys):
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
     assert [path.name for path in (run / "checkpoints").iterdir() if path.name.endswith(".part")] == []
     assert train("-r", str(run), "--max_steps", "2") == 0
+
+
+def test_precision_auto_is_settled_told_and_kept(capsys):
+    assert train("-b", TINY, "--precision", "auto", "--max_steps", "1", "--limit_val_batches", "0") == 0
+    taken, why = faster_precision("cpu")
+    assert f"precision {TRAINER[taken]}: {why}" in capsys.readouterr().out
+    run = only_run("logs")
+    assert train("-r", str(run), "--max_steps", "2") == 0
+    assert "precision" not in capsys.readouterr().out
+    recorded = [config.load_config([path]) for path in (run / "configs").glob("*-lightning.yaml")]
+    assert {cfg["lightning"]["trainer"]["precision"] for cfg in recorded} == {TRAINER[taken]}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction sets are those of x86")
+@pytest.mark.parametrize("instructions", ["AVX512_CORE_BF16", "AVX512_CORE", "AVX2"])
+def test_a_cpu_that_is_slower_in_bf16_trains_in_fp32(instructions):
+    code = "from ldm.devices import faster_precision; print(faster_precision('cpu')[0])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "ONEDNN_MAX_CPU_ISA": instructions}
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout == "fp32\n"
 
 
 def test_learning_rate_is_scaled_as_in_latent_diffusion(capsys):

@@ -29,6 +29,7 @@ from demo.build.pretrain_encoder import check_keys
 from ldm.cli.script import script
 from ldm.config import instantiate_from_config, load_config
 from ldm.data.datasets import RegionDataset, to_tensor
+from ldm.devices import TRAINER, faster_precision
 from ldm.errors import UserError
 from ldm.files import writable_folder
 from ldm.images.sheets import grid
@@ -154,7 +155,7 @@ def pretrain(config_path: Path, out: Path) -> None:
     checkpoint = ModelCheckpoint(run, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         accelerator="cpu",
-        precision=train["precision"],
+        precision=TRAINER[faster_precision("cpu")[0]] if train["precision"] == "auto" else train["precision"],
         max_epochs=train["epochs"],
         logger=CSVLogger(run, name=None, version=""),
         log_every_n_steps=20,

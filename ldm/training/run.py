@@ -109,6 +109,17 @@ def _gpus(gpus: str | None) -> dict[str, Any]:
     return {"accelerator": "gpu", "devices": indices}
 
 
+def _settle_precision(trainer: dict[str, Any]) -> str:
+    """Replace the precision `auto` by the faster one of the device, in the config that the run folder keeps; why."""
+    from ldm.devices import TRAINER, faster_precision
+
+    if trainer.get("precision") != "auto":
+        return ""
+    precision, why = faster_precision("cpu" if trainer.get("accelerator") == "cpu" else "auto")
+    trainer["precision"] = TRAINER[precision]
+    return f"precision {TRAINER[precision]}: {why}"
+
+
 class Training:
     """A training that is about to begin: model, data and Trainer are made, nothing is written yet.
 
@@ -124,6 +135,7 @@ class Training:
         from pytorch_lightning import seed_everything
 
         self.cfg, self.folder, self.checkpoint = cfg, folder, checkpoint
+        precision = _settle_precision(cfg["lightning"]["trainer"])
         seed_everything(cfg["seed"], workers=True, verbose=False)
         self.model: LightningModule = self._build(cfg["model"])
         self.data: LightningDataModule = self._build(cfg["data"])
@@ -131,6 +143,8 @@ class Training:
         size, device = sum(p.numel() for p in self.model.parameters()) / 1e6, self.trainer.strategy.root_device
         kind = type(self.model).__name__
         self.trainer.print(f"{cfg['name']}: {kind}, {size:.1f} M parameters on {device}; seed {cfg['seed']}")
+        if precision:
+            self.trainer.print(precision)
 
     def _build(self, node: Mapping[str, Any]) -> Any:
         """The model or the data; its `seed`, where it takes one and the config does not state it, is the run's."""
