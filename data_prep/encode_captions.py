@@ -32,8 +32,8 @@ from data_prep.options import (
     WeightsOption,
     choices,
     inputs,
+    number,
     output,
-    stores_told,
 )
 from ldm.cli.script import script
 from ldm.conditioners.text import PADS, TextEmbedder
@@ -92,7 +92,9 @@ def encode(
                     features = embedder.encode(*embedder.tokens(texts[start : start + batch_size]))
                     rows = features.float().cpu().numpy().astype(np.float16)
                     if not np.isfinite(rows).all():
-                        raise UserError(f"the text model gives values that float16 cannot hold in {store.path}")
+                        raise UserError(
+                            f"float16 cannot hold what the text model gives in {store.path}; train on captions"
+                        )
                     writer.append(rows)
                     bar.update(len(rows))
     return cut
@@ -142,8 +144,8 @@ def main(
     ).to(pick_device(device)).eval()  # fmt: skip
     name = name or embedder.source.name
     cut = encode(stores, embedder, name, text_column, modality_column, batch_size)
-    captions = sum(map(len, stores))
-    print(f"features/{name} of {captions} captions in {stores_told(len(stores))}; licence: {embedder.source.licence}")
+    total = sum(map(len, stores))
+    print(f"features/{name} of {total} captions in {number(len(stores), 'store')}; licence {embedder.source.licence}")
     if cut:
         print(
             f"note: {cut} captions are longer than {embedder.capacity} tokens and were cut; more --chunks keep more",

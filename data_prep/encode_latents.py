@@ -34,8 +34,8 @@ from data_prep.options import (
     PrecisionOption,
     StoreOption,
     inputs,
+    number,
     output,
-    stores_told,
     taken,
 )
 from ldm.cli.script import script
@@ -124,7 +124,7 @@ def encode_latents(
                 for tiles in read_batches(store, writer.rows, batch_size):
                     rows = encode_tiles(first_stage, tiles, device, precision, variants)
                     if not np.isfinite(rows).all():
-                        raise UserError(f"{folder} gives latents that float16 cannot hold in {store.path}")
+                        raise UserError(f"float16 cannot hold the latents that {folder} gives in {store.path}")
                     writer.append(rows)
                     bar.update(len(rows))
                 if not writer.finished:
@@ -165,7 +165,7 @@ def main(
     stores = open_cohort(store)
     name, scale = encode_latents(stores, first_stage, name, dihedral, batch_size, device, precision.value)
     tiles = sum(map(len, stores))
-    print(f"latents/{name} of {tiles} tiles in {stores_told(len(stores))}; scale_factor 1/std = {scale:.5f}")
+    print(f"latents/{name} of {tiles} tiles in {number(len(stores), 'store')}; scale_factor 1/std = {scale:.5f}")
 
 
 if __name__ == "__main__":

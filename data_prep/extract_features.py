@@ -33,7 +33,7 @@ from data_prep.options import (
     StoreOption,
     WeightsOption,
     inputs,
-    stores_told,
+    number,
     taken,
 )
 from ldm.cli.script import script
@@ -154,7 +154,7 @@ def main(
 ) -> None:
     stores = open_cohort(store)
     name = extract(stores, encoder, weights, batch_size, device, precision.value, dihedral, any_mpp)
-    print(f"features/{name} of {sum(map(len, stores))} tiles in {stores_told(len(stores))}")
+    print(f"features/{name} of {sum(map(len, stores))} tiles in {number(len(stores), 'store')}")
 
 
 if __name__ == "__main__":

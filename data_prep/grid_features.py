@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from einops import pack, rearrange, unpack
 from tqdm import tqdm
 
-from data_prep.options import StoreOption, inputs, output, stores_told, taken
+from data_prep.options import StoreOption, inputs, number, output, taken
 from ldm.cli.script import script
 from ldm.data import dihedral
 from ldm.data.cohort import merge_index
@@ -151,7 +151,7 @@ def write_grid(store: TileStore, other: TileStore, feature: str, out_name: str, 
             bar.update(len(rows))
     report = f"{store.slide}: {len(store)} tiles, {known.sum()} of {known.size} cells have a tile"
     if how:
-        report += f"; the others got {how}. {(~known.any(1)).sum()} tiles have no cell"
+        report += f"; the others got {how}. Tiles without any cell: {(~known.any(1)).sum()}"
     if cells.offset > 2:
         report += f"; cells and tiles lie up to {cells.offset:.0f} level-0 px apart"
     return report
@@ -208,7 +208,7 @@ def main(
         ]
         if tables:
             merge_index(cohort, pd.concat(tables))
-    print(f"features/{out_name} of {sum(map(len, stores))} tiles in {stores_told(len(stores))}")
+    print(f"features/{out_name} of {sum(map(len, stores))} tiles in {number(len(stores), 'store')}")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ from data_prep.options import (
     ValidationOption,
     choices,
     inputs,
+    number,
     output,
-    stores_told,
     taken,
 )
 from data_prep.tile_slides import find_slides, tell_splits, update_index
@@ -107,7 +107,7 @@ def match(store: TileStore, files: SlideFiles | None) -> Match:
 
 def _check_distinct(places: Places, files: SlideFiles) -> None:
     if twice := len(places.coords) - len(np.unique(places.coords, axis=0)):
-        raise UserError(f"{files.source} has {twice} coordinates more than once")
+        raise UserError(f"{files.source} has {twice} coordinates more than once; leave one row of each")
 
 
 def pair(names: Sequence[str], found: dict[str, SlideFiles]) -> list[SlideFiles | None]:
@@ -124,7 +124,7 @@ def pair(names: Sequence[str], found: dict[str, SlideFiles]) -> list[SlideFiles 
     if not any(files):
         raise UserError(
             f"none of the slides ({', '.join(names[:3])}{', ...' * (len(names) > 3)}) has a file of its name; the "
-            f"files are of {', '.join(list(found)[:3])}{', ...' * (len(found) > 3)}"
+            f"files are of {', '.join(list(found)[:3])}{', ...' * (len(found) > 3)}. Name files like their slides"
         )
     return files
 
@@ -272,7 +272,10 @@ def cut(
         rows = nearest_tiles(folder.coords, places.coords, 0.5)
         if (rows < 0).any():
             lost = folder.files[int(np.flatnonzero(rows < 0)[0])]
-            raise UserError(f"{(rows < 0).sum()} pictures are where {files.source} has no tile; the first is {lost}")
+            raise UserError(
+                f"{(rows < 0).sum()} pictures lie where {files.source} has no tile, the first is {lost}; is it the "
+                "file of another slide?"
+            )
         print(f"{path.name}: {len(rows)} pictures; {len(places.coords) - len(rows)} places of the file have none")
         coords, mpp, magnification, level0, labels = folder.coords, slide_mpp, None, None, {}
 
@@ -406,7 +409,7 @@ def main(
             slide_mpp=slide_mpp, encoder_licence=encoder_licence,
         )  # fmt: skip
     features = f" with features/{name}" if name else ""
-    print(f"{sum(map(len, stores))} tiles{features} in {stores_told(len(stores))}")
+    print(f"{sum(map(len, stores))} tiles{features} in {number(len(stores), 'store')}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def join_labels(
         raise UserError(f"name the --columns of {labels} to take: {', '.join(frame.columns[1:])}.")
     frame, columns = frame.dropna(subset=[frame.columns[0]]), list(dict.fromkeys(columns))
     if frame.empty:
-        raise UserError(f"{labels} has no rows.")
+        raise UserError(f"{labels} has no rows; give a table with a row for each sample or patient.")
     ids, key, _, how = join_keys(index, [frame.iloc[:, 0].tolist()], level, samples)
     sample_of = {slide: key(name) for slide, name in ids.items() if name}
     known = frame[columns].set_axis(frame.iloc[:, 0].map(key))

@@ -162,7 +162,10 @@ def within_slides(
             width, height = sizes[cell.slide]
             (inside if 0 <= cell.x < width and 0 <= cell.y < height else outside).append(cell)
     if not inside:
-        raise UserError(f"all {len(outside)} annotations lie outside their slides, the first is {outside[0]}")
+        raise UserError(
+            f"all {len(outside)} annotations lie outside their slides, the first is {outside[0]}; are these the slides "
+            "that were annotated?"
+        )
     return inside, outside
 
 
@@ -316,7 +319,10 @@ def prepare(
     if annotators and source == "midog":
         raise UserError("a MIDOG file does not say whose votes it has; --annotators goes with --sqlite and --crops")
     if negatives_per_slide is not None and (source == "crops" or negatives_per_slide < 0):
-        raise UserError("--negatives-per-slide is 0 or more and goes with --sqlite and --midog")
+        raise UserError(
+            f"--negatives-per-slide is 0 or more and goes with --sqlite and --midog; got {negatives_per_slide} with "
+            f"--{source}"
+        )
 
     notes, paths, missing = [], {}, []
     if source == "sqlite":
@@ -327,7 +333,7 @@ def prepare(
         cells, rest = read_crops(crops, votes, annotators)
         notes += [f"{rest} rows of {votes} have no crop"] if rest else []
     if not cells:
-        raise UserError(f"no cell is annotated in {sqlite or midog}")
+        raise UserError(f"no cell is annotated in {sqlite or midog}; is it the right file?")
     if classes:
         wanted = {class_called(name, cells, "classes") for name in classes}
         cells = [cell for cell in cells if cell.name in wanted]

@@ -68,6 +68,6 @@ DeviceOption = Annotated[
 PrecisionOption = Annotated[Precision, speed("--precision", help="Precision of the network's arithmetic.")]
 
 
-def stores_told(count: int) -> str:
-    """How many stores, in words: 1 store, 3 stores."""
-    return f"{count} store{'s' * (count != 1)}"
+def number(count: int, noun: str) -> str:
+    """How many, in words: 1 store, 3 stores."""
+    return f"{count} {noun}{'s' * (count != 1)}"

@@ -35,6 +35,7 @@ from data_prep.options import (
     ValidationOption,
     choices,
     inputs,
+    number,
     taken,
 )
 from ldm.cli.script import script
@@ -82,7 +83,7 @@ def find_subjects(paths: Sequence[Path | str], patterns: Mapping[str, str]) -> d
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f"there is no volume and no folder of volumes at {path}")
+            raise UserError(f"there is nothing at {path}; --volumes takes NIfTI files and folders of them")
         files += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     subjects: dict[str, dict[str, Path]] = {}
     owners: dict[Path, str] = {}
@@ -216,7 +217,7 @@ def find_images(folders: Mapping[str, Path]) -> tuple[list[str], dict[str, dict[
     files: dict[str, dict[str, Path]] = {}
     for modality, folder in folders.items():
         if not folder.is_dir():
-            raise UserError(f"there is no folder of images at {folder}")
+            raise UserError(f"there is no folder of images at {folder}; --images takes folders, as t1=slices/T1")
         files[modality] = {}
         for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
             if (other := files[modality].setdefault(path.stem, path)) != path:
@@ -238,7 +239,8 @@ def slice_images(out: Path | str, folders: Mapping[str, Path], settings: Setting
     for name in names:
         sizes = {modality: read_gray(own[name], settings.window).shape for modality, own in files.items()}
         if len(set(sizes.values())) > 1:
-            raise UserError(f"the images '{name}' differ in size: {', '.join(f'{m} {s}' for m, s in sizes.items())}")
+            told = ", ".join(f"{modality} {width} x {height}" for modality, (height, width) in sizes.items())
+            raise UserError(f"the images '{name}' differ in size: {told} px; resample them to one")
     tables = []
     for modality, folder in folders.items():
         paths = [files[modality][name] for name in names]
@@ -376,7 +378,8 @@ def main(
     instead = "Or `where` in the config holds out some of the slices, as configs/demo/slices_lmi.yaml does."
     table, note = split_table(table, out, validation, test, instead)
     index = merge_index(out, table)
-    print(f"{table['subject'].nunique()} subjects, slices: {counted(table['modality'])}; table of all tiles: {index}")
+    subjects = number(table["subject"].nunique(), "subject")
+    print(f"{subjects}, slices: {counted(table['modality'])}; table of all tiles: {index}")
     print(f"splits: {counted(table['split'])}" + (f"\nnote: {note}" if note else ""))
     if left_out:
         print(f"{len(left_out)} left out:", *left_out, sep="\n  ")

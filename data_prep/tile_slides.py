@@ -33,9 +33,9 @@ from data_prep.options import (
     TestOption,
     ValidationOption,
     inputs,
+    number,
     speed,
     splits,
-    stores_told,
     taken,
 )
 from ldm.cli.options import integers
@@ -145,7 +145,9 @@ def _choose(
     cols, rows = (int((d - extent + 1e-6) // step) + 1 for d in slide.dimensions)
     if cols < 1 or rows < 1:
         width, height = slide.dimensions
-        raise UserError(f"{slide.path} is {width} x {height} px, smaller than one tile of {extent:g} level-0 px")
+        raise UserError(
+            f"{slide.path} is {width} x {height} px, smaller than one tile of {extent:g} level-0 px; ask for a smaller"
+        )
     y, x = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
     coords = np.floor(np.stack([x.ravel(), y.ravel()], 1) * step).astype(np.int32)
     mask = TissueMask(slide)
@@ -205,7 +207,10 @@ def update_index(
             if box := holdout.get(store.slide):
                 split = held_out(store.coords, store.tile_size * store.downsample, box)
                 if "val" not in split:
-                    raise UserError(f"no tile of {store.slide} lies within the held-out box {tuple(box)}")
+                    raise UserError(
+                        f"no tile of {store.slide} lies within the held-out box {','.join(map(str, box))}, which is "
+                        "x,y,width,height in level-0 pixels; give a larger one"
+                    )
                 if len(known) == len(store) and not np.array_equal(known.sort_values("row")["split"], split):
                     raise UserError(
                         f"{path} gives the tiles of {store.slide} other splits than this held-out box; delete it to "
@@ -301,7 +306,7 @@ def main(
             tqdm.write(f"error: {error}", file=sys.stderr)
     if len(failures) < len(found):
         path = update_index(out, validation, test, {found[0].name: box} if box else None)
-        stores = stores_told(len(found) - len(failures))
+        stores = number(len(found) - len(failures), "store")
         print(f"{tiles} tiles in {stores} in {out / 'slides'}; table of all tiles: {path}")
         instead = f"To hold out a region of a slide, delete {path} and give this command again with --holdout."
         print(tell_splits(path, 0.0 if box else validation, test, instead))

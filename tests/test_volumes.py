@@ -172,7 +172,7 @@ def test_unreadable_files_are_told(tmp_path, capsys):
     with pytest.raises(UserError, match="4 dimensions"):
         Volume(write(tmp_path / "c.nii", np.zeros((*SHAPE, 2))))
     assert run_command(lambda: main(["--volumes", str(tmp_path / "x"), "--modality", "t1=*", "--out", "y"])) == 2
-    assert "no volume and no folder" in capsys.readouterr().err
+    assert "there is nothing at" in capsys.readouterr().err
 
 
 def test_subjects_are_named_by_wildcards_or_folders(tmp_path):

@@ -145,8 +145,10 @@ def _from_pt(path: Path) -> Features:
 def _from_store(path: Path, feature: str | None) -> Features:
     store = TileStore.open(path)
     if feature is None:
-        if len(store.feature_names) != 1:
-            raise UserError(f"{path} holds features {', '.join(store.feature_names) or '(none)'}; name the one to use")
+        if not store.feature_names:
+            raise UserError(f"{path} holds no features; make them with `python -m data_prep.extract_features`")
+        if len(store.feature_names) > 1:
+            raise UserError(f"{path} holds features {', '.join(store.feature_names)}; name the one to use")
         feature = store.feature_names[0]
     values = np.asarray(store.features(feature)[:])
     values = values[:, 0] if values.ndim == 3 else values
