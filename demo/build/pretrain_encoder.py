@@ -31,6 +31,7 @@ import torch.nn.functional as F
 import typer
 import yaml
 from einops import rearrange
+from kornia.filters import gaussian_blur2d
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from tqdm import tqdm
 from data_prep.options import inputs, output
 from ldm.cli.script import script
 from ldm.config import load_config
+from ldm.data.augment import restained
 from ldm.encoders.encoder import Encoder, load_encoder
 from ldm.encoders.registry import EncoderSpec
 from ldm.errors import UserError, suggest
@@ -47,6 +49,7 @@ from ldm.images.slides import open_slide
 
 # rows haematoxylin, eosin, DAB (Ruifrok and Johnston 2001): optical density per channel
 STAINS = F.normalize(torch.tensor([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]]), dim=1)
+BLUR = (2 * math.log(2)) ** -0.5  # px, of a Gaussian whose weights are 1, 2, 1
 EMPTY_DENSITY = 0.12  # mean optical density above which a pixel is tissue
 STATE = "pretrain-state.pt"
 KEYS = {"name", "licence", "seed", "encoder", "images", "views", "train"}
@@ -160,19 +163,15 @@ def make_view(crops: Tensor, turn: Tensor, out: int, views: dict, ratio: float, 
     view = F.grid_sample(crops, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
     tissue = tissue_mask(view)  # (B,out,out)
 
-    density = -view.clamp_min(1 / 255).log().permute(0, 2, 3, 1)  # (B,out,out,3): Beer-Lambert
-    gain = 1 + uniform((batch, 1, 3), views["stain"], generator)
-    offset = uniform((batch, 1, 1, 3), views["stain"] / 4, generator)
-    mix = torch.linalg.inv(STAINS) @ (gain.transpose(1, 2) * STAINS)  # (B,3,3): unmix, scale, mix
-    density = torch.einsum("bhwc,bcd->bhwd", density, mix) + (offset @ STAINS) * tissue[..., None]
-    view = (-density).exp().permute(0, 3, 1, 2)
+    gain = 1 + uniform((batch, 3, 1), views["stain"], generator)
+    offset = uniform((batch, 3), views["stain"] / 4, generator) @ STAINS
+    mix = torch.linalg.inv(STAINS) @ (gain * STAINS)  # (B,3,3): unmix, scale, mix
+    view = restained(view, mix, offset[..., None, None] * tissue[:, None])
     mean = view.mean((1, 2, 3), keepdim=True)
     view = (view - mean) * (1 + uniform((batch, 1, 1, 1), views["contrast"], generator)) + mean
     view = view * (1 + uniform((batch, 1, 1, 1), views["brightness"], generator))
     blurred = torch.rand((batch, 1, 1, 1), generator=generator) < views["blur"]
-    kernel = torch.tensor([1.0, 2.0, 1.0]) / 4
-    kernel = (kernel[:, None] * kernel)[None, None].expand(3, 1, 3, 3)
-    view = torch.where(blurred, F.conv2d(F.pad(view, (1,) * 4, mode="reflect"), kernel, groups=3), view)
+    view = torch.where(blurred, gaussian_blur2d(view, 3, (BLUR, BLUR)), view)
     return view.clamp(0, 1), tissue
 
 

@@ -12,7 +12,8 @@ from pytorch_lightning.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ldm.config import get_obj_from_str, instantiate_from_config
+from ldm.config import check_params, get_obj_from_str, instantiate_from_config
+from ldm.data.augment import DRAWS, Augmentation, WithDraws
 from ldm.data.datasets import NoTiles
 from ldm.data.sampler import ResumableBatchSampler, ResumableDataLoader, evaluation_batches, ignore_interrupts
 from ldm.errors import UserError
@@ -43,6 +44,24 @@ def with_shared(node: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str,
     return {**node, "params": {key: value for key, value in shared.items() if key in takes} | own}
 
 
+def _augmentation(node: Mapping[str, Any]) -> Augmentation:
+    if not isinstance(node, Mapping):
+        raise UserError(f"augment is `key: value` pairs, as {{stain: 0.05}}; got {node!r}")
+    check_params(Augmentation, node, "augment")
+    return Augmentation(**node)
+
+
+def _turned(node: Mapping[str, Any]) -> dict[str, Any]:
+    """The node of a training set with `dihedral: true`. UserError if it has no place for it, or states it."""
+    turned = with_shared(node, {"dihedral": True})
+    if turned["params"] == (node.get("params") or {}):
+        raise UserError(
+            f"augment.dihedral has no place in the training set: {node['target']} takes no `dihedral`, or its params "
+            "state it already; leave one of them out"
+        )
+    return turned
+
+
 class TileDataModule(pl.LightningDataModule):
     """Batches of the datasets named in a config.
 
@@ -53,8 +72,11 @@ class TileDataModule(pl.LightningDataModule):
         seed: of the order of tiles and of everything random in them.
         stores, keys, feature, latents, conditions, missing, gray, in_memory: params of those of the three that do not
             state them, see `ldm.data.datasets.TileDataset`.
+        augment: how training images are changed at random, `{dihedral: true, stain: 0.05, colour: 0.1, blur: 0.1}`;
+            see `ldm.data.augment.Augmentation`.
     Raises:
-        UserError: whatever is wrong with a dataset; no tile to train or to validate on.
+        UserError: whatever is wrong with a dataset; no tile to train or to validate on; an augmentation that would
+            change nothing.
     """
 
     def __init__(
@@ -73,11 +95,15 @@ class TileDataModule(pl.LightningDataModule):
         missing: str | None = None,
         gray: bool | None = None,
         in_memory: bool | None = None,
+        augment: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise UserError(f"batch_size is at least 1 and num_workers at least 0, got {batch_size} and {num_workers}")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.augmentation = _augmentation(augment or {})
+        if self.augmentation.dihedral:
+            train = _turned(train)
         shared = {
             "stores": stores, "keys": keys, "feature": feature, "latents": latents, "conditions": conditions,
             "missing": missing, "gray": gray, "in_memory": in_memory,
@@ -94,6 +120,8 @@ class TileDataModule(pl.LightningDataModule):
                     raise
                 if rank_zero_only.rank == 0:
                     print(f"there is nothing to test on: {error}")
+        if self.augmentation.of_pixels:
+            self.augmentation.check(self.datasets["train"][0])
         self._loader: ResumableDataLoader | None = None
         self._resume: dict[str, int] | None = None
 
@@ -115,10 +143,16 @@ class TileDataModule(pl.LightningDataModule):
         dataset, trainer = self.datasets["train"], self.trainer
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         order = ResumableBatchSampler(len(dataset), self.batch_size, self.seed, rank, world_size)
-        self._loader = ResumableDataLoader(dataset, order, **self._workers())
+        items = WithDraws(dataset) if self.augmentation.of_pixels else dataset
+        self._loader = ResumableDataLoader(items, order, **self._workers())
         if self._resume is not None:
             self._loader.load_state_dict(self._resume)
         return self._loader
+
+    def on_after_batch_transfer(self, batch: dict[str, Any], dataloader_idx: int) -> dict[str, Any]:
+        """Lightning's hook, on the device. A batch of the training has draws, one of an evaluation has none."""
+        draws = batch.pop(DRAWS, None)
+        return batch if draws is None else batch | {"image": self.augmentation(batch["image"], draws)}
 
     def _evaluation(self, split: str) -> DataLoader | list:
         if split not in self.datasets:

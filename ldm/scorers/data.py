@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.data import dihedral
+from ldm.data.augment import restained
 from ldm.data.collection import Pictures
 from ldm.files import whole, write_text
 from ldm.scorers.ensemble import View
@@ -96,7 +97,6 @@ def augmented(images: Tensor, colour: float, shift: int, rng: torch.Generator) -
     )
     if not colour:
         return out
-    gain = 1 + colour * torch.randn(count, 3, 1, 1, generator=rng)
+    gain = 1 + colour * torch.randn(count, 3, generator=rng)
     light = 0.3 * colour * torch.randn(count, 3, 1, 1, generator=rng)
-    density = -torch.log(((out + 1) / 2).clamp(min=1 / 255))
-    return (2 * torch.exp(-(density * gain + light)) - 1).clamp(-1, 1)
+    return (2 * restained((out + 1) / 2, gain.diag_embed(), light) - 1).clamp(-1, 1)
