@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet34
 
+from ldm.data import dihedral
 from ldm.errors import UserError, suggest
 from ldm.files import sha256, whole
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
@@ -146,8 +147,7 @@ class Ensemble(Scorer):
 
 def logits_of(network: nn.Module, seen: Tensor, views: int) -> Tensor:
     """(B,outputs): mean over the first `views` of the eight orientations of network inputs (B,3,S,S)."""
-    turned = (seen.flip(-1).rot90(k - 4, (2, 3)) if k >= 4 else seen.rot90(k, (2, 3)) for k in range(views))
-    return sum(network(each).float() for each in turned) / views
+    return sum(network(dihedral.apply(seen, k)).float() for k in range(views)) / views
 
 
 def save_scorer(folder: Path | str, scorer: Ensemble, half: bool = False) -> Path:
