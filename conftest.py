@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 import ldm
+from ldm.data.tile_store import TileStore
 from ldm.diffusion.denoiser import Cond
 from ldm.diffusion.schedules import karras_sigmas
 from ldm.rng import sample_noise
@@ -81,6 +82,10 @@ EXAMPLES: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     # features (200,16) of generated images and (300,16) of real ones, a quarter deviation apart in each dimension
     "generated": lambda request: np.random.default_rng(0).normal(0.25, 1, (200, 16)).astype(np.float32),
     "real": lambda request: np.random.default_rng(1).normal(0, 1, (300, 16)).astype(np.float32),
+    # the path of a slide, a folder of images of cells in subfolders by class, a tile store
+    "slide_path": lambda request: ROOT / "data/demo/CMU-1-Small-Region.svs",
+    "cells": lambda request: ROOT / "data/samples/cells",
+    "store": lambda request: TileStore.open(request.getfixturevalue("tiny_store")),
     # a tile (256,256,3) uint8
     "tile": lambda request: np.array(Image.open(ROOT / "data/samples/cancers/TCGA-CR-7395_1600,2400.png"))[:256, :256],
 }

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image
 
 from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder, write_text
+from ldm.images.pictures import Picture
 from ldm.images.sheets import grid
 from ldm.images.slides import open_slide
 from ldm.images.write import save_png
@@ -69,10 +69,7 @@ def block_bootstrap(values: np.ndarray, blocks: np.ndarray, seed: int = 0) -> tu
 
 def read_image(path: Path) -> np.ndarray:
     """(H,W,3) uint8."""
-    try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
+    return Picture.of_file(path).pixels()
 
 
 def read_region(path: Path, region: str) -> np.ndarray:

@@ -23,7 +23,7 @@ from ldm.convert import load_model
 from ldm.data.tile_store import open_cohort
 from ldm.diffusion import samplers, schedules
 from ldm.encoders.encoder import load_encoder
-from ldm.images.slides import open_any
+from ldm.images.slides import open_image
 from ldm.sampling.inversion import invert, invert_exactly, invertible
 from ldm.sampling.tiles import sampling_sigmas
 from ldm.sampling.translate import encoded
@@ -54,7 +54,7 @@ def real_tiles(path: Path, side: int, count: int) -> Tensor:
         rows = np.linspace(0, len(store) - 1, count).round().astype(int)
         tiles = np.stack([store.tile(int(row)) for row in rows])
     else:
-        slide = open_any(path)
+        slide = open_image(path)
         corners = [(x, y) for x in range(0, slide.dimensions[0] - side, side)
                    for y in range(0, slide.dimensions[1] - side, side)]  # fmt: skip
         found = sorted((slide.read(x, y, side, side) for x, y in corners), key=lambda tile: -tile.std())

@@ -24,9 +24,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldm.data.collection import read_image
 from ldm.errors import UserError, run_command
 from ldm.files import whole, writable_folder
+from ldm.images.pictures import Picture
 from ldm.scorers.calibration import auroc, measures, with_intervals
 from ldm.scorers.labelled import read_labelled, split_groups
 from ldm.scorers.training import TEST_SCORES, Recipe, train_scorer
@@ -56,7 +56,7 @@ def crop_table(crops: Path, votes: Path, run: int, out: Path) -> pd.DataFrame:
 
 def colours(table: pd.DataFrame) -> np.ndarray:
     """(N,6) mean and deviation of each channel of each crop, standardised."""
-    images = (read_image(Path(path)) for path in table["path"])
+    images = (Picture.of_file(Path(path)).pixels() for path in table["path"])
     found = np.array([np.concatenate([image.mean((0, 1)), image.std((0, 1))]) for image in images])
     return (found - found.mean(0)) / found.std(0)
 

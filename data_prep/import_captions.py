@@ -37,7 +37,8 @@ from data_prep.options import (
 from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, counted, merge_index, read_index, split_table, write_store
 from ldm.errors import UserError, some
-from ldm.tables.captions import RESIZES, Caption, CaptionTable, drop_unreadable, open_image, read_captions, square
+from ldm.images.pictures import Picture
+from ldm.tables.captions import RESIZES, Caption, CaptionTable, drop_unreadable, read_captions, square
 
 LISTED = 20  # problems that are printed
 Resize = choices("Resize", RESIZES)
@@ -65,7 +66,7 @@ def import_table(
     }  # fmt: skip
 
     def image(i: int) -> np.ndarray:
-        return square(open_image(captions[i].image), size, resize)
+        return square(Picture.of_file(captions[i].image).pixels(), size, resize)
 
     write_store(out, name, image, len(captions), attrs=attrs, desc=name)
     rows = pd.DataFrame(

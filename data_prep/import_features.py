@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from data_prep.options import (
@@ -46,11 +45,11 @@ from ldm.data.features import Places, SlideFiles, files_of, find_slide_files, ne
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError
-from ldm.images.slides import TissueMask, open_slide
+from ldm.images.kinds import images_in
+from ldm.images.slides import TissueMask, open_image, open_slide
 
 _PLACE = re.compile(r"\((\d+)\s*,\s*(\d+)\)|(?:^|[_-])x?_?(\d+)[_-]y?_?(\d+)$", re.IGNORECASE)
 Missing = choices("Missing", ("error", "drop"))
-_PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
 
 
 # --- features -> tiles that are there ---------------------------------------------------------------------------------
@@ -220,30 +219,28 @@ class PictureFolder:
 
     def __init__(self, path: Path):
         self.path = path
-        found = [(_PLACE.search(p.stem), p) for p in sorted(path.iterdir()) if p.suffix.lower() in _PICTURES]
+        found = [(_PLACE.search(p.stem), p) for p in images_in(path)]
         found = [(place, p) for place, p in found if place]
         self.files = [p for _, p in found]
         self.coords = np.array([[int(n) for n in place.groups() if n] for place, _ in found]).reshape(-1, 2)
         if not self.files:
             raise UserError(f"{path} has no pictures that are named by their coordinates, as Tile_(512,1024).jpg")
-        with Image.open(self.files[0]) as image:
-            self.size = image.width
+        self.size, _ = open_image(self.files[0]).dimensions
 
     def read(self, i: int, size: int) -> np.ndarray:
         """Picture i as (size,size,3) uint8."""
-        with Image.open(self.files[i]) as image:
-            if image.size != (self.size, self.size):
-                size = f"{image.width} x {image.height}"
-                raise UserError(f"{self.files[i]} is {size} px; the others are {self.size} x {self.size}")
-            image = image.convert("RGB")
-        return np.asarray(image if size == self.size else image.resize((size, size), Image.Resampling.LANCZOS))
+        image = open_image(self.files[i])
+        if image.dimensions != (self.size, self.size):
+            given = " x ".join(map(str, image.dimensions))
+            raise UserError(f"{self.files[i]} is {given} px; the others are {self.size} x {self.size}")
+        return image.read(0, 0, self.size, self.size, (size, size))
 
 
 def is_picture_folder(path: Path) -> bool:
     """Whether a path is a folder in which most pictures are named by coordinates."""
     if not path.is_dir():
         return False
-    names = [p.stem for p in path.iterdir() if p.suffix.lower() in _PICTURES]
+    names = [p.stem for p in images_in(path)]
     return bool(names) and sum(bool(_PLACE.search(name)) for name in names) > len(names) / 2
 
 

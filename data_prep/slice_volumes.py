@@ -24,7 +24,6 @@ from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 from tqdm import tqdm
 
 from data_prep.options import (
@@ -40,10 +39,11 @@ from data_prep.options import (
 )
 from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, counted, merge_index, split_table, write_store
-from ldm.data.datasets import IMAGE_SUFFIXES
 from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_tile, windowed
 from ldm.errors import UserError, suggest
 from ldm.files import sha256
+from ldm.images.kinds import ENDINGS, images_in
+from ldm.images.slides import read_gray_values
 
 AXIS = AXES | {str(number): number for number in AXES.values()}  # by name or number
 Axis = choices("Axis", AXIS)
@@ -201,13 +201,8 @@ def slice_all(
 
 def read_gray(path: Path, window: tuple[float, float] | None) -> np.ndarray:
     """A gray image (H,W) in [0, 1]; UserError if it cannot be read, or has more than 8 bits and no window is given."""
-    try:
-        with Image.open(path) as image:
-            deep = image.mode.startswith(("I", "F"))
-            values = np.asarray(image if deep else image.convert("L"), np.float32)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
-    if deep and window is None:
+    values = read_gray_values(path)
+    if values.dtype != np.uint8 and window is None:
         raise UserError(f"{path} has more than 8 bits; say which values are black and white by --window")
     return windowed(values, *(window or (0, 255)))
 
@@ -219,11 +214,11 @@ def find_images(folders: Mapping[str, Path]) -> tuple[list[str], dict[str, dict[
         if not folder.is_dir():
             raise UserError(f"there is no folder of images at {folder}; --images takes folders, as t1=slices/T1")
         files[modality] = {}
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+        for path in images_in(folder):
             if (other := files[modality].setdefault(path.stem, path)) != path:
                 raise UserError(f"{other} and {path} have the same name; give one of them")
         if not files[modality]:
-            raise UserError(f"no image in {folder}; images end in {' '.join(sorted(IMAGE_SUFFIXES))}")
+            raise UserError(f"no image in {folder}; images end in {ENDINGS}")
     owners = {name: {m: own[name] for m, own in files.items() if name in own} for own in files.values() for name in own}
     names, lines = complete(owners, list(folders))
     return names, files, lines

@@ -45,10 +45,10 @@ from ldm.data.shards import WriterLock
 from ldm.data.tile_store import TileStore, TileStoreWriter
 from ldm.errors import UserError
 from ldm.files import whole
+from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
 from ldm.images.slides import Slide, TissueMask, open_slide
 
 # what is taken when a folder is given
-SUFFIXES = set(".svs .tif .tiff .ndpi .vms .vmu .scn .mrxs .svslide .bif .czi .dcm .png .jpg .jpeg".split())
 _BATCH = 64
 
 
@@ -242,9 +242,9 @@ def find_slides(paths: Sequence[Path | str]) -> list[Path]:
     """Files given, and slide files of folders given. UserError for none, or for two that would get the same store."""
     slides: list[Path] = []
     for p in map(Path, paths):
-        slides += sorted(q for q in p.iterdir() if q.suffix.lower() in SUFFIXES) if p.is_dir() else [p]
+        slides += images_in(p) if p.is_dir() and not is_ome_zarr(p) else [p]
     if not slides:
-        raise UserError(f"no slide found in {', '.join(map(str, paths))}; slides end in {' '.join(sorted(SUFFIXES))}")
+        raise UserError(f"no slide found in {', '.join(map(str, paths))}; slides end in {ENDINGS}")
     stems: dict[str, Path] = {}
     for slide in slides:
         if slide.stem in stems:

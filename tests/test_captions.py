@@ -20,7 +20,8 @@ from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.datasets import TileDataset
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
-from ldm.tables.captions import drop_unreadable, open_image, read_captions, square
+from ldm.images.pictures import Picture
+from ldm.tables.captions import drop_unreadable, read_captions, square
 
 CONFIG = Path(__file__).parent / "configs" / "tiny_clip.json"
 
@@ -127,7 +128,7 @@ def test_squares(tmp_path):
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, 10:30] = 200  # the middle square
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = open_image(tmp_path / "a.png")
+    image = Picture.of_file(tmp_path / "a.png").pixels()
     assert (square(image, 10) > 150).all()
     padded = square(image, 40, "pad")
     assert padded.shape == (40, 40, 3)
@@ -157,7 +158,7 @@ def test_from_table_to_batch(folder, capsys):
     ]  # fmt: skip
     store = TileStore.open(cohort / "slides" / "minim.zarr")
     assert store.attrs["licence"] == "CC0"
-    expected = square(open_image(folder / "image" / "1.png"), 32)
+    expected = square(Picture.of_file(folder / "image" / "1.png").pixels(), 32)
     np.testing.assert_array_equal(store.tile(1), expected)
     dataset = TileDataset(str(cohort), conditions={"text": "text", "modality": "modality"})
     assert {key: dataset[1][key] for key in ("text", "modality")} == {"text": "no mass", "modality": "MRI"}

@@ -163,8 +163,10 @@ def test_what_images_are_kept_by():
 
 def read_pictures_of(about):
     from ldm.data.collection import Pictures
+    from ldm.images.pictures import Picture
 
-    return Pictures([{"file": f"{i}.png", **row} for i, row in enumerate(about)], lambda i: None, "tiles")
+    image = np.zeros((8, 8, 3), np.uint8)
+    return Pictures([Picture.of_pixels(image, f"{i}.png", row) for i, row in enumerate(about)], "tiles")
 
 
 def test_thresholds_and_fractions():

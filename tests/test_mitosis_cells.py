@@ -241,5 +241,5 @@ def test_no_positive_cell_is_said(tmp_path, labels):
 def test_a_broken_crop_is_named(tmp_path):
     crops(tmp_path / "crops", ["Yes/1.png", "No/2.png"])
     (tmp_path / "crops" / "bad.png").write_text("no image")
-    with pytest.raises(UserError, match=r"the crop .*bad.png cannot be read"):
+    with pytest.raises(UserError, match=r"bad.png holds text, not an image"):
         prepare(tmp_path / "out", crops=tmp_path / "crops", positive="Yes", size=16)

@@ -390,11 +390,11 @@ def test_mistakes_of_training_are_told(cells, tmp_path):
         train_scorer(data, tmp_path / "full", recipe(), progress=False)
     shutil.copytree(cells, tmp_path / "cells")
     (tmp_path / "cells" / "good" / "004.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"004\.png cannot be read"):
+    with pytest.raises(UserError, match=r"004\.png holds text, not an image"):
         train_scorer(
             read_labelled(tmp_path / "cells" / "cells.csv", positive="good"), tmp_path / "t", recipe(), progress=False
         )
-    with pytest.raises(UserError, match=r"good/000\.png is 16 x 16 px, smaller than --crop 24"):
+    with pytest.raises(UserError, match=r"good/000\.png is 16 x 16 px, smaller than the 24 px"):
         data.pictures.middle(24).read(0)
 
 

@@ -16,6 +16,8 @@ from conftest import ROOT
 from ldm.cli import app
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
+from ldm.images.pictures import Picture
+from ldm.images.sheets import fitted
 from ldm.images.write import save_animation
 from ldm.model_folder import write_model_folder
 from ldm.sampling import sweeps as sequences
@@ -111,9 +113,7 @@ def test_every_image_of_a_sequence_has_the_same_noise_at_every_step(model, solve
 
 
 def test_a_real_cell_comes_back_under_its_own_score_and_moves_under_another(model, cells):
-    from ldm.commands.sequence import middle
-
-    real = np.stack([middle(path, 16, 0.25, 0.5) for path in cells])
+    real = np.stack([Picture.of_file(path).part(32.0).pixels((16, 16)) for path in cells])
     images = torch.from_numpy(real).movedim(-1, 1).float() / 127.5 - 1
     conditions = [model.condition(score=value) for value in (0.8, 0.0)]
     made = sequences.moved(model, images, conditions[0], conditions, steps=12, guidance_scale=1.0)
@@ -126,11 +126,11 @@ def test_a_real_cell_comes_back_under_its_own_score_and_moves_under_another(mode
 
 def test_the_middle_of_a_cell_is_what_training_saw(cells):
     from data_prep.mitosis_cells import cut_cell
-    from ldm.commands.sequence import middle
     from ldm.images.slides import open_slide
 
     slide = open_slide(cells[0], mpp=0.25)
-    assert np.array_equal(middle(cells[0], 32, 0.25, 0.5), cut_cell(slide, 64, 64, 32, 2.0))
+    seen = Picture.of_file(cells[0]).part(64.0).pixels((32, 32))
+    assert np.array_equal(seen, cut_cell(slide, 64, 64, 32, 2.0))
 
 
 def test_the_command_writes_images_a_list_a_grid_and_an_animation(model_folder, scorer_folder, tmp_path):
@@ -149,7 +149,7 @@ def test_the_command_writes_images_a_list_a_grid_and_an_animation(model_folder, 
     grid = Image.open(tmp_path / "grid.png")
     assert json.loads(grid.text["SYNTHETIC"])["scorer"]["name"] == "tiny"
     pixels = np.asarray(grid)
-    first = np.asarray(Image.open(tmp_path / "00000_00.png").convert("RGB")).repeat(5, 0).repeat(5, 1)
+    first = fitted(np.asarray(Image.open(tmp_path / "00000_00.png").convert("RGB")), 96)
     assert np.array_equal(pixels[: first.shape[0], 52 : 52 + first.shape[1]], first)
     with Image.open(tmp_path / "sequence.gif") as moving:
         assert moving.n_frames == 4  # there and back

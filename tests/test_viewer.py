@@ -22,9 +22,9 @@ from PIL import Image
 
 from ldm.data.tile_store import TileStoreWriter
 from ldm.errors import UserError
-from ldm.images.slides import open_slide
+from ldm.images.slides import open_image, open_slide
 from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, save_real_png
-from ldm.viewer.pictures import Source, find, open_picture
+from ldm.viewer.pictures import find
 from ldm.viewer.server import BORDER, TILE, Gallery, ViewerServer, host_allowed
 
 REGION = [900, 1400, 1200, 800]  # of the demo slide, level-0 px
@@ -115,7 +115,7 @@ def test_a_large_picture_without_levels_is_read_in_parts(tmp_path):
         str(tmp_path / "large.zarr" / "0"), shape=(4200, 5000), dtype="u1", chunks=(1000, 1000), fill_value=77
     )
     array[:1000, :1000] = 200
-    picture = open_picture(Source(tmp_path / "large.zarr"))
+    picture = open_image(tmp_path / "large.zarr")
     assert picture.mpp == pytest.approx(0.25)
     read, regions = picture._read_level, []
     picture._read_level = lambda level, x, y, w, h: regions.append(w * h) or read(level, x, y, w, h)
@@ -129,10 +129,11 @@ def test_folders_and_tile_stores_become_galleries(folder, pixels, tmp_path):
     about = {"slide": "s.svs", "mpp": 0.5, "tile_size": 64, "stride": 64, "level0_size": [1200, 800], "downsample": 1}
     with TileStoreWriter.create(tmp_path / "s.zarr", 2, about) as writer:
         writer.append(np.stack([pixels[:64, :64], pixels[:64, 64:128]]), np.array([[0, 0], [64, 0]]))
-    assert [source.name for source in find([folder / "tiles"])] == ["00000.png", "00001.png", "00002.png", "real.png"]
+    found = find([folder / "tiles"])
+    assert [source.picture.file for source in found] == ["00000.png", "00001.png", "00002.png", "real.png"]
     gallery = Gallery(find([folder / "tiles", tmp_path / "s.zarr"]))
     assert [bool(told["synthetic"]) for told in gallery.told[:5]] == [True, True, True, False, False]
-    assert [told["name"] for told in gallery.told[4:]] == ["s tile 0", "s tile 1"]
+    assert [told["name"] for told in gallery.told[4:]] == ["s.svs row 0", "s.svs row 1"]
     assert gallery.told[4]["mpp"] == 0.5
     assert (gallery.thumbnail(5) == pixels[:64, 64:128]).all()
 

@@ -309,6 +309,6 @@ def test_a_broken_slice_is_named(tmp_path, content):
     broken = tmp_path / "B" / "1.png"
     broken.write_bytes(broken.read_bytes()[:3000] if content == "cut" else b"no image")
     images = [f"t1={tmp_path / 'A'}", f"t2={tmp_path / 'B'}"]
-    with pytest.raises(UserError, match=r"cannot read the image .*1.png"):
+    with pytest.raises(UserError, match=r"1.png (holds text|cannot be read)"):
         main(["--images", *images, "--size", "16", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -31,8 +31,9 @@ from ldm.cli.script import script
 from ldm.data.volumes import Volume, cut_slice, in_plane, to_tile, windowed
 from ldm.errors import UserError
 from ldm.files import whole
-from ldm.images.slides import TissueMask, open_any, open_slide
-from ldm.tables.captions import open_image, read_captions, square
+from ldm.images.pictures import Picture
+from ldm.images.slides import TissueMask, open_image, open_slide
+from ldm.tables.captions import read_captions, square
 
 SIZE = 64  # px of all images
 BLOCK = 128  # µm, of tissue that stays in one split
@@ -45,7 +46,7 @@ Row = tuple[np.ndarray, str, str, str]  # image, text, modality, patient
 def tissue(name: str, path: Path, mpp: float | None) -> Iterator[Row]:
     """Tiles of 64 µm, those of tissue; `name` is "modality: what it is"."""
     modality, _, what = (part.strip() for part in name.partition(":"))
-    slide = open_slide(path, None if open_any(path).mpp else mpp)
+    slide = open_slide(path, None if open_image(path).mpp else mpp)
     mask = TissueMask(slide)
     scale = 1 / slide.mpp  # level-0 pixels per µm
     width, height = (int(side / scale) for side in slide.dimensions)
@@ -81,7 +82,8 @@ def slices(volumes: dict[str, Path], tumour: Path) -> Iterator[Row]:
 
 def radiographs(table: Path, text_column: str) -> Iterator[Row]:
     for caption in read_captions(table, table.parent / "images", text_column=text_column).captions:
-        yield square(open_image(caption.image), SIZE), " ".join(caption.text.split()), "X-ray", "radiographs"
+        pixels = Picture.of_file(caption.image).pixels()
+        yield square(pixels, SIZE), " ".join(caption.text.split()), "X-ray", "radiographs"
 
 
 def named(texts: Sequence[str]) -> list[tuple[str, Path]]:

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch.hub import get_dir
 
-from ldm.encoders.feature_files import FeatureSet, check_alike
+from ldm.encoders.feature_files import SUFFIXES, FeatureSet, check_alike
 from ldm.errors import UserError, suggest
 from ldm.files import sha256, writable_folder, write_text
-from ldm.images.large import LargeImage, open_large
+from ldm.images.kinds import is_ome_zarr
+from ldm.images.slides import Slide, open_image
 from ldm.metrics.conditional import few_images
 from ldm.metrics.intervals import choose_unit, groups_of
 from ldm.report import sections as ask
@@ -66,9 +67,7 @@ class Asked:
 
 def is_large(path: Path) -> bool:
     """Whether a path is one image rather than a set of them."""
-    return (path.is_file() and path.suffix not in (".h5", ".hdf5", ".npy", ".pt", ".pth")) or (
-        path.name.endswith(".ome.zarr")
-    )
+    return path.suffix not in SUFFIXES if path.is_file() else is_ome_zarr(path)
 
 
 def evaluate(asked: Asked, device: str) -> None:
@@ -128,7 +127,7 @@ def compare_sets(asked: Asked, report: Report, extractors: Extractors, device: s
     sections = [ask.samples(images)] if images else []
     for name in names:
         sections += sections_of(name, sources, images, asked, report, extractors, device)
-    large = {role: open_large(source.path) for role, source in sources.items() if is_large(source.path)}
+    large = {role: open_image(source.path) for role, source in sources.items() if is_large(source.path)}
     sections += canvases(large, names, asked, extractors)
     report.sections += sections
     for role, each in images.items():
@@ -253,7 +252,7 @@ def shown_tiles(source: Source, conditions: FeatureSet) -> Any:
     return replace(whole, pictures=whole.pictures.take(rows), table=conditions.table)
 
 
-def canvases(large: dict[str, LargeImage], names: Sequence[str], asked: Asked, extractors: Extractors) -> list[Any]:
+def canvases(large: dict[str, Slide], names: Sequence[str], asked: Asked, extractors: Extractors) -> list[Any]:
     """What is measured of whole large images, and of both where there are two."""
     extractor = extractors.get(names[0]) if names and names[0] else None
     window = asked.crop or asked.tile

@@ -15,7 +15,6 @@ import pandas as pd
 from ldm.data.collection import LIST, Pictures, read_pictures
 from ldm.errors import UserError, some
 from ldm.files import whole, writable_folder, write_text
-from ldm.images.marks import read_mark
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, save_real_png
 from ldm.requests.tiles import evenly
@@ -147,22 +146,22 @@ def _copied(pictures: Pictures, rows: Sequence[int], out: Path, link: bool) -> l
     names = []
     for row in rows:
         own = pictures.about[row]
-        name = own["file"] if "file" in own else f"{Path(own['slide']).stem}_{own['row']:06d}.png"
+        name = str(own["file"]) if "file" in own else f"{Path(own['slide']).stem}_{own['row']:06d}.png"
         if Path(name).is_absolute() or ".." in Path(name).parts:  # a list may name images of other folders
             name = f"{row:06d}_{Path(name).name}"
         target = out / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if pictures.paths is None:
+        path, copy = pictures[row].path, os.link if link else shutil.copy2
+        if path is None:
             save_real_png(target, pictures.read(row))
         else:
             with whole(target) as part:
-                if link:
-                    try:
-                        os.link(pictures.paths[row], part)
-                    except OSError as error:
-                        raise UserError(f"cannot link {pictures.paths[row]} into {out}: {error.strerror}.") from error
-                else:
-                    shutil.copy2(pictures.paths[row], part)
+                try:
+                    shutil.copytree(path, part, copy_function=copy) if path.is_dir() else copy(path, part)
+                except OSError as error:
+                    if not link:
+                        raise
+                    raise UserError(f"cannot link {path} into {out}: {error.strerror or error}.") from error
         names.append(name)
     return names
 
@@ -171,7 +170,7 @@ def _sheet(pictures: Pictures, rows: Sequence[int], values: np.ndarray, path: Pa
     """A contact sheet of images under what they are kept by."""
     images, words = [pictures.read(int(i)) for i in rows], [f"{values[i]:.3f}" for i in rows]
     sheet = contact_sheet(images, labels=words, most=MOST)
-    if pictures.paths is None or not any(read_mark(pictures.paths[i]) for i in rows):
+    if not any(pictures[int(i)].mark() for i in rows):
         save_real_png(path, sheet)
     else:
         save_png(path, sheet, {"of": LIST})

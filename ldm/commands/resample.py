@@ -20,6 +20,7 @@ from ldm.convert import load_model
 from ldm.data.collection import LIST, Pictures
 from ldm.errors import UserError
 from ldm.files import whole, writable_folder, write_text
+from ldm.images.pictures import Picture
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, to_uint8
 from ldm.requests.tiles import Requests, evenly, requested_tiles
@@ -142,11 +143,13 @@ def judged(
 
     The scores are of the images as their files hold them.
     """
-    held = to_range(to_uint8(images)).permute(0, 3, 1, 2).to(images.device)
+    pixels = to_uint8(images)
+    held = to_range(pixels).permute(0, 3, 1, 2).to(images.device)
     with torch.no_grad():
         mean = network.members(held).float().mean(1).cpu().numpy()
-    about = Pictures([{"file": "", **tiles.about[r]} for r in requests], lambda i: None, "the requests")
-    return (mean.max(1) if mean.ndim == 2 else mean), merit(network.task, mean, about, class_name, matches)
+    made = [Picture.of_pixels(image, f"request {r}", tiles.about[r]) for image, r in zip(pixels, requests)]
+    values = merit(network.task, mean, Pictures(made, "the requests"), class_name, matches)
+    return (mean.max(1) if mean.ndim == 2 else mean), values
 
 
 def _conditions(model: Any, tiles: Requests) -> Any:

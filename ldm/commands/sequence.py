@@ -18,9 +18,10 @@ from ldm.commands.outputs import kept_tiles, provenance, weights_of
 from ldm.commands.sequence_pictures import film, sheet
 from ldm.conditioners.compose import known_key, parse_conditions
 from ldm.convert import load_model
+from ldm.data.collection import read_pictures
+from ldm.data.tile_store import holds_stores
 from ldm.errors import UserError
 from ldm.files import sha256, writable_folder, write_text
-from ldm.images.slides import open_slide
 from ldm.images.write import save_animation, save_png, to_uint8
 from ldm.requests.tiles import requested_tiles
 from ldm.sampling import sweeps as sequences
@@ -32,7 +33,6 @@ SHOWN = 16  # sequences on the grid and in the moving picture
 MOVING = ("score", "mutation", "expression", "multiplier")  # kinds of conditions that are numbers
 COUNT = 8  # sequences, where nothing says how many
 ENDINGS = {"gif": ".gif", "apng": ".png", "webp": ".webp"}
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 
 
 def write_sequences(
@@ -154,7 +154,7 @@ def read_real(model: Any, real: Mapping[str, Any]) -> tuple[Tensor | None, Mappi
     conditioner = model.cond_stage_model
     condition = model.condition(**parse_conditions(conditioner, source)) if source else model.null_condition()
     side = model.image_size * model.first_stage_model.downsampling
-    if path.is_dir() and (path.suffix == ".zarr" or (path / "slides").is_dir()):
+    if holds_stores(path):
         tiles = requested_tiles(model, path, where=real["where"], conditions=source, count=real["count"])
         pixels = np.stack([tiles.real(i) for i in range(len(tiles))])
         if pixels.shape[1] != side:
@@ -165,28 +165,18 @@ def read_real(model: Any, real: Mapping[str, Any]) -> tuple[Tensor | None, Mappi
     else:
         if real["where"]:
             raise UserError(f"--where selects tiles of a store; {path} is none.")
-        files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
-        files = files[: real["count"]]
-        if not files:
-            raise UserError(f"{path} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}).")
-        pixels = np.stack([middle(file, side, real["mpp"], model.metadata.get("mpp")) for file in files])
-        names = [file.name for file in files]
+        extent, mpp, wanted = side, real["mpp"], model.metadata.get("mpp")
+        if mpp is not None:
+            if not wanted:
+                raise UserError("the model does not know its micrometres per pixel; cut the images to its size.")
+            extent = side * (wanted / mpp)  # of a tile, in the images' pixels
+        pictures = list(read_pictures(path, subfolders=False))[: real["count"]]
+        pixels = np.stack([picture.part(extent).pixels((side, side)) for picture in pictures])
+        names = [picture.file for picture in pictures]
     starts = torch.from_numpy(pixels).movedim(-1, 1).float() / 127.5 - 1
     if model.first_stage_model.downsampling == 1 and model.channels == 1:
         starts = starts.mean(1, keepdim=True)
     return starts, condition, names
-
-
-def middle(path: Path, side: int, mpp: float | None, wanted: float | None) -> np.ndarray:
-    """The middle of an image file as (side, side, 3) uint8 at the model's micrometres per pixel."""
-    if mpp is not None and not wanted:
-        raise UserError("the model does not know its micrometres per pixel; cut the images to its size yourself.")
-    image = open_slide(path, mpp or 1.0)
-    width, height = image.dimensions
-    extent = side * (wanted / mpp if mpp else 1.0)  # in the file's pixels
-    if min(width, height) < round(extent):
-        raise UserError(f"{path} is {width} x {height} px, smaller than the {extent:g} px that a tile covers.")
-    return image.read((width - extent) // 2, (height - extent) // 2, extent, extent, (side, side))
 
 
 @torch.no_grad()

@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tifffile
 import torch
-import zarr
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from tqdm import tqdm
@@ -26,11 +23,11 @@ from ldm.convert import load_model
 from ldm.errors import UserError
 from ldm.files import writable_folder, write_text
 from ldm.images.marks import read_mark
+from ldm.images.pictures import Picture
 from ldm.images.sheets import coloured, difference, labelled_sheet
 from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, to_uint8
 from ldm.model_folder import load_network
 from ldm.requests.edits import Target
-from ldm.requests.pictures import Picture
 from ldm.requests.spec import Plan
 from ldm.requests.translations import pictures_and_plans
 from ldm.sampling.tiles import default_guidance
@@ -289,7 +286,7 @@ def _show(
         return
     image = to_tensor(model, picture)
     before = to_uint8(image)
-    rows = [[("source", before), *((output.target.label, _read(output.path)) for output in outputs)]]
+    rows = [[("source", before), *((output.target.label, Picture.of_file(output.path).pixels()) for output in outputs)]]
     about = {**settings, **picture.about}
     if differ:
         if model.first_stage_model.downsampling > 1:  # what the first stage loses is no change
@@ -308,13 +305,3 @@ def _show(
             maps.append((f"mean {change.mean():.1f} grey levels", shown))
         rows.append(maps)
     save_png(out / "sheets" / f"{picture.name}.png", labelled_sheet(rows), about)
-
-
-def _read(path: Path) -> np.ndarray:
-    if path.suffix == ".zarr":
-        return np.moveaxis(np.asarray(zarr.open_group(str(path), mode="r")["0"]), 0, -1)
-    if path.suffix == ".png":
-        return np.asarray(Image.open(path).convert("RGB"))
-    return tifffile.imread(path, key=0)
-
-

@@ -1,4 +1,4 @@
-"""Images to score or to learn from: files of a folder, what `histoldm sample` wrote, tiles of stores.
+"""Images to work on: files of a folder, what `histoldm sample` wrote, tiles of stores.
 
 pictures = read_pictures(Path("tiles"))                    # or a .zarr store, a cohort, an image
 pictures.read(0)                                           # (H,W,3) uint8
@@ -7,23 +7,23 @@ pictures.about[0]                                          # {"file": "00000.png
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from PIL import Image
 
 from ldm.data.cohort import read_index
-from ldm.data.tile_store import TileStore, open_cohort
+from ldm.data.tile_store import TileStore, holds_stores, open_cohort
 from ldm.errors import UserError, some, suggest
-from ldm.tables.annotations import CROP_SUFFIXES
+from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
+from ldm.images.pictures import Picture
 
 LIST, SHEET = "tiles.csv", "contact_sheet"  # what `histoldm sample` writes beside its tiles
 LISTS = (LIST, "sequences.csv", "translations.csv")  # of `sample`, `filter`, `resample`; `sequence`; `translate`
-DEEP = ("I", "F", "I;16", "I;16B", "I;16L")  # Pillow's modes of more than 8 bits
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,43 @@ class Pictures:
     """N images.
 
     Attributes:
-        about: of each: `file`, or `slide` and `row`; then what the list beside it says of it.
-        read: i -> (H,W,3) uint8. paths: their files; None for tiles of stores.
-        mpp: micrometres per pixel where known. source: where they come from, in words. licence: "" where unknown.
+        items: each of them; its `about` has `file`, or `slide` and `row`, then what the list beside it says of it.
+        source: where they come from, in words. mpp: micrometres per pixel of tiles of stores, where they are alike.
+        licence: "" where unknown.
     """
 
-    about: list[dict[str, Any]]
-    read: Callable[[int], np.ndarray]
+    items: Sequence[Picture]
     source: str
-    paths: list[Path] | None = None
     mpp: float | None = None
     licence: str = ""
 
     def __len__(self) -> int:
-        return len(self.about)
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> Picture:
+        return self.items[i]
+
+    def __iter__(self) -> Iterator[Picture]:
+        return iter(self.items)
+
+    @cached_property
+    def about(self) -> list[Mapping[str, Any]]:
+        """What is known of each."""
+        return [picture.about for picture in self.items]
+
+    @cached_property
+    def paths(self) -> list[Path] | None:
+        """Their files; None for tiles of stores."""
+        paths = [picture.path for picture in self.items]
+        return None if None in paths else paths
+
+    def read(self, i: int) -> np.ndarray:
+        """The i-th image, (H,W,3) uint8."""
+        return self.items[i].pixels()
 
     def name(self, i: int) -> str:
         """What the i-th image is called in messages and tables."""
-        own = self.about[i]
-        return str(own["file"]) if "file" in own else f"{own['slide']} row {own['row']}"
+        return self.items[i].file
 
     def words(self) -> list[str]:
         """What tells these images from others without reading them: source, names, sizes and times of files."""
@@ -73,38 +91,47 @@ class Pictures:
         if crop < 8:
             raise UserError(f"--crop is at least 8 px; got {crop}.")
         seen = f"{self.source} (middle {crop} px)"
-        return replace(self, read=lambda i: cropped(self.read(i), crop, self.name(i)), source=seen)
+        return replace(self, items=[picture.part(crop) for picture in self.items], source=seen)
 
     def take(self, rows: Sequence[int]) -> Pictures:
         """The images at these places."""
-        rows = [int(row) for row in rows]
-        paths = None if self.paths is None else [self.paths[row] for row in rows]
-        about = [self.about[row] for row in rows]
-        return replace(self, about=about, read=lambda i: self.read(rows[i]), paths=paths)
+        return replace(self, items=[self.items[int(row)] for row in rows])
+
+    def told(self, about: Sequence[Mapping[str, Any]]) -> Pictures:
+        """The same images, of which other things are known."""
+        return replace(self, items=[replace(picture, about=own) for picture, own in zip(self.items, about)])
 
 
-def read_pictures(path: Path | str, where: Mapping[str, Any] | None = None) -> Pictures:
-    """The images at `path`: an image, a folder with its subfolders, an output of `histoldm sample`, a store, a cohort.
+def read_pictures(
+    path: Path | str, where: Mapping[str, Any] | None = None, subfolders: bool = True, mpp: float | None = None
+) -> Pictures:
+    """The images at `path`: an image, a folder, an output of `histoldm sample`, a store, a cohort.
 
-    where: keeps those of which the list (tiles.csv, index.parquet) says so, `{"split": "test"}`.
-    UserError: nothing there, no image, a list that names files which are not there, a selection of none.
+    Args:
+        where: keeps those of which the list (tiles.csv, index.parquet) says so, `{"split": "test"}`.
+        subfolders: take those of a folder's subfolders too.
+        mpp: micrometres per pixel of image files, in place of what they say.
+    Raises:
+        UserError: nothing there, no image, a list that names files which are not there, a selection of none.
+
+    >>> pictures = read_pictures(cells)
+    >>> pictures.name(0), pictures.read(0).shape
+    ('Atypical/1007.png', (128, 128, 3))
     """
     path = Path(path)
-    if path.is_dir() and (path.suffix == ".zarr" or any(path.glob("*.zarr")) or any(path.glob("slides/*.zarr"))):
+    if not path.exists():
+        raise UserError(f"there are no images at {path}; give an image, a folder of images, a tile store or a cohort.")
+    if holds_stores(path):
         pictures = pictures_of_stores(path)
-    elif (listed := list_of(path)) is not None:
-        pictures = _listed(listed)
-    elif path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix.lower() in CROP_SUFFIXES and p.is_file())
-        hidden = {p for p in files if any(part.startswith(".") for part in p.relative_to(path).parts)}
-        files = [p for p in files if p not in hidden and not p.name.startswith(SHEET)]
+    elif path.is_dir() and (listed := list_of(path)) is not None:
+        pictures = _listed(listed, mpp)
+    elif path.is_dir() and not is_ome_zarr(path):
+        files = [p for p in images_in(path, subfolders) if not p.name.startswith(SHEET)]
         if not files:
-            raise UserError(f"there is no image in {path}; known endings: {' '.join(sorted(CROP_SUFFIXES))}")
-        pictures = pictures_of_files(files, [{"file": str(p.relative_to(path))} for p in files], str(path))
-    elif path.is_file():
-        pictures = pictures_of_files([path], [{"file": path.name}], str(path))
+            raise UserError(f"there is no image in {path}; known endings: {ENDINGS}")
+        pictures = pictures_of_files(files, [{"file": str(p.relative_to(path))} for p in files], str(path), mpp)
     else:
-        raise UserError(f"there are no images at {path}; give a folder of images, a tile store or a cohort.")
+        pictures = pictures_of_files([path], [{"file": path.name}], str(path), mpp)
     for name, value in (where or {}).items():
         told = pictures.column(name)
         rows = [i for i, own in enumerate(told) if str(own) == str(value)]
@@ -114,31 +141,28 @@ def read_pictures(path: Path | str, where: Mapping[str, Any] | None = None) -> P
     return pictures
 
 
-def cropped(image: np.ndarray, crop: int, name: str) -> np.ndarray:
-    """The middle `crop` px of an image (H,W,3). UserError for a smaller one."""
-    height, width = image.shape[:2]
-    if min(height, width) < crop:
-        raise UserError(f"{name} is {width} x {height} px, smaller than --crop {crop}")
-    top, left = (height - crop) // 2, (width - crop) // 2
-    return image[top : top + crop, left : left + crop]
-
-
 def joined(first: Pictures, second: Pictures) -> Pictures:
-    """The images of both, one after the other."""
-    count, paths = len(first), None
-    if first.paths is not None and second.paths is not None:
-        paths = first.paths + second.paths
+    """The images of both, one after the other.
+
+    >>> pictures = read_pictures(cells)
+    >>> len(joined(pictures, pictures)) - len(pictures) == len(pictures)
+    True
+    """
     licence = "; ".join(sorted({first.licence, second.licence} - {""}))
     mpp = first.mpp if first.mpp == second.mpp else None
-    return Pictures(
-        first.about + second.about, lambda i: first.read(i) if i < count else second.read(i - count),
-        f"{first.source} and {second.source}", paths, mpp, licence,
-    )  # fmt: skip
+    return Pictures([*first, *second], f"{first.source} and {second.source}", mpp, licence)
 
 
-def pictures_of_files(paths: Sequence[Path], about: Sequence[dict[str, Any]], source: str) -> Pictures:
-    paths = list(paths)
-    return Pictures(list(about), lambda i: read_image(paths[i]), source, paths)
+def pictures_of_files(
+    paths: Sequence[Path], about: Sequence[Mapping[str, Any]], source: str, mpp: float | None = None
+) -> Pictures:
+    """Images by their files; about: what is known of each, under `file` what it is called.
+
+    >>> pictures_of_files([slide_path], [{"file": "slide.svs"}], "a slide")[0].size
+    (2220, 2967)
+    """
+    files = [Picture.of_file(path, str(own["file"]), own, mpp) for path, own in zip(paths, about)]
+    return Pictures(files, source)
 
 
 def pictures_of_stores(path: Path) -> Pictures:
@@ -146,8 +170,7 @@ def pictures_of_stores(path: Path) -> Pictures:
     stores = open_cohort(path)
     resolutions = {store.mpp for store in stores}
     licences = {str(store.attrs["licence"]) for store in stores if store.attrs.get("licence")}
-    places = [(store, row) for store in stores for row in range(len(store))]
-    known, about = {}, []
+    known, tiles = {}, []
     for folder in {cohort_of(store) for store in stores} - {None}:
         rows = read_index(folder).set_index(["slide", "row"])
         known |= rows[~rows.index.duplicated()].to_dict("index")
@@ -155,9 +178,10 @@ def pictures_of_stores(path: Path) -> Pictures:
         labels = {name: store.labels(name).tolist() for name in store.label_names}
         for row in range(len(store)):
             own = {name: values[row] for name, values in labels.items()}
-            about.append({"slide": store.slide, "row": row} | known.get((store.slide, row), {}) | own)
+            about = {"slide": store.slide, "row": row} | known.get((store.slide, row), {}) | own
+            tiles.append(store.picture(row, about))
     mpp = resolutions.pop() if len(resolutions) == 1 else None
-    return Pictures(about, lambda i: places[i][0].tile(places[i][1]), str(path), None, mpp, "; ".join(sorted(licences)))
+    return Pictures(tiles, str(path), mpp, "; ".join(sorted(licences)))
 
 
 def cohort_of(store: TileStore) -> Path | None:
@@ -171,7 +195,7 @@ def list_of(folder: Path) -> Path | None:
     return next((folder / name for name in LISTS if (folder / name).is_file()), None)
 
 
-def _listed(path: Path) -> Pictures:
+def _listed(path: Path, mpp: float | None) -> Pictures:
     """The output of `histoldm sample`, `sequence` or `translate`, with the columns of its list."""
     table = read_table(path)
     if "file" not in table:
@@ -179,7 +203,7 @@ def _listed(path: Path) -> Pictures:
     paths = [path.parent / str(name) for name in table["file"]]
     if missing := [file.name for file in paths if not file.is_file()]:
         raise UserError(f"{path} lists {len(missing)} images that are not there: {some(missing, 5)}")
-    return pictures_of_files(paths, table.to_dict("records"), str(path.parent))
+    return pictures_of_files(paths, table.to_dict("records"), str(path.parent), mpp)
 
 
 def read_table(path: Path, text: bool = False) -> pd.DataFrame:
@@ -196,16 +220,3 @@ def read_table(path: Path, text: bool = False) -> pd.DataFrame:
     if table.empty:
         raise UserError(f"{path} has no rows.")
     return table.rename(columns=lambda name: str(name).strip())
-
-
-def read_image(path: Path) -> np.ndarray:
-    """An image file as (H,W,3) uint8. UserError that names it, if it cannot be read or has more than 8 bits."""
-    try:
-        with Image.open(path) as image:
-            if image.mode in DEEP:
-                raise UserError(f"{path} has more than 8 bits per channel (mode {image.mode}); save it with 8.")
-            return np.asarray(image.convert("RGB"))
-    except UserError:
-        raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image {path} cannot be read: {error}") from error

@@ -27,7 +27,6 @@ from ldm.rng import fold
 
 Key = int | tuple[int, int]
 Box = Sequence[float]  # x, y, width, height in level-0 pixels
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 _TRIES = 1000
 
 

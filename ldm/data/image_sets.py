@@ -12,7 +12,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from ldm.data.cohort import patient_of
-from ldm.data.collection import Pictures, list_of, read_image, read_pictures
+from ldm.data.collection import Pictures, list_of, read_pictures
 from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, some
-from ldm.images.large import open_large
-from ldm.tables.annotations import CROP_SUFFIXES
+from ldm.images.kinds import is_ome_zarr
+from ldm.images.pictures import Picture
+from ldm.images.slides import Slide, open_image
 
 CROP = 256
 BLOCK_SIDE = 512  # level-0 px of the squares of a slide that intervals draw where the slides are too few
-GREY = ("1", "L", "LA", "I", "I;16", "F")
 TCGA = r"(TCGA-\w{2}-\w{4})"
 
 
@@ -72,19 +72,17 @@ def open_images(
     UserError: nothing there, no image, images of several sizes, a crop larger than an image.
     """
     path = Path(path)
-    ome = path.is_dir() and path.name.endswith(".ome.zarr")
-    if path.is_file() or ome:
+    if path.is_file() or is_ome_zarr(path):
         if where:
             raise UserError(f"a selection (--where) is of tiles of a cohort or rows of a list; {path} is one image.")
-        pictures, kind = _crops([path], [path.name], crop or CROP, str(path)), "large image"
+        pictures, kind = _crops(read_pictures(path), crop or CROP), "large image"
     else:
         pictures = read_pictures(path, where)
         kind = "tiles of stores" if pictures.paths is None else "list" if list_of(path) else "folder"
         if crop is not None:
             if pictures.paths is None:
                 raise UserError(f"--crop cuts files of images; {path} holds tiles of stores, which are cut already.")
-            kind = "crops of a folder"
-            pictures = _crops(pictures.paths, [pictures.name(i) for i in range(len(pictures))], crop, str(path))
+            pictures, kind = _crops(pictures, crop), "crops of a folder"
     sizes, grey = _looked_at(pictures, "crop" in kind or kind == "large image")
     warnings = []
     if len(sizes) > 1 and side is None:
@@ -136,7 +134,7 @@ def listing_sha256(path: Path, pictures: Pictures) -> str:
     digest = hashlib.sha256()
     if pictures.paths is not None:
         for file in dict.fromkeys(pictures.paths):
-            known = file.stat() if file.is_file() else (file / "zarr.json").stat()
+            known = file.stat() if file.is_file() else next(file.glob("z*.json"), file).stat()
             digest.update(f"{file.name} {known.st_size} {known.st_mtime_ns}\n".encode())
     else:
         for store in open_cohort(path):
@@ -155,43 +153,39 @@ def _looked_at(pictures: Pictures, cut: bool) -> tuple[dict[tuple[int, int], lis
         for i, own in enumerate(pictures.about):
             alike.setdefault("" if cut else str(own["slide"]), []).append(i)
         for rows in alike.values():
-            height, width = pictures.read(rows[0]).shape[:2]
-            sizes.setdefault((width, height), []).extend(rows)
+            sizes.setdefault(pictures[rows[0]].size, []).extend(rows)
         return sizes, grey
-    for i, path in enumerate(tqdm(pictures.paths, desc="headers", unit="image", disable=len(pictures) < 5000)):
-        try:
-            with Image.open(path) as image:
-                size, mode = image.size, image.mode
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"the image {path} cannot be read: {error}") from error
-        sizes.setdefault(size, []).append(i)
-        if mode in GREY:
+    for i, picture in enumerate(tqdm(pictures, desc="headers", unit="image", disable=len(pictures) < 5000)):
+        sizes.setdefault(picture.size, []).append(i)
+        if picture.gray:
             grey.append(i)
     order = Counter({size: len(rows) for size, rows in sizes.items()}).most_common()
     return {size: sizes[size] for size, _ in order}, grey
 
 
-def _crops(paths: list[Path], names: list[str], side: int, source: str) -> Pictures:
+def _crops(pictures: Pictures, side: int) -> Pictures:
     """Squares of `side` px side by side, of each image from its upper left corner."""
-    opened = lru_cache(maxsize=2)(open_large)
-    about, places = [], []
-    mpp = None
-    for path, name in zip(paths, names):
-        image = opened(path)
-        height, width = image.shape[:2]
-        mpp = mpp or image.mpp
+    crops, mpp = [], None
+    for picture in pictures:
+        image = picture.open()
+        mpp = mpp or image.mpp or None
+        width, height = image.dimensions
         if min(height, width) < side:
-            raise UserError(f"{path} is {width} x {height} px, smaller than crops of {side} px; give a smaller --crop.")
+            raise UserError(
+                f"{picture.path} is {width} x {height} px, smaller than crops of {side} px; give a smaller --crop."
+            )
         for y in range(0, height - side + 1, side):
             for x in range(0, width - side + 1, side):
-                about.append({"file": f"{name}:{x},{y}", "slide": name, "x": x, "y": y})
-                places.append((path, x, y))
+                about = {"file": f"{picture.file}:{x},{y}", "slide": picture.file, "x": x, "y": y}
+                opener = partial(_open, picture.path)
+                crops.append(Picture(about["file"], opener, picture.path, about, (x, y, side, side)))
+    return Pictures(crops, pictures.source, mpp)
 
-    def read(i: int) -> np.ndarray:
-        path, x, y = places[i]
-        return opened(path).read(x, y, side, side)
 
-    return Pictures(about, read, source, [path for path, _, _ in places], mpp)
+@lru_cache(maxsize=2)
+def _open(path: Path) -> Slide:
+    """An image that is read part by part, held open."""
+    return open_image(path)
 
 
 def images_by_name(path: Path) -> dict[str, Path]:
@@ -208,6 +202,3 @@ def images_by_name(path: Path) -> dict[str, Path]:
             raise UserError(f"{found[key]} and {own} have the same name but for their ending; keep one of them.")
         found[key] = own
     return found
-
-
-__all__ = ["CROP", "CROP_SUFFIXES", "ImageSet", "images_by_name", "open_images", "read_image", "table_of"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,9 @@ import zarr
 from ldm.data.shards import ShardBuffer, WriterLock, create_array, open_writable, read_array
 from ldm.errors import UserError, suggest
 from ldm.files import tool_version
+from ldm.images.kinds import is_ome_zarr
+from ldm.images.pictures import Picture
+from ldm.images.slides import Slide
 
 GROUPS = ("features", "latents", "labels")
 
@@ -51,7 +55,10 @@ class TileStore:
         except (FileNotFoundError, ValueError, KeyError) as error:
             raise UserError(f"{path} is not a Zarr v3 group, so it is no tile store ({error})") from None
         if not isinstance(attrs, dict):
-            raise UserError(f"{path} is a Zarr group without `histoldm` attributes, so it is no tile store")
+            raise UserError(
+                f"{path} is a Zarr group without `histoldm` attributes, so it is no tile store, and without OME "
+                "`multiscales`, so it is no image"
+            )
         if not attrs.get("complete") and not allow_incomplete:
             raise UserError(
                 f"{path} is not finished: {attrs.get('rows', 0)} of {attrs.get('count', '?')} tiles are written; "
@@ -115,6 +122,18 @@ class TileStore:
         if not 0 <= row < len(self):
             raise IndexError(f"{self.path} has tiles 0..{len(self) - 1}, asked for {row}")
         return np.asarray(self.tiles[int(row)])
+
+    def picture(self, row: int, about: Mapping[str, Any] | None = None) -> Picture:
+        """Tile `row`, and what is known of it, as the commands read their images.
+
+        >>> picture = store.picture(3)
+        >>> picture.file, picture.size
+        ('CMU-1-Small-Region.svs row 3', (256, 256))
+        """
+        return Picture(f"{self.slide} row {row}", partial(self._tile_image, row), about=about or {})
+
+    def _tile_image(self, row: int) -> Slide:
+        return Slide.of_pixels(self.tile(row), self.path, self.mpp or 0.0)
 
     def names(self, group: str) -> list[str]:
         """Names of the finished arrays in "features", "latents" or "labels"."""
@@ -220,6 +239,18 @@ class TileStore:
                     array[start : start + rows]
                 except Exception as error:
                     raise UserError(f"{self.path}/{name} rows {start}.. cannot be read: {error}") from None
+
+
+def holds_stores(path: Path) -> bool:
+    """Whether a path is a tile store, or a folder or cohort of them, rather than images.
+
+    >>> holds_stores(store.path), holds_stores(cells)
+    (True, False)
+    """
+    if path.suffix == ".zarr":
+        return path.is_dir() and not is_ome_zarr(path)
+    found = [*path.glob("slides/*.zarr")] or [*path.glob("[!.]*.zarr")]
+    return bool(found) and not any(map(is_ome_zarr, found))
 
 
 def open_cohort(path: Path | str | Sequence[Path | str]) -> list[TileStore]:

@@ -51,8 +51,9 @@ def read_mark(path: Path | str, whole: bool = False) -> dict[str, Any]:
     whole: a file that was cut short, or whose pixels cannot be decoded, counts as one without a mark. Otherwise only
     the header is read.
 
-    >>> read_mark("data/demo/CMU-1-Small-Region.svs")
-    {}
+    >>> from ldm.images.write import save_png
+    >>> read_mark(save_png("a.png", tile, {"seed": 0}))["seed"], read_mark(slide_path)
+    (0, {})
     """
     path = Path(path)
     try:

@@ -1,47 +1,60 @@
 """Opens slides and images of any kind behind one face, and finds the tissue on them.
 
-OpenSlide first (SVS, NDPI, MRXS, SCN, DICOM, pyramidal TIFF, ...), then tifffile (OME-TIFF and plain TIFF), then Pillow
-(PNG, JPEG).
+PNG, JPEG and their like by Pillow; of other files what OpenSlide reads (SVS, NDPI, MRXS, SCN, DICOM, pyramidal TIFF),
+then what tifffile does (OME-TIFF and plain TIFF), then Pillow; folders as OME-Zarr.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import openslide
 import tifffile
 import zarr
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
 
 from ldm.errors import UserError
+from ldm.images.kinds import PLAIN
+from ldm.images.ome_zarr import OmeZarr
 from ldm.images.tiff_check import missing_bytes
 
 # level, x, y, width, height in pixels of that level, inside it -> (height, width, 3) uint8
 ReadLevel = Callable[[int, int, int, int, int], np.ndarray]
 _BLOCK = 4096
 _MAX_MPP = 50.0  # a coarser "resolution" is a screen's or a printer's, not a microscope's
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of more than 8 bits
+_GRAY = ("1", "L", "LA")
 
 
 class Slide:
-    """One slide, read-only.
+    """One slide or image, read-only.
 
     Attributes:
-        path: its file.
+        path: its file or OME-Zarr folder.
         dimensions: (width, height) of level 0 in pixels.
-        mpp: micrometres per level-0 pixel.
+        mpp: micrometres per level-0 pixel, 0 where they are unknown.
         magnification: objective power, or None where the file does not say.
+        gray: whether it has one channel; it is read as three that are alike.
     """
 
     def __init__(
-        self, path: Path, levels: list[tuple[int, int]], read_level: ReadLevel, mpp: float, magnification: float | None
-    ) -> None:
+        self, path: Path, levels: list[tuple[int, int]], read_level: ReadLevel, mpp: float = 0.0,
+        magnification: float | None = None, gray: bool = False,
+    ) -> None:  # fmt: skip
         self.path, self.dimensions, self.mpp, self.magnification = path, levels[0], mpp, magnification
-        self._levels, self._read_level = levels, read_level
+        self.gray, self._levels, self._read_level = gray, levels, read_level
+
+    @classmethod
+    def of_pixels(cls, pixels: np.ndarray, path: Path = Path("image"), mpp: float = 0.0) -> Slide:
+        """An image (H,W,3) uint8 that is in memory. path: what it is called in messages."""
+        size = (pixels.shape[1], pixels.shape[0])
+        return cls(path, [size], lambda level, x, y, w, h: pixels[y : y + h, x : x + w], mpp)
 
     def __repr__(self) -> str:
         return f"Slide({self.path.name!r}, {self.dimensions[0]} x {self.dimensions[1]} px at {self.mpp:g} um/px)"
@@ -73,6 +86,8 @@ class Slide:
         if cx1 > cx0 and cy1 > cy0:
             try:
                 inside = self._read_level(level, cx0, cy0, cx1 - cx0, cy1 - cy0)
+            except UserError:
+                raise
             except Exception as error:
                 raise UserError(
                     f"{self.path} cannot be decoded at x={x:g}, y={y:g} ({error}): "
@@ -100,6 +115,12 @@ class Slide:
             parts = [(x, y, w, cut, (width, first)), (x, y + cut, w, h - cut, (width, height - first))]
         return np.concatenate([self.read_in_parts(*part) for part in parts], axis=along)
 
+    def bands(self) -> Iterator[np.ndarray]:
+        """The finest level from top to bottom, (h, width, 3) uint8 at a time."""
+        width, height = self.dimensions
+        for top in range(0, height, _BLOCK // 2):
+            yield self.read(0, top, width, min(_BLOCK // 2, height - top))
+
     def thumbnail(self, mpp: float) -> np.ndarray:
         """The whole slide at about `mpp` um per pixel, (h, w, 3) uint8; read in blocks, so that memory stays small."""
         width, height = (max(1, round(d * self.mpp / mpp)) for d in self.dimensions)
@@ -114,20 +135,46 @@ class Slide:
         return out
 
 
-def open_slide(path: Path | str, mpp: float | None = None) -> Slide:
-    """Open a slide or an image.
+def open_image(path: Path | str, mpp: float | None = None) -> Slide:
+    """Open a slide or an image of any kind: what every command reads pixels through.
+
+    Pixels are RGB of 8 bits, upright, white where the file is transparent. Of PNG and its like the header alone is read
+    at first, then all of them; of other kinds what is asked for.
 
     Args:
-        mpp: micrometres per level-0 pixel; overrides what the header says.
+        mpp: micrometres per level-0 pixel; overrides what the file says.
     Raises:
-        UserError: no such file, no image, cut short, or without mpp.
+        UserError: no such file, no image, more than 8 bits, cut short.
+
+    >>> open_image(slide_path)
+    Slide('CMU-1-Small-Region.svs', 2220 x 2967 px at 0.499 um/px)
     """
     path = Path(path)
     if mpp is not None and not 0 < mpp <= _MAX_MPP:
         raise UserError(f"mpp is micrometres per pixel, above 0 and up to {_MAX_MPP:g}; got {mpp}")
-    slide = open_any(path)
+    if not path.exists():
+        raise UserError(f"there is no slide or image at {path}")
+    if path.is_dir():
+        slide = _with_zarr(path)
+    else:
+        _refuse_damaged(path)
+        plain = path.suffix.lower() in PLAIN
+        openers = (_with_pillow,) if plain else (_with_openslide, _with_tifffile, _with_pillow)
+        slide = next((slide for opener in openers if (slide := opener(path)) is not None), None)
+    if slide is None:
+        raise UserError(f"{path} is not a slide or image that OpenSlide, tifffile or Pillow can read")
     if mpp is not None:
         slide.mpp = mpp
+    return slide
+
+
+def open_slide(path: Path | str, mpp: float | None = None) -> Slide:
+    """As `open_image`, of one whose micrometres per pixel are known: UserError where neither it nor `mpp` says them.
+
+    >>> open_slide(slide_path).mpp
+    0.499
+    """
+    slide = open_image(path, mpp)
     if not slide.mpp:
         known = f"at {slide.magnification:g}x probably {10 / slide.magnification:g}" if slide.magnification else ""
         raise UserError(
@@ -137,17 +184,19 @@ def open_slide(path: Path | str, mpp: float | None = None) -> Slide:
     return slide
 
 
-def open_any(path: Path | str) -> Slide:
-    """As `open_slide`, of a file that need not say its mpp, which is 0 then."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"there is no slide at {path}")
-    if path.is_file():
-        _refuse_damaged(path)
-    slide = _with_openslide(path) or _with_tifffile(path) or _with_pillow(path)
-    if slide is None:
-        raise UserError(f"{path} is not a slide or image that OpenSlide, tifffile or Pillow can read")
-    return slide
+def read_gray_values(path: Path) -> np.ndarray:
+    """A plain image as (H,W) gray values of the kind that its file holds, uint8 or deeper; of colours the luminance.
+
+    >>> Image.fromarray(np.full((4, 6), 4000, np.uint16)).save("deep.png")
+    >>> read_gray_values(Path("deep.png")).dtype
+    dtype('uint16')
+    """
+    _refuse_damaged(path)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image if image.mode in _DEEP else image.convert("L"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _damaged(path, error) from None
 
 
 def _refuse_damaged(path: Path) -> None:
@@ -158,7 +207,8 @@ def _refuse_damaged(path: Path) -> None:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     if not head:
         raise UserError(f"{path} is empty (0 bytes); copy it again from its source")
-    if b"\0" not in head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+    lists = path.suffix.lower() in (".vms", ".vmu")  # Hamamatsu's text files that name the images of a slide
+    if not lists and b"\0" not in head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         start = head.decode().split("\n")[0][:60]
         raise UserError(f"{path} holds text, not an image; it begins with '{start}'")
     if missing := missing_bytes(path):
@@ -183,25 +233,49 @@ def _with_openslide(path: Path) -> Slide | None:
         float(properties[k]) for k in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y) if k in properties
     ]
     power = properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER)
-    return Slide(path, list(file.level_dimensions), read_level, _usable_mpp(mpps), float(power) if power else None)
+    gray = properties.get(openslide.PROPERTY_NAME_VENDOR) == "generic-tiff" and _one_sample(path)
+    levels = list(file.level_dimensions)
+    return Slide(path, levels, read_level, _usable_mpp(mpps), float(power) if power else None, gray)
+
+
+def _one_sample(path: Path) -> bool:
+    with tifffile.TiffFile(path) as file:
+        return file.pages[0].samplesperpixel == 1
 
 
 def _with_tifffile(path: Path) -> Slide | None:
     try:
         file = tifffile.TiffFile(path)
-        series = file.series[0]
-        rgb = series.ndim == 3 and series.shape[-1] in (3, 4) and series.dtype == np.uint8
+        series, kind = file.series[0], file.pages[0].photometric
     except (tifffile.TiffFileError, IndexError, ValueError):
         return None
-    if not rgb:
-        raise UserError(f"{path} holds {series.axes} {series.shape} {series.dtype}; only 8-bit RGB is read")
+    channels = series.shape[2] if series.ndim == 3 else 1
+    known = {1: ("MINISBLACK",), 3: ("RGB", "YCBCR"), 4: ("RGB",)}.get(channels, ())
+    if series.ndim > 3 or series.dtype != np.uint8 or kind is None or kind.name not in known:
+        if len(file.pages) == 1 and series.dtype in (np.uint8, np.bool_):
+            return None  # a palette, CMYK, planes, ...: Pillow's business
+        raise UserError(
+            f"{path} holds {series.axes} {series.shape} {series.dtype}; RGB and gray images of 8 bits are read"
+        )
     arrays = [zarr.open_array(level.aszarr(), mode="r") for level in series.levels]
 
     def read_level(level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
-        return np.asarray(arrays[level][y : y + h, x : x + w])[..., :3]
+        return _as_rgb(np.asarray(arrays[level][y : y + h, x : x + w]).reshape(h, w, channels))
 
     levels = [(level.shape[1], level.shape[0]) for level in series.levels]
-    return Slide(path, levels, read_level, _usable_mpp(_tiff_mpps(file)), _ome_magnification(file))
+    return Slide(path, levels, read_level, _usable_mpp(_tiff_mpps(file)), _ome_magnification(file), channels == 1)
+
+
+def _with_zarr(path: Path) -> Slide:
+    image = OmeZarr(path)
+    return Slide(path, image.levels, lambda *part: _as_rgb(image.read(*part)), image.mpp, gray=image.channels == 1)
+
+
+def _as_rgb(pixels: np.ndarray) -> np.ndarray:
+    """(H,W,3) of (H,W,1), (H,W,3), or (H,W,4) whose last channel is opacity."""
+    if pixels.shape[2] == 4:
+        return _on_white(Image.fromarray(pixels))
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
 def _tiff_mpps(file: tifffile.TiffFile) -> list[float]:
@@ -235,18 +309,39 @@ def _ome_magnification(file: tifffile.TiffFile) -> float | None:
 def _with_pillow(path: Path) -> Slide | None:
     try:
         with Image.open(path) as image:
-            pixels = _on_white(image)
+            size, mode, orientation = image.size, image.mode, _orientation(image)
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} is too large for a plain image: {error}; convert it to a pyramidal TIFF") from None
     except Image.UnidentifiedImageError:
         return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be decoded ({error}): it is damaged or was cut short") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _damaged(path, error) from None
+    if mode in _DEEP:
+        raise UserError(f"{path} has more than 8 bits per pixel (mode {mode}); window it and save it with 8")
+
+    @lru_cache(maxsize=1)
+    def pixels() -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                return _on_white(image if orientation == 1 else ImageOps.exif_transpose(image))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise _damaged(path, error) from None
 
     def read_level(level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
-        return pixels[y : y + h, x : x + w]
+        return pixels()[y : y + h, x : x + w]
 
-    return Slide(path, [(pixels.shape[1], pixels.shape[0])], read_level, 0.0, None)
+    return Slide(path, [size[::-1] if orientation > 4 else size], read_level, gray=mode in _GRAY)
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF numbers them, 1 is upright; Pillow turns TIFF itself, and a PNG's is not looked for behind its pixels."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read ({error}): it is damaged or was cut short")
 
 
 def _on_white(image: Image.Image) -> np.ndarray:

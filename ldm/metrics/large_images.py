@@ -11,7 +11,7 @@ import numpy as np
 from skimage.color import rgb2lab
 
 from ldm.errors import UserError
-from ldm.images.large import LargeImage
+from ldm.images.slides import Slide
 from ldm.metrics.measure import LOWER, Measure
 from ldm.metrics.seams import NEAR, seam_ratios
 
@@ -37,15 +37,15 @@ class Tone:
     high: float
 
 
-def tone(image: LargeImage, window: int, seed: int = 0) -> Tone:
+def tone(image: Slide, window: int, seed: int = 0) -> Tone:
     """The tone of an image in windows of `window` px side by side.
 
-    >>> image = LargeImage(Path("tile.png"), tile.shape, lambda x, y, w, h: tile[y : y + h, x : x + w])
+    >>> image = Slide.of_pixels(tile)
     >>> found = tone(image, window=64)
     >>> found.colours.shape, found.drift, (found.low, found.high)
     ((4, 4, 3), 6.7663, (1.4706, 6.8119))
     """
-    rows, cols = image.shape[0] // window, image.shape[1] // window
+    cols, rows = (side // window for side in image.dimensions)
     colours = np.full((rows, cols, 3), np.nan)
     for row in range(rows):
         band = image.read(0, row * window, cols * window, window)
@@ -123,19 +123,18 @@ def repetition(features: np.ndarray) -> Repetition:
     return Repetition(by_lag, float(strongest.max()), tuple(map(int, np.abs(lag))), closest)
 
 
-def seam_measures(image: LargeImage, tile: int) -> list[Measure]:
+def seam_measures(image: Slide, tile: int) -> list[Measure]:
     """Seam ratios on the lattice of `tile` px; none for an image of less than two tiles along a side.
 
-    >>> image = LargeImage(Path("tile.png"), tile.shape, lambda x, y, w, h: tile[y : y + h, x : x + w])
+    >>> image = Slide.of_pixels(tile)
     >>> [(measure.name, measure.value) for measure in seam_measures(image, tile=64)]
     [('seams', 1.3247), ('seams_like', 1.0133)]
     """
-    if min(image.shape[:2]) < 2 * tile:
+    if min(image.dimensions) < 2 * tile:
         return []
     found = []
     for name, near, note in (("seams", None, "all lines"), ("seams_like", NEAR, "edges of 8 px blocks near a border")):
-        bands = (image.read(0, top, image.shape[1], bottom - top) for top, bottom in image.bands())
-        ratios = seam_ratios(bands, tile, near)
+        ratios = seam_ratios(image.bands(), tile, near)
         low, high = map(float, np.percentile(ratios[1:], (2.5, 97.5)))
         of = (
             f"gradient across {tile} px borders over that inside, {note}; 95% of other lattices {low:.3f} to {high:.3f}"

@@ -15,8 +15,8 @@ from skimage.color import hdx_from_rgb, hed_from_rgb, separate_stains
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.data.collection import read_image
 from ldm.errors import UserError, some
+from ldm.images.pictures import Picture
 from ldm.metrics.intervals import mean_of
 from ldm.metrics.measure import HIGHER, LOWER, NONE, Measure, measure_of
 
@@ -64,7 +64,7 @@ def read_pair(generated: Path, real: Path) -> tuple[np.ndarray, np.ndarray]:
     >>> [image.shape for image in read_pair(Path("a.png"), Path("a.png"))]
     [(256, 256, 3), (256, 256, 3)]
     """
-    a, b = read_image(generated), read_image(real)
+    a, b = (Picture.of_file(path).pixels() for path in (generated, real))
     if a.shape != b.shape:
         sizes = " and ".join(f"{each.shape[1]} x {each.shape[0]} px" for each in (a, b))
         raise UserError(f"{generated} and {real} are {sizes}; a pair is of one size.")

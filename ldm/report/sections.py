@@ -15,8 +15,8 @@ from ldm.data.image_sets import TCGA, ImageSet, images_by_name
 from ldm.encoders.extractors import Extractor
 from ldm.encoders.feature_files import FeatureSet
 from ldm.files import sha256
-from ldm.images.large import LargeImage
 from ldm.images.sheets import LEAST, contact_sheet, fitted, grid
+from ldm.images.slides import Slide
 from ldm.metrics import conditional, frechet, kernels, large_images, manifold, memorisation, pairs
 from ldm.metrics.measure import LOWER, Measure, measure_of
 from ldm.report import plots
@@ -175,14 +175,14 @@ def _nearest(name: str, found: memorisation.Nearest, images: ImageSet, train: Im
     return grid(rows, words, titles, most=LEAST)
 
 
-def canvas(image: LargeImage, role: str, tile: int, window: int, extractor: Extractor | None) -> Section:
+def canvas(image: Slide, role: str, tile: int, window: int, extractor: Extractor | None) -> Section:
     """Seams, tone and repetition of one large image."""
     tones = large_images.tone(image, window)
     measures = large_images.seam_measures(image, tile) + large_images.tone_measures(tones)
     section = Section(
         f"canvas-{role}", f"The canvas of the {role} image",
-        f"{image.shape[1]} × {image.shape[0]} px, windows of {window} px. The same measures of a real image say what "
-        "is usual.",
+        f"{' × '.join(map(str, image.dimensions))} px, windows of {window} px. The same measures of a real image say "
+        "what is usual.",
         measures=measures,
     )  # fmt: skip
     if not np.isnan(tones.colours).all():
@@ -200,7 +200,7 @@ def canvas(image: LargeImage, role: str, tile: int, window: int, extractor: Extr
 
 
 def window_features(
-    image: LargeImage, window: int, extractor: Extractor, tones: large_images.Tone
+    image: Slide, window: int, extractor: Extractor, tones: large_images.Tone
 ) -> np.ndarray:  # fmt: skip
     """(rows,cols,D): features of windows side by side, NaN where there is little tissue."""
     rows, cols = tones.colours.shape[:2]
@@ -213,12 +213,11 @@ def window_features(
     return features
 
 
-def whole_picture(image: LargeImage, side: int) -> np.ndarray:
+def whole_picture(image: Slide, side: int) -> np.ndarray:
     """The whole image reduced to at most about `side` px, band by band."""
-    step = max(1, max(image.shape[:2]) // side)
+    step = max(1, max(image.dimensions) // side)
     bands = []
-    for top, bottom in image.bands():
-        band = image.read(0, top, image.shape[1], bottom - top)
+    for band in image.bands():
         height, width = (each // step * step for each in band.shape[:2])
         if height:
             cut = band[:height, :width].reshape(height // step, step, width // step, step, 3)
@@ -226,7 +225,7 @@ def whole_picture(image: LargeImage, side: int) -> np.ndarray:
     return np.concatenate(bands)
 
 
-def whole_distance(generated: LargeImage, real: LargeImage, extractor: Extractor, side: int = 1024) -> Section:
+def whole_distance(generated: Slide, real: Slide, extractor: Extractor, side: int = 1024) -> Section:
     """The distance of the features of two whole images, each reduced to one view."""
     features = [extractor(whole_picture(image, side)[None])[0] for image in (generated, real)]
     cosine = float(conditional.cosines(features[0][None], features[1][None])[0, 0])

@@ -13,7 +13,7 @@ import pandas as pd
 
 from ldm.data.collection import read_pictures
 from ldm.data.image_sets import ImageSet, open_images, table_of
-from ldm.data.tile_store import open_cohort
+from ldm.data.tile_store import holds_stores, open_cohort
 from ldm.encoders.clip import load_clip
 from ldm.encoders.encoder import find_encoder
 from ldm.encoders.extractors import CLIP, Extractor, load_extractor
@@ -83,10 +83,7 @@ class Source:
     @cached_property
     def has_stores(self) -> bool:
         """Whether this is a tile store or a cohort."""
-        path = self.path
-        if not path.is_dir() or path.name.endswith(".ome.zarr"):
-            return False
-        return path.suffix == ".zarr" or any(path.glob("*.zarr")) or any(path.glob("slides/*.zarr"))
+        return holds_stores(self.path)
 
     def features(self, name: str, extractors: Extractors, out: Path) -> FeatureSet:
         """The features `name` of the set: of its file, of stores that have them already, or extracted into `out`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import numpy as np
 import torch
 
 from ldm.conditioners.compose import parse_conditions
+from ldm.data.collection import read_pictures
 from ldm.data.features import read_features
+from ldm.data.tile_store import holds_stores, open_cohort
 from ldm.encoders.encoder import load_encoder
 from ldm.encoders.feature_map import load_transport
 from ldm.errors import UserError, some
+from ldm.images.pictures import Picture
 from ldm.requests.edits import Target, gene_values, safe
-from ldm.requests.pictures import Picture, is_tile_store, pictures_of_store, read_pictures
 from ldm.requests.spec import Plan, mmdm_source, plan_of_flags, read_pairs, read_spec
 from ldm.requests.tiles import check_encoder, feature_dim, requested_tiles
 from ldm.tables.genes import barcode, read_gene_table
@@ -43,20 +46,20 @@ def pictures_and_plans(
     """
     conditioner = model.cond_stage_model
     _check_flags(conditioner, spec, table, source, targets, edits, target_features, map_features)
-    if is_tile_store(images):
+    if holds_stores(images):
         if region or mpp:
             raise UserError(f"--region and --mpp are of image files; {images} is a tile store.")
         found = requested_tiles(model, images, where=where, conditions=source, count=count)
         if found.absent:
             print(f"{images} has no {', '.join(found.absent)}: unknown to the model")
-        pictures = pictures_of_store(images, found.about)
+        pictures = _tiles(images, found.about)
         known = [{**{key: values[i] for key, values in found.values.items()}, **found.fixed} for i in range(len(found))]
         image_key = _keys(conditioner, "image")
         known = [{key: value for key, value in own.items() if key not in image_key} for own in known]
     else:
         if where:
             raise UserError(f"--where selects tiles of a store; {images} is none.")
-        pictures = read_pictures(images, region, mpp)[:count]
+        pictures = _files(images, region, mpp)[:count]
         known = [parse_conditions(conditioner, source) for _ in pictures]
     if names:
         known = [{**_named(conditioner, picture.file), **own} for picture, own in zip(pictures, known)]
@@ -84,6 +87,32 @@ def pictures_and_plans(
         )
     _check_values(conditioner, plans)
     return pictures, plans
+
+
+def _files(path: Path, region: Sequence[int] | None, mpp: float | None) -> list[Picture]:
+    """The images of a file or folder, about where they come from. UserError: two of one name, a region of several."""
+    pictures = list(read_pictures(path, subfolders=False, mpp=mpp))
+    names = [picture.name for picture in pictures]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"{path} has two images called {twice}; outputs are named like the inputs, so rename one.")
+    if region is not None and len(pictures) > 1:
+        raise UserError(f"--region is of one image; {path} holds {len(pictures)}.")
+    place = {} if region is None else {"region": ",".join(map(str, region))}
+    part = None if region is None else tuple(region)
+    return [
+        replace(picture, about={"source_image": picture.path.name} | place, region=part) for picture in pictures
+    ]
+
+
+def _tiles(path: Path, asked: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    """Tiles of stores: those that `requested_tiles` chose, by their slide (source) and row."""
+    stores = {store.slide: store for store in open_cohort(path)}
+    tiles = []
+    for own in asked:
+        slide, row = own["source"], int(own["row"])
+        tile = stores[slide].picture(row, {"source_image": slide, **own})
+        tiles.append(replace(tile, file=f"{slide}_{row:06d}.png"))
+    return tiles
 
 
 def _check_values(conditioner: Any, plans: Sequence[Plan]) -> None:

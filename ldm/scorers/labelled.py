@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ldm.data.collection import Pictures, list_of, pictures_of_files, read_pictures, read_table
+from ldm.data.tile_store import holds_stores
 from ldm.errors import UserError, some, suggest
 from ldm.scorers.calibration import KINDS
 
@@ -112,7 +113,7 @@ def read_labelled(
         UserError: one class only, labels missing or of no use, images that are not there.
     """
     path = Path(path)
-    if path.is_dir() and list_of(path) is None and not _has_stores(path):
+    if path.is_dir() and list_of(path) is None and not holds_stores(path):
         pictures = _of_subfolders(path)
         label = label or "class"
     elif path.suffix.lower() in (".csv", ".tsv"):
@@ -135,10 +136,6 @@ def read_labelled(
     return Labelled(pictures, task, targets_of(values, task, pictures), groups, notes)
 
 
-def _has_stores(path: Path) -> bool:
-    return path.suffix == ".zarr" or any(path.glob("*.zarr")) or any(path.glob("slides/*.zarr"))
-
-
 def _of_subfolders(path: Path) -> Pictures:
     pictures = read_pictures(path)
     flat = [own["file"] for own in pictures.about if "/" not in own["file"]]
@@ -148,7 +145,7 @@ def _of_subfolders(path: Path) -> Pictures:
             "subfolder, or give a CSV with path and label."
         )
     about = [own | {"class": own["file"].split("/")[0]} for own in pictures.about]
-    return replace(pictures, about=about)
+    return pictures.told(about)
 
 
 def _of_table(path: Path) -> Pictures:

@@ -18,7 +18,6 @@ import pandas as pd
 from ldm.data.collection import Pictures, pictures_of_files, read_table
 from ldm.errors import UserError, some
 from ldm.files import sha256, whole, writable_folder, write_text
-from ldm.images.marks import read_mark
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, save_real_png
 from ldm.rng import fold
@@ -52,14 +51,18 @@ def write_rating_folder(pictures: Pictures, out: Path, count: int, scale: Sequen
     digits = max(3, len(str(len(rows))))
     about, shown, synthetic = [], [], False
     for number, row in enumerate(rows.tolist(), 1):
-        image, path = pictures.read(row), None if pictures.paths is None else pictures.paths[row]
-        synthetic = synthetic or (path is not None and bool(read_mark(path)))
-        file = out / "images" / f"{number:0{digits}}{'.png' if path is None else path.suffix.lower()}"
-        if path is None:
-            save_real_png(file, image)
-        else:
+        picture = pictures[row]
+        image, mark = picture.pixels(), picture.mark()
+        synthetic = synthetic or bool(mark)
+        copied = picture.path is not None and picture.path.is_file()
+        file = out / "images" / f"{number:0{digits}}{picture.path.suffix.lower() if copied else '.png'}"
+        if copied:
             with whole(file) as part:
-                shutil.copyfile(path, part)
+                shutil.copyfile(picture.path, part)
+        elif mark:
+            save_png(file, image, mark)
+        else:
+            save_real_png(file, image)
         shown.append(image)
         about.append(
             {"number": number, "file": f"images/{file.name}", "sha256": sha256(file), "was": pictures.about[row]}

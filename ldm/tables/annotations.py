@@ -16,12 +16,12 @@ from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
-from PIL import Image
 
 from ldm.errors import UserError, suggest
+from ldm.images.kinds import ENDINGS, images_in
+from ldm.images.slides import open_image
 
 UNDECIDED = "undecided"  # the class of a cell whose annotators did not agree
-CROP_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 _SLIDERUNNER = {
     "Slides": ("uid", "filename"),
     "Annotations": ("uid", "slide", "type", "agreedClass"),
@@ -211,9 +211,9 @@ def read_crops(
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder of crops at {folder}")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in CROP_SUFFIXES)
+    files = images_in(folder, subfolders=True)
     if not files:
-        raise UserError(f"no image lies in {folder}; known endings: {' '.join(sorted(CROP_SUFFIXES))}")
+        raise UserError(f"no image lies in {folder}; known endings: {ENDINGS}")
     names = [path.name for path in files]
     if votes is not None and (twice := next((a for a, b in zip(sorted(names), sorted(names)[1:]) if a == b), None)):
         raise UserError(f"{folder} has several crops called {twice}, so the table of votes cannot tell them apart")
@@ -230,11 +230,7 @@ def read_crops(
         agreed = row[majority] if row is not None and majority and pd.notna(row[majority]) else classes[path.name]
         given = tuple(row[name] for name in voters if pd.notna(row[name])) if row is not None else ()
         patient = str(row[owner]) if row is not None and owner and pd.notna(row[owner]) else ""
-        try:
-            with Image.open(path) as image:
-                x, y = (side / 2 for side in image.size)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"the crop {path} cannot be read: {error}") from None
+        x, y = (side / 2 for side in open_image(path).dimensions)
         cells.append(Cell(str(path.relative_to(folder)), x, y, agreed, given, patient))
     return cells, len(set(table.index) - set(names))
 

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ldm.errors import UserError, suggest
+from ldm.images.pictures import Picture
 
 # names by which columns are found, in any case
 KNOWN = {
@@ -30,7 +31,6 @@ KNOWN = {
     "modality": ("modality", "modal"),
 }
 RESIZES = ("shorter", "pad")
-_DEEP = {"I", "F", "I;16", "I;16B", "I;16L", "I;16N"}  # PIL's modes of more than 8 bits
 
 
 @dataclass(frozen=True)
@@ -227,27 +227,14 @@ def drop_unreadable(table: CaptionTable, workers: int = 8) -> None:
 def _unreadable(path: Path) -> str:
     """Why an image cannot be read; "" if it can."""
     try:
-        open_image(path).close()
+        Picture.of_file(path).pixels()
     except UserError as error:
         return str(error)
     return ""
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image of 8 bits per channel as RGB, upright. UserError if it cannot be read, or has more bits."""
-    try:
-        with Image.open(path) as image:
-            if image.mode in _DEEP:
-                raise UserError(f"the image {path} has more than 8 bits per pixel; window it and save it with 8")
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UserError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"the image {path} cannot be read: {error}") from None
-
-
-def square(image: Image.Image, size: int, resize: str = "shorter") -> np.ndarray:
-    """An image as (size, size, 3) uint8.
+def square(image: np.ndarray, size: int, resize: str = "shorter") -> np.ndarray:
+    """An image (H, W, 3) uint8 as (size, size, 3).
 
     resize: shorter: scaled so that its shorter side is `size`, and its middle cut out; pad: the longer side, and the
     rest is black.
@@ -255,4 +242,4 @@ def square(image: Image.Image, size: int, resize: str = "shorter") -> np.ndarray
     if resize not in RESIZES:
         raise UserError(f"resize is one of {', '.join(RESIZES)}; got '{resize}'")
     fit = ImageOps.fit if resize == "shorter" else ImageOps.pad
-    return np.asarray(fit(image, (size, size), Image.Resampling.BICUBIC))
+    return np.asarray(fit(Image.fromarray(image), (size, size), Image.Resampling.BICUBIC))

@@ -31,7 +31,7 @@ from PIL import Image
 
 from ldm.errors import UserError
 from ldm.images.slides import Slide
-from ldm.viewer.pictures import Source, describe, find, open_picture
+from ldm.viewer.pictures import Source, describe, find
 
 TILE = 510  # px of a tile without its border
 BORDER = 1  # px that neighbouring tiles share
@@ -92,7 +92,7 @@ class Gallery:
     def _picture(self, number: int) -> tuple[Slide, threading.Lock]:
         with self._lock:
             if number not in self._open:
-                self._open[number] = (open_picture(self.sources[number]), threading.Lock())
+                self._open[number] = (self.sources[number].picture.open(), threading.Lock())
                 if len(self._open) > KEPT_OPEN:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)
@@ -120,7 +120,7 @@ class Gallery:
         width, height = self.told[number]["width"], self.told[number]["height"]
         scale = min(1.0, THUMBNAIL / max(width, height))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        return open_picture(self.sources[number]).read_in_parts(0, 0, width, height, size)
+        return self.sources[number].picture.open().read_in_parts(0, 0, width, height, size)
 
 
 def jpeg(pixels: np.ndarray) -> bytes:

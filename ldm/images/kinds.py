@@ -1,0 +1,52 @@
+"""Which files are images: one table of their endings, and the images that a path holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # without a scale; decoded whole
+SLIDES = (".tif", ".tiff", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".czi", ".dcm")
+ENDINGS = " ".join((*PLAIN, *SLIDES, ".ome.zarr"))
+
+
+def is_image(path: Path) -> bool:
+    """Whether a path looks like an image: a file by its ending, a folder by what it says that it holds.
+
+    >>> is_image(slide_path), is_image(slide_path.parent)
+    (True, False)
+    """
+    return path.is_file() if path.suffix.lower() in (*PLAIN, *SLIDES) else is_ome_zarr(path)
+
+
+def is_ome_zarr(path: Path) -> bool:
+    """Whether a path is a folder that holds an OME-Zarr image (0.4 or 0.5); a tile store is none.
+
+    >>> is_ome_zarr(store.path)
+    False
+    """
+    for name in ("zarr.json", ".zattrs"):
+        try:
+            told = json.loads((path / name).read_text(encoding="utf-8"))
+            told = told["attributes"]["ome"] if name == "zarr.json" else told
+            return bool(told["multiscales"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return False
+
+
+def images_in(folder: Path, subfolders: bool = False) -> list[Path]:
+    """The images of a folder, and maybe of those in it, sorted; nothing whose name begins with a point.
+
+    >>> [path.name for path in images_in(slide_path.parent)]
+    ['CMU-1-Small-Region.svs']
+    """
+    found = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith("."):
+            continue
+        if is_image(path):
+            found.append(path)
+        elif subfolders and path.is_dir() and path.suffix != ".zarr":
+            found += images_in(path, True)
+    return found
