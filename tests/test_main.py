@@ -10,6 +10,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,7 +23,9 @@ from ldm import cli, config
 from ldm.callbacks import LastCheckpoint
 from ldm.cli.script import call
 from ldm.devices import TRAINER, faster_precision
+from ldm.errors import UserError
 from ldm.training import command
+from ldm.training.files import SOURCES, check_files
 from ldm.training.run import merge_config
 
 ROOT = Path(__file__).parent.parent
@@ -304,6 +307,42 @@ SHIPPED = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.pa
 def test_shipped_configs_name_only_what_exists(path):
     cfg = merge_config(*command.parse(["-b", str(path)]), None)
     assert cfg["name"]
+
+
+def named_weights(node: object) -> Iterator[str]:
+    """The files under weights/ that a model starts from, and its first stage's folder."""
+    for key, value in node.items() if isinstance(node, dict) else ():
+        if key in ("ckpt_path", "folder") and value:
+            yield value
+        yield from named_weights(value)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_all_that_a_shipped_config_lacks_is_one_message_with_the_way_on(path, monkeypatch):
+    monkeypatch.setenv("HISTOLDM_WEIGHTS", "weights")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
+    cfg = merge_config(*command.parse(["-b", str(path)]), None)
+    with pytest.raises(UserError) as error:
+        check_files(cfg)
+    said = str(error.value)
+    for name in named_weights(cfg["model"]):
+        assert f"{name} is missing" in said
+        assert SOURCES[name] in said
+    stores = cfg["data"]["params"]["stores"]
+    assert f"{stores if isinstance(stores, str) else ', '.join(stores)} " in said
+    if "autoencoder" in str(path):
+        assert "hub/checkpoints/vgg16-397923af.pth. Get it from https://" in said
+        assert "model.params.loss.params.perceptual_weight=0" in said
+        assert "model.params.ckpt_path=null" in said
+
+
+def test_files_that_no_dataset_reads_are_not_missed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    words = ["-b", "demo/ssl", "model.params.first_stage_config.params.folder=mine"]
+    words += [f"data.params.{split}.params.stores=mine" for split in ("train", "validation")]
+    check_files(merge_config(*command.parse(words), None))  # data.params.stores itself is not there
+    with pytest.raises(UserError, match=r"^demo_output/cohort is missing .* data\.params\.stores=FOLDER"):
+        check_files(merge_config(*command.parse(words[:-1]), None))
 
 
 def test_without_train_the_config_is_checked_and_nothing_is_written(capsys):

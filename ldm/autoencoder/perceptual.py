@@ -17,6 +17,26 @@ from ldm.errors import UserError
 BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
 
 
+def find_backbone(net: str, weights: str | None = None) -> Path:
+    """The file of LPIPS' backbone `net`: `weights`, or where torch.hub keeps it. UserError where it is not.
+
+    >>> find_backbone("vgg", "none.pth")
+    Traceback (most recent call last):
+    ldm.errors.UserError: LPIPS needs the ImageNet backbone vgg16-397923af.pth, which is not at none.pth. Get ...
+    """
+    if net not in BACKBONES:
+        raise UserError(f"LPIPS has no backbone '{net}'; give one of {', '.join(BACKBONES)}.")
+    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
+    if not path.is_file():
+        raise UserError(
+            f"LPIPS needs the ImageNet backbone {BACKBONES[net]}, which is not at {path}. Get it from "
+            f"https://download.pytorch.org/models/{BACKBONES[net]} (torchvision, BSD-3-Clause; trained on ImageNet "
+            "images, whose terms allow non-commercial research) and put it there, or name your copy by "
+            "model.params.loss.params.lpips_weights; model.params.loss.params.perceptual_weight=0 trains without LPIPS"
+        )
+    return path
+
+
 class LPIPS(nn.Module):
     """Learned perceptual distance (Zhang et al. 2018): two images (B,3,H,W) in [-1,1] -> (B,1,1,1).
 
@@ -26,16 +46,7 @@ class LPIPS(nn.Module):
 
     def __init__(self, net: str = "vgg", weights: str | None = None):
         super().__init__()
-        if net not in BACKBONES:
-            raise UserError(f"LPIPS has no backbone '{net}'; give one of {', '.join(BACKBONES)}.")
-        path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
-        if not path.is_file():
-            raise UserError(
-                f"LPIPS needs the ImageNet backbone {BACKBONES[net]}, which is not at {path}. Get it from "
-                f"https://download.pytorch.org/models/{BACKBONES[net]} (torchvision, BSD-3-Clause; trained on ImageNet "
-                "images, whose terms allow non-commercial research) and put it there, or name your copy with "
-                "loss.params.lpips_weights. To train without LPIPS set loss.params.perceptual_weight=0."
-            )
+        path = find_backbone(net, weights)
         with warnings.catch_warnings():  # lpips calls torchvision by its old argument names
             warnings.simplefilter("ignore")
             self.model = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)

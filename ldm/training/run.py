@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError, suggest
+from ldm.training.files import check_files
 
 if TYPE_CHECKING:  # imported when a training begins: --help need not wait for it
     from pytorch_lightning import LightningDataModule, LightningModule, Trainer
@@ -134,6 +135,7 @@ class Training:
     def __init__(self, cfg: dict[str, Any], folder: Path, checkpoint: Path | None) -> None:
         from pytorch_lightning import seed_everything
 
+        check_files(cfg)
         self.cfg, self.folder, self.checkpoint = cfg, folder, checkpoint
         precision = _settle_precision(cfg["lightning"]["trainer"])
         seed_everything(cfg["seed"], workers=True, verbose=False)
