@@ -629,3 +629,9 @@ def test_a_published_checkpoint_is_a_model_to_every_command(oracle, tmp_path, ca
                      guidance_scale=None)  # fmt: skip
     assert "class        class: 0, 1, 2, 3" in capsys.readouterr().out
     assert len(list((tmp_path / "tiles").glob("0*.png"))) == 2
+
+
+def test_a_shipped_config_goes_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    node, _ = targets.read_project(Path("autoencoder/vq-f4"))
+    assert (node["target"], node["params"]["n_embed"]) == ("ldm.autoencoder.autoencoder.VQModel", 8192)

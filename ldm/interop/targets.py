@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.config import load_config
+from ldm.config import load_config, shipped
 from ldm.errors import UserError, suggest
 
 UNET = "ldm.networks.unet.UNetModel"
@@ -84,8 +84,9 @@ class Conditioning:
 def read_project(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model node and the whole of a project YAML, or of a config that trains a first stage here.
 
-    Nothing in it is executed, and no environment is read.
+    It may be the name of a shipped one (`ldm.config.shipped`). Nothing in it is executed, and no environment is read.
     """
+    path = shipped(path)
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
