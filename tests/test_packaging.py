@@ -183,6 +183,16 @@ def test_links_in_the_readme_point_to_files():
         assert (ROOT / target).exists(), target
 
 
+def test_the_citation_is_of_this_version_and_names_the_five_sources():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= citation.keys()
+    assert (citation["title"], citation["version"], citation["license"]) == ("HistoLDM", project()["version"], "MIT")
+    assert len(citation["references"]) == 5
+    for reference in citation["references"]:
+        assert {"type", "title", "authors", "year"} <= reference.keys()
+        assert "doi" in reference or "identifiers" in reference
+
+
 def test_version_is_the_changelogs():
     assert f"## [{project()['version']}]" in (ROOT / "CHANGELOG.md").read_text()
     assert sys.version_info >= (3, 11)
