@@ -1,5 +1,5 @@
 # make demo   the main job on a real slide, into demo_output/
-# make test   the whole test suite
+# make test   the whole test suite, in WORKERS processes (2); make test-fast   without what takes long
 # make notebooks   all notebooks, top to bottom; SAVE=1 writes their outputs back
 # make models-report   the figures of the demo models' cards; SAVE=1 writes data/models/measures.json
 # make docs   the documentation site, into docs/_build/html
@@ -10,15 +10,19 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 DOCS := $(VENV)/.docs
+WORKERS := 2
 
-.PHONY: demo test notebooks models-report lint docs install clean clean-demo
+.PHONY: demo test test-fast notebooks models-report lint docs install clean clean-demo
 .DELETE_ON_ERROR:
 
 demo: $(READY)
 	@$(PYTHON) -m demo
 
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile
+
+test-fast: $(READY)
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 notebooks: $(READY)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PYTHON) -m pytest --nbmake --nbmake-timeout=600 $(if $(SAVE),--overwrite) $(or $(ONLY),notebooks)

@@ -212,6 +212,7 @@ def test_cached_latents_are_not_changed_behind_the_back(tiny_store, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["tiny_autoencoder", "tiny_diffusion"])
+@pytest.mark.slow
 def test_an_augmented_training_is_repeated_bit_by_bit(model, picture, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)

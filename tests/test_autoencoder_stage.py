@@ -199,6 +199,7 @@ def test_both_optimisers_train_and_steps_count_updates_of_the_autoencoder(tmp_pa
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.slow
 def test_resuming_repeats_the_run_bit_by_bit(tmp_path, precision):
     loss = loss_node(disc_start=1)
     straight, first, resumed = (stage(loss=loss, seed=3) for _ in range(3))
@@ -302,6 +303,7 @@ def test_users_mistakes_are_named(tmp_path):
 # ------------------------------------------------------------------------------------------------------- pre-training
 
 
+@pytest.mark.slow
 def test_pretraining_writes_a_model_folder_and_continues_where_it_stopped(tmp_path, demo_slide):
     from ldm.images.slides import open_slide
 

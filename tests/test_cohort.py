@@ -37,6 +37,7 @@ def cohort(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_an_interrupted_store_goes_on_without_asking_for_its_tiles_again(tmp_path):
     asked = []
 

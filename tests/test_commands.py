@@ -72,6 +72,7 @@ def test_a_file_of_features_and_a_batch_size_give_the_same_tiles(world, tmp_path
         assert np.abs(a - b).max() <= 1
 
 
+@pytest.mark.slow
 def test_an_interrupted_sample_goes_on_and_other_settings_do_not_mix(world, tmp_path, monkeypatch):
     folder, store = world
     command = ["sample", "--model", folder / "model", "--features", store, "--count", 5, "--steps", 2]
@@ -113,6 +114,7 @@ def test_the_models_mpp_counts_and_a_store_of_another_is_refused(world):
         checked_mpp(SimpleNamespace(metadata={"mpp": 1.0, "tile_size": 256}), tiles)
 
 
+@pytest.mark.slow
 def test_large_image_writes_every_format_at_the_right_size_and_mpp(world, tmp_path):
     folder, store = world
     outs = [tmp_path / "image.png", tmp_path / "image.tif", tmp_path / "image.ome.zarr"]
@@ -144,6 +146,7 @@ def test_mistakes_of_sample_are_told_before_work(world, tmp_path, change, messag
         run("sample", *(part for option in options.items() for part in option))
 
 
+@pytest.mark.slow
 def test_features_of_another_dimension_or_encoder_are_refused(world, tmp_path):
     folder, store = world
     np.save(tmp_path / "wrong.npy", np.zeros((3, 25), np.float32))

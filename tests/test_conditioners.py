@@ -235,6 +235,7 @@ def test_data_with_a_class_that_the_model_lacks_are_refused():
         embedder.check_data({"conditions": {"class": {"names": ["LUAD", "BRCA"]}}})
 
 
+@pytest.mark.slow
 def test_a_moved_model_folder_samples_by_names_as_before(model, tmp_path):
     node = model_node(three())
     write_model_folder(tmp_path / "a", node, model.state_dict(), {})
@@ -309,6 +310,7 @@ def test_a_training_becomes_a_model_folder_that_needs_nothing_else(tmp_path):
         ldm.load_model(tmp_path / "elsewhere")
 
 
+@pytest.mark.slow
 def test_the_overfitting_benchmark_runs_on_the_sample_data(shared, capsys):
     from benchmarks import overfit_conditions
 

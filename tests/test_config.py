@@ -152,6 +152,7 @@ def test_every_pass_sees_every_item_once_and_ranks_share_the_batches():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
 def test_the_loader_goes_on_where_it_was(workers):
     def loader():
         keys = type("Keys", (torch.utils.data.Dataset,), {"__getitem__": lambda self, key: key[0]})()

@@ -91,6 +91,7 @@ def test_large_image_diffusion(lid):
     assert model.scale_factor == 0.8
 
 
+@pytest.mark.slow
 def test_large_image_diffusion_with_the_region(model_of):
     model, io = model_of("more/lid_ssl_ckpt")
     batch = io["batch"]
@@ -129,6 +130,7 @@ def test_pathldm_by_text(model_of):
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
 @pytest.mark.parametrize("config", ["config.yaml", "config_published_style.yaml"])
+@pytest.mark.slow
 def test_zoomldm(model_of, oracle, weights, config):
     levels = ["20x", "10x", "5x", "2.5x", "1.25x", "0.625x", "0.3125x", "0.15625x"]
     project = oracle / "more" / "zoomldm_ckpt" / config
@@ -149,6 +151,7 @@ def test_zoomldm(model_of, oracle, weights, config):
         close(model.encode(io["image"]), io["z0"])
 
 
+@pytest.mark.slow
 def test_segmentation_beside_the_latent(model_of):
     model, io = model_of("more/ldm_concat_ckpt")
     cond = model.condition(segmentation=io["cond_input"])
@@ -251,6 +254,7 @@ def test_averages_of_a_first_stage(oracle, tmp_path):
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.slow
 def test_pixel_model_with_a_cosine_schedule(oracle, tmp_path, weights):
     golden = load(oracle / "more" / "ldm_ddpm_cosine.pt")
     source = write(tmp_path / "ddpm", "ldm.models.diffusion.ddpm.DDPM", golden["config"], golden["state_dict"])
@@ -400,6 +404,7 @@ WEIGHT = "model.diffusion_model.out.2.weight"
         (lambda s, p: [s.pop(n) for n in list(s) if n.startswith("model.")], "holds no network"),
     ],
 )  # fmt: skip
+@pytest.mark.slow
 def test_what_does_not_fit_is_an_error_that_says_so(edited, tmp_path, edit, message):
     with pytest.raises(UserError, match=message):
         convert(edited(edit), tmp_path / "model", say=silent)
@@ -478,6 +483,7 @@ def test_facts_of_the_user_are_stored(oracle, tmp_path):
         convert(source, tmp_path / "m", mutation_genes="genes.txt", say=silent)
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_is_loaded_without_a_folder(lid, oracle):
     with pytest.warns(UserWarning, match="the config is config.yaml, which lies beside"):
         model = load_model(oracle / "ldm_ckpt_lid_vq" / "model.ckpt")
@@ -486,6 +492,7 @@ def test_a_published_checkpoint_is_loaded_without_a_folder(lid, oracle):
     assert torch.equal(model.sigmas, lid[0].sigmas)
 
 
+@pytest.mark.slow
 def test_targets_of_others_are_refused_unless_allowed(edited, tmp_path, monkeypatch):
     (tmp_path / "mylab.py").write_text(
         "from ldm.conditioners.ssl import PatchEmbedder\n"
@@ -566,6 +573,7 @@ ENCODERS = targets.ENCODERS
     ],
     ids=["brca", "crc", "cin256", "zoomldm", "celeba", "churches", "txt2img"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_published_configs_have_the_published_size(tmp_path, unet_params, first_stage, cond_stage, count):
     """The names and shapes of the tensors are those of a checkpoint made of that very config."""
     params = {"unet_config": {"target": targets.UNETS[0], "params": unet_params}, "first_stage_config": first_stage,
@@ -599,6 +607,7 @@ def test_published_configs_have_the_published_size(tmp_path, unet_params, first_
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_converts_a_published_folder(oracle, tmp_path, monkeypatch, capsys):
     folder = oracle / "more" / "pathldm_class_ckpt"
     (tmp_path / "names.txt").write_text("low low\nlow high\nhigh low\nhigh high\n")

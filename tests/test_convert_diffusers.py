@@ -154,6 +154,7 @@ def test_a_pipeline_without_text_says_so_and_goes_back(oracle, tmp_path):
 # --- written for diffusers and read again -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ours_to_diffusers_to_ours_is_bitwise_equal(model_folder, pipeline, tmp_path):
     convert(pipeline, tmp_path / "back", say=lambda line: None)
     assert_same_weights(model_folder, tmp_path / "back")
@@ -178,6 +179,7 @@ def test_ours_to_diffusers_to_ours_is_bitwise_equal(model_folder, pipeline, tmp_
         {"norm_groups": 16, "channel_mult": [1, 2, 3], "attention_resolutions": [1, 4]},
     ],
 )
+@pytest.mark.slow
 def test_options_of_the_network_go_there_and_back(unet, tmp_path):
     node = changed(**unet)
     node["params"].pop("cond_stage_config")
@@ -193,6 +195,7 @@ def test_options_of_the_network_go_there_and_back(unet, tmp_path):
     assert (params["parameterization"], params["beta_schedule"]) == ("v", "cosine")
 
 
+@pytest.mark.slow
 def test_diffusers_computes_the_same(model_folder, pipeline):
     diffusers = pytest.importorskip("diffusers")
     model = load_model(model_folder)
@@ -231,6 +234,7 @@ def test_stable_diffusion_of_full_size_has_our_names_and_shapes():
             assert sum(value.numel() for value in wanted.values()) == count
 
 
+@pytest.mark.slow
 def test_the_whole_pipeline_samples_equally(model_folder, pipeline):
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
@@ -275,6 +279,7 @@ def test_half_precision_is_written(model_folder, tmp_path):
 # --- forms in which such folders come -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sharded_pickled_half_and_old_names(pipeline, tmp_path):
     """Every way of storing the same tensors gives the same model."""
     plain = read_diffusers(pipeline, None)
@@ -325,6 +330,7 @@ def test_linear_projections_are_the_same_network(pipeline, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["model folder", "pipeline"])
+@pytest.mark.slow
 def test_a_network_alone_over_a_base(kind, model_folder, pipeline, tmp_path):
     """As MINIM publishes: a fine-tuned UNet, the rest from Stable Diffusion."""
     tuned = copied(pipeline / "unet", tmp_path / "checkpoint-5000" / "unet")
@@ -465,6 +471,7 @@ def single(model_folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", ["averaged .ckpt", "bare .safetensors"])
+@pytest.mark.slow
 def test_a_single_file_is_known_by_its_shapes(form, model_folder, tmp_path):
     state, wanted = single(model_folder), load_file(model_folder / "model.safetensors")
     if form == "averaged .ckpt":
@@ -496,6 +503,7 @@ def test_a_single_file_is_known_by_its_shapes(form, model_folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_stable_diffusion_2_in_a_single_file_with_its_yaml(tmp_path):
     """Its own text tower, of which the last block is left out, linear projections, heads of one width, velocity."""
     node = changed(num_heads=-1, num_head_channels=16)
@@ -532,6 +540,7 @@ def test_stable_diffusion_2_in_a_single_file_with_its_yaml(tmp_path):
 
 
 @pytest.mark.parametrize("begins", [UNET, "diffusion_model.", ""])
+@pytest.mark.slow
 def test_a_single_file_of_a_network_alone(begins, model_folder, tmp_path):
     whole = load_file(model_folder / "model.safetensors")
     state = {begins + n.removeprefix(UNET): v for n, v in whole.items() if n.startswith(UNET)}
@@ -567,6 +576,7 @@ def test_what_a_single_file_may_not_be(model_folder, tmp_path):
         check(read_stable_diffusion(path, state), path)
 
 
+@pytest.mark.slow
 def test_the_published_size_of_stable_diffusion_1():
     """859.52 M, 83.65 M and 123.06 M parameters: read off the shapes of a file's tensors, and built from that."""
     from ldm.conditioners.text_towers import ClipTower
@@ -624,6 +634,7 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.slow
 def test_ours_to_compvis_to_ours_is_bitwise_equal(condition, tmp_path):
     plain = {"use_spatial_transformer": False, "context_dim": None}
     of_kind = {"none": plain, "label": plain | {"num_heads_upsample": 4}, "regions": {"context_dim": 512}}
@@ -657,6 +668,7 @@ def test_ours_to_compvis_to_ours_is_bitwise_equal(condition, tmp_path):
 
 
 @pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+@pytest.mark.slow
 def test_what_the_network_predicts_goes_there_and_back(parameterization, tmp_path):
     node = changed()
     node["params"] |= {"parameterization": parameterization, "beta_schedule": "cosine"}

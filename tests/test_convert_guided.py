@@ -62,6 +62,7 @@ def test_network_and_schedule(his):
     assert model.cond_stage_model.dropout == 0  # no null was trained: guidance is 1 by default
 
 
+@pytest.mark.slow
 def test_samples_inversion_and_translation(his):
     golden, model, sigmas = his
     cond, target = model.condition(class_=golden["y"]), model.condition(class_=golden["y_target"])
@@ -114,6 +115,7 @@ def test_omics(oracle, tmp_path, flags):
             convert(source, tmp_path / "m", say=silent)
 
 
+@pytest.mark.slow
 def test_omics_translation(oracle, tmp_path):
     golden = load(oracle / "more" / "hismmdm_omics_translate.pt")
     model = load_model(converted(tmp_path, golden["state_dict"], golden["config"]))
@@ -194,6 +196,7 @@ def test_other_pools_of_classifiers(tmp_path, pool):
         converted(tmp_path, net.state_dict(), wrong)
 
 
+@pytest.mark.slow
 def test_classifier_guidance(oracle, tmp_path):
     golden = load(oracle / "more" / "hismmdm_guided.pt")
     model = load_model(converted(tmp_path / "unet", golden["state_dict"], golden["config"]))

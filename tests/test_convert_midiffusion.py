@@ -42,6 +42,7 @@ def converted(published: tuple[Path, dict], folder: Path, **options) -> nn.Modul
 
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("name", [ADM, DDPM])
+@pytest.mark.slow
 def test_the_networks_are_the_published_ones(published, tmp_path, name, raw):
     model, (_, io) = converted(published[name], tmp_path, raw_weights=raw), published[name]
     with torch.no_grad():
@@ -49,6 +50,7 @@ def test_the_networks_are_the_published_ones(published, tmp_path, name, raw):
     assert relative(out, io["eps_raw" if raw else "eps_ema"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_translation_is_the_published_one(published, tmp_path):
     """Published samplers add noise after the last step too. x is of the type that the model asks for: the maps see grey
     levels, and rounding of float32 moves some over their edges (one level is worth up to 1e-4)."""

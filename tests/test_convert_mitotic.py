@@ -112,6 +112,7 @@ def test_ddim_as_published(golden, model):
     assert relative(unit(correct), run["out"]) > 1e-2
 
 
+@pytest.mark.slow
 def test_ancestral_sampling_as_shipped(golden, short):
     """The published sampler drops its condition in half of the draws: two masks a step, the second of the null."""
     run = golden["as_shipped_ancestral20_scale8"]
@@ -155,6 +156,7 @@ def test_every_tensor_is_accounted_for(golden, tmp_path, module):
     assert any("image_size is taken to be 64" in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_a_network_alone_and_one_of_half_precision(golden, tmp_path):
     torch.save(golden["unet_state_dict"], tmp_path / "unet.pt")
     found = convert.read_published(tmp_path / "unet.pt")
@@ -238,6 +240,7 @@ def random_resnet(seed: int) -> dict[str, Tensor]:
     return {name: value * 0.3 if name.endswith("bn2.weight") else value for name, value in state.items()}
 
 
+@pytest.mark.slow
 def test_cells_are_scored_as_published(oracle, tmp_path):
     golden = load(oracle / "more" / "mitotic_resnet34.pt")
     paths = []

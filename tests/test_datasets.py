@@ -147,6 +147,7 @@ def test_a_model_remembers_licences_and_latents_of_its_data(store: Path, tmp_pat
         TileDataset([str(path) for path in stores], ["latent"], latents="kl")
 
 
+@pytest.mark.slow
 def test_validation_of_a_model_of_latents_shows_its_tiles(demo_slide: Path, tmp_path: Path):
     from test_latent_diffusion import build
 
@@ -227,6 +228,7 @@ def test_datasets_travel_to_workers(store: Path):
     assert torch.equal(want["ssl"], again["ssl"])
 
 
+@pytest.mark.slow
 def test_region_crops(demo_slide: Path):
     box = [0, 1856, 2220, 512]
     data = RegionDataset([{"path": str(demo_slide), "exclude": [box]}], size=64, length=10, mpp=0.998)
@@ -256,6 +258,7 @@ def test_region_crops(demo_slide: Path):
         RegionDataset([{"path": str(demo_slide)}], 4000, 10)
 
 
+@pytest.mark.slow
 def test_latents_of_a_store(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ldm.model_folder.load_first_stage", lambda folder: Pool())
     folder = tmp_path / "pool"

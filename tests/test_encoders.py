@@ -96,6 +96,7 @@ def test_demo_encoder_tells_tissue_from_glass_and_where_it_is(demo, slide):
     assert near(right[..., 0], glass[..., 0]) > near(right[..., 0], tissue[..., 0]) + 0.1
 
 
+@pytest.mark.slow
 def test_demo_encoder_reaches_its_recorded_figures_on_held_out_tiles(demo):
     recorded = yaml.safe_load((DEMO / "encoder.yaml").read_text())["figures"]
     config = load_config([ROOT / "configs" / "demo" / "encoder.yaml"])
@@ -118,6 +119,7 @@ def test_demo_encoder_features_have_unit_scale(demo, slide):
 
 
 @pytest.mark.parametrize("name", sorted(REGISTRY))
+@pytest.mark.slow
 def test_published_architectures_are_made_and_pooled(name):
     with torch.device("meta"):
         encoder = Encoder(REGISTRY[name])
@@ -315,6 +317,7 @@ def test_crops_stay_out_of_excluded_rectangles():
     assert not touching.any()
 
 
+@pytest.mark.slow
 def test_pretraining_stopped_and_continued_gives_the_same_weights(tmp_path, monkeypatch):
     config = load_config([ROOT / "configs" / "demo" / "encoder.yaml"])
     config["images"] = [{"path": str(ROOT / "data/pretrain/OS-1-detail.ome.tif"), "mpp": 0.2271}]

@@ -138,6 +138,7 @@ def test_the_page_stands_alone(evaluated):
     assert page.count("<svg") >= 4
 
 
+@pytest.mark.slow
 def test_features_are_not_made_twice(world, evaluated):
     out, _ = evaluated
     files = {path: path.stat().st_mtime_ns for path in (out / "features").iterdir()}
@@ -151,6 +152,7 @@ def test_features_are_not_made_twice(world, evaluated):
     assert files == {path: path.stat().st_mtime_ns for path in files}
 
 
+@pytest.mark.slow
 def test_copies_of_training_images_are_caught(world):
     out = world / "copied"
     output = run("--generated", world / "copies", "--real", world / "cohort", "--where", "split=test", "--train",
@@ -163,6 +165,7 @@ def test_copies_of_training_images_are_caught(world):
     assert "The model memorises" in output
 
 
+@pytest.mark.slow
 def test_two_reports_are_compared(world, evaluated):
     run("--generated", world / "flat", "--real", world / "cohort", "--where", "split=test", "--features", "pixels",
         "--out", world / "flat-report")  # fmt: skip
@@ -177,6 +180,7 @@ def test_two_reports_are_compared(world, evaluated):
         run("--compare", evaluated[0], world / "made" / "tiles.csv", "--out", world / "comparison")
 
 
+@pytest.mark.slow
 def test_a_large_image_is_measured_whole_and_in_crops(region, world):
     Image.fromarray(region[:640, :640]).save(world / "large.png")
     Image.fromarray(region[640:, 640:]).save(world / "other.png")
@@ -191,6 +195,7 @@ def test_a_large_image_is_measured_whole_and_in_crops(region, world):
     assert report(out)["sets"]["generated"]["count"] == 25
 
 
+@pytest.mark.slow
 def test_pairs_and_scores(world):
     table = pd.DataFrame({"file": map(str, range(40)), "score": np.linspace(0, 1, 40), "target": np.arange(40) >= 20})
     table.assign(target=table["target"].astype(int)).to_csv(world / "scores.csv", index=False)
@@ -208,6 +213,7 @@ def test_pairs_and_scores(world):
         assert any("LPIPS is left out" in text and "https://" in text for text in report(out)["warnings"])
 
 
+@pytest.mark.slow
 def test_captions_are_scored_by_clip(world, tmp_path):
     config = ROOT / "tests" / "configs" / "tiny_clip.json"
     known = json.loads(config.read_text())
@@ -225,6 +231,7 @@ def test_captions_are_scored_by_clip(world, tmp_path):
     assert report(tmp_path / "out")["extractors"]["clip:tiny_clip"]["dim"] == known["embed_dim"]
 
 
+@pytest.mark.slow
 def test_halves_of_a_slide_are_near_and_another_stain_is_far(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     spec = importlib.util.spec_from_file_location("evaluation", ROOT / "benchmarks" / "evaluation.py")
@@ -235,6 +242,7 @@ def test_halves_of_a_slide_are_near_and_another_stain_is_far(monkeypatch, capsys
     assert capsys.readouterr().out.count("holds") == 8  # every figure
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_message_each(world, tmp_path):
     real = ("--real", world / "cohort", "--out", tmp_path)
     (tmp_path / "empty").mkdir()

@@ -127,6 +127,7 @@ def test_an_unreadable_image_is_reported_and_never_kept(world, tmp_path):
         run("score", "--scorer", world / "binary", "--images", tmp_path / "in", "--out", tmp_path / "t.csv")
 
 
+@pytest.mark.slow
 def test_published_networks_score_through_the_same_command(world, tmp_path):
     for seed in (0, 1):
         torch.manual_seed(seed)
@@ -245,6 +246,7 @@ def test_images_of_other_folders_are_kept_inside(world, tmp_path):
 # --- people ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ratings_go_out_and_come_back(world, tmp_path):
     out = tmp_path / "ratings"
     run("rate", "--images", world / "tiles", "--out", out, "--count", 10, "--scale", "bad,good")
@@ -322,6 +324,7 @@ def threshold(world, tmp_path_factory):
     return float(scores.quantile(0.67))
 
 
+@pytest.mark.slow
 def test_tiles_are_sampled_until_enough_pass(world, tmp_path, threshold, monkeypatch):
     given = ("--condition", "score=0.8", "--above", threshold)
     said = resample(world, tmp_path / "a", *given)
@@ -370,6 +373,7 @@ def test_attempts_are_bounded_and_go_on(world, tmp_path):
     assert json.loads((tmp_path / "resample.json").read_text())["attempts"] == 7
 
 
+@pytest.mark.slow
 def test_each_request_gets_its_own(world, tmp_path):
     (tmp_path / "t.csv").write_text("score\n0.1\n0.9\n")
     given = ("--table", tmp_path / "t.csv", "--matches", "score", "--above", 0.05)
@@ -405,6 +409,7 @@ def test_rounds_ask_for_what_is_lacking():
 # --- utility ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_utility_compares_on_the_same_real_images(world, tmp_path):
     made = write_cells(tmp_path / "made", 6, {"good": 0.9, "bad": 0.1})
     assert len(made) == 12

@@ -219,6 +219,7 @@ def test_guided_samples_are_the_published_ones(published, name):
         assert relative(state / (1 + sigma**2).sqrt(), published_state) < 1e-4
 
 
+@pytest.mark.slow
 def test_guided_stochastic_samples_and_translations_are_the_published_ones(published):
     _, _, golden, denoiser, log_probability, sigmas = published
     scale = (1 + sigmas[0] ** 2).sqrt()

@@ -78,6 +78,7 @@ def test_rescaled_guidance_has_the_contrast_of_the_condition(model):
         ldm.sample(model, cond, guidance_rescale=1.5, **SETTINGS)
 
 
+@pytest.mark.slow
 def test_the_command_takes_them_and_files_say_so(tmp_path, model):
     write_model_folder(tmp_path / "model", NODE, model.state_dict(), {})
     call = ["sample", "--model", tmp_path / "model", "--condition", "class=LUAD", "--count", 2, "--steps", 2]

@@ -131,6 +131,7 @@ def test_tiles_without_a_feature_are_an_error_or_left_out(cohort: Path, tmp_path
     assert set(table["split"]) == {"val"}
 
 
+@pytest.mark.slow
 def test_tiles_are_cut_where_the_file_says(demo_slide: Path, tmp_path: Path):
     coords = np.array([[300, 1800], [812, 1800], [300, 2312], [900, 2000]])
     job = trident(tmp_path / "job", coords, numbered(coords), patch_size=256, patch_size_level0=512, overlap=32)

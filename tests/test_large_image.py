@@ -133,6 +133,7 @@ def test_the_image_goes_into_an_array_of_the_user(tmp_path):
         large_image(Stub(flat), grid(), out=np.zeros((48, 60, 3), np.uint8))
 
 
+@pytest.mark.slow
 def test_a_large_canvas_is_decoded_in_parts_into_an_array(monkeypatch):
     torch.manual_seed(0)
     ddconfig = dict(z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 2], num_res_blocks=1,

@@ -84,6 +84,7 @@ def test_the_loss_reaches_every_trained_parameter_and_leaves_the_first_stage(par
             assert parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_moves_the_average(tmp_path):
     model = build()
     model.learning_rate = 2e-3
@@ -101,6 +102,7 @@ def test_training_lowers_the_loss_and_moves_the_average(tmp_path):
     assert int(model.model_ema.num_updates) == 40
 
 
+@pytest.mark.slow
 def test_accumulation_updates_the_average_once_per_optimiser_step(tmp_path):
     model = build()
     fit(model, 3, tmp_path, accumulate_grad_batches=2)
@@ -181,6 +183,7 @@ def test_an_export_begins_a_card_and_leaves_one_that_is_there(tmp_path):
     ldm.load_model(tmp_path / "new")
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_batch_size(tmp_path):
     model, _ = model_folder(tmp_path)
     cond = model.condition(torch.randn(5, 24))
@@ -191,6 +194,7 @@ def test_samples_do_not_depend_on_the_batch_size(tmp_path):
         torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_large_image_does_not_depend_on_the_batch_size_and_follows_its_grid(tmp_path):
     model, _ = model_folder(tmp_path)
     grid = torch.randn(2, 3, 24)

@@ -74,6 +74,7 @@ def published(oracle):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.slow
 def test_maps_are_the_published_ones(published, name):
     source, target = (published[image] for image in CASES[name])
     wanted = published["cases"][name]["map"]
@@ -81,6 +82,7 @@ def test_maps_are_the_published_ones(published, name):
     assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
+@pytest.mark.slow
 def test_maps_on_the_way_of_a_published_sampler(oracle):
     sampling = torch.load(oracle / "more" / "mid_ddpm_model" / "io.pt", weights_only=True)["sampling"]
     source, conditions = sampling["source"], sampling["conditions"]
@@ -101,6 +103,7 @@ def test_maps_on_the_way_of_a_published_sampler(oracle):
     ],
 )
 @pytest.mark.parametrize("spread", [0.05, 0.4, 6.0])
+@pytest.mark.slow
 def test_maps_equal_the_dense_form(shape, settings, spread):
     rng = torch.Generator().manual_seed(1)
     source = (0.5 + 0.1 * torch.randn(shape, generator=rng)) * (torch.rand(shape, generator=rng) > 0.3)

@@ -85,6 +85,7 @@ RESUMES = {
 
 
 @pytest.mark.parametrize("case", RESUMES)
+@pytest.mark.slow
 def test_a_resumed_run_is_the_straight_run(case):
     options, half = RESUMES[case]
     assert train("-b", TINY, "-l", "straight", *options) == 0
@@ -101,6 +102,7 @@ def test_a_resumed_run_is_the_straight_run(case):
 
 
 @pytest.mark.parametrize("model", ["tiny_diffusion", "tiny_autoencoder"])
+@pytest.mark.slow
 def test_the_real_models_resume_exactly(model):
     configs = ["-b", str(CONFIGS / f"{model}.yaml")]
     assert train(*configs, "-l", "straight", "--max_steps", "6") == 0
@@ -115,6 +117,7 @@ def test_the_real_models_resume_exactly(model):
     [("train", 4, []), ("train", 5, ["--accumulate_grad_batches", "2"]), ("val", 6, [])],
     ids=["after a step", "inside an accumulation window", "in validation"],
 )
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_resumed_run_is_the_straight_run(where, stop_at, options, capsys):
     assert train("-b", TINY, "-l", "straight", *options) == 0
     stop = [f"model.params.stop_at={stop_at}", f"model.params.where={where}"]
@@ -126,6 +129,7 @@ def test_ctrl_c_saves_and_the_resumed_run_is_the_straight_run(where, stop_at, op
     assert_same_training(checkpoint(only_run("straight")), checkpoint(run))
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_workers_too():
     options = ["data.params.num_workers=1", "data.params.delay=0.1"]
     options += ["model.params.stop_at=2", "model.params.where=group"]
@@ -138,6 +142,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too():
     assert checkpoint(only_run("logs"))["global_step"] == 2
 
 
+@pytest.mark.slow
 def test_any_checkpoint_of_a_run_resumes_exactly_and_repeatedly():
     assert train("-b", TINY, "-l", "straight", "lightning.modelcheckpoint.params.save_top_k=-1") == 0
     run = only_run("straight")
@@ -175,6 +180,7 @@ def test_a_run_folder_holds_what_users_of_latent_diffusion_know():
     assert [int(row["batch"]) for row in rows if row["name"] == "val/loss"] == [3]
 
 
+@pytest.mark.slow
 def test_a_training_that_its_time_limit_ends_says_so(capsys):
     assert train("-b", TINY, "--max_steps", "100000", "--max_time", "00:00:00:01", "--limit_val_batches", "0") == 0
     assert re.search(r"the time limit \(max_time\) ended the training at step \d+ of 100000", capsys.readouterr().out)
@@ -283,6 +289,7 @@ def test_damaged_runs_are_not_resumed(capsys):
 @pytest.mark.parametrize(
     ("options", "measured"), [(["data.params.test=3"], True), ([], False), (["data.params.test=3", "--no-test"], False)]
 )
+@pytest.mark.slow
 def test_a_test_set_is_measured_after_training(options, measured, capsys):
     assert train("-b", TINY, "--max_steps", "1", *options) == 0
     assert ("test/loss" in capsys.readouterr().out) == measured

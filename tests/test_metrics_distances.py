@@ -92,6 +92,7 @@ def test_prdc_of_constructed_sets():
     assert found["recall"] == 0.1
 
 
+@pytest.mark.slow
 def test_fd_infinity_takes_the_bias_away():
     errors, left = [], []
     for seed in range(8):
@@ -103,6 +104,7 @@ def test_fd_infinity_takes_the_bias_away():
     assert abs(np.mean(left)) < 0.15 * np.mean(errors)
 
 
+@pytest.mark.slow
 def test_fd_infinity_of_many_images_is_surer_than_their_subsets(monkeypatch):
     monkeypatch.setattr(frechet, "SKETCH", 200)
     left = []
@@ -180,6 +182,7 @@ def measured(name, x, y):
 
 
 @pytest.mark.parametrize("name", ["fid", "kid", "cmmd", "precision", "coverage"])
+@pytest.mark.slow
 def test_intervals_are_as_wide_as_the_figure_varies(name):
     values, widths = [], []
     population = sets(20_000, 20_000, dim=10, shift=0.3, seed=3)

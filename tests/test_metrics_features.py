@@ -224,6 +224,7 @@ def inception_weights(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_inception_is_the_one_of_torch_fidelity(inception_weights):
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
     theirs = module.FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=str(inception_weights))

@@ -193,6 +193,7 @@ def test_memorisation_needs_held_out_images():
 # -------------------------------------------------------------------------------------------------------------- pairs
 
 
+@pytest.mark.slow
 def test_pairs_agree_with_scikit_image(region):
     a = region[:256, :256]
     b = (a + RNG.normal(scale=12, size=a.shape)).clip(0, 255).astype(np.uint8)

@@ -177,6 +177,7 @@ def test_cast_weights_are_never_stale(net):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no C++ compiler")
+@pytest.mark.slow
 def test_a_compiled_network_gives_the_same_for_any_batch_up_to_its_size():
     shapes = []
 
@@ -194,6 +195,7 @@ def test_a_compiled_network_gives_the_same_for_any_batch_up_to_its_size():
     assert shapes.count(2) == 1  # only uncompiled: the smaller batch was filled up
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_be_compiled_runs_as_it_is(net, monkeypatch):
     from torch._dynamo.exc import BackendCompilerFailed
 
@@ -329,6 +331,7 @@ def test_the_benchmark_lets_steps_take_turns_after_warming_up(benchmark):
 
 
 @pytest.mark.parametrize("size", ["small", "crc"])
+@pytest.mark.slow
 def test_the_benchmark_compares_networks_of_one_size(benchmark, size):
     pytest.importorskip("diffusers")
     params = benchmark.unet_params(size)

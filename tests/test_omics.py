@@ -217,6 +217,7 @@ def test_a_list_of_mutations_becomes_zeros_and_ones(cohort, tmp_path):
         join_omics(cohort, expression=tmp_path / "data_mutations.txt")
 
 
+@pytest.mark.slow
 def test_levels_of_barcodes(tmp_path, part, real):
     part.to_csv(tmp_path / "t.tsv", sep="\t")
     genes = real / "expression-genes.tsv"
@@ -416,6 +417,7 @@ def test_names_of_genes(plain, tmp_path):
         join_omics(plain, mutation=tmp_path / "t.csv", genes=tmp_path / "genes.tsv")
 
 
+@pytest.mark.slow
 def test_a_mutation_matrix_of_all_genes(tmp_path, shared):
     real = shared("data/omics")
     cohort = make_cohort(tmp_path / "cohort", ["TCGA-21-5787-01Z-00-DX1"])

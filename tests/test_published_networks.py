@@ -38,6 +38,7 @@ def check_gradients(net: nn.Module, out: Tensor) -> None:
     assert not lacking
 
 
+@pytest.mark.slow
 def test_the_ddpm_unet_is_the_published_one(oracle):
     folder = oracle / "more" / "mid_ddpm_model"
     io, (raw, _, _, _, average) = load(folder / "io.pt"), load(folder / "ckpt.pth")

@@ -199,6 +199,7 @@ def test_other_weights_and_features_are_only_read_too(tmp_path, place):
     assert harms(path, mark)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_from_tensors_and_plain_values_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(config, "ALLOWED", (*config.ALLOWED, "tiny_training."))
     monkeypatch.chdir(tmp_path)

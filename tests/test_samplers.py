@@ -93,6 +93,7 @@ def test_ancestral_sampling_with_learned_variance_reproduces_guided_diffusion(hi
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
+@pytest.mark.slow
 def test_ancestral_sampling_reproduces_compvis(oracle, weights):
     golden = load(oracle / "more" / "ldm_ddpm_cosine.pt")
     run = golden["p_sample_loop" if weights == "raw" else "p_sample_loop_ema"]
@@ -256,6 +257,7 @@ def mixture_error(sampler, steps: int) -> float:
     return float((sampler(denoiser, x, sigmas) - exact).square().mean().sqrt())
 
 
+@pytest.mark.slow
 def test_twenty_steps_of_second_order_are_within_the_error_of_a_hundred_of_ddim():
     ddim = mixture_error(SOLVERS["ddim"][0], 100)
     for name in ("dpmpp_2m", "dpmpp_3m_sde", "unipc_2", "unipc_3"):
@@ -324,6 +326,7 @@ def stochastic(sampler, **options):
     ],
     ids=["ddim", "ddpm_small", "ddpm_large", "2m_sde", "3m_sde", "2m_sde_half"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_stochastic_samplers_draw_from_the_data(sampler, steps):
     """Mean, spread and the share of each mode of 40 000 pixels."""
     generator = torch.Generator().manual_seed(3)

@@ -281,6 +281,7 @@ def test_images_that_change_are_scored_anew(trained, tmp_path):
     assert found[0] > found[1] + 0.1
 
 
+@pytest.mark.slow
 def test_a_stopped_training_gives_the_same_weights(cells, trained, tmp_path, monkeypatch):
     data, calls = read_labelled(cells / "cells.csv", positive="good"), []
     epoch = scorer_training._epoch
@@ -311,6 +312,7 @@ def test_a_stopped_training_gives_the_same_weights(cells, trained, tmp_path, mon
         train_scorer(data, tmp_path / "s", recipe(seed=1), progress=False)
 
 
+@pytest.mark.slow
 def test_the_best_epoch_is_kept_and_patience_ends_a_member(cells, tmp_path, monkeypatch):
     data, seen = read_labelled(cells / "cells.csv", positive="good"), []
     epoch, planned = scorer_training._epoch, [0.6, 0.9, 0.7, 0.8, 0.85] * 2
@@ -335,6 +337,7 @@ def test_the_best_epoch_is_kept_and_patience_ends_a_member(cells, tmp_path, monk
         assert all(torch.equal(kept[name], seen[best][name]) for name in kept)
 
 
+@pytest.mark.slow
 def test_grades_and_classes_are_learnt(tmp_path):
     kinds = {"low": 0.0, "middle": 0.45, "top": 1.0}
     table = write_cells(tmp_path / "cells", 16, kinds, patients=6)
@@ -437,6 +440,7 @@ def test_a_folder_comes_back_whole_and_runs_nothing(trained, tmp_path):
         load_scorer(tmp_path)
 
 
+@pytest.mark.slow
 def test_half_weights_are_stored_half_and_computed_whole(cells, trained, tmp_path):
     data = read_labelled(cells / "cells.csv", positive="good")
     for _ in range(2):  # the second time nothing is left to do, a card beside it or not
@@ -457,6 +461,7 @@ def test_half_weights_are_stored_half_and_computed_whole(cells, trained, tmp_pat
     np.testing.assert_allclose(scores, told["score"], atol=2e-5)  # the figures are of the weights that are kept
 
 
+@pytest.mark.slow
 def test_published_networks_have_the_same_face():
     torch.manual_seed(0)
     scorer = ResNetEnsemble(2).eval()

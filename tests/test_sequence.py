@@ -112,6 +112,7 @@ def test_every_image_of_a_sequence_has_the_same_noise_at_every_step(model, solve
     torch.testing.assert_close(made[2:, 1], alone, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_real_cell_comes_back_under_its_own_score_and_moves_under_another(model, cells):
     real = np.stack([Picture.of_file(path).part(32.0).pixels((16, 16)) for path in cells])
     images = torch.from_numpy(real).movedim(-1, 1).float() / 127.5 - 1
@@ -133,6 +134,7 @@ def test_the_middle_of_a_cell_is_what_training_saw(cells):
     assert np.array_equal(seen, cut_cell(slide, 64, 64, 32, 2.0))
 
 
+@pytest.mark.slow
 def test_the_command_writes_images_a_list_a_grid_and_an_animation(model_folder, scorer_folder, tmp_path):
     asked = ("sequence", "--model", model_folder, "--vary", "score=0:1:3", "--count", 2, "--steps", 2,
              "--out", tmp_path)  # fmt: skip
@@ -162,6 +164,7 @@ def test_the_command_writes_images_a_list_a_grid_and_an_animation(model_folder, 
         run(*asked, "--seed", 5)
 
 
+@pytest.mark.slow
 def test_the_command_starts_from_real_cells(model_folder, cells, tmp_path):
     for path in cells:
         (tmp_path / "cells").mkdir(exist_ok=True)
@@ -212,6 +215,7 @@ def test_a_gene_varies_as_a_score_does():
     assert any(not torch.equal(moved[0][part], moved[2][part]) for part in wanted)
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_message_before_any_work(model_folder, cells, tmp_path):
     asked = ("sequence", "--model", model_folder, "--out", tmp_path / "o", "--vary")
     for args, message in (

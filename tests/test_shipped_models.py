@@ -22,6 +22,7 @@ def run(*args):
 
 
 @pytest.mark.parametrize("name", ["demo-ssl", "demo-mitosis", "demo-stains", "demo-slices", "demo-omics", "demo-text"])
+@pytest.mark.slow
 def test_a_model_says_what_it_is_and_the_data_page_lists_it(name):
     told = run("describe", MODELS / name).output
     assert "licence: MIT" in told or name == "demo-ssl"
@@ -32,6 +33,7 @@ def test_the_models_are_small():
     assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) < 60e6
 
 
+@pytest.mark.slow
 def test_a_rising_score_darkens_and_spreads_the_mitotic_figure():
     model = ldm.load_model(MODELS / "demo-mitosis")
     cells = [
@@ -42,6 +44,7 @@ def test_a_rising_score_darkens_and_spreads_the_mitotic_figure():
     assert dark[1] > 1.3 * dark[0], dark
 
 
+@pytest.mark.slow
 def test_a_tile_translated_to_ki67_turns_blue_and_brown(tmp_path):
     region = tifffile.imread(ROOT / "data" / "pretrain" / "OS-1-detail.ome.tif")[900:1041, 100:241]
     tile = Image.fromarray(region).resize((32, 32), Image.Resampling.LANCZOS)  # about 1 um/px
@@ -55,6 +58,7 @@ def test_a_tile_translated_to_ki67_turns_blue_and_brown(tmp_path):
     assert violet[1] < violet[0] / 2, violet
 
 
+@pytest.mark.slow
 def test_a_tile_translated_to_the_other_cancer_is_stained_as_its_sample():
     model = ldm.load_model(MODELS / "demo-omics")
     path = ROOT / "data" / "samples" / "cancers" / "TCGA-CR-7395_1600,2400.png"
@@ -68,6 +72,7 @@ def test_a_tile_translated_to_the_other_cancer_is_stained_as_its_sample():
     assert pink[1] < pink[0] / 2, pink
 
 
+@pytest.mark.slow
 def test_the_text_decides_what_an_image_shows():
     model = ldm.load_model(MODELS / "demo-text")
     made = {}
@@ -80,6 +85,7 @@ def test_the_text_decides_what_an_image_shows():
     assert bright["MRI"] < bright["H&E"] < bright["IHC"], bright
 
 
+@pytest.mark.slow
 def test_a_slice_of_another_contrast_keeps_its_head():
     model = ldm.load_model(MODELS / "demo-slices")
     rows, cols = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
@@ -90,6 +96,7 @@ def test_a_slice_of_another_contrast_keeps_its_head():
     assert inside > outside + 0.5, (float(inside), float(outside))
 
 
+@pytest.mark.slow
 def test_the_sheets_of_a_command_are_no_images_of_its_output(tmp_path):
     out = tmp_path / "sequences"
     call = ["sequence", "--model", MODELS / "demo-mitosis", "--vary", "score=0:1:2"]

@@ -153,6 +153,7 @@ def test_tiles_are_the_slide(tiny_store: Path, demo_slide: Path):
     assert store.attrs["level0_size"] == [2220, 2967]
 
 
+@pytest.mark.slow
 def test_coarser_tiles_cover_the_same_field(demo_slide: Path, tmp_path: Path):
     store = TileStore.open(tile_slide(demo_slide, tmp_path, mpp=1.25, tile_size=64, stride=48, min_tissue=0))
     assert store.downsample == pytest.approx(1.25 / 0.499)
@@ -166,6 +167,7 @@ def test_coarser_tiles_cover_the_same_field(demo_slide: Path, tmp_path: Path):
         tile_slide(demo_slide, tmp_path, mpp=0.25)
 
 
+@pytest.mark.slow
 def test_background_is_kept_by_seed(demo_slide: Path, tmp_path: Path):
     few = TileStore.open(tile_slide(demo_slide, tmp_path / "a", keep_background=0.0, tile_size=128, stride=128))
     more = TileStore.open(tile_slide(demo_slide, tmp_path / "b", keep_background=0.3, tile_size=128, stride=128))
@@ -177,6 +179,7 @@ def test_background_is_kept_by_seed(demo_slide: Path, tmp_path: Path):
         tile_slide(demo_slide, tmp_path / "a", keep_background=0.3, tile_size=128, stride=128)
 
 
+@pytest.mark.slow
 def test_tiles_touch_unless_a_stride_is_given(demo_slide, tmp_path):
     store = TileStore.open(tile_slide(demo_slide, tmp_path, tile_size=128))
     assert store.stride == 128
@@ -184,6 +187,7 @@ def test_tiles_touch_unless_a_stride_is_given(demo_slide, tmp_path):
     assert min(b - a for a, b in pairwise(xs)) == 128
 
 
+@pytest.mark.slow
 def test_empty_glass(white: Path, tmp_path: Path):
     assert not TissueMask(open_slide(white, 0.5)).mask.any()
     with pytest.raises(UserError, match="no tissue found"):
@@ -215,6 +219,7 @@ def test_command_goes_on_after_a_bad_slide(demo_slide: Path, tmp_path: Path, cap
     assert again.equals(index)
 
 
+@pytest.mark.slow
 def test_held_out_box(demo_slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     command = ["--slides", str(demo_slide), "--out", str(tmp_path), "--tile-size", "128", "--stride", "64"]
 
@@ -235,6 +240,7 @@ def test_held_out_box(demo_slide: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert pd.read_parquet(tmp_path / "index.parquet").equals(index)
 
 
+@pytest.mark.slow
 def test_a_cohort_of_patients_gets_a_validation_split(demo_slide: Path, tmp_path: Path, capsys):
     out, slides = tmp_path / "cohort", tmp_path / "slides"
     slides.mkdir()

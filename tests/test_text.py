@@ -394,6 +394,7 @@ def test_a_deeper_checkpoint_is_refused(clip, tmp_path):
         ("demo/text", None, 231, 64),
     ],
 )
+@pytest.mark.slow
 def test_configs(name, parameters, tokens, width, monkeypatch, tmp_path):
     """They are valid in any folder, and network and text tower fit each other and the published sizes."""
     monkeypatch.chdir(tmp_path)

@@ -93,6 +93,7 @@ def test_readable_without_this_package(store: TileStore):
 
 
 @pytest.mark.parametrize("stop_at", [1, 700, 1100, 2400])
+@pytest.mark.slow
 def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path: Path, store: TileStore, stop_at: int):
     path = tmp_path / "a.zarr"
     with pytest.raises(KeyboardInterrupt):
@@ -109,6 +110,7 @@ def test_interrupted_and_resumed_is_bitwise_the_same(tmp_path: Path, store: Tile
     assert contents(path) == contents(store.path)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path, store: TileStore):
     path = tmp_path / "a.zarr"
     code = f"import test_tile_store as t, pathlib; t.write_store(pathlib.Path({str(path)!r}), batch=50, pause=0.05)"
@@ -131,6 +133,7 @@ def test_killed_and_resumed_is_bitwise_the_same(tmp_path: Path, store: TileStore
     assert contents(path) == contents(store.path)
 
 
+@pytest.mark.slow
 def test_two_writers_are_refused(tmp_path: Path):
     path = tmp_path / "a.zarr"
     first = TileStoreWriter.create(path, COUNT, ATTRS, {"tissue": "f4"})
@@ -166,6 +169,7 @@ def test_other_settings_are_refused(store: TileStore):
         assert writer.rows == COUNT
 
 
+@pytest.mark.slow
 def test_too_few_or_too_many_rows(tmp_path: Path):
     path = tmp_path / "a.zarr"
     writer = TileStoreWriter.create(path, COUNT, ATTRS)
@@ -180,6 +184,7 @@ def test_too_few_or_too_many_rows(tmp_path: Path):
             writer.append(TILES[:1], COORDS[:1])
 
 
+@pytest.mark.slow
 def test_a_shard_of_black_tiles_is_a_shard(tmp_path: Path):
     with TileStoreWriter.create(tmp_path / "a.zarr", COUNT, ATTRS) as writer:
         writer.append(np.zeros_like(TILES), COORDS)
@@ -222,6 +227,7 @@ def test_what_is_not_a_store(tmp_path: Path, store: TileStore):
         assert [s.path for s in open_cohort(given)] == [store.path]
 
 
+@pytest.mark.slow
 def test_wrong_row_count(tmp_path: Path):
     path = tmp_path / "a.zarr"
     write_store(path)
@@ -230,6 +236,7 @@ def test_wrong_row_count(tmp_path: Path):
         TileStore.open(path).features("short")
 
 
+@pytest.mark.slow
 def test_grid_is_row_then_column(store: TileStore):
     step = SIDE * 2
     grid, mask = store.grid((3 * step, 5 * step, 4 * step, 2 * step), "toy")
@@ -253,6 +260,7 @@ def _read_many(store: TileStore, queue: object) -> None:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.slow
 def test_child_processes_read(store: TileStore, method: str):
     """The zarrs thread pool does not survive a fork; reading several chunks in a child must not wait for it."""
     want = int(store.tiles[0:300].sum())  # the parent's pool is running now

@@ -56,6 +56,7 @@ def large(oracle):
     return golden, canvas, table, betas, start
 
 
+@pytest.mark.slow
 def test_the_published_large_image(large):
     golden, canvas, table, _, start = large
     visited = torch.tensor(golden["ddim=0"]["t_range"]) - 1
@@ -64,6 +65,7 @@ def test_the_published_large_image(large):
     assert relative(out, golden["ddim=0"]["latent"]) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_published_stochastic_large_image(large):
     """Its noise at a step of any stride has the variance of a single step, beta_t(1-abar_prev)/(1-abar): as eta."""
     golden, canvas, table, betas, x = large
@@ -112,6 +114,7 @@ def sigmas_of(denoiser: TableDenoiser, steps: int = 3) -> Tensor:
     "make", [lambda d, n: tiled(d, 16, 8, batch_size=n), lambda d, n: shifted(d, 16, batch_size=n)],
     ids=["tiled", "shifted"],
 )  # fmt: skip
+@pytest.mark.slow
 def test_chunks_and_batches_do_not_change_the_image(small, make):
     cond, sigmas = canvas_cond(2, 24, 40), sigmas_of(small)
     x = torch.cat([canvas_noise(seed, 3, 24, 40) for seed in (0, 1)]) * sigmas[0]
@@ -144,6 +147,7 @@ def test_guidance_and_tiling_commute(small, make):
 
 
 @pytest.mark.parametrize("make", [lambda d: tiled(d, 16, 8), lambda d: shifted(d, 16)], ids=["tiled", "shifted"])
+@pytest.mark.slow
 def test_scales_of_their_own_and_intervals_commute_with_tiling(small, make):
     cond, sigmas = canvas_cond(1, 24, 40), sigmas_of(small)
     cond.pop("concat")
@@ -172,6 +176,7 @@ def test_a_canvas_of_one_window_is_the_untiled_sample_bitwise(small, make):
 
 
 @pytest.mark.parametrize("blend", ["uniform", "smooth"])
+@pytest.mark.slow
 def test_a_circular_canvas_has_no_origin(small, blend):
     """Rolling the noise by any multiple of the stride rolls the image."""
     sigmas = sigmas_of(small)

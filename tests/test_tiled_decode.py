@@ -45,6 +45,7 @@ def test_the_middle_of_a_tile_is_decoded_as_the_tile_alone():
     assert near < 0.2 * far, (near, far)
 
 
+@pytest.mark.slow
 def test_parts_fit_together():
     model, z = first_stage(), canvas()
     whole = decoded(model, z, WINDOW, part=96)
@@ -55,6 +56,7 @@ def test_parts_fit_together():
     assert careless > 5 * error, (error, careless)
 
 
+@pytest.mark.slow
 def test_any_size_is_covered_and_a_canvas_of_one_tile_is_decoded_as_it_is():
     model, z = first_stage(), canvas()
     assert decoded(model, z[..., :50, :70], WINDOW, part=32).shape == (1, 3, 100, 140)
@@ -64,6 +66,7 @@ def test_any_size_is_covered_and_a_canvas_of_one_tile_is_decoded_as_it_is():
         assert torch.equal(decoded(model, z[..., :16, :12], WINDOW), model.decode(z[..., :16, :12]))
 
 
+@pytest.mark.slow
 def test_parts_cover_the_image_once_and_come_as_they_are_made():
     model, z, calls = first_stage(), canvas(), []
     decode = model.decode

@@ -85,6 +85,7 @@ def refused(*args) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_folder_to_several_targets_resumes_and_says_what_it_is(world, tmp_path):
     given = ["--model", world / "model", "--images", world / "images", "--class-of-name", "--target", "class=LUAD",
              "--target", "two: class=BRCA; mutation=TP53:1", "--steps", 3, "--save-intermediates", 2,
@@ -129,6 +130,7 @@ def test_edits_keep_the_image_and_write_maps(world, tmp_path):
     assert min(apart[1:]) > 10
 
 
+@pytest.mark.slow
 def test_size_mpp_and_form_of_large_images_stay(world, tmp_path):
     rng = np.random.default_rng(1)
     image = rng.integers(0, 255, (40, 36, 3), dtype=np.uint8)
@@ -160,6 +162,7 @@ def test_super_resolution_matches_its_input(world, tmp_path):
     assert np.abs(shrunk - small)[inside].max() < 1
 
 
+@pytest.mark.slow
 def test_a_model_of_modalities_takes_the_image_as_its_condition(tmp_path):
     lmi = {"target": "ldm.networks.lmi.LMIUNet", "params": {"unet": {
         "target": "ldm.networks.unet.UNetModel", "params": {
@@ -225,6 +228,7 @@ def test_tiles_of_a_store_without_conditions_are_what_the_source_says(tmp_path):
     assert "give them by name, --condition or --source" in refused(*common, "--out", tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_a_classifier_guides_to_the_targets_class(world, tmp_path):
     node = {"target": "ldm.networks.encoder_unet.EncoderUNetModel", "params": {
         "image_size": 16, "in_channels": 3, "model_channels": 32, "out_channels": 3, "num_res_blocks": 1,
@@ -249,6 +253,7 @@ def test_a_classifier_guides_to_the_targets_class(world, tmp_path):
     assert "the classifier has no class 'LUAD'" in message
 
 
+@pytest.mark.slow
 def test_features_are_mapped_to_those_of_the_target(world, tmp_path):
     rng = torch.Generator().manual_seed(0)
     source = torch.randn(200, 5, generator=rng)
@@ -271,6 +276,7 @@ def test_features_are_mapped_to_those_of_the_target(world, tmp_path):
         load_transport(world / "model")
 
 
+@pytest.mark.slow
 def test_unpaired_features_are_moved_to_the_targets(tmp_path):
     rng = torch.Generator().manual_seed(1)
     source, target = torch.randn(300, 3, generator=rng), torch.randn(300, 3, generator=rng) * 0.5
@@ -413,6 +419,7 @@ def test_a_table_of_pairs(conditioner, tmp_path):
         (["--target", "class=LUAD", "--solver", "ddpm"], "an inversion follows one of euler, heun"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes_are_one_message_before_work_starts(world, tmp_path, flags, message):
     out = tmp_path / "out"
     assert message in refused("--model", world / "model", "--images", world / "images", "--out", out, *flags)

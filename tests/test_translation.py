@@ -173,6 +173,7 @@ def ends(model, golden: dict, start: Tensor, cond: dict, **settings) -> Tensor:
     return found
 
 
+@pytest.mark.slow
 def test_parity_of_guided_translation(oracle, tmp_path):
     """The way up to 3e-4, as random weights enlarge rounding; the way down from the published latent to 1e-4."""
     golden = load(oracle / "more" / "hismmdm_guided.pt")
@@ -190,6 +191,7 @@ def test_parity_of_guided_translation(oracle, tmp_path):
     assert relative(whole[0], run["out"].clamp(-1, 1)) < 2e-2
 
 
+@pytest.mark.slow
 def test_parity_of_omics_translation(oracle, tmp_path):
     golden = load(oracle / "more" / "hismmdm_omics_translate.pt")
     model = load_model(converted(tmp_path / "unet", golden["state_dict"], golden["config"]))
@@ -209,6 +211,7 @@ def test_parity_of_omics_translation(oracle, tmp_path):
     assert relative(made[1], guided["out"].clamp(-1, 1)) < 1e-4
 
 
+@pytest.mark.slow
 def test_parity_of_translation_between_modalities(oracle, tmp_path):
     """MIDiffusion's loop is `sdedit` with all of the noise: ancestral, and the source is the condition."""
     io = load(oracle / "more" / "mid_ddpm_model" / "io.pt")

@@ -213,6 +213,7 @@ def test_hosts(header, bound, allowed):
     assert host_allowed(header, bound) is allowed
 
 
+@pytest.mark.slow
 def test_the_command_serves_on_loopback_until_it_is_stopped(folder):
     code = "import sys, ldm.cli; sys.argv[0] = 'histoldm'; ldm.cli.main()"
     call = [sys.executable, "-c", code, "view", str(folder / "a.png"), "--no-browser"]
@@ -234,6 +235,7 @@ def test_the_command_serves_on_loopback_until_it_is_stopped(folder):
     assert told["pictures"][0]["name"] == "a.png"
 
 
+@pytest.mark.slow
 def test_the_viewer_needs_no_torch():
     code = "import sys, ldm.viewer.server; assert not {'torch', 'pandas'} & set(sys.modules), 'imported'"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,6 @@ from string import Formatter
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioners.base import Conditioner, as_list, where_kept
@@ -127,11 +126,11 @@ class TextEmbedder(Conditioner):
         if not self.mask_padding:
             keep = None
         parts = 1 if self.layout == "joint" else self.chunks
-        ids = rearrange(ids, "b (parts token) -> (b parts) token", parts=parts)
+        ids = ids.reshape(len(ids) * parts, -1)
         keep = None if keep is None else keep.bool().reshape(ids.shape)
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             features = self.tower(ids, keep)
-        return rearrange(features, "(b parts) token d -> b (parts token) d", parts=parts)
+        return features.reshape(-1, self.length, self.tower.width)
 
     def empty_tokens(self) -> tuple[Tensor, Tensor]:
         """Ids (1,L) of the empty caption and which of them are no padding."""

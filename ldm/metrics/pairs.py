@@ -82,10 +82,10 @@ def compare(
     stains: `he`, or `hd` for IHC with DAB. perceptual: LPIPS, of images (1,3,H,W) in [-1,1].
 
     >>> for name, image in {"a.png": tile, "b.png": tile // 2}.items():
-    ...     Image.fromarray(image).save(name)
+    ...     Image.fromarray(image[:64, :64]).save(name)
     >>> values, warnings = compare([(Path("a.png"), Path("b.png"))])
     >>> {name: float(values[name][0]) for name in ("psnr", "ssim", "ssim_eosin")}
-    {'psnr': 10.0813, 'ssim': 0.6758, 'ssim_eosin': 0.8447}
+    {'psnr': 10.0378, 'ssim': 0.6584, 'ssim_eosin': 0.8021}
     """
     rows: list[dict[str, float]] = []
     grey = small = 0
@@ -118,8 +118,8 @@ def _tensor(image: np.ndarray, device: str) -> Tensor:
 def measure(a: np.ndarray, b: np.ndarray, device: str = "cpu") -> dict[str, float]:
     """PSNR, SSIM, MS-SSIM, mean absolute error and mutual information of two images (H,W,3) uint8.
 
-    >>> measure(tile, tile // 2)
-    {'psnr': 10.0813, 'ssim': 0.6758, 'ms_ssim': 0.8116, 'mae': 75.4539, 'mutual_information': 3.7053}
+    >>> measure(tile[:176, :176], tile[:176, :176] // 2)
+    {'psnr': 10.1509, 'ssim': 0.6735, 'ms_ssim': 0.8116, 'mae': 74.7352, 'mutual_information': 3.7326}
     """
     from torchmetrics.functional.image import (
         multiscale_structural_similarity_index_measure as ms_ssim,
@@ -141,9 +141,9 @@ def measure(a: np.ndarray, b: np.ndarray, device: str = "cpu") -> dict[str, floa
 def similarity(x: Tensor, y: Tensor, span: float) -> float:
     """SSIM of (1,C,H,W), mean over channels, Gaussian window of 11 px; span: of the values.
 
-    >>> x = torch.from_numpy(tile).movedim(-1, 0)[None].double()
+    >>> x = torch.from_numpy(tile[:64, :64]).movedim(-1, 0)[None].double()
     >>> similarity(x, x, 255.0), similarity(x, x.flip(-1), 255.0)
-    (1.0, 0.1421)
+    (1.0, 0.0633)
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -162,8 +162,8 @@ def colourfulness(image: np.ndarray) -> float:
 def stain_similarity(a: np.ndarray, b: np.ndarray, stains: str = "he", device: str = "cpu") -> dict[str, float]:
     """SSIM of the amount of each stain: `ssim_haematoxylin` and so on.
 
-    >>> stain_similarity(tile, tile // 2)
-    {'ssim_haematoxylin': 0.1448, 'ssim_eosin': 0.8447}
+    >>> stain_similarity(tile[:64, :64], tile[:64, :64] // 2)
+    {'ssim_haematoxylin': 0.2454, 'ssim_eosin': 0.8021}
     """
     matrix = hed_from_rgb if stains == "he" else hdx_from_rgb
     first, second = (separate_stains(image, matrix).clip(min=0) for image in (a, b))

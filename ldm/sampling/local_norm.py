@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.devices import receive, send
@@ -75,7 +75,7 @@ def local_statistics(x: Tensor, groups: int, window: int) -> tuple[Tensor, Tenso
 
     parts = (x[..., rows, :].float() for rows in strips(x, cell))
     pooled = zip(*((pool(part), pool(part.square())) for part in parts))
-    mean, square = (reduce(torch.cat(values, -2), "b (g c) h w -> b g h w", "mean", g=groups) for values in pooled)
+    mean, square = (torch.cat(values, -2).unflatten(1, (groups, -1)).mean(2) for values in pooled)
     size = tuple(min(CELLS, cells) for cells in mean.shape[-2:])
     mean, square = (F.avg_pool2d(values, size, 1) for values in (mean, square))
     return mean, (square - mean.square()).clamp(min=0)
@@ -94,8 +94,7 @@ def normalised(norm: nn.GroupNorm, x: Tensor, window: int) -> Tensor:
     """x (B,C,H,W), each place normalised by the statistics of the window about it."""
     mean, variance = local_statistics(x, norm.num_groups, window)
     scale = (variance + norm.eps).rsqrt()
-    each = x.shape[1] // norm.num_groups
-    scale, shift = (repeat(values, "b g r c -> b (g each) r c", each=each) for values in (scale, -mean * scale))
+    scale, shift = (values.repeat_interleave(x.shape[1] // norm.num_groups, 1) for values in (scale, -mean * scale))
     weight, bias = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
     down, across = (spread(count, side, window).to(scale) for count, side in zip(mean.shape[-2:], x.shape[-2:]))
     maps = [torch.einsum("bcrk,wk->brwc", values, across) for values in (scale * weight, shift * weight + bias)]

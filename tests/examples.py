@@ -1,0 +1,50 @@
+"""What the examples in docstrings know, beside the names of the module that they stand in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import ldm
+from conftest import ROOT
+from ldm.data.tile_store import TileStore
+from ldm.diffusion.denoiser import Cond
+from ldm.diffusion.schedules import karras_sigmas
+from ldm.rng import sample_noise
+
+EVERYWHERE = {"torch": torch, "np": np, "pd": pd, "Path": Path, "Image": Image, "ldm": ldm}
+
+
+def _ideal(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    return x / (1 + sigma.view(-1, 1, 1, 1) ** 2)
+
+
+def _echo(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    return cond["vector"].view(-1, 1, 1, 1).expand_as(x)
+
+
+BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
+    # the ideal denoiser of pixels from a standard normal distribution; one whose image is its condition's vector (B,1)
+    "denoiser": lambda request: _ideal,
+    "echo": lambda request: _echo,
+    # two images (2,3,8,8) of noise at sigma 10, levels (21,) of twenty steps from there to 0, the noise of each step
+    "x": lambda request: 10 * sample_noise([0, 1], (3, 8, 8)),
+    "sigmas": lambda request: karras_sigmas(20, 0.01, 10.0),
+    "noise": lambda request: lambda step: sample_noise([0, 1], (3, 8, 8), step + 1),
+    # features (200,16) of generated images and (300,16) of real ones, a quarter deviation apart in each dimension
+    "generated": lambda request: np.random.default_rng(0).normal(0.25, 1, (200, 16)).astype(np.float32),
+    "real": lambda request: np.random.default_rng(1).normal(0, 1, (300, 16)).astype(np.float32),
+    # the path of a slide, a folder of images of cells in subfolders by class, a tile store
+    "slide_path": lambda request: ROOT / "data/demo/CMU-1-Small-Region.svs",
+    "cells": lambda request: ROOT / "data/samples/cells",
+    "store": lambda request: TileStore.open(request.getfixturevalue("tiny_store")),
+    # a tile (256,256,3) uint8
+    "tile": lambda request: np.array(Image.open(ROOT / "data/samples/cancers/TCGA-CR-7395_1600,2400.png"))[:256, :256],
+}
