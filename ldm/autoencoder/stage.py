@@ -19,7 +19,7 @@ from ldm.rng import generator, training_generator
 class AutoencoderStage(pl.LightningModule):
     """Trains `.autoencoder` (AutoencoderKL or VQModel) with `.loss` (`ldm.autoencoder.losses`).
 
-    Both optimisers are Adam with betas (0.5, 0.9) and the rate `learning_rate`, which main.py sets from
+    Both optimisers are Adam with betas (0.5, 0.9) and the rate `learning_rate`, which a training sets from
     `model.base_learning_rate`. `trainer.global_step` counts the autoencoder's updates; the discriminator's are as many
     from `disc_start` on. On several devices each step leaves one of the two without gradients: use the strategy
     `ddp_find_unused_parameters_true`. Batches are dicts with `image_key` (B,3,H,W) in [-1,1].
