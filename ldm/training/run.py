@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import pdb
 import re
 import shutil
 import sys
@@ -227,6 +226,8 @@ class Training:
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
         except Exception:
             if debug:
+                import pdb
+
                 pdb.post_mortem(sys.exc_info()[2])
             raise
         finally:
