@@ -378,7 +378,7 @@ def test_both_doors_show_the_same_help(capsys):
     main = capsys.readouterr().out
     call(get_command(cli.app), "histoldm", ["train", "--help"])
     options = [
-        text[text.index("options:") :].replace("train (true)", "train (false)")
+        text[text.index("options:") :].replace("(default: true)", "(default: false)")
         for text in (main, capsys.readouterr().out)
     ]
     assert options[0] == options[1]

@@ -19,13 +19,17 @@ HELP = """Train a model that a config describes.
 
 Examples:
 
-    {train} --base configs/a.yaml [b.yaml ...] [key.path=value ...]   a new run
-    {train} --resume logs/<run>                                       go on with it, exactly
-    {check} --base configs/a.yaml                              check and describe, train nothing
+    a new run
+        {train} --base configs/a.yaml [b.yaml ...] [key.path=value ...]
+    one that goes on, exactly
+        {train} --resume logs/<run>
+    a check of the config, which trains nothing
+        {check} --base configs/a.yaml
 
-Later files and then key.path=value win. Every argument of Lightning's Trainer is a key under `lightning.trainer` and
-an option here: `lightning.trainer.max_steps=1000` and `--max_steps 1000` are the same. Ctrl-C finishes the step, saves
-`last.ckpt` and says how to go on.
+Later files and then key.path=value win. Where there is no such file, the name is that of a shipped config, as demo/ssl.
+Every argument of Lightning's Trainer is a key under `lightning.trainer` and an option here:
+`lightning.trainer.max_steps=1000` and `--max_steps 1000` are the same. Ctrl-C finishes the step, saves `last.ckpt` and
+says how to go on.
 """
 
 
@@ -68,18 +72,20 @@ def parse(argv: Sequence[str], door: Door = MAIN) -> tuple[argparse.Namespace, l
         allow_abbrev=False,
     )
     switch = {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-    rate_help = "rate = base rate * accumulated batches * devices * batch size (true)"
-    parser.add_argument("-t", "--train", default=door.trains, help=f"train ({str(door.trains).lower()})", **switch)
-    parser.add_argument("-b", "--base", nargs="*", default=[], metavar="YAML", help="configs, merged left to right")
-    parser.add_argument("-r", "--resume", metavar="RUN", help="run folder or checkpoint in one, to go on with")
-    parser.add_argument("-n", "--name", help="run folder is logs/<time>_<name>; default: the first config's name")
-    parser.add_argument("-f", "--postfix", default="", help="added to the run folder's name")
-    parser.add_argument("-l", "--logdir", default="logs", metavar="DIR", help="folder of run folders (logs)")
-    parser.add_argument("-s", "--seed", type=int, help=f"of everything random ({SEED})")
-    parser.add_argument("--gpus", help="GPUs to train on, such as 0,1 or 0, (default: one if there is one)")
-    parser.add_argument("-d", "--debug", default=False, help="post-mortem debugger when training fails", **switch)
-    parser.add_argument("--scale_lr", default=True, help=rate_help, **switch)
-    parser.add_argument("--no-test", default=False, help="do not measure on the data's test set afterwards", **switch)
+    add = parser.add_argument
+    train_help = f"train, or only check the config (default: {str(door.trains).lower()})"
+    add("-t", "--train", default=door.trains, help=train_help, **switch)
+    add("-b", "--base", nargs="*", default=[], metavar="YAML", help="configs to merge, from left to right")
+    add("-r", "--resume", metavar="RUN", help="run folder, or checkpoint in one, to go on with")
+    add("-n", "--name", help="name of the run folder, logs/<time>_<name> (default: that of the first config)")
+    add("-f", "--postfix", default="", help="text to add to the run folder's name")
+    add("-l", "--logdir", default="logs", metavar="DIR", help="folder of run folders (default: %(default)s)")
+    add("-s", "--seed", type=int, help=f"seed of everything random (default: {SEED})")
+    add("--gpus", help="GPUs to train on, such as 0,1 or 0, (default: one if there is one)")
+    add("-d", "--debug", default=False, help="open the debugger where training fails", **switch)
+    rate_help = "multiply the base learning rate by accumulated batches, devices and batch size (default: true)"
+    add("--scale_lr", default=True, help=rate_help, **switch)
+    add("--no-test", default=False, help="do not measure on the data's test set afterwards", **switch)
     overrides = [item for item in argv if re.match(r"[A-Za-z_][\w.]*=", item)]  # before -t or --base swallows them
     options, rest = parser.parse_known_args([item for item in argv if item not in overrides])
     flags = [flag for action in parser._actions for flag in action.option_strings]
