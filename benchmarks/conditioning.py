@@ -100,10 +100,11 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
         has = conditions.shape[1]
         raise UserError(f"encoder {encoder.name} gives {encoder.dim} values, features '{args.feature}' have {has}")
     model = ldm.load_model(args.model, device)
-    sampled = ldm.sample(
-        model, model.condition(features=conditions), steps=args.steps, guidance_scale=args.guidance_scale,
-        seed=args.seed, batch_size=args.batch_size, precision=args.precision,
+    sampler = ldm.Sampler(
+        steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed, batch_size=args.batch_size,
+        precision=args.precision,
     )  # fmt: skip
+    sampled = ldm.sample(model, model.condition(features=conditions), sampler=sampler)
     parts = [slice(i, i + args.batch_size) for i in range(0, len(images), args.batch_size)]
     with torch.no_grad():
         rebuilt = torch.cat([model.decode(model.encode(images[part].to(device))).clamp(-1, 1).cpu() for part in parts])

@@ -24,9 +24,9 @@ from ldm.data.tile_store import open_cohort
 from ldm.diffusion import samplers, schedules
 from ldm.encoders.encoder import load_encoder
 from ldm.images.slides import open_image
+from ldm.sampling.canvas import encode_images
 from ldm.sampling.inversion import invert, invert_exactly, invertible
-from ldm.sampling.tiles import sampling_sigmas
-from ldm.sampling.translate import encoded
+from ldm.sampling.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,13 +72,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="without the published loop of 1000 levels")
     given = parser.parse_args()
     model = load_model(given.model, given.device)
-    side = model.image_size * model.first_stage_model.downsampling
+    side = model.tile_size
     images = real_tiles(given.images, side, given.count).to(given.device)
     keys = {} if model.cond_stage_model is None else model.cond_stage_model.describe()
     cond = model.null_condition()
-    if any(about.get("kind") == "features" for about in keys.values()):
+    if any(about.kind == "features" for about in keys.values()):
         cond = model.condition(features=load_encoder(given.encoder, device=given.device)(images))
-    latents = encoded(model, images)
+    latents = encode_images(model, images)
     cond = {part: value.expand(len(images), *value.shape[1:]) for part, value in cond.items()}
     with torch.no_grad():
         again = model.decode(latents).clamp(-1, 1)
@@ -91,7 +91,7 @@ def main() -> None:
     runs += [("DDIM, 50 steps, exact", "euler", 50, "karras", 1e-3)]
     measures = []
     for name, solver, steps, schedule, tolerance in runs:
-        levels = invertible(sampling_sigmas(model, steps, schedule))
+        levels = invertible(Sampler(steps=steps, schedule=schedule).settled(model, "invert").sigmas(model))
         up = invert if tolerance is None else partial(invert_exactly, tolerance=tolerance)
         measures.append(measure(model, name, solver, levels, up, latents, cond, again, images))
     if given.quick or not hasattr(model.denoiser(), "table"):

@@ -48,7 +48,7 @@ from ldm.images.write import save_png, to_uint8
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.metrics.seams import NEAR, seam_ratios
 from ldm.rng import canvas_noise
-from ldm.sampling.tiles import PRECISIONS
+from ldm.sampling.guided import PRECISIONS
 
 SIGMA = 0.8  # of the published blend of decoded windows
 
@@ -139,9 +139,9 @@ def published(model: LatentDiffusion, features: Tensor, options: argparse.Namesp
 def ours(model: LatentDiffusion, features: Tensor, options: argparse.Namespace, seed: int) -> Tensor:
     """This toolkit's defaults, or --set."""
     settings = {"guidance_scale": options.guidance_scale, "precision": options.precision, **options.set}
-    return ldm.large_image(
-        model, features, size=options.size, seed=seed, batch_size=options.batch_size, progress=False, **settings
-    )
+    own = {name: settings.pop(name) for name in ("mode", "stride", "interpolation") if name in settings}
+    sampler = ldm.Sampler(seed=seed, batch_size=options.batch_size, progress=False, **settings)
+    return ldm.large_image(model, features, options.size, sampler, ldm.Windows(**own))
 
 
 PROCEDURES = {"published": published, "ours": ours}

@@ -75,14 +75,13 @@ def measure(options: argparse.Namespace) -> None:
     """One image of --side px: its figures as JSON on the standard output."""
     device = pick_device(options.device)
     model = load(options.model, device)
-    tile = model.image_size * model.first_stage_model.downsampling
+    tile = model.tile_size
     dim = model.cond_stage_model.embed_dim
 
     def image(side: int) -> None:
         features = torch.randn(side // tile, side // tile, dim, generator=torch.Generator().manual_seed(0))
-        ldm.large_image(
-            model, features, (side, side), steps=options.steps, batch_size=options.batch_size, progress=False
-        )
+        sampler = ldm.Sampler(steps=options.steps, batch_size=options.batch_size, progress=False)
+        ldm.large_image(model, features, (side, side), sampler)
 
     image(2 * tile)
     on_gpu = device.startswith("cuda")

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ldm import load_model
 from ldm.commands.sequence_pictures import sheet
 from ldm.images.write import save_png, to_uint8
-from ldm.sampling import tiles as inference
-from ldm.sampling.sweeps import Sweep, correlation_interval, generated, parse_sweep, rank_correlation
+from ldm.sampling.sampler import PRECISIONS, Sampler
+from ldm.sampling.sweeps import Sweep, parse_sweep, sweep_noise
+from ldm.scorers.calibration import spearman, with_intervals
 from ldm.scorers.ensemble import load_scorer
 
 
@@ -49,17 +50,20 @@ def measure(
     """Sequences of one noise each, and what the scorer says of them."""
     values = np.array(sweep.values)
     conditions = [model.condition(**{sweep.name: value}) for value in sweep.values]
-    made = generated(
-        model, conditions, sequences, steps=steps, guidance_scale=guidance, seed=seed,
-        batch_size=sequences, precision=precision, progress=False,
-    )  # fmt: skip
+    sampler = Sampler(steps=steps, guidance_scale=guidance, seed=seed, batch_size=sequences, precision=precision,
+                      progress=False)  # fmt: skip
+    made = sweep_noise(model, conditions, sequences, sampler)
     with torch.no_grad():
         scores = scorer(made.flatten(0, 1)).view(made.shape[:2]).numpy()  # (S,N)
-    low, high = correlation_interval(values, scores, seed=seed)
-    within = np.mean([rank_correlation(values, row[None]) for row in scores])
+    asked, groups = np.tile(values, len(scores)), np.repeat(np.arange(len(scores)), len(values))
+
+    def correlation(rows: np.ndarray) -> dict[str, float]:
+        return {"": spearman(asked[rows], scores.ravel()[rows])}
+
+    own, low, high = with_intervals(correlation, groups, seed=seed)[""]
+    within = np.mean([spearman(values, row) for row in scores])
     rng = np.random.default_rng(seed)
-    dealt = [abs(rank_correlation(values, rng.permuted(scores, axis=1))) for _ in range(200)]
-    own = rank_correlation(values, scores)
+    dealt = [abs(spearman(asked, rng.permuted(scores, axis=1).ravel())) for _ in range(200)]
     return Followed(made, scores, own, low, high, float(within), float(np.quantile(dealt, 0.95)))
 
 
@@ -73,7 +77,7 @@ def main() -> None:
     add("--guidance", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="scales to compare")
     add("--steps", type=int, default=15)
     add("--seed", type=int, default=0)
-    add("--precision", default="fp32", choices=tuple(inference.PRECISIONS))
+    add("--precision", default="fp32", choices=PRECISIONS)
     add("--out", help="picture of the first 8 sequences at the last scale, with the scorer's curves")
     options = parser.parse_args()
     model, scorer, sweep = load_model(options.model), load_scorer(options.scorer), parse_sweep(options.vary)

@@ -103,9 +103,8 @@ def ssl(folder: Path, precision: str) -> list[Row]:
     )  # fmt: skip
     c = measure_conditioning(asked)[0]
     grid, _ = open_cohort(cohort)[0].grid(REGION, feature)
-    image = ldm.large_image(
-        ldm.load_model(folder), grid, REGION[2:], steps=10, seed=0, precision=precision, progress=False
-    )  # fmt: skip
+    sampler = ldm.Sampler(steps=10, seed=0, precision=precision, progress=False)
+    image = ldm.large_image(ldm.load_model(folder), grid, REGION[2:], sampler)
     seams = measure_seams(ldm.to_uint8(image)[0], 256, folder)["like"]
     on = f"{c['tiles']} tiles of the held-out band, drawn by {c['blocks']} columns of the slide"
     return [

@@ -224,11 +224,10 @@ def caching(options: argparse.Namespace) -> None:
     from ldm.encoders.encoder import load_encoder
     from ldm.images.slides import open_slide
     from ldm.rng import sample_noise
-    from ldm.sampling.tiles import sampling_sigmas
 
     model = ldm.load_model(options.model, options.device)
     slide = open_slide(ROOT / "data" / "demo" / "CMU-1-Small-Region.svs")
-    side = model.image_size * model.first_stage_model.downsampling
+    side = model.tile_size
     width, height = slide.dimensions
     places = [(int(x * width), int(y * height)) for x in (0.15, 0.4, 0.65) for y in (0.3, 0.6)]
     tiles = torch.stack([torch.from_numpy(slide.read(x, y, side, side).copy()) for x, y in places])
@@ -236,7 +235,7 @@ def caching(options: argparse.Namespace) -> None:
     cond = {name: value.to(options.device) for name, value in model.condition(features=features).items()}
     shape = (model.channels, model.image_size, model.image_size)
     for steps in (20, 50):
-        sigmas = sampling_sigmas(model, steps)
+        sigmas = ldm.Sampler(steps=steps).settled(model, "sample").sigmas(model)
         noise = sample_noise(range(len(places)), shape).to(model.device) * sigmas[0]
 
         def run(interval: int, sigmas: Tensor = sigmas, noise: Tensor = noise) -> Tensor:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,9 @@ from ldm.errors import UserError, run_command
 from ldm.images import sheets
 from ldm.images.slides import TissueMask, open_slide
 from ldm.images.write import save_png
+
+if TYPE_CHECKING:
+    from ldm.latent_diffusion import LatentDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 WIDTH, CONTEXT = 32, 32
@@ -274,14 +277,15 @@ def nearest(samples: Tensor, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: Any, case: Case, guidance_scale: float = 2.0) -> tuple[dict[str, float], Tensor]:
+def measure(model: LatentDiffusion, case: Case, guidance_scale: float = 2.0) -> tuple[dict[str, float], Tensor]:
     """own: share of items whose condition brings their image; what the null brings; and the samples."""
     count = len(case.images)
     settings = {"steps": 12, "progress": False, "batch_size": 32}
     cond = model.condition_of(case.batch)
-    samples = ldm.sample(model, cond, guidance_scale=guidance_scale, seed=1, **settings)
+    samples = ldm.sample(model, cond, sampler=ldm.Sampler(guidance_scale=guidance_scale, seed=1, **settings))
     own = (nearest(samples, case.images) == torch.arange(count)).float().mean()
-    drawn = nearest(ldm.sample(model, count=NULLS, seed=2, **settings), case.images).bincount(minlength=count)
+    nulls = ldm.sample(model, count=NULLS, sampler=ldm.Sampler(seed=2, **settings))
+    drawn = nearest(nulls, case.images).bincount(minlength=count)
     found = {
         "items": count, "own": float(own), "null_images": int((drawn > 0).sum()),
         "null_most": float(drawn.max() / NULLS),

@@ -36,7 +36,7 @@ from ldm.images.write import save_png, to_uint8
 from ldm.metrics.memorisation import LEAST, Memorisation, memorisation
 from ldm.requests.tiles import evenly
 from ldm.rng import fold
-from ldm.sampling.tiles import PRECISIONS
+from ldm.sampling.sampler import PRECISIONS
 from ldm.scorers.calibration import proportion
 
 NUCLEI, TUMOUR = (", many nuclei", ", few nuclei"), (", with tumour", ", without tumour")
@@ -128,10 +128,11 @@ def measure(
         modality, words, adds = KINDS[kind]
         texts = [words + adds[i * len(adds) // count] for i in range(count)]
         condition = model.condition(text=texts, modality=[modality] * count)
-        made[kind] = ldm.sample(
-            model, condition, steps=steps, guidance_scale=guidance, seed=fold(seed, k), batch_size=count,
-            precision=precision, progress=False,
+        sampler = ldm.Sampler(
+            steps=steps, guidance_scale=guidance, seed=fold(seed, k), batch_size=count, precision=precision,
+            progress=False,
         )  # fmt: skip
+        made[kind] = ldm.sample(model, condition, sampler=sampler)
         shown_kind[kind] = called(of_kind, made[kind], k)
         if modality == "MRI":
             limit = edge(torch.cat(list(train[kind].values()))).max() + MARGIN
@@ -169,7 +170,7 @@ def main() -> None:
     add("--steps", type=int, default=20)
     add("--guidance", type=float, default=3.0)
     add("--seed", type=int, default=0)
-    add("--precision", default="fp32", choices=tuple(PRECISIONS))
+    add("--precision", default="fp32", choices=PRECISIONS)
     add("--classifier-steps", type=int, default=800)
     add("--out", help="picture: images of each kind, first those of its first words")
     options = parser.parse_args()

@@ -30,12 +30,11 @@ from torch import Tensor, nn
 from ldm import load_model
 from ldm.data.datasets import TileDataset
 from ldm.diffusion.denoiser import Cond
-from ldm.diffusion.guidance import expand_cond
 from ldm.images.sheets import grid
 from ldm.images.write import save_png
 from ldm.requests.tiles import evenly
-from ldm.sampling.inversion import invertible, translate
-from ldm.sampling.tiles import PRECISIONS, guided_denoiser, sampling_sigmas
+from ldm.sampling.sampler import PRECISIONS, Inversion, Sampler
+from ldm.sampling.translate import translate
 
 OMICS = ("mutation", "expression")
 WAYS = {"class and omics": ("class", *OMICS), "class": ("class",), "omics": OMICS}
@@ -66,12 +65,13 @@ def measure(
     guidance: float = 2.0, classifier_steps: int = 150, precision: str = "fp32",
 ) -> Changed:  # fmt: skip
     """Held-out tiles of every class of the model under every other, in all WAYS and unchanged."""
-    names = model.cond_stage_model.describe()["class"]["names"]
+    names = model.cond_stage_model.describe()["class"].names
     trained = {name: tiles_of(cohort, column, name, "train", 500) for name in names}
     classifier = train_classifier(trained, classifier_steps)
     real = {name: tiles_of(cohort, column, name, "val") for name in names}
-    levels = invertible(sampling_sigmas(model, steps, "uniform"), strength)
-    encoder, decoder = (guided_denoiser(model, scale, precision) for scale in (1.0, guidance))
+    sampler = Sampler(
+        steps=steps, solver="euler", schedule="uniform", guidance_scale=guidance, precision=precision, progress=False
+    )
     about = {name: sample_of(cohort, column, name) | {"class": name} for name in names}
 
     def condition(name: str, told: tuple[str, ...]) -> Cond:
@@ -85,11 +85,8 @@ def measure(
         page.append(shown(chosen))
         for way, told in WAYS.items():
             targets = [*others, source] if way == "class and omics" else others
-            with torch.no_grad():
-                found = translate(
-                    encoder, decoder, chosen, levels, expand_cond(condition(source, told), len(chosen)),
-                    [expand_cond(condition(name, told), len(chosen)) for name in targets],
-                )  # fmt: skip
+            conds = [condition(name, told) for name in (source, *targets)]
+            found = translate(model, chosen, conds[0], conds[1:], sampler, Inversion(start="invert", strength=strength))
             for name, image in zip(targets, found):
                 image, other = image.clamp(-1, 1), real[name][evenly(len(real[name]), len(chosen))]
                 own = UNCHANGED if name == source else way
@@ -111,7 +108,7 @@ def main() -> None:
     add("--strength", type=float, default=1.0, help="of the inversion")
     add("--guidance", type=float, default=2.0, help="scale on the way back")
     add("--classifier-steps", type=int, default=150)
-    add("--precision", default="fp32", choices=tuple(PRECISIONS))
+    add("--precision", default="fp32", choices=PRECISIONS)
     add("--out", help="picture: sources, and under them what each way makes of them")
     options = parser.parse_args()
     found = measure(

@@ -40,8 +40,8 @@ from ldm.diffusion.schedules import sigmas_from
 from ldm.images.write import save_png
 from ldm.networks.lmi import lmi_score
 from ldm.rng import fold, sample_noise
-from ldm.sampling.inversion import sdedit
-from ldm.sampling.tiles import PRECISIONS, sampling_sigmas
+from ldm.sampling.guided import PRECISIONS
+from ldm.sampling.sampler import Sampler
 
 HEAD = 0.02  # of [0, 1]: darker is outside the head
 GAP = 6  # slices between those of the training and the first that is translated
@@ -94,7 +94,7 @@ def measure(
 ) -> Translated:  # fmt: skip
     """Slices of the modality `name` as the target's, in every way. low: the first that was not trained on."""
     real, source = (slices_of(cohort, modality, low, 10_000, every) for modality in (target, name))
-    sigmas = sampling_sigmas(model, steps)
+    sigmas = Sampler(steps=steps).settled(model, "sample").sigmas(model)
     shape = real.shape[1:]
     noise = sample_noise([fold(seed, i) for i in range(len(real))], shape)
     denoiser, null = clip(model.denoiser(PRECISIONS[precision])), model.null_condition()
@@ -103,7 +103,8 @@ def measure(
     if low > GAP:
         near = ways["matched, train"] = matched(source, slices_of(cohort, target, 0, low - GAP, 4))
         for strength in strengths:
-            ways[f"SDEdit {strength:g}"] = sdedit(denoiser, near, sigmas_from(sigmas, strength), null, noise)
+            levels = sigmas_from(sigmas, strength)
+            ways[f"SDEdit {strength:g}"] = sample_dpmpp_2m(denoiser, near + levels[0] * noise, levels, null)
 
     def likeness(x0: Tensor) -> Tensor:
         return lmi_score((source + 1) / 2, (x0 + 1) / 2)
@@ -142,7 +143,7 @@ def main() -> None:
     add("--gradient", type=float, nargs="*", default=[], help="scales of guidance by the gradient of the LMI")
     add("--samples", type=int, default=1, help="translations that the last way averages (default %(default)s)")
     add("--seed", type=int, default=0)
-    add("--precision", default="fp32", choices=tuple(PRECISIONS))
+    add("--precision", default="fp32", choices=list(PRECISIONS))
     add("--out", help="picture of the ways side by side")
     options = parser.parse_args()
     model = load_model(options.model)

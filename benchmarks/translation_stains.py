@@ -15,17 +15,15 @@ import argparse
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from stain_measures import Pair, judged, known, right, shown, summary, tiles_of, train_classifier
 from torch import nn
 
 from ldm import load_model
-from ldm.diffusion.guidance import expand_cond
 from ldm.images.sheets import grid
 from ldm.images.write import save_png
 from ldm.requests.tiles import evenly
-from ldm.sampling.inversion import invertible, translate
-from ldm.sampling.tiles import PRECISIONS, guided_denoiser, sampling_sigmas
+from ldm.sampling.sampler import PRECISIONS, Inversion, Sampler
+from ldm.sampling.translate import translate
 
 
 @dataclass(frozen=True)
@@ -44,22 +42,22 @@ def measure(
 ) -> Stained:  # fmt: skip
     """Held-out tiles of every class of the model under every other."""
     (key,) = model.cond_stage_model.keys
-    names = model.cond_stage_model.describe()[key]["names"]
+    names = model.cond_stage_model.describe()[key].names
     trained = {name: tiles_of(cohort, column, name, "train", 500) for name in names}
     classifier = train_classifier(trained, classifier_steps)
     real = {name: tiles_of(cohort, column, name, "val") for name in names}
-    levels = invertible(sampling_sigmas(model, steps, "uniform"), strength)
-    encoder, decoder = (guided_denoiser(model, scale, precision) for scale in (1.0, guidance))
+    sampler = Sampler(
+        steps=steps, solver="euler", schedule="uniform", guidance_scale=guidance, precision=precision, progress=False
+    )
+    inversion = Inversion(start="invert", strength=strength, exact=exact)
     conditions = {name: model.condition(**{key: name}) for name in names}
     page, pairs = [], []
     for source in names:
         chosen = real[source][evenly(len(real[source]), count)]
         targets = [name for name in names if name != source]
-        with torch.no_grad():
-            found = translate(
-                encoder, decoder, chosen, levels, expand_cond(conditions[source], len(chosen)),
-                [expand_cond(conditions[name], len(chosen)) for name in targets], exact=exact,
-            )  # fmt: skip
+        found = translate(
+            model, chosen, conditions[source], [conditions[name] for name in targets], sampler, inversion
+        )
         page.append(shown(chosen))
         for name, image in zip(targets, found):
             image, other = image.clamp(-1, 1), real[name][evenly(len(real[name]), len(chosen))]
@@ -80,7 +78,7 @@ def main() -> None:
     add("--guidance", type=float, default=2.0, help="scale on the way back")
     add("--exact", action="store_true", help="invert by fixed points")
     add("--classifier-steps", type=int, default=100)
-    add("--precision", default="fp32", choices=tuple(PRECISIONS))
+    add("--precision", default="fp32", choices=PRECISIONS)
     add("--out", help="picture: sources, and under them each target, then real tiles of it")
     options = parser.parse_args()
     found = measure(

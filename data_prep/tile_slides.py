@@ -38,7 +38,6 @@ from data_prep.options import (
     splits,
     taken,
 )
-from ldm.cli.options import integers
 from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, choose_splits, counted, patient_of, tell_validation
 from ldm.data.shards import WriterLock
@@ -47,6 +46,7 @@ from ldm.errors import UserError
 from ldm.files import whole
 from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
 from ldm.images.slides import Slide, TissueMask, open_slide
+from ldm.requests.parse import parse_integers
 
 # what is taken when a folder is given
 _BATCH = 64
@@ -284,7 +284,7 @@ def main(
     ] = None,
     workers: Annotated[int | None, speed("--workers", help="Threads that read a slide (default: up to 8).")] = None,
 ) -> None:
-    found, box = find_slides(slides), integers(holdout, 4, "--holdout", "x,y,width,height")
+    found, box = find_slides(slides), parse_integers(holdout, 4, "--holdout", "x,y,width,height")
     check_fractions(validation, test)
     if box is not None and len(found) > 1:
         raise UserError(

@@ -2,9 +2,10 @@
 
     import ldm
     model = ldm.load_model("model_folder")
-    tiles = ldm.sample(model, model.condition(features=features), seed=0)           # (N,3,H,W) in [-1,1]
-    image = ldm.large_image(model, grid, size=(1024, 1024), seed=0)                 # grid (rows, cols, D)
-    others = ldm.translate(model, images, source=cond_a, target=cond_b, steps=25)   # images (N,3,H,W) in [-1,1]
+    fast = ldm.Sampler(steps=20, seed=0)
+    tiles = ldm.sample(model, model.condition(features=features), sampler=fast)         # (N,3,H,W) in [-1,1]
+    image = ldm.large_image(model, grid, size=(1024, 1024), sampler=fast)               # grid (rows, cols, D)
+    others = ldm.translate(model, images, source=cond_a, target=cond_b, sampler=fast)   # images (N,3,H,W) in [-1,1]
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from ldm.convert import convert, load_model
     from ldm.images.write import to_uint8
     from ldm.model_folder import export
-    from ldm.sampling.tiles import large_image, sample
+    from ldm.sampling.canvas import large_image
+    from ldm.sampling.guided import Classifier
+    from ldm.sampling.sampler import Inversion, Sampler, Windows
+    from ldm.sampling.tiles import sample
     from ldm.sampling.translate import translate
 
 _HOMES = {
@@ -24,11 +28,18 @@ _HOMES = {
     "load_model": "ldm.convert",
     "export": "ldm.model_folder",
     "sample": "ldm.sampling.tiles",
-    "large_image": "ldm.sampling.tiles",
+    "large_image": "ldm.sampling.canvas",
+    "Sampler": "ldm.sampling.sampler",
+    "Windows": "ldm.sampling.sampler",
+    "Inversion": "ldm.sampling.sampler",
+    "Classifier": "ldm.sampling.guided",
     "to_uint8": "ldm.images.write",
     "translate": "ldm.sampling.translate",
 }
-__all__ = ["convert", "export", "large_image", "load_model", "sample", "to_uint8", "translate"]
+__all__ = [
+    "Classifier", "Inversion", "Sampler", "Windows", "convert", "export", "large_image", "load_model", "sample",
+    "to_uint8", "translate",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:  # torch is imported when it is first needed, so that `--help` answers at once

@@ -9,19 +9,24 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm import model_folder
+from ldm.conditioners.compose import keys_of
 from ldm.config import allowing, instantiate_from_config, modules_only
 from ldm.diffusion.schedules import make_betas
 from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError, suggest
+from ldm.files import sha256
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
 from ldm.interop.noise_buffers import schedule_buffers
+
+if TYPE_CHECKING:
+    from ldm.latent_diffusion import LatentDiffusion
 
 # Families of published models, the first that recognises a source reads it: name -> (recogniser, reader).
 #   recogniser(path, content) -> bool; content is what `read_checkpoint` gives of a file, None of a folder
@@ -84,7 +89,7 @@ def export_as(form: str, folder: str | Path, out: str | Path, half: bool = False
 
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", allow_target: Iterable[str] = (), **options: Any
-) -> nn.Module:
+) -> LatentDiffusion:
     """A LatentDiffusion in eval mode from a model folder, a run folder, or a checkpoint of this toolkit or of others.
 
     options: of a published checkpoint, those of `read_published`; its project YAML is found where it lies beside it.
@@ -151,6 +156,17 @@ def weights_file(source: Path) -> Path:
     return source
 
 
+def weights_of(model_path: Path) -> str:
+    """SHA-256 of the weights that `load_model` reads.
+
+    >>> Path("model.safetensors").touch()
+    >>> weights_of(Path("."))[:8]
+    'e3b0c442'
+    """
+    own = [model_path / "checkpoints" / "last.ckpt", model_path / model_folder.WEIGHTS]
+    return sha256(next((path for path in own if path.is_file()), weights_file(model_path)))
+
+
 def _read(source: Path, content: Any, options: Mapping[str, Any]) -> Converted:
     source = weights_file(source)
     if _is_own(content):
@@ -180,13 +196,13 @@ def facts(
             raise UserError(f"--mpp is micrometres per pixel, above 0; got {mpp}.")
         about["mpp"] = mpp
         if hasattr(module, "first_stage_model"):
-            about["tile_size"] = module.image_size * module.first_stage_model.downsampling
+            about["tile_size"] = module.tile_size
     if encoder:
         spec = REGISTRY.get(encoder)
         about["encoder"] = {"encoder": encoder, "licence": spec.licence if spec else "not recorded"}
         conditioner = getattr(module, "cond_stage_model", None)
-        known = {} if conditioner is None else conditioner.describe()
-        dim = next((told["dim"] for told in known.values() if told.get("kind") == "features"), None)
+        key = next(iter(keys_of(conditioner, "features")), None)
+        dim = None if key is None else conditioner.describe()[key].dim
         if dim is None:
             raise UserError("the model is not conditioned on features; leave --encoder out.")
         if spec is None:

@@ -12,7 +12,8 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from ldm.conditioners.compose import conditions_given
+from ldm.autoencoder.autoencoder import IdentityFirstStage, UnitFirstStage
+from ldm.conditioners.compose import conditions_given, keys_of
 from ldm.config import instantiate_from_config
 from ldm.diffusion import schedules
 from ldm.diffusion.denoiser import (
@@ -32,7 +33,7 @@ from ldm.errors import UserError
 from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights, resolve_first_stage
 from ldm.networks.cache import CastNetwork, CompiledNetwork, DeepCache
 from ldm.networks.ema import EMA
-from ldm.networks.unet import UNetModel
+from ldm.networks.takes import declared
 from ldm.rng import generator, sample_noise, training_generator
 
 VALIDATION_STREAM = 0x76616C
@@ -127,12 +128,10 @@ class LatentDiffusion(pl.LightningModule):
         self.first_stage_model = instantiate_from_config(first_stage_config).eval().requires_grad_(False)
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
         self.cond_stage_node = cond_stage_config
+        self.image_size = declared(self.model.diffusion_model).image_size
+        self.channels = self.first_stage_model.channels
         if not next(self.model.parameters()).is_meta:
             self.check_parts()
-        self.image_size = self.model.diffusion_model.image_size
-        if self.image_size is None:
-            raise UserError("unet_config.params needs image_size, the side of a tile's latent; samples have that size.")
-        self.channels = self.first_stage_model.channels
 
         self._table = (beta_schedule, timesteps, linear_start, linear_end, cosine_s)
         self.register_buffer("sigmas", None, persistent=False)
@@ -153,37 +152,37 @@ class LatentDiffusion(pl.LightningModule):
 
     def check_parts(self) -> None:
         """UserError if the network has no place for what the conditioner tells it, or waits for what it does not."""
-        outer = self.model.diffusion_model
-        network = getattr(outer, "unet", outer)  # an LMIUNet has one inside
-        if not isinstance(network, UNetModel):
-            return
-        with torch.no_grad():
-            null = {} if self.cond_stage_model is None else self.cond_stage_model.null()
+        takes, channels = declared(self.model.diffusion_model), self.first_stage_model.channels
         parts: dict[str, list[Tensor]] = {}
-        for key, value in null.items():
-            parts.setdefault(key.rpartition("/")[2], []).append(value)
-        for name, dim, param in (
-            ("crossattn", network.context_dim, "context_dim"),
-            ("vector", 4 * network.model_channels if "vector" in parts else None, "4*model_channels"),
+        with torch.no_grad():
+            for key, value in self.null_condition().items():
+                parts.setdefault(key.rpartition("/")[2], []).append(value)
+        for name, dim, needed in (
+            ("crossattn", takes.context_dim, takes.context_dim is not None),
+            ("vector", takes.vector_dim, takes.needs_vector),
         ):
-            for value in parts.get(name, ()):
-                if value.shape[-1] != dim:
-                    raise UserError(
-                        f"the conditioner gives {name} of dimension {value.shape[-1]}, the UNet's {param} is {dim}; "
-                        "make them equal."
-                    )
-        if network.context_dim is not None and "crossattn" not in parts:
-            raise UserError("the UNet has a context_dim, but no conditioner acts by crossattn; leave one of them out.")
+            if wrong := [value for value in parts.get(name, ()) if value.shape[-1] != dim]:
+                raise UserError(
+                    f"the conditioner gives {name} of dimension {wrong[0].shape[-1]}, the network takes "
+                    f"{dim or 'none'}; make them equal."
+                )
+            if needed and name not in parts:
+                raise UserError(
+                    f"the network takes {name} of dimension {dim}, but no conditioner acts by {name}; leave one of "
+                    "them out."
+                )
+        if ("label" in parts) != (takes.num_classes is not None):
+            raise UserError("a conditioner that acts by label goes with a network with num_classes; give both or none.")
         extra = sum(value.shape[1] for value in parts.get("concat", ()))
-        if outer.in_channels != self.first_stage_model.channels + extra:
+        if takes.in_channels != channels + extra:
             raise UserError(
-                f"the UNet's in_channels is {outer.in_channels}; the latent has {self.first_stage_model.channels} "
-                f"channels and the conditioner adds {extra}."
+                f"the network's in_channels is {takes.in_channels}; the latent has {channels} channels and the "
+                f"conditioner adds {extra}."
             )
-        if outer.out_channels != self.first_stage_model.channels * (1 + self.learn_sigma):
+        if takes.out_channels != channels * (1 + self.learn_sigma):
             raise UserError(
-                f"the UNet's out_channels is {outer.out_channels}; the latent has {self.first_stage_model.channels} "
-                f"channels{', twice with learn_sigma' if self.learn_sigma else ''}."
+                f"the network's out_channels is {takes.out_channels}; the latent has {channels} channels"
+                f"{', twice with learn_sigma' if self.learn_sigma else ''}."
             )
 
     def build_noise_table(self) -> None:
@@ -194,10 +193,25 @@ class LatentDiffusion(pl.LightningModule):
     # --- the callables of the design: denoiser, condition, encode, decode -----------------------------------------
 
     @property
+    def tile_size(self) -> int:
+        """Side in pixels of the images that it was trained on."""
+        return self.image_size * self.first_stage_model.downsampling
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of its images: 3 (RGB) or 1 (gray)."""
+        pixels = isinstance(self.first_stage_model, (IdentityFirstStage, UnitFirstStage))
+        return self.channels if pixels else 3
+
+    @property
+    def image_condition(self) -> str | None:
+        """The condition that is the image itself, of a model that translates between modalities."""
+        return next(iter(keys_of(self.cond_stage_model, "image")), None)
+
+    @property
     def sample_dtype(self) -> torch.dtype:
         """What a sampler's x is: float32, but for networks that float32 is too coarse for, where the device can."""
-        wanted = getattr(self.model.diffusion_model, "sample_dtype", torch.float32)
-        return torch.float32 if self.device.type == "mps" else wanted
+        return torch.float32 if self.device.type == "mps" else declared(self.model.diffusion_model).dtype
 
     def make_denoiser(self, network: Callable[..., Tensor]) -> Denoiser:
         """`network` as denoiser(x, sigma, cond) -> x0, with this model's parameterisation and noise table."""
@@ -217,9 +231,6 @@ class LatentDiffusion(pl.LightningModule):
         """
         if compile and cache > 1:
             raise UserError("a network is either compiled or keeps its deep features; leave one of them out.")
-        if cache > 1 and not isinstance(self.model.diffusion_model, UNetModel):
-            kind = type(self.model.diffusion_model).__name__
-            raise UserError(f"only a UNetModel keeps its deep features; this network is a {kind}.")
 
         def wrap(model: nn.Module) -> Callable[..., Tensor]:
             if cache > 1:

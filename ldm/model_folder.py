@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -24,6 +24,9 @@ from ldm.config import instantiate_from_config, load_config, modules_only, save_
 from ldm.errors import UserError
 from ldm.files import CARD
 from ldm.interop.checkpoint import read_checkpoint
+
+if TYPE_CHECKING:
+    from ldm.latent_diffusion import LatentDiffusion
 
 FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
 WEIGHTS = "model.safetensors"
@@ -123,7 +126,7 @@ def resolve_first_stage(node: Mapping[str, Any]) -> Mapping[str, Any]:
     return first_stage_node(node["params"]["folder"]) if node["target"] == FIRST_STAGE_FOLDER else node
 
 
-def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+def load_model(path: str | Path, device: str | torch.device = "cpu") -> LatentDiffusion:
     """A LatentDiffusion in eval mode from a model folder, a run folder or one of its checkpoints.
 
     The averaged weights are used where there are any. Errors: not a model folder, missing weight file, weights that
@@ -148,7 +151,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> nn.Modul
 def loaded(
     node: Mapping[str, Any], metadata: dict[str, Any], state: Mapping[str, Tensor], path: Path,
     device: str | torch.device,
-) -> nn.Module:  # fmt: skip
+) -> LatentDiffusion:  # fmt: skip
     """The model of a node with its weights, ready to sample from."""
     model = _filled(node, state, path)
     if not hasattr(model, "build_noise_table"):

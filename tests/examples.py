@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from conftest import ROOT
 from ldm.data.tile_store import TileStore
 from ldm.diffusion.denoiser import Cond
 from ldm.diffusion.schedules import karras_sigmas
+from ldm.latent_diffusion import LatentDiffusion
 from ldm.rng import sample_noise
 
 EVERYWHERE = {"torch": torch, "np": np, "pd": pd, "Path": Path, "Image": Image, "ldm": ldm}
@@ -28,6 +30,34 @@ def _ideal(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
 
 def _echo(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
     return cond["vector"].view(-1, 1, 1, 1).expand_as(x)
+
+
+@cache
+def tiny_model() -> LatentDiffusion:
+    """A LatentDiffusion that learnt nothing: tiles of 16 px, features `ssl` of 8 values and a class A or B."""
+    first_stage = {
+        "embed_dim": 4,
+        "ddconfig": {"z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2],
+                     "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "mid_attention": False},
+    }  # fmt: skip
+    unet = {
+        "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 8, "num_res_blocks": 1,
+        "attention_resolutions": [1], "channel_mult": [1], "num_heads": 2, "use_spatial_transformer": True,
+        "context_dim": 8, "norm_groups": 4,
+    }  # fmt: skip
+    conditioners = {
+        "ssl": {"target": "ldm.conditioners.ssl.PatchEmbedder", "params": {"embed_dim": 8, "context_dim": 8}},
+        "class": {"target": "ldm.conditioners.class_token.ClassEmbedder",
+                  "params": {"classes": ["A", "B"], "dim": 32, "acts": "vector"}},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = LatentDiffusion(
+        {"target": "ldm.networks.unet.UNetModel", "params": unet},
+        {"target": "ldm.autoencoder.autoencoder.AutoencoderKL", "params": first_stage},
+        {"target": "ldm.conditioners.compose.ConditionerSet", "params": {"conditioners": conditioners}},
+        use_ema=False,
+    )  # fmt: skip
+    return model.eval().requires_grad_(False)
 
 
 BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
@@ -45,6 +75,8 @@ BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     "slide_path": lambda request: ROOT / "data/demo/CMU-1-Small-Region.svs",
     "cells": lambda request: ROOT / "data/samples/cells",
     "store": lambda request: TileStore.open(request.getfixturevalue("tiny_store")),
+    # a diffusion model, see `tiny_model`
+    "model": lambda request: tiny_model(),
     # a tile (256,256,3) uint8
     "tile": lambda request: np.array(Image.open(ROOT / "data/samples/cancers/TCGA-CR-7395_1600,2400.png"))[:256, :256],
 }

@@ -628,14 +628,16 @@ def test_the_command_converts_a_published_folder(oracle, tmp_path, monkeypatch, 
 def test_a_published_checkpoint_is_a_model_to_every_command(oracle, tmp_path, capsys):
     from ldm.commands.generate import sample_tiles
     from ldm.commands.models import describe_model
+    from ldm.requests.sampling import AskedSampler
+    from ldm.requests.tiles import AskedTiles
+    from ldm.sampling.sampler import Sampler
 
     folder = oracle / "more" / "pathldm_class_ckpt"
     with pytest.warns(UserWarning, match="the classes have no names"):
         describe_model(folder)
-    asked = {"features": None, "feature": None, "where": {}, "table": None, "conditions": ["class=2"], "count": 2}
+    asked = AskedTiles(conditions=["class=2"], count=2)
     with pytest.warns(UserWarning, match="the classes have no names"):
-        sample_tiles(folder / "model.ckpt", tmp_path / "tiles", "cpu", 2, asked, steps=2, solver="euler", seed=0,
-                     guidance_scale=None)  # fmt: skip
+        sample_tiles(folder / "model.ckpt", tmp_path / "tiles", "cpu", asked, AskedSampler(Sampler(steps=2)))
     assert "class        class: 0, 1, 2, 3" in capsys.readouterr().out
     assert len(list((tmp_path / "tiles").glob("0*.png"))) == 2
 

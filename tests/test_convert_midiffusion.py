@@ -75,15 +75,16 @@ def test_a_translation_is_the_published_one(published, tmp_path):
 def test_a_slice_is_translated_by_name(published, tmp_path):
     model = converted(published[ADM], tmp_path)
     source = torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sampler = ldm.Sampler(steps=2, guidance_scale=1.0, progress=False)
     found, other = (
-        ldm.sample(model, model.condition(image=image), steps=2, guidance_scale=1.0, progress=False)
+        ldm.sample(model, model.condition(image=image), sampler=sampler)
         for image in (source, -source)
     )
     assert found.shape == (2, 1, 16, 16)
     assert not torch.allclose(found, other)
     seen = []
     model.model.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].dtype))
-    ldm.sample(model, model.condition(image=source[:1]), steps=1, guidance_scale=1.0, progress=False)
+    ldm.sample(model, model.condition(image=source[:1]), sampler=ldm.Sampler(steps=1, progress=False))
     assert seen == [torch.float64]
     image = torch.linspace(-1, 1, 5).view(1, 1, 1, 5)
     torch.testing.assert_close(model.encode(image), torch.linspace(0, 1, 5).view(1, 1, 1, 5))

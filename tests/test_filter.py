@@ -24,7 +24,7 @@ from ldm.data.collection import read_pictures
 from ldm.errors import UserError
 from ldm.images.write import save_png
 from ldm.model_folder import write_model_folder
-from ldm.sampling import tiles as inference
+from ldm.sampling.tiles import sample
 from ldm.scorers.data import to_range
 from ldm.scorers.ensemble import ResNetEnsemble, load_scorer
 from ldm.scorers.labelled import Task, read_labelled
@@ -344,7 +344,7 @@ def test_tiles_are_sampled_until_enough_pass(world, tmp_path, threshold, monkeyp
         "--out", tmp_path / "plain")  # fmt: skip
     plain = np.asarray(Image.open(tmp_path / "plain" / f"{about['index']:05d}.png")).astype(int)
     assert np.abs(plain - image).max() <= 1
-    sample, calls = inference.sample, []
+    calls = []
 
     def stopped(*args, **kwargs):
         calls.append(1)
@@ -352,10 +352,10 @@ def test_tiles_are_sampled_until_enough_pass(world, tmp_path, threshold, monkeyp
             raise RuntimeError("power cut")
         return sample(*args, **kwargs)
 
-    monkeypatch.setattr(inference, "sample", stopped)
+    monkeypatch.setattr("ldm.commands.resample.sample", stopped)
     with pytest.raises(RuntimeError, match="power cut"):
         resample(world, tmp_path / "b", *given, batch=1)
-    monkeypatch.setattr(inference, "sample", sample)
+    monkeypatch.undo()
     resample(world, tmp_path / "b", *given, batch=1)
     again = pd.read_csv(tmp_path / "b" / "attempts.csv")
     pd.testing.assert_frame_equal(again, attempts, rtol=0, atol=0.02)

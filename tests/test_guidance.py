@@ -18,10 +18,10 @@ from ldm.diffusion.guidance import (
     classifier_guidance,
     clip,
     compose,
-    dropped_condition,
-    dynamic_threshold,
     keep_variance,
+    target_gradient,
     within,
+    without_target,
 )  # fmt: skip
 from ldm.networks.encoder_unet import EncoderUNetModel
 
@@ -110,15 +110,6 @@ def test_guidance_acts_within_its_interval(batch):
     torch.testing.assert_close(mixed[::2], d(x, torch.ones(3), cond)[::2])
 
 
-def test_a_condition_is_dropped_while_sampling(batch):
-    x, sigma, cond, null = batch
-    d, keep = Counted(), torch.tensor([True, False, True])
-    out = dropped_condition(cfg(d, null, 8.0), null, lambda sigma: keep)(x, sigma, cond)
-    torch.testing.assert_close(out[keep], cfg(d, null, 8.0)(x, sigma, cond)[keep])
-    unconditional = d(x, sigma, {part: value.expand(3, *value.shape[1:]) for part, value in null.items()})
-    torch.testing.assert_close(out[~keep], unconditional[~keep])
-
-
 def test_autoguidance_extrapolates_from_the_weaker_model(batch):
     x, sigma, cond, _ = batch
     strong, weak = Counted(), (lambda x, sigma, cond: 0.4 * x)
@@ -127,16 +118,10 @@ def test_autoguidance_extrapolates_from_the_weaker_model(batch):
     assert autoguidance(strong, weak, 1.0) is strong
 
 
-def test_thresholds(batch):
+def test_clipping(batch):
     x, sigma, cond, _ = batch
-    x = x * torch.tensor([0.1, 1.0, 10.0]).view(-1, 1, 1, 1)
     identity = lambda x, sigma, cond: x  # noqa: E731
-    assert clip(identity)(x, sigma, cond).abs().max() == 1
-    out = dynamic_threshold(identity, 0.9)(x, sigma, cond)
-    assert torch.equal(out[0], x[0])                                            # within [-1, 1]: untouched
-    s = x[2].abs().flatten().quantile(0.9)
-    torch.testing.assert_close(out[2], x[2].clamp(-s, s) / s)
-    torch.testing.assert_close(out[2:], dynamic_threshold(identity, 0.9)(x[2:], sigma[2:], cond))
+    assert torch.equal(clip(identity)(3 * x, sigma, cond), (3 * x).clamp(-1, 1))
 
 
 def test_the_variance_of_the_condition_survives_batched_guidance(batch):
@@ -167,7 +152,7 @@ def test_classifier_guidance_gives_the_exact_posterior_inside_a_no_grad_sampler(
         s2 = sigma.view(-1, 1, 1, 1) ** 2
         return (-((y - x / (1 + s2)) ** 2) / (2 * (spread2 + s2 / (1 + s2)))).flatten(1).sum(1)
 
-    guided = classifier_guidance(prior, log_likelihood, 1.0)
+    guided = classifier_guidance(prior, target_gradient(log_likelihood, 1.0))
     x, sigma = torch.randn(2, 1, 3, 3, dtype=torch.float64), torch.tensor([0.3, 4.0], dtype=torch.float64)
     s2 = sigma.view(-1, 1, 1, 1) ** 2
     exact = (posterior_var * x + s2 * posterior_mean) / (posterior_var + s2)
@@ -178,6 +163,11 @@ def test_classifier_guidance_gives_the_exact_posterior_inside_a_no_grad_sampler(
     assert not out.requires_grad
     assert abs(float(out.mean()) - posterior_mean) < 0.02
     assert abs(float(out.std()) - math.sqrt(posterior_var)) < 0.02
+
+
+def told(labels: Tensor) -> dict[str, Tensor]:
+    """The network's labels, and the classifier's target."""
+    return {"label": labels, "target": labels}
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +188,7 @@ def test_the_classifiers_gradient_is_the_published_one(published):
         assert relative(net(classifier["x"], classifier["t"]), classifier["logits"]) < 1e-5
     sigma = denoiser.table[classifier["t"]]
     scale = (1 + sigma**2).sqrt().view(-1, 1, 1, 1)                             # dx/dx_t
-    guided = classifier_guidance(lambda x, sigma, cond: torch.zeros_like(x), log_probability, 1.0)
-    gradient = guided(classifier["x"] * scale, sigma, {"label": classifier["y"]}) / sigma.view(-1, 1, 1, 1) ** 2
+    gradient = target_gradient(log_probability, 1.0)(classifier["x"] * scale, sigma, {"target": classifier["y"]})
     assert relative(gradient * scale, classifier["grad"]) < 1e-4
 
 
@@ -208,11 +197,11 @@ def test_guided_samples_are_the_published_ones(published, name):
     _, _, golden, denoiser, log_probability, sigmas = published
     run = golden[name]
     base = denoiser if "noclip" in name else clip(denoiser)
-    guided = classifier_guidance(base, log_probability, run["scale"])
+    guided = classifier_guidance(base, target_gradient(log_probability, run["scale"]))
     start = golden["x_T"] * (1 + sigmas[0] ** 2).sqrt()
     states: list[Tensor] = []
     out = samplers.sample_euler(
-        guided, start, sigmas, {"label": golden["y"]}, callback=lambda i, x, x0: states.append(x)
+        guided, start, sigmas, told(golden["y"]), callback=lambda i, x, x0: states.append(x)
     )
     assert relative(out, run["out"]) < 1e-4
     for state, sigma, published_state in zip(states, sigmas[1:], run["intermediates"]):
@@ -224,40 +213,27 @@ def test_guided_stochastic_samples_and_translations_are_the_published_ones(publi
     _, _, golden, denoiser, log_probability, sigmas = published
     scale = (1 + sigmas[0] ** 2).sqrt()
     run = golden["guided_eta_0.7"]
-    guided = classifier_guidance(clip(denoiser), log_probability, run["scale"])
+    guided = classifier_guidance(clip(denoiser), target_gradient(log_probability, run["scale"]))
     out = samplers.sample_ddim(
-        guided, golden["x_T"] * scale, sigmas, {"label": golden["y"]}, lambda step: run["noises"][step], eta=0.7
+        guided, golden["x_T"] * scale, sigmas, told(golden["y"]), lambda step: run["noises"][step], eta=0.7
     )
     assert relative(out, run["out"]) < 1e-4
     latent = invert(denoiser, golden["image"], sigmas, {"label": golden["y"]})
     assert relative(latent, golden["translate"]["latent"]) < 3e-4
     start = golden["translate"]["latent"] * scale
-    out = samplers.sample_euler(guided, start, sigmas, {"label": golden["y_target"]})
+    out = samplers.sample_euler(guided, start, sigmas, told(golden["y_target"]))
     assert relative(out, golden["translate"]["out"]) < 1e-4
 
 
 def test_guided_ancestral_samples_are_the_published_ones(published):
-    """There the step's mean moves by its learned variance times the gradient at x_t: the x0 that gives that mean."""
+    """There the step's mean moves by its learned variance times the gradient at x_t."""
     _, _, golden, denoiser, log_probability, sigmas = published
-    run, levels = golden["ancestral_guided"], [*sigmas.tolist()]
-    slope = classifier_guidance(lambda x, sigma, cond: torch.zeros_like(x), log_probability, run["scale"])
-
-    def joint(x: Tensor, sigma: Tensor, cond: dict) -> tuple[Tensor, Tensor]:
-        x0, place = denoiser.with_variance(x, sigma, cond)
-        step = min(range(len(levels)), key=lambda i: abs(levels[i] - float(sigma[0])))
-        s2, t2 = levels[step] ** 2, levels[step + 1] ** 2
-        small, large = (s2 - t2) * t2 / s2, (s2 - t2) * (1 + t2) / (1 + s2)
-        if t2 == 0:  # the published posterior variance of the last step is that of the step before
-            before = levels[step - 1] ** 2
-            small = (before - s2) * s2 / before / (1 + s2)
-        variance = small * (large / small) ** place
-        gradient = slope(x, sigma, cond) / s2 * math.sqrt((1 + s2) / (1 + t2))
-        return x0.clamp(-1, 1) + variance / (1 - t2 / s2) * gradient, place
-
-    start = golden["x_T"] * (1 + sigmas[0] ** 2).sqrt()
+    run = golden["ancestral_guided"]
+    joint = keep_variance(denoiser.with_variance, lambda d: without_target(clip(d)))
     out = samplers.sample_ddpm(
-        joint, start, sigmas, {"label": golden["y"]}, lambda step: run["noises"][step], variance=None
-    )
+        joint, golden["x_T"] * (1 + sigmas[0] ** 2).sqrt(), sigmas, told(golden["y"]), lambda step: run["noises"][step],
+        variance=None, gradient=target_gradient(log_probability, run["scale"]),
+    )  # fmt: skip
     assert relative(out, run["out"]) < 1e-4
 
 

@@ -23,7 +23,8 @@ from ldm.diffusion.guidance import cfg
 from ldm.diffusion.tiled import tiled
 from ldm.errors import UserError
 from ldm.rng import canvas_noise
-from ldm.sampling.tiles import decode_canvas, guided_denoiser, large_image, run_solver, sampling_sigmas
+from ldm.sampling.canvas import decode_canvas, large_image
+from ldm.sampling.sampler import Sampler, Windows
 
 WINDOW = 16
 
@@ -34,7 +35,9 @@ class Stub:
     def __init__(self, paint, first_stage: nn.Module | None = None):
         self.first_stage_model = first_stage or IdentityFirstStage()
         self.channels, self.image_size, self.scale_factor = self.first_stage_model.channels, WINDOW, 1.0
+        self.tile_size = WINDOW * self.first_stage_model.downsampling
         self.device, self.cond_stage_model, self.learn_sigma = torch.device("cpu"), SimpleNamespace(dropout=0.1), False
+        self.metadata = {}
         betas = schedules.make_betas("linear", 1000, 0.0015, 0.0195)
         self.sigmas = schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0)).float()
         self.paint, self.rows = paint, []  # rows: windows of each call
@@ -72,9 +75,9 @@ def grid(rows: int = 3, cols: int = 4) -> Tensor:
 @pytest.mark.parametrize("mode", ["shifted", "overlap"])
 @pytest.mark.parametrize("interpolation", ["linear", "nearest"])
 def test_features_land_at_row_col(mode, interpolation):
-    image = large_image(
-        Stub(flat), grid(), mode=mode, steps=3, guidance_scale=1.0, interpolation=interpolation, progress=False
-    )
+    sampler = Sampler(steps=3, guidance_scale=1.0, progress=False)
+    windows = Windows(mode=mode, interpolation=interpolation)
+    image = large_image(Stub(flat), grid(), sampler=sampler, windows=windows)
     assert image.shape == (1, 3, 3 * WINDOW, 4 * WINDOW)
     corners = image[0, 0][[0, 0, -1, -1], [0, -1, 0, -1]]                       # one window alone covers each of them
     torch.testing.assert_close(corners, grid()[[0, 0, -1, -1], [0, -1, 0, -1], 0], rtol=0, atol=1e-5)
@@ -85,12 +88,12 @@ def test_features_land_at_row_col(mode, interpolation):
 @pytest.mark.parametrize("mode", ["shifted", "overlap"])
 def test_one_window_is_the_untiled_sample_bitwise(mode):
     model, features = Stub(mixed), torch.full((1, 1, 1), 0.4)
-    image = large_image(model, features, mode=mode, steps=4, seed=3, guidance_interval=None, progress=False)
-    cond, sigmas = model.condition(features[0]), sampling_sigmas(model, 4)
+    sampler = Sampler(steps=4, seed=3, guidance_interval="all", progress=False)
+    image = large_image(model, features, sampler=sampler, windows=Windows(mode=mode))
+    settled, cond = sampler.settled(model, "large_image"), model.condition(features[0])
+    sigmas = settled.sigmas(model)
     x = canvas_noise(3, 3, WINDOW, WINDOW) * sigmas[0]
-    alone = run_solver(
-        "dpmpp_2m", guided_denoiser(model, 2.0, cond=cond), x, sigmas, cond, lambda i: x, 0.0, lambda *_: None
-    )
+    alone = settled.guided(model, cond).solve(x, sigmas, cond, lambda i: x, lambda *_: None)
     assert torch.equal(image, alone.clamp(-1, 1))
 
 
@@ -98,7 +101,8 @@ def test_one_window_is_the_untiled_sample_bitwise(mode):
 def test_a_canvas_in_main_memory_and_any_chunks_give_the_same_image(mode):
     images = [
         large_image(
-            Stub(mixed), grid(), mode=mode, steps=4, batch_size=size, offload=offload, progress=False
+            Stub(mixed), grid(), sampler=Sampler(steps=4, batch_size=size, progress=False),
+            windows=Windows(mode=mode, offload=offload),
         ) for size, offload in ((64, False), (1, False), (5, True))
     ]  # fmt: skip
     for image in images[1:]:
@@ -108,9 +112,9 @@ def test_a_canvas_in_main_memory_and_any_chunks_give_the_same_image(mode):
 def test_guidance_in_an_interval_saves_the_second_evaluation_elsewhere():
     def cost(**settings) -> tuple[Tensor, int]:
         model = Stub(mixed)
-        return large_image(model, grid(), steps=6, progress=False, **settings), sum(model.rows)
+        return large_image(model, grid(), sampler=Sampler(steps=6, progress=False, **settings)), sum(model.rows)
 
-    (always, twice), (never, once) = cost(guidance_interval=None), cost(guidance_scale=1.0)
+    (always, twice), (never, once) = cost(guidance_interval="all"), cost(guidance_scale=1.0)
     assert twice == 2 * once
     everywhere, count = cost(guidance_interval=(0.0, 1e9))
     assert torch.equal(everywhere, always)
@@ -122,12 +126,12 @@ def test_guidance_in_an_interval_saves_the_second_evaluation_elsewhere():
 
 
 def test_the_image_goes_into_an_array_of_the_user(tmp_path):
-    image = large_image(Stub(flat), grid(), steps=2, progress=False)
+    image = large_image(Stub(flat), grid(), sampler=Sampler(steps=2, progress=False))
     bytes_ = image.add(1).mul(127.5).round()[0].movedim(0, -1).to(torch.uint8).numpy()
     memory = np.memmap(tmp_path / "image", np.uint8, "w+", shape=bytes_.shape)
     store = zarr.create_array(str(tmp_path / "z"), shape=bytes_.shape, dtype="u1", chunks=(16, 16, 3))
     for out in (memory, store):
-        assert large_image(Stub(flat), grid(), steps=2, progress=False, out=out) is out
+        assert large_image(Stub(flat), grid(), out=out, sampler=Sampler(steps=2, progress=False)) is out
         assert np.array_equal(out[:], bytes_)
     with pytest.raises(UserError, match=r"out must be \(48, 64, 3\) uint8, as the image; got \(48, 60, 3\) uint8"):
         large_image(Stub(flat), grid(), out=np.zeros((48, 60, 3), np.uint8))
@@ -143,7 +147,7 @@ def test_a_large_canvas_is_decoded_in_parts_into_an_array(monkeypatch):
     whole = decode_canvas(model, latents, progress=False)
     one = latents[..., :WINDOW, :WINDOW]
     assert torch.equal(decode_canvas(model, one, progress=False), model.decode(one).clamp(-1, 1))
-    monkeypatch.setattr("ldm.sampling.tiles.DECODE_PART", 32)
+    monkeypatch.setattr("ldm.sampling.canvas.DECODE_PART", 32)
     out = np.zeros((80, 112, 3), np.uint8)
     decode_canvas(model, latents, progress=False, out=out)
     parts = decode_canvas(model, latents, progress=False)

@@ -14,7 +14,6 @@ from ldm.config import instantiate_from_config
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_folder import HEADINGS, load_weights, write_model_folder
-from ldm.sampling.tiles import sampling_sigmas
 
 DDCONFIG = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1],
                 num_res_blocks=1, attn_resolutions=[], dropout=0.0)  # fmt: skip
@@ -153,7 +152,8 @@ def test_a_model_folder_gives_the_same_images_elsewhere(tmp_path):
     loaded = ldm.load_model(moved)
     assert loaded.metadata == {"mpp": 0.5}
     features = torch.randn(3, 24)
-    images = [ldm.sample(m, m.condition(features), steps=3, progress=False) for m in (model, loaded)]
+    sampler = ldm.Sampler(steps=3, progress=False)
+    images = [ldm.sample(m, m.condition(features), sampler=sampler) for m in (model, loaded)]
     assert images[0].shape == (3, 3, 32, 32)
     assert torch.equal(*images)
 
@@ -189,7 +189,8 @@ def test_samples_do_not_depend_on_the_batch_size(tmp_path):
     cond = model.condition(torch.randn(5, 24))
     for solver in ("dpmpp_2m", "ddim", "euler", "heun"):
         one, all_ = (
-            ldm.sample(model, cond, steps=3, solver=solver, batch_size=b, progress=False) for b in (1, 5)
+            ldm.sample(model, cond, sampler=ldm.Sampler(steps=3, solver=solver, batch_size=b, progress=False))
+            for b in (1, 5)
         )
         torch.testing.assert_close(one, all_, rtol=1e-4, atol=1e-4)
 
@@ -200,26 +201,31 @@ def test_a_large_image_does_not_depend_on_the_batch_size_and_follows_its_grid(tm
     grid = torch.randn(2, 3, 24)
     for mode in ("shifted", "overlap"):
         one, many = (
-            ldm.large_image(model, grid, mode=mode, steps=2, batch_size=b, progress=False) for b in (1, 64)
+            ldm.large_image(
+                model, grid, sampler=ldm.Sampler(steps=2, batch_size=b, progress=False), windows=ldm.Windows(mode=mode)
+            )
+            for b in (1, 64)
         )
         assert one.shape == (1, 3, 64, 96)
         torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-4)
-    single = ldm.large_image(model, grid[:1, :1], steps=2, progress=False)
+    single = ldm.large_image(model, grid[:1, :1], sampler=ldm.Sampler(steps=2, progress=False))
     assert single.shape == (1, 3, 32, 32)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), steps=0), "steps must be in 1..1000"),
-        (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), solver="dpm9"), "solver must be one of"),
+        (lambda m: ldm.sample(m, sampler=ldm.Sampler(steps=1001)), "steps must be in 1..1000; got 1001"),
         (lambda m: m.condition(torch.randn(2, 25)), "dimension 24"),
         (lambda m: ldm.sample(m, m.condition(torch.randn(2, 24)), count=3), "of 2 samples"),
         (lambda m: ldm.large_image(m, torch.randn(2, 24)), r"\(rows, cols, D\)"),
         (lambda m: ldm.large_image(m, torch.randn(2, 2, 24), size=(50, 51)), "multiple of 2"),
         (lambda m: ldm.large_image(m, torch.randn(2, 2, 24), size=(16, 64)), "at least one tile of 32"),
         (lambda m: ldm.large_image(m, torch.full((2, 2, 24), float("nan"))), "every entry is a hole"),
-        (lambda m: ldm.large_image(m, torch.randn(2, 2, 24), stride=8), "goes with mode 'overlap'"),
+        (
+            lambda m: ldm.large_image(m, torch.randn(2, 2, 24), sampler=ldm.Sampler(cache=2, guidance_interval="all")),
+            "leave cache out",
+        ),
     ],
 )
 def test_mistakes_are_told(tmp_path, call, message):
@@ -304,9 +310,10 @@ def test_fine_tuning_keeps_the_scale_that_the_model_was_trained_with(tmp_path):
 def test_a_model_without_a_condition_given_samples_unconditionally(tmp_path):
     model, _ = model_folder(tmp_path)
     null = {part: value.expand(2, *value.shape[1:]) for part, value in model.null_condition().items()}
-    plain = ldm.sample(model, count=2, steps=2, progress=False)
-    torch.testing.assert_close(plain, ldm.sample(model, null, steps=2, guidance_scale=1.0, progress=False))
-    later = ldm.sample(model, count=1, steps=2, first=1, progress=False)
+    plain = ldm.sample(model, count=2, sampler=ldm.Sampler(steps=2, progress=False))
+    alone = ldm.Sampler(steps=2, guidance_scale=1.0, progress=False)
+    torch.testing.assert_close(plain, ldm.sample(model, null, sampler=alone))
+    later = ldm.sample(model, count=1, first=1, sampler=ldm.Sampler(steps=2, progress=False))
     torch.testing.assert_close(later, plain[1:], rtol=1e-4, atol=1e-4)
 
 
@@ -346,15 +353,15 @@ def test_every_step_costs_little_more_than_its_window_areas(tmp_path):
         windows[float(time[0])] = windows.get(float(time[0]), 0) + len(x)
 
     model.model.register_forward_pre_hook(count)
-    ldm.large_image(model, torch.randn(4, 4, 24), steps=3, guidance_scale=1.0, progress=False)
+    ldm.large_image(model, torch.randn(4, 4, 24), sampler=ldm.Sampler(steps=3, guidance_scale=1.0, progress=False))
     assert list(windows.values()) == [25, 25, 49]  # of 16 areas: 5/4 along each side, at last every half window
 
 
 def test_the_legacy_schedule_is_the_published_spacing_or_one_message(tmp_path):
     model, _ = model_folder(tmp_path)
-    sigmas = sampling_sigmas(model, 10, "legacy")
+    sigmas = ldm.Sampler(steps=10, schedule="legacy").settled(model, "sample").sigmas(model)
     torch.testing.assert_close(sigmas[:-1], model.sigmas[1::100].flip(0))
     assert sigmas[-1] == model.sigmas[0]
     for steps in (30, 1000):
         with pytest.raises(UserError, match="divide its 1000 levels"):
-            sampling_sigmas(model, steps, "legacy")
+            ldm.Sampler(steps=steps, schedule="legacy").settled(model, "sample")

@@ -171,12 +171,12 @@ def test_a_model_folder_translates_from_an_image_given_in_python(tmp_path):
     cond = loaded.condition(image=images)
     assert torch.equal(cond["concat"], torch.from_numpy(images))
     found, other = (
-        ldm.sample(loaded, given, steps=2, guidance_scale=1.0, progress=False)
+        ldm.sample(loaded, given, sampler=ldm.Sampler(steps=2, guidance_scale=1.0, progress=False))
         for given in (cond, loaded.condition(image=-images))
     )
     assert found.shape == (2, 1, 16, 16)
     assert not torch.allclose(found, other)
-    assert torch.equal(found, ldm.sample(model, cond, steps=2, guidance_scale=1.0, progress=False))
+    assert torch.equal(found, ldm.sample(model, cond, sampler=ldm.Sampler(steps=2, guidance_scale=1.0, progress=False)))
 
 
 def test_a_dropped_source_is_a_flat_image():

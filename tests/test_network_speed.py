@@ -381,10 +381,10 @@ def test_samples_with_deep_features_of_every_step_are_the_plain_ones(tmp_path):
     model = build(three())
     settings = {"steps": 4, "progress": False, "seed": 3}
     cond = model.condition(score=[0.1, 0.8])
-    plain = ldm.sample(model, cond, **settings)
-    assert torch.equal(ldm.sample(model, cond, cache=1, **settings), plain)
-    near = ldm.sample(model, cond, cache=2, **settings)
+    plain = ldm.sample(model, cond, sampler=ldm.Sampler(**settings))
+    assert torch.equal(ldm.sample(model, cond, sampler=ldm.Sampler(cache=1, **settings)), plain)
+    near = ldm.sample(model, cond, sampler=ldm.Sampler(cache=2, **settings))
     assert not torch.equal(near, plain)
-    alone = torch.cat([ldm.sample(model, model.condition(score=s), first=i, cache=2, **settings)
+    alone = torch.cat([ldm.sample(model, model.condition(score=s), first=i, sampler=ldm.Sampler(cache=2, **settings))
                        for i, s in enumerate([0.1, 0.8])])  # fmt: skip
     torch.testing.assert_close(near, alone, rtol=1e-4, atol=1e-4)  # of one image's steps, whatever the batch

@@ -242,7 +242,7 @@ def test_gene_lists_travel_with_the_model(tmp_path):
     source.unlink()
     again = moved(module, tmp_path, node)
     assert again.describe() == module.describe()
-    assert again.describe()["mutation"]["genes"] == MUTATION
+    assert list(again.describe()["mutation"].genes) == MUTATION
     torch.testing.assert_close(again(random_batch()), module(random_batch()))
 
 

@@ -11,10 +11,11 @@ import torch
 from published import guided_diffusion_table, guided_diffusion_unet, invert, load, relative
 from torch import Tensor
 
-from ldm.diffusion import samplers, schedules
+from ldm.diffusion import choices, samplers, schedules
 from ldm.diffusion.denoiser import TableDenoiser
-from ldm.diffusion.guidance import cfg, clip, keep_variance, known_region
+from ldm.diffusion.guidance import cfg, clip, keep_variance
 from ldm.networks.unet import UNetModel
+from ldm.sampling.guided import GuidedSolver
 
 # --- parity: guided-diffusion (His-MMDM) --------------------------------------------------------------------------
 
@@ -163,17 +164,17 @@ def test_concatenated_conditions_and_step_noise_reproduce_compvis(concat):
 
 
 def test_inpainting_with_fresh_noise_reproduces_compvis(concat):
-    """Their mask rule pastes x0 with new noise before each step: known_region under a denoiser that pastes it in x."""
+    """Their mask rule pastes x0 with new noise into x before each step."""
     io, denoiser, sigmas = concat
     run, start = io["ddim_mask"], io["x_T"] * (1 + sigmas[0] ** 2).sqrt()
 
     def pasted(x: Tensor, sigma: Tensor, cond: dict) -> Tensor:
         step = int((sigmas == sigma[0]).nonzero()[0, 0])
         known = run["x0"] + sigma[0] * run["q_noises"][step]
-        return denoiser(run["mask"] * known + (1 - run["mask"]) * x, sigma, cond)
+        found = denoiser(run["mask"] * known + (1 - run["mask"]) * x, sigma, cond)
+        return run["mask"] * run["x0"] + (1 - run["mask"]) * found
 
-    inpainted = known_region(pasted, run["x0"], run["mask"])
-    out = samplers.sample_euler(inpainted, start, sigmas, {"concat": io["c"]}) / (1 + sigmas[-1] ** 2).sqrt()
+    out = samplers.sample_euler(pasted, start, sigmas, {"concat": io["c"]}) / (1 + sigmas[-1] ** 2).sqrt()
     free = 1 - run["mask"]
     assert relative(out * free, run["out"] * free) < 1e-5
 
@@ -383,26 +384,6 @@ def test_a_sampler_starts_from_an_image_at_any_level():
     assert kept[0] > kept[1] > kept[2]
 
 
-@pytest.mark.parametrize("name", ["euler", "ddim", "heun", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_3m_sde", "unipc", "plms"])
-def test_a_known_region_stays_and_the_rest_is_sampled(name):
-    generator = torch.Generator().manual_seed(1)
-    x0, mask = torch.rand(1, 1, 8, 8, generator=generator), torch.zeros(1, 1, 8, 8)
-    mask[..., :4] = 1
-    sigmas = schedules.karras_sigmas(10, 0.02, 20.0)
-    denoiser = known_region(mixture(), x0, mask)
-    x = x0 + sigmas[0] * torch.randn(2, 1, 8, 8, generator=generator)
-    noise = [lambda step: torch.randn(2, 1, 8, 8, generator=generator)]
-    extra = noise if name in ("ddim", "dpmpp_2m_sde", "dpmpp_3m_sde") else []
-    levels: list[Tensor] = []
-    out = getattr(samplers, f"sample_{name}")(
-        denoiser, x, sigmas, {}, *extra, callback=lambda i, x, _: levels.append((x - x0)[..., :4].std())
-    )
-    torch.testing.assert_close(out[..., :4], x0[..., :4].expand(2, -1, -1, -1), rtol=0, atol=1e-5)
-    assert not torch.allclose(out[:1, ..., 4:], out[1:, ..., 4:], atol=0.1)
-    for spread, sigma in zip(levels, sigmas[1:]):  # its noise has the level of the step
-        assert abs(float(spread) - float(sigma)) < 0.35 * float(sigma) + 1e-5
-
-
 @pytest.mark.parametrize("name", ["ddpm", "dpmpp_2m_sde", "dpmpp_3m_sde", "plms", "unipc"])
 def test_infinite_sigmas_are_refused(name):
     extra = [silent] if name in ("ddpm", "dpmpp_2m_sde", "dpmpp_3m_sde") else []
@@ -412,16 +393,11 @@ def test_infinite_sigmas_are_refused(name):
         )
 
 
-def test_every_solver_is_known_by_its_name_to_the_commands():
-    from ldm.cli.options import Solver
-    from ldm.sampling import tiles as inference
-
-    assert [solver.value for solver in Solver] == list(inference.SOLVERS)
+def test_every_solver_is_run_by_its_name():
     x, sigmas = torch.full((1, 1, 4, 4), 5.0), schedules.karras_sigmas(25, 0.01, 20.0)
-    for solver in inference.SOLVERS:
+    for solver in choices.SOLVERS:
         steps: list[int] = []
-        out = inference.run_solver(
-            solver, mixture(), x, sigmas, {}, lambda step: torch.zeros_like(x), 0.0, lambda i, *_, s=steps: s.append(i)
-        )
+        run = GuidedSolver(solver, 0.0, mixture())
+        out = run.solve(x, sigmas, {}, lambda step: torch.zeros_like(x), lambda i, *_, s=steps: s.append(i))
         assert steps == list(range(25))
         assert (out.view(-1, 1) - torch.tensor([-1.0, 0.2, 1.1])).abs().min(1).values.max() < 0.6, solver

@@ -37,7 +37,12 @@ def test_the_models_are_small():
 def test_a_rising_score_darkens_and_spreads_the_mitotic_figure():
     model = ldm.load_model(MODELS / "demo-mitosis")
     cells = [
-        ldm.sample(model, model.condition(score=score), 8, steps=6, guidance_scale=6.0, seed=1, progress=False)
+        ldm.sample(
+            model,
+            model.condition(score=score),
+            8,
+            sampler=ldm.Sampler(steps=6, guidance_scale=6.0, seed=1, progress=False),
+        )
         for score in (0.0, 1.0)
     ]
     dark = [(images.mean(1) < -0.4).float().mean().item() for images in cells]  # share of dark pixels
@@ -66,7 +71,7 @@ def test_a_tile_translated_to_the_other_cancer_is_stained_as_its_sample():
     tiles = torch.stack([torch.from_numpy(region[100:164, x : x + 64].copy()) for x in (100, 500, 900)])
     tiles = tiles.permute(0, 3, 1, 2).float() / 127.5 - 1
     source, target = (model.condition(class_=name) for name in ("HNSC", "COAD"))
-    made = ldm.translate(model, tiles, source, target, steps=8, guidance_scale=2.0, progress=False)
+    made = ldm.translate(model, tiles, source, target, sampler=ldm.Sampler(steps=8, guidance_scale=2.0, progress=False))
     pink = [(images[:, 0] - images[:, 2]).mean().item() for images in (tiles, made)]  # red over blue
     assert pink[0] > 0.3, pink
     assert pink[1] < pink[0] / 2, pink
@@ -78,7 +83,9 @@ def test_the_text_decides_what_an_image_shows():
     made = {}
     for modality, text in (("H&E", "skin, many nuclei"), ("IHC", "Ki67, many nuclei"), ("MRI", "FLAIR, with tumour")):
         cond = model.condition(text=text, modality=modality)
-        made[modality] = ldm.sample(model, cond, 4, steps=6, guidance_scale=2.5, seed=0, progress=False)
+        made[modality] = ldm.sample(
+            model, cond, 4, sampler=ldm.Sampler(steps=6, guidance_scale=2.5, seed=0, progress=False)
+        )
     colour = {name: (images.amax(1) - images.amin(1)).mean().item() for name, images in made.items()}
     bright = {name: images.mean().item() for name, images in made.items()}
     assert colour["MRI"] < 0.15 < colour["H&E"], colour
@@ -91,7 +98,7 @@ def test_a_slice_of_another_contrast_keeps_its_head():
     rows, cols = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
     radius = (rows**2 + (cols * 1.2) ** 2).sqrt()
     source = torch.where(radius < 0.6, 0.2 + 0.4 * torch.cos(9 * radius), -1.0)[None, None]
-    made = ldm.sample(model, model.condition(image=source), steps=6, seed=0, progress=False)
+    made = ldm.sample(model, model.condition(image=source), sampler=ldm.Sampler(steps=6, seed=0, progress=False))
     inside, outside = made[0, 0][radius < 0.5].mean(), made[0, 0][radius > 0.8].mean()
     assert inside > outside + 0.5, (float(inside), float(outside))
 

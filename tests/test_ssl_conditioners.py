@@ -170,7 +170,7 @@ def test_grids_by_magnification_names_and_as_users_give_them():
     torch.testing.assert_close(model(one)["crossattn"], want[:1])
     several = model(model.read({"ssl": [grids[0].numpy(), torch.randn(12)], "magnification": "5x"}))["crossattn"]
     torch.testing.assert_close(several[:1], want[:1])
-    assert model.describe()["magnification"]["names"] == ["20x", "10x", "5x", "2.5x"]
+    assert model.describe()["magnification"].names == ("20x", "10x", "5x", "2.5x")
 
 
 def test_grid_tokens_know_places_and_null():

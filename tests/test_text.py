@@ -255,7 +255,7 @@ def test_travels_with_a_model(embedder, tmp_path, layer):
     torch.testing.assert_close(copy.null()["crossattn"], text.null()["crossattn"])
     copy.check_data({})
     assert copy.describe()["text"] == text.describe()["text"]
-    assert copy.describe()["text"]["licence"] == "unknown"
+    assert copy.describe()["text"].licence == "unknown"
 
 
 def test_in_a_set_of_conditions(weights):

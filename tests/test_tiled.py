@@ -1,6 +1,8 @@
-"""Tiling: the published large image, what a canvas owes its windows, fields, borders, blends."""
+"""Tiling: the published large image, what a canvas owes its windows, blends."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,17 +13,8 @@ from torch import Tensor
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import TableDenoiser
 from ldm.diffusion.fields import FeatureField
-from ldm.diffusion.guidance import cfg, compose, known_region, within
-from ldm.diffusion.tiled import (
-    drawn_starts,
-    fixed_starts,
-    read_field,
-    shifted,
-    shifted_starts,
-    smooth_weight,
-    tiled,
-    window_conds,
-)
+from ldm.diffusion.guidance import cfg, compose, within
+from ldm.diffusion.tiled import BLENDS, drawn_starts, fixed_starts, shifted, smooth_weight, tiled, window_conds
 from ldm.networks.unet import UNetModel
 from ldm.rng import canvas_noise
 
@@ -97,10 +90,10 @@ def small():
     return TableDenoiser(net, schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0)).float())
 
 
-def canvas_cond(count: int, height: int, width: int, rows: int = 2, cols: int = 3) -> dict[str, Tensor]:
+def canvas_cond(count: int, height: int, width: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(5)
     return {
-        "crossattn": torch.randn(count, rows, cols, 1, 8, generator=generator),
+        "crossattn": torch.randn(count, 1, 8, generator=generator),
         "vector": torch.randn(count, 128, generator=generator),
         "concat": torch.randn(count, 2, height, width, generator=generator),
     }
@@ -135,8 +128,7 @@ def test_guidance_and_tiling_commute(small, make):
     cond, sigmas = canvas_cond(1, 24, 40), sigmas_of(small)
     null = {"crossattn": torch.zeros(1, 1, 8), "vector": torch.zeros(1, 128)}
     x = canvas_noise(3, 3, 24, 40) * sigmas[0]
-    everywhere = {"crossattn": null["crossattn"].expand(1, 2, 3, 1, 8), "vector": null["vector"]}
-    outside = samplers.sample_euler(cfg(make(small), {**everywhere, "concat": cond["concat"]}, 3.0), x, sigmas, cond)
+    outside = samplers.sample_euler(cfg(make(small), {**null, "concat": cond["concat"]}, 3.0), x, sigmas, cond)
 
     def inside(x, sigma, cond):  # each window's own concatenated image stays with it
         return cfg(small, {**null, "concat": cond["concat"]}, 3.0)(x, sigma, cond)
@@ -155,9 +147,7 @@ def test_scales_of_their_own_and_intervals_commute_with_tiling(small, make):
     null = {"crossattn": torch.zeros(1, 1, 8), "vector": torch.zeros(1, 128)}
     terms = [({"vector": null["vector"]}, 3.0), ({"crossattn": null["crossattn"]}, 1.5)]
     x, (low, high) = canvas_noise(3, 3, 24, 40) * sigmas[0], (float(sigmas[2]), float(sigmas[1]))
-    spread = {"crossattn": null["crossattn"].expand(1, 2, 3, 1, 8), "vector": null["vector"]}
-    spread_terms = [({"vector": spread["vector"]}, 3.0), ({"crossattn": spread["crossattn"]}, 1.5)]
-    outside = within(compose(make(narrow), spread, spread_terms), make(narrow), low - 1e-3, high + 1e-3)
+    outside = within(compose(make(narrow), null, terms), make(narrow), low - 1e-3, high + 1e-3)
     inside = make(within(compose(narrow, null, terms), narrow, low - 1e-3, high + 1e-3))
     a, b = (samplers.sample_euler(denoiser, x, sigmas, cond) for denoiser in (outside, inside))
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
@@ -171,23 +161,8 @@ def test_scales_of_their_own_and_intervals_commute_with_tiling(small, make):
 def test_a_canvas_of_one_window_is_the_untiled_sample_bitwise(small, make):
     cond, sigmas = canvas_cond(1, 16, 16), sigmas_of(small)
     x = canvas_noise(0, 3, 16, 16) * sigmas[0]
-    untiled = samplers.sample_unipc(small, x, sigmas, {**cond, "crossattn": cond["crossattn"][:, 0, 0]})
+    untiled = samplers.sample_unipc(small, x, sigmas, cond)
     assert torch.equal(samplers.sample_unipc(make(small), x, sigmas, cond), untiled)
-
-
-@pytest.mark.parametrize("blend", ["uniform", "smooth"])
-@pytest.mark.slow
-def test_a_circular_canvas_has_no_origin(small, blend):
-    """Rolling the noise by any multiple of the stride rolls the image."""
-    sigmas = sigmas_of(small)
-    cond = {"crossattn": torch.ones(1, 1, 8), "vector": torch.zeros(1, 128)}
-    x, guide = canvas_noise(0, 3, 32, 48) * sigmas[0], torch.randn(1, 2, 32, 48)
-    canvas = tiled(small, 16, 8, blend=blend, border="circular")
-    still = samplers.sample_euler(canvas, x, sigmas, {**cond, "concat": guide})
-    rolled = samplers.sample_euler(
-        canvas, x.roll((8, -16), (2, 3)), sigmas, {**cond, "concat": guide.roll((8, -16), (2, 3))}
-    )
-    torch.testing.assert_close(rolled.roll((-8, 16), (2, 3)), still, rtol=1e-4, atol=1e-4 * float(still.abs().max()))
 
 
 def blur(x: Tensor, sigma: Tensor, cond: dict) -> Tensor:
@@ -231,64 +206,38 @@ def test_drawn_windows_overlap_everywhere_and_grow_in_number_as_the_axis_does():
 
 def test_smooth_weights_hide_where_windows_meet():
     x, sigma = canvas_noise(0, 3, 32, 128), torch.ones(1)
-    exact, off = blur(x, sigma, {}), {}
-    for blend in ("uniform", "smooth"):
-        fields = torch.stack([shifted(blur, 32, seed=seed, blend=blend)(x, sigma, {}) for seed in range(8)])
-        off[blend] = float((fields - exact).square().mean())
+    exact = blur(x, sigma, {})
+    off = {blend: float((tiled(blur, 32, 24, blend=blend)(x, sigma, {}) - exact).square().mean()) for blend in BLENDS}
     assert off["smooth"] < 0.4 * off["uniform"], off
 
 
-# --- borders and blends ---------------------------------------------------------------------------------------------
+# --- blends -------------------------------------------------------------------------------------------------------
 
 
-def test_starts_at_every_border_cover_the_axis():
+def test_starts_cover_the_axis():
     for size in (32, 40, 57, 128):
-        for starts in (
-            *(fixed_starts(size, 32, stride, border) for stride in (8, 32) for border in ("circular", "replicate")),
-            *(shifted_starts(size, 32, o, border) for o in range(32) for border in ("circular", "replicate")),
-        ):
-            covered = torch.zeros(3 * size)
-            for start in starts:
-                covered[size + start : size + start + 32] += 1
-            assert (covered[size : 2 * size] + covered[2 * size :]).min() >= 1
-    assert sorted(shifted_starts(128, 32, 5, "circular")) == [27, 59, 91, 123]
-    assert shifted_starts(64, 32, 5, "replicate") == [-5, 27, 59]
-    assert fixed_starts(64, 32, 16, "replicate") == [-16, 0, 16, 32, 48]
-    with pytest.raises(ValueError, match="border must be one of inward, circular, replicate"):
-        fixed_starts(64, 32, 16, "reflect")
+        for stride in (1, 8, 32):
+            starts = fixed_starts(size, 32, stride)
+            assert (starts[0], starts[-1]) == (0, size - 32)
+            assert all(0 < b - a <= stride for a, b in pairwise(starts))
+    with pytest.raises(ValueError, match="a canvas side of 16 is smaller than the window of 32"):
+        fixed_starts(16, 32, 8)
     with pytest.raises(ValueError, match="blend must be one of uniform, smooth"):
         tiled(blur, 16, 8, blend="gaussian")
 
 
 @pytest.mark.parametrize("blend", ["uniform", "smooth"])
-@pytest.mark.parametrize("border", ["inward", "circular", "replicate"])
-def test_every_pixel_weighs_one(border, blend):
-    """A denoiser of each pixel by itself is the same tiled, at every border, blend and batch."""
+def test_every_pixel_weighs_one(blend):
+    """A denoiser of each pixel by itself is the same tiled, at every blend and batch; so is what it gives beside x0."""
     x, sigma = torch.randn(2, 3, 37, 50), torch.ones(2)
-    half = lambda x, sigma, cond: 0.5 * x  # noqa: E731
     for canvas in (
-        tiled(half, 16, 5, blend=blend, border=border, batch_size=4), tiled(half, 16, 16, blend=blend, border=border),
-        shifted(half, 16, border=border, seed=3, blend=blend), shifted(half, 32, border=border, blend=blend),
+        lambda d: tiled(d, 16, 5, blend=blend, batch_size=4), lambda d: tiled(d, 16, 16, blend=blend),
+        lambda d: shifted(d, 16, seed=3), lambda d: shifted(d, 32),
     ):  # fmt: skip
-        torch.testing.assert_close(canvas(x, sigma, {}), 0.5 * x)
-
-
-def test_borders_show_windows_what_they_say():
-    x = torch.arange(64.0).view(1, 1, 8, 8)
-    seen: list[Tensor] = []
-
-    def watch(x, sigma, cond):
-        seen.extend(x[:, 0])
-        return x
-
-    tiled(watch, 4, 4, border="circular")(x.roll((2, 2), (2, 3)), torch.ones(1), {})
-    assert not any(torch.equal(window, x[0, 0, :4, :4]) for window in seen)
-    seen.clear()
-    tiled(watch, 4, 2, border="circular")(x.roll((2, 2), (2, 3)), torch.ones(1), {})
-    assert any(torch.equal(window, x[0, 0, 4:, 4:].roll((0, 0), (0, 1))) for window in seen)
-    seen.clear()
-    tiled(watch, 4, 2, border="replicate")(x, torch.ones(1), {})
-    assert torch.equal(seen[0], F.pad(x, (2, 2, 2, 2), mode="replicate")[0, 0, :4, :4])
+        torch.testing.assert_close(canvas(lambda x, sigma, cond: 0.5 * x)(x, sigma, {}), 0.5 * x)
+        x0, variance = canvas(lambda x, sigma, cond: (0.5 * x, x**2))(x, sigma, {})
+        torch.testing.assert_close(x0, 0.5 * x)
+        torch.testing.assert_close(variance, x**2)
 
 
 def test_smooth_weights_fall_towards_inner_sides_alone():
@@ -307,34 +256,17 @@ def test_smooth_blends_have_no_steps():
     def tone(x, sigma, cond):
         return cond["crossattn"].view(-1, 1, 1, 1).expand_as(x)
 
-    cond = {"crossattn": torch.linspace(0, 1, 9).view(1, 1, 9, 1, 1)}
+    def along(corners):
+        return {"crossattn": torch.tensor([column / 64 for _, column in corners]).view(-1, 1, 1)}
+
     uniform, smooth = (
-        tiled(tone, 16, 8, blend=blend)(torch.zeros(1, 1, 16, 80), torch.ones(1), cond)
+        tiled(tone, 16, 8, along, blend=blend)(torch.zeros(1, 1, 16, 80), torch.ones(1), {})
         for blend in ("uniform", "smooth")
     )
     assert smooth.diff(dim=-1).abs().max() < 0.5 * uniform.diff(dim=-1).abs().max()
 
 
 # --- the condition of a canvas --------------------------------------------------------------------------------------
-
-
-def test_the_field_of_a_canvas_lands_at_row_col():
-    def paint(x, sigma, cond):
-        return cond["vector"][:, :1, None, None].expand_as(x)
-
-    cond = {"vector": torch.arange(12.0).view(2, 2, 3, 1)}                      # (B=2,rows=2,cols=3,D=1)
-    image = tiled(paint, 32, 32)(torch.zeros(2, 1, 64, 96), torch.ones(2), cond)
-    assert image[:, 0, ::32, ::32].tolist() == [[[0, 1, 2], [3, 4, 5]], [[6, 7, 8], [9, 10, 11]]]
-    labels = torch.arange(6).view(1, 2, 3)
-    assert read_field(labels, [0, 0], [(0, 40), (32, 20)], (64, 96), 32).tolist() == [1, 4]
-
-
-def test_the_canvas_condition_and_the_feature_field_agree():
-    features = torch.randn(3, 4, 8)
-    field = FeatureField(features, (50, 70), 16)
-    corners = [(0, 0), (7, 21), (34, 54), (33, 3)]
-    ours = window_conds({"vector": features[None]}, [0] * 4, corners, (50, 70), 16)["vector"]
-    torch.testing.assert_close(ours, field.at(corners))
 
 
 def test_holes_are_conditioned_as_background():
@@ -367,18 +299,11 @@ def test_parts_of_the_canvas_go_before_the_windows_condition():
     assert seen["concat"][:, 0, 0, 0].tolist() == [0, 8]
 
 
-def test_a_known_region_of_a_canvas(small):
-    sigmas, cond = sigmas_of(small, 4), canvas_cond(1, 24, 40)
-    known, mask = torch.rand(1, 3, 24, 40), torch.zeros(1, 1, 24, 40)
-    mask[..., 20:] = 1
-    canvas = known_region(shifted(small, 16), known, mask)
-    out = samplers.sample_dpmpp_2m(canvas, known + canvas_noise(0, 3, 24, 40) * sigmas[0], sigmas, cond)
-    torch.testing.assert_close(out[..., 20:], known[..., 20:], rtol=0, atol=1e-4)
-
-
 def test_parts_of_a_composed_condition_are_windowed_like_their_own():
-    corners, maps, field = [(0, 0), (16, 5)], torch.randn(1, 2, 32, 32), torch.randn(1, 3, 3, 4)
-    plain = window_conds({"concat": maps, "vector": field}, [0, 0], corners, (32, 32), 16)
-    named = window_conds({"mask/concat": maps, "class/vector": field}, [0, 0], corners, (32, 32), 16)
-    assert torch.equal(named["mask/concat"], plain["concat"])
-    assert torch.equal(named["class/vector"], plain["vector"])
+    corners, maps, vectors = [(0, 0), (16, 5)], torch.randn(2, 2, 32, 32), torch.randn(2, 4)
+    cond = {"mask/concat": maps, "class/vector": vectors, "target": torch.tensor([3, 1])}
+    found = window_conds(cond, [1, 0], corners, 16)
+    assert torch.equal(found["mask/concat"][0], maps[1, :, :16, :16])
+    assert torch.equal(found["mask/concat"][1], maps[0, :, 16:, 5:21])
+    assert torch.equal(found["class/vector"], vectors.flip(0))
+    assert found["target"].tolist() == [1, 3]

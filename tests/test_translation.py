@@ -15,12 +15,12 @@ from torch import Tensor
 import ldm
 from ldm.convert import convert, load_model
 from ldm.diffusion import samplers, schedules
-from ldm.diffusion.consistency import consistent, descend, match_low, projected, shrink
+from ldm.diffusion.consistency import consistent, match_low, projected, shrink
 from ldm.diffusion.denoiser import per_sample
 from ldm.diffusion.guidance import clip
 from ldm.errors import UserError
-from ldm.sampling.inversion import invert, invert_exactly, invert_published, invertible, sdedit, translate
-from ldm.sampling.translate import Classifier
+from ldm.sampling.guided import Classifier
+from ldm.sampling.inversion import invert, invert_exactly, invert_published, invertible
 
 CENTRES = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
 
@@ -84,36 +84,18 @@ def test_solvers_of_higher_order_lose_less(images):
     assert lost["dpmpp_2m"] < lost["euler"] / 3
 
 
-def test_targets_share_one_inversion(images):
-    up, down, steps = Mixture(), Mixture(), []
-    levels = invertible(SIGMAS)
-    made = translate(
-        up, down, images, levels, ZERO, [ONE, ZERO, ONE], samplers.sample_dpmpp_2m,
-        callback=lambda step, x, x0: steps.append(step),
-    )  # fmt: skip
-    assert (up.rows, down.rows) == (4 * 11, 3 * 4 * 11)
-    assert steps == list(range(4 * 11))
-    assert torch.equal(made[0], made[2])
-    assert rms(made[1] - images) < 0.1
-    torch.testing.assert_close(made[0], images + 1, rtol=0, atol=0.4)             # the classes differ by a shift of 1
+def test_exact_inversion_is_of_solvers_of_one_step(images):
     with pytest.raises(ValueError, match="exact inversion is of solvers of one step"):
-        invert_exactly(up, images, levels, ZERO, samplers.sample_unipc)
+        invert_exactly(Mixture(), images, invertible(SIGMAS), ZERO, samplers.sample_unipc)
 
 
-def test_partial_inversion_keeps_more(images):
+def test_another_class_is_the_image_moved_and_a_part_of_the_way_keeps_more(images):
     near, far = (
-        rms(translate(Mixture(), Mixture(), images, invertible(SIGMAS, strength), ZERO, [ONE])[0] - images)
-        for strength in (0.2, 1.0)
+        samplers.sample_euler(Mixture(), invert(Mixture(), images, levels, ZERO), levels, ONE) - images
+        for levels in (invertible(SIGMAS, strength) for strength in (0.2, 1.0))
     )
-    assert near < far / 3
-
-
-def test_sdedit_starts_from_the_noised_image(images):
-    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(2))
-    near, free = (
-        sdedit(Mixture(), images, schedules.sigmas_from(SIGMAS, strength), ZERO, noise) for strength in (0.3, 1.0)
-    )
-    assert rms(near - images) < 0.5 * rms(free - images)
+    torch.testing.assert_close(far, torch.ones_like(far), rtol=0, atol=0.4)       # the classes differ by a shift of 1
+    assert rms(near) < rms(far) / 3
 
 
 # --- agreement with a measurement -----------------------------------------------------------------------------------
@@ -129,7 +111,7 @@ def test_the_result_shrunk_is_the_image_of_low_resolution(images):
     assert rms(bound - images) < rms(free - images)
 
 
-def test_latents_agree_through_projection_or_gradient():
+def test_latents_agree_through_projection():
     rng = torch.Generator().manual_seed(0)
     mix = torch.randn(8, 8, generator=rng) / 8**0.5 + torch.eye(8)
     decode = lambda z: torch.einsum("ij,bjhw->bihw", mix, z).tanh()  # noqa: E731
@@ -137,9 +119,8 @@ def test_latents_agree_through_projection_or_gradient():
     wanted = decode(0.3 * torch.randn(2, 8, 8, 8, generator=rng))
     low, z = shrink(wanted, 4), 0.3 * torch.randn(2, 8, 8, 8, generator=rng)
     before = rms(shrink(decode(z), 4) - low)
-    for project in (projected(match_low(low, 4), encode, decode), descend(lambda z: shrink(decode(z), 4), low, 5)):
-        with torch.no_grad():
-            assert rms(shrink(decode(project(z)), 4) - low) < before / 5
+    with torch.no_grad():
+        assert rms(shrink(decode(projected(match_low(low, 4), encode, decode)(z)), 4) - low) < before / 5
 
 
 # --- published models -----------------------------------------------------------------------------------------------
@@ -160,17 +141,14 @@ def test_parity_of_class_translation(oracle, tmp_path):
 def ends(model, golden: dict, start: Tensor, cond: dict, **settings) -> Tensor:
     """The way down of `ldm.translate` as published, from another's start."""
     sigmas = schedules.respaced_sigmas(model.sigmas, "ddim10")
-    found = []
 
     def begin(*_) -> Tensor:
         return start * (1 + sigmas[0] ** 2).sqrt()
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ldm.sampling.translate.invert_published", begin)
-        found = ldm.translate(
-            model, golden["image"], None, cond, steps=10, published=True, progress=False, **settings
-        )
-    return found
+        sampler = ldm.Sampler(steps=10, progress=False, **settings)
+        return ldm.translate(model, golden["image"], None, cond, sampler, ldm.Inversion(published=True))
 
 
 @pytest.mark.slow
@@ -179,15 +157,17 @@ def test_parity_of_guided_translation(oracle, tmp_path):
     golden = load(oracle / "more" / "hismmdm_guided.pt")
     model = load_model(converted(tmp_path / "unet", golden["state_dict"], golden["config"]))
     run = golden["translate"]
-    guide = Classifier(load_classifier(oracle, tmp_path / "classifier"), [golden["y_target"]], run["scale"])
+    guide = Classifier(load_classifier(oracle, tmp_path / "classifier"), run["scale"])
     source, target = (model.condition(class_=golden[name]) for name in ("y", "y_target"))
+    told = target | guide.target(golden["y_target"].tolist())
     sigmas = schedules.respaced_sigmas(model.sigmas, "ddim10")
     start = invert_published(model.denoiser(), golden["image"], sigmas, source)
     assert relative(start / (1 + sigmas[0] ** 2).sqrt(), run["latent"]) < 3e-4
-    (made,) = ends(model, golden, run["latent"], [target], classifier=guide)
+    (made,) = ends(model, golden, run["latent"], [told], classifier=guide)
     assert relative(made, run["out"].clamp(-1, 1)) < 1e-4
     assert relative(ends(model, golden, run["latent"], target), run["out"].clamp(-1, 1)) > 1e-2
-    whole = ldm.translate(model, golden["image"], source, [target], steps=10, published=True, classifier=guide)
+    sampler = ldm.Sampler(steps=10, classifier=guide, progress=False)
+    whole = ldm.translate(model, golden["image"], source, [told], sampler, ldm.Inversion(published=True))
     assert relative(whole[0], run["out"].clamp(-1, 1)) < 2e-2
 
 
@@ -200,30 +180,30 @@ def test_parity_of_omics_translation(oracle, tmp_path):
         values = omics(golden[which])
         conds[which] = model.condition(class_=values.pop("class"), **values)
     guided = golden["translated_guided"]
-    guide = Classifier(
-        load_classifier(oracle, tmp_path / "classifier"), [None, golden["target"]["y"]], guided["scale"]
-    )
+    guide = Classifier(load_classifier(oracle, tmp_path / "classifier"), guided["scale"])
+    labels = golden["target"]["y"].tolist()
     sigmas = schedules.respaced_sigmas(model.sigmas, "ddim10")
     start = invert_published(model.denoiser(), golden["image"], sigmas, conds["source"])
     assert relative(start / (1 + sigmas[0] ** 2).sqrt(), golden["latent"]) < 3e-4
-    made = ends(model, golden, golden["latent"], [conds["target"]] * 2, classifier=guide)
+    targets = [conds["target"] | guide.target(told) for told in ([None] * len(labels), labels)]
+    made = ends(model, golden, golden["latent"], targets, classifier=guide)
     assert relative(made[0], golden["translated"].clamp(-1, 1)) < 1e-4
     assert relative(made[1], guided["out"].clamp(-1, 1)) < 1e-4
 
 
 @pytest.mark.slow
 def test_parity_of_translation_between_modalities(oracle, tmp_path):
-    """MIDiffusion's loop is `sdedit` with all of the noise: ancestral, and the source is the condition."""
+    """MIDiffusion's loop is ancestral, from noise alone, and the source is the condition."""
     io = load(oracle / "more" / "mid_ddpm_model" / "io.pt")
     (tmp_path / "config.yml").write_text(yaml.safe_dump(io["config"]))
     path = oracle / "more" / "mid_ddpm_model" / "ckpt.pth"
     model = load_model(convert(path, tmp_path / "model", config=tmp_path / "config.yml", say=lambda line: None))
     run = io["sampling"]
-    sigmas, cond = schedules.table_sigmas(model.sigmas, 6), model.condition(image=2 * run["source"] - 1)
-    steps = run["step_noises"].double()
-    solver = partial(samplers.sample_ddpm, noise=lambda step: steps[step : step + 1], variance=1.0)
-    noise = run["x_T"].double() * (1 + sigmas[0] ** 2).sqrt() / sigmas[0]
-    out = sdedit(model.denoiser(), torch.zeros_like(noise), sigmas, cond, noise, solver)
+    sampler, cond = ldm.Sampler(steps=6, solver="ddpm"), model.condition(image=2 * run["source"] - 1)
+    sampler, steps = sampler.settled(model, "sample"), run["step_noises"].double()
+    sigmas, solver = sampler.sigmas(model), sampler.guided(model, cond)
+    start = run["x_T"].double() * (1 + sigmas[0] ** 2).sqrt()
+    out = solver.solve(start, sigmas, cond, lambda step: steps[step : step + 1], lambda *_: None)
     noisy = out + (0.5 * run["logvar"][0]).exp() * steps[-1]                     # as published, after the last step too
     assert relative(noisy, run["out"].double()) < 1e-4
 
@@ -241,12 +221,41 @@ def test_larger_images_go_through_windows(classes):
     large = torch.cat([image, image.flip(3)], 3)[..., :20]
     large = F.pad(large, (0, 0, 0, 6), mode="reflect")                           # (2,3,22,20), window 16
     a, b = (model.condition(class_=name) for name in "ab")
-    made = ldm.translate(model, large, a, [b, a], steps=3, batch_size=4, progress=False)
+    made = ldm.translate(model, large, a, [b, a], sampler=ldm.Sampler(steps=3, batch_size=4, progress=False))
     assert made[0].shape == large.shape
     assert made[0].isfinite().all()
     assert rms(made[1] - large) < rms(made[0] - large)
-    alone = ldm.translate(model, large[1:], a, b, steps=3, batch_size=1, progress=False)
+    alone = ldm.translate(model, large[1:], a, b, sampler=ldm.Sampler(steps=3, batch_size=1, progress=False))
     torch.testing.assert_close(alone, made[0][1:], rtol=0, atol=1e-2)            # random weights enlarge rounding
+
+
+def test_targets_share_one_inversion(classes):
+    model, image = classes
+    conds, seen = [model.condition(class_=name) for name in "bab"], []
+    sampler = ldm.Sampler(steps=4, progress=False)
+    made = ldm.translate(model, image, None, conds, sampler, watch=lambda k, step, x, x0: seen.append((k, step)))
+    assert seen == [(k, step) for k in (-1, 0, 1, 2) for step in range(3)]
+    assert torch.equal(made[0], made[2])
+    assert not torch.equal(made[0], made[1])
+
+
+def test_less_noise_keeps_more_of_the_image(classes):
+    model, image = classes
+    near, far = (
+        rms(ldm.translate(model, image, sampler=ldm.Sampler(steps=10, progress=False),
+                          inversion=ldm.Inversion(start="noise", strength=strength)) - image)
+        for strength in (0.2, 1.0)
+    )  # fmt: skip
+    assert near < 0.5 * far
+
+
+def test_what_is_enlarged_is_the_image_when_it_is_shrunk(classes):
+    model, image = classes
+    low = shrink(image, 2)
+    made = ldm.translate(model, low, sampler=ldm.Sampler(steps=3, progress=False), inversion=ldm.Inversion(enlarge=2))
+    assert made.shape == image.shape
+    inside = (made.abs() < 0.99).float()                                          # values are clipped to [-1, 1]
+    assert rms((shrink(made, 2) - low) * (shrink(inside, 2) == 1)) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -257,15 +266,20 @@ def test_larger_images_go_through_windows(classes):
         ({"images": torch.full((1, 3, 16, 16), 255.0)}, r"values in \[-1, 1\]; got 255 to 255"),
         ({"solver": "ddpm"}, "an inversion follows one of euler, heun, dpmpp_2m, unipc; got 'ddpm'"),
         ({"solver": "unipc", "exact": True}, "exact is of inversions with euler, heun; got"),
-        ({"start": "middle"}, "start must be one of invert, noise, none"),
+        ({"start": "middle"}, "start must be one of invert, noise, none; got 'middle'"),
+        ({"start": "none"}, "start 'none' keeps nothing of the image"),
+        ({"start": "noise", "exact": True}, "exact is of inversions; got start 'noise'"),
+        ({"enlarge": 2, "start": "invert"}, "it starts from noise or none of it"),
+        ({"enlarge": 1}, "enlarge must be a whole number of 2 or more; got 1"),
         ({"strength": 0.0}, "strength is a share of the steps"),
         ({"target": []}, "no target is given"),
         ({"published": True, "steps": 7}, "published steps divide the model's 1000 noise levels; got 7"),
-        ({"low": torch.zeros(1, 3, 5, 5)}, "the same multiple of 2 or more"),
     ],
 )
 def test_mistakes_are_one_message(classes, change, message):
     model, image = classes
-    given = {"images": image[:1], "target": [None], **change}
+    own = {"images": image[:1], "target": [None]} | change
+    given = {name: own.pop(name) for name in ("images", "target")}
+    settings = {name: own.pop(name) for name in ("solver", "steps") if name in own}
     with pytest.raises(UserError, match=message):
-        ldm.translate(model, **given, progress=False)
+        ldm.translate(model, **given, sampler=ldm.Sampler(**settings), inversion=ldm.Inversion(**own))

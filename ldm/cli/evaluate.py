@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ldm.cli.app import app
-from ldm.cli.options import DeviceOption, SeedOption
+from ldm.cli.options import DeviceOption, SeedOption, inputs, output
 from ldm.devices import pick_device
 from ldm.errors import UserError
 
+measure = partial(typer.Option, rich_help_panel="How it is measured")
 Resize = Enum("Resize", {name: name for name in ("clean", "tensorflow")}, type=str)
 Unit = Enum("Unit", {name: name for name in ("patient", "slide", "block", "image")}, type=str)
 Stains = Enum("Stains", {name: name for name in ("he", "hd")}, type=str)
@@ -20,70 +22,79 @@ Stains = Enum("Stains", {name: name for name in ("he", "hd")}, type=str)
 
 @app.command(rich_help_panel="Measure and choose")
 def evaluate(
-    out: Annotated[Path, typer.Option("--out", help="Folder for report.html, report.json and feature files.")],
+    out: Annotated[Path, output("--out", help="Folder for report.html, report.json and feature files.")],
     generated: Annotated[
         Path | None,
-        typer.Option(
+        inputs(
             "--generated",
-            help="Folder of images, output of `histoldm sample`, store, cohort, feature file, or "
+            help="Generated images: a folder, an output of `histoldm sample`, a store, a cohort, a feature file, or "
             "one large image (.png, .tif, .ome.zarr).",
         ),
     ] = None,
-    real: Annotated[
-        Path | None, typer.Option("--real", help="Real images to compare with, in any of these forms.")
-    ] = None,
+    real: Annotated[Path | None, inputs("--real", help="Real images to compare with, in any of these forms.")] = None,
     where: Annotated[
-        list[str] | None, typer.Option("--where", help="Which real images, label=value, as split=test (repeat).")
+        list[str] | None, inputs("--where", help="Selection of the real images, label=value, as split=test (repeat).")
     ] = None,
     features: Annotated[
         list[str] | None,
-        typer.Option(
+        measure(
             "--features",
-            help="Extractor: inception, pixels, clip:ViT-L-14, an encoder by name, an encoder "
-            "folder, or features in stores (repeat).",
+            help="Extractor of features: inception, pixels, clip:ViT-L-14, an encoder by name, an encoder folder, or "
+            "features in stores (repeat).",
         ),
     ] = None,
     weights: Annotated[
-        list[str] | None, typer.Option("--weights", help="Weights of the extractor, or extractor=path (repeat).")
+        list[str] | None, measure("--weights", help="Weights of the extractor, or extractor=path (repeat).")
     ] = None,
     train: Annotated[
-        Path | None, typer.Option("--train", help="Training images: are they memorised? --real is held out then.")
+        Path | None,
+        inputs("--train", help="Training images, to see whether they are memorised; --real is held out then."),
     ] = None,
     train_where: Annotated[
-        list[str] | None, typer.Option("--train-where", help="Which training images, as split=train (repeat).")
+        list[str] | None, inputs("--train-where", help="Selection of the training images, as split=train (repeat).")
     ] = None,
     conditions: Annotated[
         Path | None,
-        typer.Option("--conditions", help="Cohort whose tiles conditioned the generated ones (default: --real)."),
+        inputs("--conditions", help="Cohort whose tiles conditioned the generated ones; by default --real."),
     ] = None,
     class_column: Annotated[
-        str, typer.Option("--class", help="Column of both lists for distances by class.")
+        str, measure("--class", help="Column of both lists that names classes, for distances by class.")
     ] = "class",
     pairs: Annotated[
-        Path | None, typer.Option("--pairs", help="Folder of what --generated should be, file by file: PSNR, SSIM, ...")
+        Path | None,
+        inputs("--pairs", help="Folder of what --generated should be, file by file, for PSNR, SSIM and their like."),
     ] = None,
     scores: Annotated[
-        Path | None, typer.Option("--scores", help="CSV with score, target and members score_0, ...: calibration.")
+        Path | None,
+        inputs("--scores", help="Table of scores to calibrate (CSV): score, target and members score_0, ..."),
     ] = None,
     by: Annotated[
-        Unit | None, typer.Option("--by", help="What intervals draw (default: patients, else slides, else images).")
+        Unit | None, measure("--by", help="What intervals draw; by default patients, else slides, else images.")
     ] = None,
     crop: Annotated[
-        int | None, typer.Option("--crop", min=16, help="Cut images into squares of so many px; large images: 256.")
+        int | None,
+        measure("--crop", min=16, help="Side in pixels of squares that images are cut into; large images: 256."),
     ] = None,
-    tile: Annotated[int, typer.Option("--tile", min=16, help="Lattice of seams of a large image, px.")] = 256,
+    tile: Annotated[
+        int,
+        measure("--tile", min=16, help="Side in pixels of the lattice whose seams are looked for in a large image."),
+    ] = 256,
     image_size: Annotated[
-        int | None, typer.Option("--image-size", min=16, help="Resize every image to a square of so many px first.")
+        int | None,
+        measure("--image-size", min=16, help="Side in pixels of squares that every image is resized to first."),
     ] = None,
-    resize: Annotated[Resize, typer.Option("--resize", help="How Inception resizes: as clean-fid or TensorFlow.")] = (
-        Resize.clean
-    ),
-    stains: Annotated[Stains, typer.Option("--stains", help="Of --pairs: H&E, or haematoxylin and DAB.")] = Stains.he,
-    lpips: Annotated[Path | None, typer.Option("--lpips", help="AlexNet of torchvision, for LPIPS of --pairs.")] = None,
+    resize: Annotated[
+        Resize, measure("--resize", help="How Inception's input is resized: as clean-fid or as TensorFlow does.")
+    ] = (Resize.clean),
+    stains: Annotated[Stains, measure("--stains", help="Stains of --pairs: H&E, or haematoxylin and DAB.")] = Stains.he,
+    lpips: Annotated[
+        Path | None, measure("--lpips", help="Weights of torchvision's AlexNet, for LPIPS of --pairs.")
+    ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", help="Two reports (report.json or folder) side by side.")
+        tuple[Path, Path] | None,
+        inputs("--compare", help="Two reports to set side by side (report.json, or their folders)."),
     ] = None,
-    title: Annotated[str, typer.Option("--title", help="Of the report.")] = "Evaluation",
+    title: Annotated[str, output("--title", help="Title of the report.")] = "Evaluation",
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
@@ -96,7 +107,7 @@ def evaluate(
         raise UserError("--compare takes two finished reports, and nothing else but --out.")
     from ldm.commands.evaluate import Asked, compare_reports
     from ldm.commands.evaluate import evaluate as run
-    from ldm.requests.tiles import parse_where
+    from ldm.requests.parse import parse_where
 
     if compare is not None:
         compare_reports(*compare, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,72 +11,81 @@ import typer
 
 from ldm.cli.app import app
 from ldm.cli.options import (
-    BatchOption,
+    AllowTargetOption,
     ConditionOption,
     DeviceOption,
-    EtaOption,
     FeatureOption,
-    GuidanceOption,
     ModelOption,
     Precision,
     PrecisionOption,
-    Schedule,
-    ScheduleOption,
     SeedOption,
-    Solver,
-    SolverOption,
-    StepsOption,
+    WhereOption,
+    inputs,
+    output,
+    speed,
+    wanted,
 )
+from ldm.cli.sampling import settings
 from ldm.devices import pick_device
 from ldm.errors import UserError
+from ldm.requests.parse import parse_where
+from ldm.requests.sampling import AskedSampler
 
+choose = partial(typer.Option, rich_help_panel="What passes")
+learnt = partial(typer.Option, rich_help_panel="What is learnt")
+network = partial(typer.Option, rich_help_panel="Networks and training")
 Kind = Enum("Kind", {name: name for name in ("binary", "graded", "classes")}, type=str)
 
 ScorerOption = Annotated[
-    list[Path], typer.Option("--scorer", help="Scorer folder; or checkpoints of the published networks (repeat).")
+    list[Path], inputs("--scorer", help="Scorer folder, or checkpoints of the published networks (repeat).")
 ]
 ImagesOption = Annotated[
-    Path, typer.Option("--images", help="Folder of images, output of `histoldm sample`, tile store or cohort.")
+    Path, inputs("--images", help="Images: a folder, an output of `histoldm sample`, a tile store or a cohort.")
 ]
-CropOption = Annotated[int | None, typer.Option("--crop", help="Only the middle of each image counts, px.")]
-ScoreBatchOption = Annotated[int, typer.Option("--batch-size", min=1, help="Images per network call.")]
+CropOption = Annotated[int | None, inputs("--crop", help="Side in pixels of the middle of each image that counts.")]
+ScoreBatchOption = Annotated[int, speed("--batch-size", min=1, help="Images per network call.")]
 AboveOption = Annotated[
-    list[str] | None, typer.Option("--above", help="Least score: 0.5, or of a value of --by, LUAD=0.7 (repeat).")
+    list[str] | None, choose("--above", help="Least score that passes: 0.5, or of a value of --by, LUAD=0.7 (repeat).")
 ]
-ClassOption = Annotated[str | None, typer.Option("--class", help="Keep by the probability of this class.")]
+ClassOption = Annotated[str | None, choose("--class", help="Class whose probability decides.")]
 MatchesOption = Annotated[
     str | None,
-    typer.Option(
+    choose(
         "--matches",
-        help="Keep by agreement with this condition: the probability of the class it names; of grades 1 less the "
-        "difference over the range.",
+        help="Condition to agree with: the probability of the class that it names; of grades 1 less the difference "
+        "over the range.",
     ),
 ]
-LabelOption = Annotated[str | None, typer.Option("--label", help="Column of the label; default: label, rating, class.")]
-KindOption = Annotated[Kind | None, typer.Option("--kind", help="Default: what the labels look like.")]
-PositiveOption = Annotated[str | None, typer.Option("--positive", help="Class that a binary score is for.")]
-PatientOption = Annotated[
-    str | None, typer.Option("--patient", help="Column that says whose an image is; default: patient, group, case.")
+LabelOption = Annotated[str | None, learnt("--label", help="Column of the label; by default label, rating or class.")]
+KindOption = Annotated[Kind | None, learnt("--kind", help="Kind of label; by default what the labels look like.")]
+PositiveOption = Annotated[str | None, learnt("--positive", help="Class that a binary score is for.")]
+ChosenOption = Annotated[
+    list[str] | None, inputs("--where", help="Selection of the images by their table, name=value (repeat).")
 ]
-WhereOption = Annotated[list[str] | None, typer.Option("--where", help="Keep images whose table says name=value.")]
-ArchOption = Annotated[str, typer.Option("--arch", help="timm network.")]
+PatientOption = Annotated[
+    str | None, learnt("--patient", help="Column that says whose an image is; by default patient, group or case.")
+]
+ArchOption = Annotated[str, network("--arch", help="Architecture of the networks, by timm's name.")]
 ArchArgOption = Annotated[
-    list[str] | None, typer.Option("--arch-arg", help="Argument of it, as channels=[32,64,128,256] (repeat).")
+    list[str] | None, network("--arch-arg", help="Argument of the architecture, as channels=[32,64,128,256] (repeat).")
 ]
 WeightsOption = Annotated[
-    Path | None, typer.Option("--weights", help="Local file to begin with. Nothing is ever downloaded.")
+    Path | None, network("--weights", help="File of weights to begin with. Nothing is ever downloaded.")
 ]
-SizeOption = Annotated[int, typer.Option("--size", help="Pixels along a side that the networks see.")]
-MembersOption = Annotated[int, typer.Option("--members", help="Networks; each validates on its own fold.")]
-TestOption = Annotated[float, typer.Option("--test", help="Fraction of the groups that is held out.")]
-EpochsOption = Annotated[int, typer.Option("--epochs", help="At most.")]
-PatienceOption = Annotated[int, typer.Option("--patience", help="Epochs without a better validation figure.")]
-RateOption = Annotated[float, typer.Option("--learning-rate", help="Of AdamW, at its largest.")]
+SizeOption = Annotated[int, network("--size", help="Side in pixels of what the networks see.")]
+MembersOption = Annotated[int, network("--members", help="Number of networks; each validates on its own fold.")]
+TestOption = Annotated[float, learnt("--test", help="Fraction of the groups that is held out.")]
+EpochsOption = Annotated[int, network("--epochs", help="Number of epochs at most.")]
+PatienceOption = Annotated[
+    int, network("--patience", help="Number of epochs without a better validation figure that end the training.")
+]
+RateOption = Annotated[float, network("--learning-rate", help="Learning rate of AdamW at its largest.")]
 ColourOption = Annotated[
-    float, typer.Option("--colour", help="Random change of optical densities; 0 where colour faults are to be seen.")
+    float,
+    network("--colour", help="Size of random changes of optical densities; 0 where colour faults are to be seen."),
 ]
-ShiftOption = Annotated[int, typer.Option("--shift", help="Largest random shift, px.")]
-ViewsOption = Annotated[int, typer.Option("--views", help="Orientations a score is averaged over: 1 or 8.")]
+ShiftOption = Annotated[int, network("--shift", help="Largest random shift in pixels.")]
+ViewsOption = Annotated[int, network("--views", help="Number of orientations that a score is averaged over: 1 or 8.")]
 
 
 def _recipe(arch_args: list[str] | None, weights: Path | None, **given: Any) -> Any:
@@ -98,15 +108,19 @@ def _recipe(arch_args: list[str] | None, weights: Path | None, **given: Any) -> 
 @app.command("train-scorer", rich_help_panel="Measure and choose")
 def train_scorer(
     data: Annotated[
-        Path, typer.Option("--data", help="Folder of class subfolders, CSV (path, label, patient), ratings, cohort.")
+        Path,
+        inputs(
+            "--data",
+            help="Labelled images: a folder of class subfolders, a table (path, label, patient), ratings, a cohort.",
+        ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Scorer folder to write.")],
+    out: Annotated[Path, output("--out", help="Scorer folder to write.")],
     label: LabelOption = None,
     kind: KindOption = None,
     positive: PositiveOption = None,
     patient: PatientOption = None,
-    where: WhereOption = None,
-    skip_unrated: Annotated[bool, typer.Option("--skip-unrated", help="Leave out images without a rating.")] = False,
+    where: ChosenOption = None,
+    skip_unrated: Annotated[bool, learnt("--skip-unrated", help="Leave out images without a rating.")] = False,
     arch: ArchOption = "resnet10t",
     arch_arg: ArchArgOption = None,
     weights: WeightsOption = None,
@@ -116,13 +130,13 @@ def train_scorer(
     test: TestOption = 0.2,
     epochs: EpochsOption = 40,
     patience: PatienceOption = 10,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per step.")] = 32,
+    batch_size: Annotated[int, speed("--batch-size", help="Images per step.")] = 32,
     learning_rate: RateOption = 1e-3,
     colour: ColourOption = 0.1,
     shift: ShiftOption = 4,
     views: ViewsOption = 1,
-    licence: Annotated[str, typer.Option("--licence", help="Licence of the scorer, recorded in it.")] = "",
-    half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
+    licence: Annotated[str, output("--licence", help="Licence of the scorer, recorded in it.")] = "",
+    half: Annotated[bool, output("--half", help="Store weights in float16: half the size.")] = False,
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
     precision: PrecisionOption = Precision.fp32,
@@ -133,7 +147,6 @@ def train_scorer(
     histoldm train-scorer --data ratings/ratings.csv --colour 0 --out filter
     """
     from ldm.commands.scorers import train
-    from ldm.requests.tiles import parse_where
 
     recipe = _recipe(
         arch_arg, weights, arch=arch, size=size, members=members, test=test, epochs=epochs,
@@ -142,24 +155,18 @@ def train_scorer(
     )  # fmt: skip
     asked = {"label": label, "kind": kind.value if kind else None, "positive": positive, "patient": patient}
     asked |= {"where": parse_where(where or []), "skip_unrated": skip_unrated, "crop": crop}
-    train(data, out, asked, recipe, pick_device(device), _bf16(precision), licence, half)
-
-
-def _bf16(precision: Precision) -> bool:
-    if precision is Precision.fp16:
-        raise UserError("scorers are trained in --precision fp32 or bf16.")
-    return precision is Precision.bf16
+    train(data, out, asked, recipe, pick_device(device), precision is Precision.bf16, licence, half)
 
 
 @app.command(rich_help_panel="Measure and choose")
 def score(
     scorer: ScorerOption,
     images: ImagesOption,
-    out: Annotated[Path, typer.Option("--out", help="CSV to write: image, label, mean score, each network's.")],
+    out: Annotated[Path, output("--out", help="CSV to write: image, label, mean score, each network's.")],
     crop: CropOption = None,
-    where: WhereOption = None,
+    where: ChosenOption = None,
     target: Annotated[
-        str | None, typer.Option("--target", help="Column of what each image shall be, for `evaluate --scores`.")
+        str | None, output("--target", help="Column of what each image shall be, for `evaluate --scores`.")
     ] = None,
     batch_size: ScoreBatchOption = 64,
     device: DeviceOption = "auto",
@@ -169,7 +176,6 @@ def score(
     Example: histoldm score --scorer scorer --images tiles --out scores.csv
     """
     from ldm.commands.filter import score_images
-    from ldm.requests.tiles import parse_where
 
     score_images(scorer, images, out, pick_device(device), batch_size, crop, parse_where(where or []), target)
 
@@ -178,13 +184,13 @@ def score(
 def filter_command(
     scorer: ScorerOption,
     images: ImagesOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder for those that pass, their list and contact sheets.")],
+    out: Annotated[Path, output("--out", help="Folder for those that pass, their list and contact sheets.")],
     above: AboveOption = None,
-    top: Annotated[float | None, typer.Option("--top", help="Keep the best fraction, of each value of --by.")] = None,
+    top: Annotated[float | None, choose("--top", help="Fraction to keep of the best, of each value of --by.")] = None,
     class_name: ClassOption = None,
     matches: MatchesOption = None,
-    by: Annotated[str | None, typer.Option("--by", help="Column of the images' list whose values are apart.")] = None,
-    link: Annotated[bool, typer.Option("--link", help="Hard links in place of copies.")] = False,
+    by: Annotated[str | None, choose("--by", help="Column of the images' list whose values are kept apart.")] = None,
+    link: Annotated[bool, output("--link", help="Make hard links in place of copies.")] = False,
     crop: CropOption = None,
     batch_size: ScoreBatchOption = 64,
     device: DeviceOption = "auto",
@@ -204,9 +210,13 @@ def filter_command(
 @app.command(rich_help_panel="Measure and choose")
 def rate(
     images: ImagesOption,
-    out: Annotated[Path, typer.Option("--out", help="Rating folder to write.")],
-    count: Annotated[int, typer.Option("--count", min=2, help="Images, drawn at random.")] = 96,
-    scale: Annotated[str, typer.Option("--scale", help="1-5, or names from bad to good: bad,good.")] = "bad,good",
+    out: Annotated[Path, output("--out", help="Rating folder to write.")],
+    count: Annotated[
+        int, wanted("--count", min=2, help="Number of images that are drawn at random, or of requests.")
+    ] = 96,
+    scale: Annotated[
+        str, wanted("--scale", help="Scale of the ratings: 1-5, or names from bad to good, as bad,good.")
+    ] = "bad,good",
     seed: SeedOption = 0,
 ) -> None:
     """Write numbered contact sheets and a table for people to rate images in; `train-scorer` learns from it.
@@ -219,56 +229,54 @@ def rate(
 
 
 @app.command(rich_help_panel="Measure and choose")
+@settings("sample")
 def resample(
     model: ModelOption,
     scorer: ScorerOption,
-    out: Annotated[Path, typer.Option("--out", help="Folder for the tiles that pass.")],
+    out: Annotated[Path, output("--out", help="Folder for the tiles that pass.")],
+    sampler: AskedSampler,
     above: AboveOption = None,
-    until: Annotated[int, typer.Option("--until", min=1, help="Tiles that are to pass, of each request.")] = 16,
-    max_attempts: Annotated[int, typer.Option("--max-attempts", min=1, help="Tiles that are sampled at most.")] = 256,
+    until: Annotated[int, choose("--until", min=1, help="Number of tiles that are to pass, of each request.")] = 16,
+    max_attempts: Annotated[
+        int, choose("--max-attempts", min=1, help="Number of tiles that are sampled at most.")
+    ] = 256,
     class_name: ClassOption = None,
     matches: MatchesOption = None,
     condition: ConditionOption = None,
-    features: Annotated[Path | None, typer.Option("--features", help="As of `histoldm sample`.")] = None,
-    table: Annotated[Path | None, typer.Option("--table", help="As of `histoldm sample`: a request per row.")] = None,
+    features: Annotated[
+        Path | None, inputs("--features", help="Features or a tile store, as of `histoldm sample`.")
+    ] = None,
+    table: Annotated[
+        Path | None, inputs("--table", help="Table of conditions, as of `histoldm sample`: a request per row.")
+    ] = None,
     feature: FeatureOption = None,
-    where: Annotated[list[str] | None, typer.Option("--where", help="Selection in a tile store, label=value.")] = None,
-    count: Annotated[int | None, typer.Option("--count", min=1, help="Requests, of features, store or table.")] = None,
-    steps: StepsOption = 20,
-    solver: SolverOption = Solver.dpmpp_2m,
-    schedule: ScheduleOption = Schedule.trailing,
-    eta: EtaOption = 1.0,
-    guidance_scale: GuidanceOption = None,
-    seed: SeedOption = 0,
-    batch_size: BatchOption = 16,
+    where: WhereOption = None,
+    count: Annotated[
+        int | None, wanted("--count", min=1, help="Number of images that are drawn at random, or of requests.")
+    ] = None,
     device: DeviceOption = "auto",
-    precision: PrecisionOption = Precision.fp32,
+    allow_target: AllowTargetOption = None,
 ) -> None:
     """Sample tiles until enough pass a scorer, and tell the acceptance rate. A stopped run goes on.
 
     Example: histoldm resample --model M --condition score=0.8 --scorer S --matches score --above 0.9 --until 32 --out D
     """
     from ldm.commands.resample import resample as run
-    from ldm.requests.tiles import parse_guidance, parse_where
+    from ldm.requests.tiles import AskedTiles
 
     if features is None and table is None and count is not None:
         raise UserError("--count goes with --features or --table; --until says how many tiles are to pass.")
-    asked = {"features": features, "feature": feature, "where": parse_where(where or []), "table": table}
-    run(
-        model, scorer, out, pick_device(device), batch_size,
-        {**asked, "conditions": condition or [], "count": count}, until, max_attempts, above or [], class_name,
-        matches, steps=steps, solver=solver.value, schedule=schedule.value, eta=eta,
-        guidance_scale=parse_guidance(guidance_scale or []), seed=seed, precision=precision.value,
-    )  # fmt: skip
+    asked = AskedTiles(features, feature, parse_where(where or []), condition or [], table, count)
+    run(model, scorer, out, pick_device(device), asked, until, max_attempts, above or [], class_name, matches, sampler)
 
 
 @app.command(rich_help_panel="Measure and choose")
 def utility(
-    real: Annotated[Path, typer.Option("--real", help="Labelled real images, as of `train-scorer --data`.")],
+    real: Annotated[Path, inputs("--real", help="Labelled real images, as of `train-scorer --data`.")],
     synthetic: Annotated[
-        Path, typer.Option("--synthetic", help="Labelled synthetic ones; or an output of `sample` or `resample`.")
+        Path, inputs("--synthetic", help="Labelled synthetic ones; or an output of `sample` or `resample`.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for utility.json and the three ensembles.")],
+    out: Annotated[Path, output("--out", help="Folder for utility.json and the three ensembles.")],
     label: LabelOption = None,
     kind: KindOption = None,
     positive: PositiveOption = None,
@@ -277,16 +285,21 @@ def utility(
     arch_arg: ArchArgOption = None,
     weights: WeightsOption = None,
     size: SizeOption = 64,
-    crop: Annotated[int | None, typer.Option("--crop", help="Only the middle of each real image counts, px.")] = None,
+    crop: Annotated[
+        int | None, inputs("--crop", help="Side in pixels of the middle of each image that counts.")
+    ] = None,
     members: MembersOption = 2,
     test: TestOption = 0.3,
     held_out: Annotated[
         list[str] | None,
-        typer.Option("--held-out", help="Real images to test on, as split=test; default: --test at random (repeat)."),
+        learnt(
+            "--held-out",
+            help="Selection of real images to test on, as split=test (repeat); by default --test at random.",
+        ),
     ] = None,
     epochs: EpochsOption = 40,
     patience: PatienceOption = 10,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Images per step.")] = 32,
+    batch_size: Annotated[int, speed("--batch-size", help="Images per step.")] = 32,
     learning_rate: RateOption = 1e-3,
     colour: ColourOption = 0.1,
     shift: ShiftOption = 4,
@@ -299,7 +312,6 @@ def utility(
     Example: histoldm utility --real crops.csv --synthetic cells --label score --crop 32 --out utility
     """
     from ldm.commands.scorers import utility as run
-    from ldm.requests.tiles import parse_where
 
     recipe = _recipe(
         arch_arg, weights, arch=arch, size=size, members=members, test=test, epochs=epochs,
@@ -307,4 +319,5 @@ def utility(
     )  # fmt: skip
     asked = {"label": label, "kind": kind.value if kind else None, "positive": positive, "patient": patient}
     asked["crop"] = crop
-    run(real, synthetic, out, asked, recipe, pick_device(device), _bf16(precision), parse_where(held_out or []))
+    bf16 = precision is Precision.bf16
+    run(real, synthetic, out, asked, recipe, pick_device(device), bf16, parse_where(held_out or []))

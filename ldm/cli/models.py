@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ldm.cli.app import app
-from ldm.cli.options import AllowTargetOption, Form
+from ldm.cli.options import AllowTargetOption, Form, inputs, output
 
 
 @app.command(rich_help_panel="Models")
@@ -27,12 +27,10 @@ def describe(
 
 @app.command(rich_help_panel="Models")
 def export(
-    run: Annotated[
-        Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or a checkpoint of one.")
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
-    half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
-    licence: Annotated[str | None, typer.Option("--licence", help="Licence of the model, recorded in it.")] = None,
+    run: Annotated[Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or a checkpoint of one.")],
+    out: Annotated[Path, output("--out", help="Model folder to write.")],
+    half: Annotated[bool, output("--half", help="Store weights in float16: half the size.")] = False,
+    licence: Annotated[str | None, output("--licence", help="Licence of the model, recorded in it.")] = None,
 ) -> None:
     """Make a model folder of a training run: what every command takes and what you share.
 
@@ -53,31 +51,34 @@ def export(
 @app.command(rich_help_panel="Models")
 def convert(
     source: Annotated[Path, typer.Argument(help="Published checkpoint or folder; a model folder with --to.")],
-    out: Annotated[Path, typer.Option("--out", help="Model folder to write.")],
+    out: Annotated[Path, output("--out", help="Model folder to write.")],
     config: Annotated[
-        Path | None, typer.Option("--config", help="YAML that the weights came with: project YAML, or training flags.")
+        Path | None, inputs("--config", help="YAML that the weights came with: project YAML, or training flags.")
     ] = None,
     raw_weights: Annotated[
-        bool, typer.Option("--raw-weights", help="Weights of the last step where there are averaged ones.")
+        bool, inputs("--raw-weights", help="Take the weights of the last step, where there are averaged ones too.")
     ] = False,
     classes: Annotated[
-        str | None, typer.Option("--classes", help="Names of classes or magnifications: a,b,c or a file of them.")
+        str | None, inputs("--classes", help="Names of classes or magnifications: a,b,c or a file of them.")
     ] = None,
     mutation_genes: Annotated[
-        Path | None, typer.Option("--mutation-genes", help="File of gene names in the order of their embeddings.")
+        Path | None,
+        inputs("--mutation-genes", help="File of the mutations' gene names in the order of their embeddings."),
     ] = None,
     expression_genes: Annotated[
-        Path | None, typer.Option("--expression-genes", help="The same, of expression.")
+        Path | None, inputs("--expression-genes", help="File of the expression's gene names, likewise.")
     ] = None,
-    encoder: Annotated[str | None, typer.Option("--encoder", help="What the model's features were made with.")] = None,
-    mpp: Annotated[float | None, typer.Option("--mpp", help="Micrometres per pixel of its tiles.")] = None,
-    licence: Annotated[str | None, typer.Option("--licence", help="Licence of the weights, recorded in it.")] = None,
+    encoder: Annotated[
+        str | None, inputs("--encoder", help="Encoder that made the features which the model was trained on.")
+    ] = None,
+    mpp: Annotated[float | None, inputs("--mpp", help="Micrometres per pixel of the model's tiles.")] = None,
+    licence: Annotated[str | None, output("--licence", help="Licence of the weights, recorded in it.")] = None,
     base: Annotated[
-        Path | None, typer.Option("--base", help="Model folder with the parts that a network alone lacks.")
+        Path | None, inputs("--base", help="Model folder with the parts that a network alone lacks.")
     ] = None,
     allow_target: AllowTargetOption = None,
-    to: Annotated[Form | None, typer.Option("--to", help="Write a model folder in the form of others.")] = None,
-    half: Annotated[bool, typer.Option("--half", help="Store weights in float16: half the size.")] = False,
+    to: Annotated[Form | None, output("--to", help="Write a model folder in the form of others.")] = None,
+    half: Annotated[bool, output("--half", help="Store weights in float16: half the size.")] = False,
 ) -> None:
     """Make a model folder of a published model: latent-diffusion and its forks, guided-diffusion, diffusers, ...
 

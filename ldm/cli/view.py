@@ -19,8 +19,10 @@ def view(
     host: Annotated[str, typer.Option("--host", help="Address to serve at; others than this machine's are open.")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 0,
-    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address only.")] = False,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port to serve at; 0 takes a free one.")] = 0,
+    no_browser: Annotated[
+        bool, typer.Option("--no-browser", help="Print the address only, and open no browser.")
+    ] = False,
     mpp: Annotated[
         float | None, typer.Option("--mpp", help="Micrometres per pixel of pictures that do not say it.")
     ] = None,

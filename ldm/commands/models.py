@@ -14,7 +14,7 @@ from ldm.errors import UserError
 def describe_model(model_path: Path) -> None:
     """`histoldm describe`: what a model is, and every condition that it takes with an example of how to give it."""
     model = load_model(model_path)
-    side = model.image_size * model.first_stage_model.downsampling
+    side = model.tile_size
     count = sum(p.numel() for p in model.model.parameters()) / 1e6
     first = type(model.first_stage_model).__name__
     print(f"{model_path}: tiles of {side} px; UNet of {count:.1f} M parameters over {first}, {model.parameterization}")
@@ -27,11 +27,7 @@ def describe_model(model_path: Path) -> None:
     conditioner = model.cond_stage_model
     print("conditions:" if conditioner is not None else "  unconditional")
     for key, about in ({} if conditioner is None else conditioner.describe()).items():
-        names = about.get("names") or about.get("genes")
-        listed = f": {', '.join(names[:12])}{f', ... ({len(names)})' if len(names) > 12 else ''}" if names else ""
-        rest = {k: v for k, v in about.items() if k not in ("kind", "names", "genes") and v not in (None, "")}
-        words = ", ".join(f"{k} {v}" for k, v in rest.items())
-        print(f"  {key:<12} {about.get('kind', '')}{' (' + words + ')' if words else ''}{listed}")
+        print(f"  {key:<12} {about.words()}")
     if isinstance(conditioner, ConditionerSet):
         print(f"guidance scales by name: {', '.join(conditioner.members)}")
 

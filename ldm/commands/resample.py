@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from ldm.commands.filter import parse_above
-from ldm.commands.outputs import provenance, weights_of
-from ldm.convert import load_model
+from ldm.commands.outputs import differing, provenance
+from ldm.convert import load_model, weights_of
 from ldm.data.collection import LIST, Pictures
 from ldm.errors import UserError
 from ldm.files import whole, writable_folder, write_text
 from ldm.images.pictures import Picture
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, to_uint8
-from ldm.requests.tiles import Requests, evenly, requested_tiles
-from ldm.sampling import tiles as inference
+from ldm.requests.sampling import AskedSampler
+from ldm.requests.tiles import AskedTiles, Requests, evenly, requested_tiles
+from ldm.sampling.sampler import Sampler
+from ldm.sampling.tiles import sample
 from ldm.scorers.calibration import proportion
 from ldm.scorers.data import to_range
 from ldm.scorers.ensemble import Scorer, load_scorer
 from ldm.scorers.select import merit
 
+if TYPE_CHECKING:
+    from ldm.latent_diffusion import LatentDiffusion
+
 SETTINGS, ATTEMPTS = "resample.json", "attempts.csv"
+RESULTS = ("passed", "attempts", "acceptance")  # in the first, once it is finished
 SHOWN = 48
 MOST = 4  # attempts of a round for each image that a request lacks
 
@@ -67,13 +75,12 @@ class Log:
 
 
 def resample(
-    model_path: Path, scorer: Sequence[Path], out: Path, device: str, batch_size: int, asked: Mapping[str, Any],
-    until: int, max_attempts: int, above: Sequence[str], class_name: str | None, matches: str | None,
-    **settings: Any,
+    model_path: Path, scorer: Sequence[Path], out: Path, device: str, asked: AskedTiles, until: int,
+    max_attempts: int, above: Sequence[str], class_name: str | None, matches: str | None, sampler: AskedSampler,
 ) -> None:  # fmt: skip
     """`histoldm resample`: `until` tiles of each request that pass, their list, a contact sheet and all attempts.
 
-    asked: arguments of `requested_tiles`. A stopped run goes on, also with a larger `max_attempts`. UserError if
+    A stopped run goes on, also with a larger `max_attempts`. UserError if
     attempts end before enough pass; what passed stays.
     """
     least = parse_above(above)
@@ -83,18 +90,17 @@ def resample(
         raise UserError(f"--until {until} tiles cannot pass in --max-attempts {max_attempts}.")
     writable_folder(out)
     network, model = load_scorer(scorer, device), load_model(model_path, device)
-    tiles = requested_tiles(model, **asked)
-    if settings["guidance_scale"] is None:
-        settings["guidance_scale"] = inference.default_guidance(model)
+    tiles = requested_tiles(model, asked)
+    chosen = replace(sampler.loaded(model), progress=False)
+    usual, batch_size = Sampler.usual(model, "sample"), chosen.batch_size
     # a mistake in --class or --matches shows before any work
     judged(network, torch.zeros(1, 3, 32, 32, device=device), tiles, [0], class_name, matches)
-    side = model.image_size * model.first_stage_model.downsampling
-    network.check_extent(side, model.metadata.get("mpp"), str(model_path))
-    about = settings | {"model_sha256": weights_of(model_path), "scorer": network.name}
+    network.check_extent(model.tile_size, model.metadata.get("mpp"), str(model_path))
+    about = sampler.record(chosen, model, "sample") | {"model_sha256": weights_of(model_path), "scorer": network.name}
     about |= {"scorer_sha256": network.identity, "above": least[""], "class": class_name, "matches": matches}
     begin = about | {"requests": [tiles.digest(i) for i in range(len(tiles))], "until": until}
-    held, log, base = _held(out, json.loads(json.dumps(begin))), Log(until, len(tiles)), 0
-    condition_of, sheet_text = _conditions(model, tiles), provenance(model_path, model, "see tiles.csv", about)
+    held, log, base = _held(out, json.loads(json.dumps(begin)), usual), Log(until, len(tiles)), 0
+    condition_of, sheet_text = _conditions(model, tiles, chosen), provenance(model_path, model, "see tiles.csv", about)
     with tqdm(total=until * len(tiles), desc="resample", unit="passed") as bar:
         while not log.done and len(log.rows) < max_attempts:
             plan = log.round()
@@ -102,10 +108,7 @@ def resample(
                 part, first = plan[start : start + batch_size], base + start
                 asked_now = {first + i: r for i, r in enumerate(part) if log.lacks(r)}
                 if any(index not in held for index in asked_now):
-                    images = inference.sample(
-                        model, condition_of(part), len(part), batch_size=batch_size, first=first, progress=False,
-                        **settings,
-                    )  # fmt: skip
+                    images = sample(model, condition_of(part), len(part), chosen, first)
                     scores, values = judged(network, images.to(device), tiles, part, class_name, matches)
                 for index, request in asked_now.items():
                     if not log.lacks(request) or len(log.rows) >= max_attempts:
@@ -125,7 +128,7 @@ def resample(
                     pd.DataFrame(log.rows).to_csv(file, index=False)
                 bar.set_postfix(attempts=len(log.rows))
             base += len(plan)
-    _finish(out, log, tiles, settings["seed"], begin, sheet_text)
+    _finish(out, log, tiles, chosen.seed, begin, sheet_text)
     if not log.done:
         passed = sum(log.passed)
         share, low, high = proportion(passed, len(log.rows))
@@ -152,11 +155,16 @@ def judged(
     return (mean.max(1) if mean.ndim == 2 else mean), values
 
 
-def _conditions(model: Any, tiles: Requests) -> Any:
+def _conditions(
+    model: LatentDiffusion, tiles: Requests, sampler: Sampler
+) -> Callable[[Sequence[int]], dict[str, Tensor] | None]:
     """A function of places of requests: the model's condition of those, row by row."""
     if model.cond_stage_model is None:
         return lambda requests: None
-    each = [model.condition(**tiles.given(range(r, r + 1))) for r in range(len(tiles))]
+    given = [tiles.given(range(r, r + 1)) for r in range(len(tiles))]
+    each = [model.condition(**values) for values in given]
+    if sampler.classifier is not None:
+        each = [cond | sampler.classifier.target_of(model, [values]) for cond, values in zip(each, given)]
     if len({tuple((name, value.shape[1:]) for name, value in cond.items()) for cond in each}) > 1:
         raise UserError("the requests' conditions differ in shape; resample them one by one.")
     return lambda requests: {name: torch.cat([each[r][name] for r in requests]) for name in each[0]}
@@ -166,14 +174,14 @@ def _name(out: Path, index: int) -> Path:
     return out / f"{index:06d}.png"
 
 
-def _held(out: Path, begin: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def _held(out: Path, begin: dict[str, Any], usual: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """Attempts of an earlier run of the same settings by index; UserError if `out` holds anything else."""
     if not (out / SETTINGS).is_file():
         if files := sorted(path.name for path in out.iterdir()):
             raise UserError(f"{out} holds other files ({files[0]}, ...); give an --out that is empty or new.")
         write_text(out / SETTINGS, json.dumps(begin, indent=1))
     before = json.loads((out / SETTINGS).read_text())
-    if differ := sorted(name for name in begin if before.get(name) != begin[name]):
+    if differ := differing({name: before[name] for name in before if name not in RESULTS}, begin, usual):
         raise UserError(f"{out} holds tiles of other settings ({', '.join(differ)} differ); give another --out.")
     rows = pd.read_csv(out / ATTEMPTS).to_dict("records") if (out / ATTEMPTS).is_file() else []
     held = {row["index"]: row for row in rows if not row["kept"] or _name(out, row["index"]).is_file()}
@@ -197,10 +205,10 @@ def _finish(out: Path, log: Log, tiles: Requests, seed: int, begin: dict[str, An
         images = [np.asarray(Image.open(_name(out, row["index"])).convert("RGB")) for row in shown]
         sheet = contact_sheet(images, labels=[f"{r['kept_by']:.3f}" for r in shown], most=256)
         save_png(out / "contact_sheet.png", sheet, sheet_text)
-    found = {"passed": len(kept), "attempts": len(log.rows)}
-    found["acceptance"] = [round(v, 5) for v in proportion(len(kept), len(log.rows))]
+    acceptance = [round(v, 5) for v in proportion(len(kept), len(log.rows))]
+    found = dict(zip(RESULTS, (len(kept), len(log.rows), acceptance)))
     write_text(out / SETTINGS, json.dumps(begin | found, indent=1))
-    share, low, high = found["acceptance"]
+    share, low, high = acceptance
     print(f"{len(kept)} of {len(log.rows)} attempts passed: {share:.1%} [{low:.1%}, {high:.1%}]; in {out}")
     for r in range(len(tiles) if len(tiles) > 1 else 0):
         words = " ".join(f"{k}={v}" for k, v in tiles.about[r].items() if k != "source" and v != "")

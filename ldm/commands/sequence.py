@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,20 +15,24 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.commands.outputs import kept_tiles, provenance, weights_of
+from ldm.commands.outputs import kept_images, provenance
 from ldm.commands.sequence_pictures import film, sheet
 from ldm.conditioners.compose import known_key, parse_conditions
-from ldm.convert import load_model
+from ldm.convert import load_model, weights_of
 from ldm.data.collection import read_pictures
 from ldm.data.tile_store import holds_stores
 from ldm.errors import UserError
 from ldm.files import sha256, writable_folder, write_text
 from ldm.images.write import save_animation, save_png, to_uint8
-from ldm.requests.tiles import requested_tiles
-from ldm.sampling import sweeps as sequences
-from ldm.sampling import tiles as inference
-from ldm.sampling.sweeps import Sweep, parse_sweep
+from ldm.requests.sampling import AskedSampler
+from ldm.requests.tiles import AskedTiles, requested_tiles
+from ldm.sampling.sampler import Sampler, Task
+from ldm.sampling.sweeps import Sweep, parse_sweep, sweep_images, sweep_noise
+from ldm.scorers.calibration import spearman, with_intervals
 from ldm.scorers.ensemble import load_scorer
+
+if TYPE_CHECKING:
+    from ldm.latent_diffusion import LatentDiffusion
 
 SHOWN = 16  # sequences on the grid and in the moving picture
 MOVING = ("score", "mutation", "expression", "multiplier")  # kinds of conditions that are numbers
@@ -35,41 +40,52 @@ COUNT = 8  # sequences, where nothing says how many
 ENDINGS = {"gif": ".gif", "apng": ".png", "webp": ".webp"}
 
 
+@dataclass(frozen=True)
+class AskedReal:
+    """Real images that sequences start from.
+
+    Attributes:
+        images: a file, a folder or a tile store. mpp: micrometres per pixel of files, whose middle is taken.
+        where, count: which of them; count is that of all sequences where there are no images.
+        source: conditions as name=value, in place of a store's own. strength: of the inversion.
+    """
+
+    images: Path | None = None
+    mpp: float | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+    source: Sequence[str] = ()
+    strength: float = 1.0
+    count: int | None = None
+
+
 def write_sequences(
-    model_path: Path, out: Path, device: str, vary: str, fixed: Sequence[str], batch_size: int, scorer: Path | None,
-    animation: str, real: Mapping[str, Any], **settings: Any,
+    model_path: Path, out: Path, device: str, vary: str, fixed: Sequence[str], scorer: Path | None, animation: str,
+    real: AskedReal, sampler: AskedSampler,
 ) -> None:  # fmt: skip
     """`histoldm sequence`: a PNG for every image, sequences.csv, a grid and a moving picture.
 
-    real: images, mpp, where, source, strength (see `read_real`), and count. Images are written as they are made; those
-    that an interrupted run of the same settings left are kept.
+    Images are written as they are made; those that an interrupted run of the same settings left are kept.
     """
     sweep = parse_sweep(vary)
     writable_folder(out)
     model, judge = load_model(model_path, device), load_scorer(scorer, device) if scorer else None
-    side = model.image_size * model.first_stage_model.downsampling
     if judge is not None:
         if judge.task.kind == "classes":
             raise UserError(f"{scorer} tells classes; the curve under a sequence is of one score.")
-        judge.check_extent(side, model.metadata.get("mpp"), str(model_path))
+        judge.check_extent(model.tile_size, model.metadata.get("mpp"), str(model_path))
     conditions = conditions_of(model, sweep, fixed)
     starts, sources, names = read_real(model, real)
-    if starts is None:
-        defaults = {"steps": 20, "solver": "dpmpp_2m", "schedule": "trailing"}
-        names = [""] * (real["count"] or COUNT)
-    else:
-        defaults = {"steps": 50, "solver": "euler", "schedule": "uniform"}
-        if settings["solver"] not in (None, *sequences.REAL_SOLVERS):
-            known = " or ".join(sequences.REAL_SOLVERS)
-            raise UserError(f"real images are inverted with --solver {known}; got {settings['solver']}.")
-        settings |= {"strength": real["strength"]}
-        del settings["eta"]
-    settings |= {name: value for name, value in defaults.items() if settings[name] is None}
-    if settings["guidance_scale"] is None:
-        settings["guidance_scale"] = inference.default_guidance(model)
-    about = settings | {"vary": vary, "fixed": " ".join(fixed), "model_sha256": weights_of(model_path)}
+    names = names if starts is not None else [""] * (real.count or COUNT)
+    task: Task = "sample" if starts is None else "sweep"
+    chosen = replace(sampler.loaded(model).settled(model, task), progress=False)
+    if chosen.classifier is not None:
+        target = chosen.classifier.target_of(model, [parse_conditions(model.cond_stage_model, fixed)])
+        conditions = [cond | target for cond in conditions]
+    about = sampler.record(chosen, model, task)
     if starts is not None:
-        about["source_condition"] = " ".join(real["source"])
+        about |= {"source_condition": " ".join(real.source)}
+        about |= {"strength": real.strength} if real.strength != 1 else {}
+    about |= {"vary": vary, "fixed": " ".join(fixed), "model_sha256": weights_of(model_path)}
     places = [(i, k) for i in range(len(names)) for k in range(len(sweep.values))]
     paths = {place: out / "{:05d}_{:02d}.png".format(*place) for place in places}
     texts = {
@@ -78,20 +94,19 @@ def write_sequences(
         | ({"source_image": names[i]} if names[i] else {})
         for i, k in places
     }
-    kept = kept_tiles(out, texts)
+    kept = kept_images(out, texts, Sampler.usual(model, task) | {"strength": 1.0})
     with tqdm(total=len(paths), initial=len(kept), desc="sequences", unit="image") as bar:
-        for first in range(0, len(names), batch_size):
-            rows = range(first, min(first + batch_size, len(names)))
+        for first in range(0, len(names), chosen.batch_size):
+            rows = range(first, min(first + chosen.batch_size, len(names)))
             missing = [place for place in places if place[0] in rows and paths[place] not in kept]
             if not missing:
                 continue
-            chosen = slice(rows.start, rows.stop)
+            part = slice(rows.start, rows.stop)
             if starts is None:
-                made = sequences.generated(model, conditions, len(rows), first, progress=False, **settings)
+                made = sweep_noise(model, conditions, len(rows), chosen, first)
             else:
-                own = {part: value[chosen] if len(value) > 1 else value for part, value in sources.items()}
-                asked = {name: value for name, value in settings.items() if name != "seed"}
-                made = sequences.moved(model, starts[chosen], own, conditions, **asked)
+                own = {name: value[part] if len(value) > 1 else value for name, value in sources.items()}
+                made = sweep_images(model, starts[part], own, conditions, chosen, real.strength)
             pixels = to_uint8(made)                                             # (rows,N,H,W,3)
             for i, k in missing:
                 save_png(paths[i, k], pixels[i - first, k], texts[paths[i, k]])
@@ -115,21 +130,22 @@ def write_sequences(
     made = len(paths) - len(kept)
     print(f"wrote {made} images to {out}, kept {len(kept)}; with sequences.csv, grid.png, {moving.name}")
     if scores is not None:
-        low, high = sequences.correlation_interval(np.array(sweep.values), scores)
-        found = sequences.rank_correlation(np.array(sweep.values), scores)
+        values = np.tile(sweep.values, len(scores))
+        flat, groups = scores.ravel(), np.repeat(np.arange(len(scores)), len(sweep.values))
+        found = with_intervals(lambda rows: {"": spearman(values[rows], flat[rows])}, groups)[""]
         print(
             f"Spearman correlation of {label} with the scorer over {len(scores)} sequences of {len(sweep.values)}: "
-            f"{found:.3f} (95% of resampled sequences: {low:.3f} to {high:.3f})"
+            "{:.3f} (95% of resampled sequences: {:.3f} to {:.3f})".format(*found)
         )
 
 
-def conditions_of(model: Any, sweep: Sweep, fixed: Sequence[str]) -> list[dict[str, Tensor]]:
+def conditions_of(model: LatentDiffusion, sweep: Sweep, fixed: Sequence[str]) -> list[dict[str, Tensor]]:
     """The condition, of one sample, at each place of a sweep, with what stays fixed."""
     conditioner = model.cond_stage_model
     if conditioner is None:
         raise UserError("the model is unconditional: nothing of it varies.")
     key = known_key(conditioner, sweep.name)
-    kind = conditioner.describe()[key].get("kind")
+    kind = conditioner.describe()[key].kind
     if kind not in MOVING:
         raise UserError(f"'{key}' is a {kind}; what varies is a number: a score, or a gene of mutations or expression.")
     stays = parse_conditions(conditioner, fixed)
@@ -138,24 +154,20 @@ def conditions_of(model: Any, sweep: Sweep, fixed: Sequence[str]) -> list[dict[s
     return [model.condition(**stays, **{key: conditioner.parse(key, text)}) for text in sweep.texts()]
 
 
-def read_real(model: Any, real: Mapping[str, Any]) -> tuple[Tensor | None, Mapping[str, Tensor], list[str]]:
-    """Real images (B,C,H,W) in [-1,1], the condition that they are inverted under, and their names.
-
-    real: `images`, a file, a folder or a tile store; `mpp`, micrometres per pixel of files, whose middle is taken;
-    `where`, `count`: which of them; `source`: conditions as name=value, in place of the store's own.
-    """
-    path, source = real["images"], real["source"]
+def read_real(model: LatentDiffusion, real: AskedReal) -> tuple[Tensor | None, Mapping[str, Tensor], list[str]]:
+    """Real images (B,C,H,W) in [-1,1], the condition that they are inverted under, and their names."""
+    path, source = real.images, real.source
     if path is None:
-        if source or real["where"] or real["mpp"]:
+        if source or real.where or real.mpp:
             raise UserError("--source, --where and --images-mpp are of real images; give them with --images.")
         return None, {}, []
     if not path.exists():
         raise UserError(f"there are no images at {path}.")
     conditioner = model.cond_stage_model
     condition = model.condition(**parse_conditions(conditioner, source)) if source else model.null_condition()
-    side = model.image_size * model.first_stage_model.downsampling
+    side = model.tile_size
     if holds_stores(path):
-        tiles = requested_tiles(model, path, where=real["where"], conditions=source, count=real["count"])
+        tiles = requested_tiles(model, AskedTiles(path, where=real.where, conditions=source, count=real.count))
         pixels = np.stack([tiles.real(i) for i in range(len(tiles))])
         if pixels.shape[1] != side:
             cut = f"tiles of {path} are {pixels.shape[1]} px, the model's {side} px"
@@ -163,18 +175,18 @@ def read_real(model: Any, real: Mapping[str, Any]) -> tuple[Tensor | None, Mappi
         names = [f"{row['source']} row {row['row']}" for row in tiles.about]
         condition = model.condition(**tiles.given(range(len(tiles))))
     else:
-        if real["where"]:
+        if real.where:
             raise UserError(f"--where selects tiles of a store; {path} is none.")
-        extent, mpp, wanted = side, real["mpp"], model.metadata.get("mpp")
+        extent, mpp, wanted = side, real.mpp, model.metadata.get("mpp")
         if mpp is not None:
             if not wanted:
                 raise UserError("the model does not know its micrometres per pixel; cut the images to its size.")
             extent = side * (wanted / mpp)  # of a tile, in the images' pixels
-        pictures = list(read_pictures(path, subfolders=False))[: real["count"]]
+        pictures = list(read_pictures(path, subfolders=False))[: real.count]
         pixels = np.stack([picture.part(extent).pixels((side, side)) for picture in pictures])
         names = [picture.file for picture in pictures]
     starts = torch.from_numpy(pixels).movedim(-1, 1).float() / 127.5 - 1
-    if model.first_stage_model.downsampling == 1 and model.channels == 1:
+    if model.image_channels == 1:
         starts = starts.mean(1, keepdim=True)
     return starts, condition, names
 

@@ -8,30 +8,33 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import pad
 from tqdm import tqdm
 
-from ldm.commands.outputs import provenance, weights_of
-from ldm.convert import load_model
+from ldm.commands.outputs import kept_images, provenance
+from ldm.convert import load_model, weights_of
 from ldm.errors import UserError
 from ldm.files import writable_folder, write_text
-from ldm.images.marks import read_mark
 from ldm.images.pictures import Picture
 from ldm.images.sheets import coloured, difference, labelled_sheet
 from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, to_uint8
-from ldm.model_folder import load_network
 from ldm.requests.edits import Target
+from ldm.requests.sampling import AskedSampler
 from ldm.requests.spec import Plan
-from ldm.requests.translations import pictures_and_plans
-from ldm.sampling.tiles import default_guidance
-from ldm.sampling.translate import Classifier, check_shape, decoded, encoded, image_channels, translate
+from ldm.requests.translations import AskedTranslations, pictures_and_plans
+from ldm.sampling.canvas import decode_latents, encode_images
+from ldm.sampling.sampler import Inversion, Sampler, changed
+from ldm.sampling.translate import check_shape, settled, translate
+
+if TYPE_CHECKING:
+    from ldm.latent_diffusion import LatentDiffusion
 
 SHOWN = 2048  # px along a large image on which differences are counted and sheets drawn
 
@@ -47,89 +50,71 @@ class Output:
 
 
 def translate_pictures(
-    model_path: Path, images: Path, out: Path, device: str, batch_size: int, asked: Mapping[str, Any],
-    classifier: Path | None = None, classifier_scale: float = 1.0, enlarge: int | None = None,
-    intermediates: int = 0, differences: bool | None = None, **settings: Any,
+    model_path: Path, images: Path, out: Path, device: str, asked: AskedTranslations, sampler: AskedSampler,
+    inversion: Inversion, intermediates: int = 0, differences: bool | None = None,
 ) -> None:  # fmt: skip
     """`histoldm translate`: an image for every target of every image, translations.csv, and a sheet for each image.
 
-    asked: arguments of `pictures_and_plans`. Images are written as they are made; those that a run of the same settings
-    left are kept, those of others are an error.
+    Images are written as they are made; those that a run of the same settings left are kept, those of others are an
+    error.
     """
     writable_folder(out)
     model = load_model(model_path, device)
-    pictures, plans = pictures_and_plans(model, images, device=device, **asked)
-    shown = _image_condition(model)
-    settings["start"] = settings["start"] or ("noise" if enlarge else "none" if shown else "invert")
-    if settings["start"] == "none" and not shown:
-        raise UserError("--start none keeps nothing of the image in a model whose condition is not the image itself.")
-    if enlarge and settings["start"] == "invert":
-        raise UserError("--enlarge makes details that are not in the image: it goes with --start noise or none.")
-    if settings["guidance_scale"] is None:
-        settings["guidance_scale"] = default_guidance(model) if settings["start"] != "invert" else 1.0
+    pictures, plans = pictures_and_plans(model, images, asked)
+    chosen, inversion = settled(sampler.loaded(model), inversion, model)
+    usual = Inversion(enlarge=inversion.enlarge).settled(model)
     for picture in pictures:
-        _check_picture(model, picture, enlarge or 1)
-    network = None if classifier is None else load_network(classifier, device)
-    used = settings | {"model_sha256": weights_of(model_path)}
-    if network is not None:
-        used |= {"classifier_sha256": weights_of(classifier), "classifier_scale": classifier_scale}
-    outputs = _outputs(model_path, model, pictures, plans, out, enlarge, used)
-    kept = {output.path for output in outputs if _is_kept(output)}
-    side = model.image_size * model.first_stage_model.downsampling // (enlarge or 1)
-    groups = _groups(pictures, plans, outputs, kept, batch_size, side)
+        _check_picture(model, picture, inversion.enlarge or 1)
+    used = sampler.record(chosen, model, inversion.task) | changed(inversion, usual)
+    used |= {"model_sha256": weights_of(model_path)}
+    outputs = _outputs(model_path, model, pictures, plans, out, inversion.enlarge, used)
+    left_out = Sampler.usual(model, inversion.task) | dict.fromkeys(("exact", "published"), False) | {"strength": 1.0}
+    kept = kept_images(out, {output.path: output.text for output in outputs}, left_out | {"start": usual.start})
+    side = model.tile_size // (inversion.enlarge or 1)
+    groups = _groups(pictures, plans, outputs, kept, chosen.batch_size, side)
     place = {(output.picture, output.target.label): output for output in outputs}
     with tqdm(total=len(outputs), initial=len(kept), desc="translate", unit="image") as bar:
-        for chosen in groups:
-            own = [plans[i] for i in chosen]
-            batch, low = torch.stack([to_tensor(model, pictures[i]) for i in chosen]), None
-            if enlarge:
-                batch, low = interpolate(batch, scale_factor=enlarge, mode="bicubic").clamp(-1, 1), batch
-            images_told = {shown: batch} if shown else {}
-            source = conditions(model, [plan.source for plan in own], images_told)
-            targets = [
-                conditions(model, [plan.targets[k].values for plan in own], images_told)
-                for k in range(len(own[0].targets))
-            ]
-            guide = _classifier(model, network, classifier_scale, own)
-            steps = _Steps(model, out, [pictures[i] for i in chosen], own, intermediates)
-            made = translate(
-                model, batch, source, targets, classifier=guide, low=low, first=chosen, batch_size=batch_size,
-                watch=steps.seen if intermediates else None, progress=max(pictures[chosen[0]].size) > side, **settings,
-            )  # fmt: skip
+        for rows in groups:
+            own = [plans[i] for i in rows]
+            batch = torch.stack([to_tensor(model, pictures[i]) for i in rows])
+            source = conditions(model, [plan.source for plan in own])
+            told = [[plan.targets[k].values for plan in own] for k in range(len(own[0].targets))]
+            targets = [conditions(model, values) for values in told]
+            if chosen.classifier is not None:
+                guides = [chosen.classifier.target_of(model, values) for values in told]
+                targets = [target | guide for target, guide in zip(targets, guides)]
+            steps = _Steps(model, out, [pictures[i] for i in rows], own, intermediates)
+            bars = replace(chosen, progress=max(pictures[rows[0]].size) > side)
+            watch = steps.seen if intermediates else None
+            made = translate(model, batch, source, targets, bars, inversion, rows, watch)
             for k, results in enumerate(made):
-                for plan, i, result in zip(own, chosen, results):
+                for plan, i, result in zip(own, rows, results):
                     output = place[i, plan.targets[k].label]
                     if output.path not in kept:
-                        _save(output, to_uint8(result), _mpp(pictures[i], enlarge))
+                        _save(output, to_uint8(result), _mpp(pictures[i], inversion.enlarge))
                         bar.update()
             steps.write(used)
-    _write_list(out, pictures, outputs, settings["seed"])
-    differ = bool(asked.get("edits") or asked.get("spec")) if differences is None else differences
+    _write_list(out, pictures, outputs, chosen.seed)
+    differ = bool(asked.edits or asked.spec) if differences is None else differences
     for i, picture in enumerate(tqdm(pictures, desc="sheets", disable=len(pictures) < 8)):
         made_of = [output for output in outputs if output.picture == i]
         done = all(output.path in kept for output in made_of) and (out / "sheets" / f"{picture.name}.png").exists()
         if not done:
-            _show(model, picture, made_of, out, differ and not enlarge, used)
+            _show(model, picture, made_of, out, differ and not inversion.enlarge, used)
     print(f"wrote {len(outputs) - len(kept)} images to {out}, kept {len(kept)}; with translations.csv and sheets")
 
 
-def _image_condition(model: Any) -> str | None:
-    """The condition that is the image itself, of a model for translation between modalities."""
-    about = {} if model.cond_stage_model is None else model.cond_stage_model.describe()
-    return next((key for key, told in about.items() if told.get("kind") == "image"), None)
-
-
-def _check_picture(model: Any, picture: Picture, times: int) -> None:
+def _check_picture(model: LatentDiffusion, picture: Picture, times: int) -> None:
     channels = 1 if picture.gray else 3
-    if image_channels(model) == 1:
+    if model.image_channels == 1:
         channels = 1  # colours that are alike are one channel: seen when it is read
     check_shape(model, channels, picture.size[1] * times, picture.size[0] * times, picture.file)
 
 
-def to_tensor(model: Any, picture: Picture) -> Tensor:
+def to_tensor(model: LatentDiffusion, picture: Picture) -> Tensor:
     """A picture as (C,H,W) in [-1,1], with the model's channels."""
     pixels = picture.pixels()
-    if image_channels(model) == 1:
+    if model.image_channels == 1:
         spread = pixels.max(-1).astype(int) - pixels.min(-1)
         if int(spread.max()) > 8:
             raise UserError(f"{picture.file} is in colour, the model works on gray images; convert it to gray first.")
@@ -154,8 +139,8 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def _outputs(
-    model_path: Path, model: Any, pictures: Sequence[Picture], plans: Sequence[Plan], out: Path, enlarge: int | None,
-    settings: dict[str, Any],
+    model_path: Path, model: LatentDiffusion, pictures: Sequence[Picture], plans: Sequence[Plan], out: Path,
+    enlarge: int | None, settings: dict[str, Any],
 ) -> list[Output]:  # fmt: skip
     outputs = []
     for i, (picture, plan) in enumerate(zip(pictures, plans)):
@@ -167,18 +152,6 @@ def _outputs(
             path = out / f"{picture.name}__{target.label}{picture.suffix}"
             outputs.append(Output(i, target, path, json.loads(json.dumps(text, default=str))))
     return outputs
-
-
-def _is_kept(output: Output) -> bool:
-    """Whether an output is there already. UserError if it was made otherwise."""
-    if not output.path.exists():
-        return False
-    found = read_mark(output.path, whole=True)
-    differ = sorted(name for name in {*output.text, *found} if output.text.get(name) != found.get(name))
-    if differ:
-        what = f"was made otherwise ({', '.join(differ)})" if found else "is none of these images, or damaged"
-        raise UserError(f"{output.path} is there and {what}; choose another --out, or remove it.")
-    return True
 
 
 def _groups(
@@ -199,46 +172,20 @@ def _groups(
     return groups
 
 
-def conditions(model: Any, values: Sequence[Mapping[str, Any]], images: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The condition of several images, each by its own values; `images` (N,C,H,W) by condition, where the condition is
-    the image itself, whatever its size."""
-    conditioner = model.cond_stage_model
-    if conditioner is None:
+def conditions(model: LatentDiffusion, values: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """The condition of several images, each by its own values; null where there are none."""
+    if model.cond_stage_model is None:
         return {}
-    about, conds = conditioner.describe(), []
-    for row, given in enumerate(values):
-        told = dict(given)
-        for key, batch in images.items():
-            side = about[key]["size"]
-            told[key] = batch[row : row + 1, :, :side, :side]  # for its form; the whole takes its place below
-        conds.append(model.condition(**told) if told else model.null_condition())
-    cond = {part: torch.cat([each[part] for each in conds]) for part in conds[0]}
-    for key, batch in images.items():
-        part = f"{conditioner.owners[key]}/concat" if hasattr(conditioner, "owners") else "concat"
-        cond[part] = batch.to(cond[part])
-    return cond
-
-
-def _classifier(
-    model: Any, network: Any, scale: float, plans: Sequence[Plan]
-) -> Classifier | None:
-    """The guiding classifier with the classes of the targets."""
-    if network is None:
-        return None
-    about = model.cond_stage_model.describe()
-    key = next((key for key, told in about.items() if told.get("kind") == "class"), None)
-    if key is None:
-        raise UserError("a classifier guides to the target's class, and the model has no condition of that kind.")
-    names = getattr(network, "metadata", {}).get("classes") or about[key]["names"]
-    network.metadata = {**getattr(network, "metadata", {}), "classes": list(names)}
-    labels = [[plan.targets[k].values.get(key) for plan in plans] for k in range(len(plans[0].targets))]
-    return Classifier(network, labels, scale)
+    conds = [model.condition(**given) if given else model.null_condition() for given in values]
+    return {part: torch.cat([cond[part] for cond in conds]) for part in conds[0]}
 
 
 class _Steps:
     """Denoised images on the way down, a bounded number of each."""
 
-    def __init__(self, model: Any, out: Path, pictures: Sequence[Picture], plans: Sequence[Plan], count: int):
+    def __init__(
+        self, model: LatentDiffusion, out: Path, pictures: Sequence[Picture], plans: Sequence[Plan], count: int
+    ):
         self.model, self.out, self.pictures, self.plans, self.count = model, out, pictures, plans, count
         self.held: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
 
@@ -251,7 +198,7 @@ class _Steps:
             steps = sorted(step for number, step in self.held if number == k)
             for step in sorted({steps[round(place)] for place in np.linspace(0, len(steps) - 1, self.count)}):
                 latents = torch.cat(self.held[k, step]).to(self.model.device)
-                images = to_uint8(decoded(self.model, latents).clamp(-1, 1))
+                images = to_uint8(decode_latents(self.model, latents).clamp(-1, 1))
                 for picture, plan, image in zip(self.pictures, self.plans, images):
                     name = f"{picture.name}__{plan.targets[k].label}__step{step:03d}.png"
                     save_png(self.out / "intermediates" / name, image, {"step": step, **settings})
@@ -279,8 +226,9 @@ def _write_list(out: Path, pictures: Sequence[Picture], outputs: Sequence[Output
 
 @torch.no_grad()
 def _show(
-    model: Any, picture: Picture, outputs: Sequence[Output], out: Path, differ: bool, settings: Mapping[str, Any]
-) -> None:
+    model: LatentDiffusion, picture: Picture, outputs: Sequence[Output], out: Path, differ: bool,
+    settings: Mapping[str, Any],
+) -> None:  # fmt: skip
     """The sheet of one image and, if wanted, a map of what changed in each of its translations."""
     if max(picture.size) > SHOWN:
         return
@@ -293,7 +241,7 @@ def _show(
             factor = model.first_stage_model.downsampling
             h, w = image.shape[-2:]
             padded = pad(image[None], (0, -w % factor, 0, -h % factor), mode="replicate")
-            again = decoded(model, encoded(model, padded.to(model.device)))[0, :, :h, :w]
+            again = decode_latents(model, encode_images(model, padded.to(model.device)))[0, :, :h, :w]
             before = to_uint8(again.clamp(-1, 1))
         changes = [difference(before, after) for _, after in rows[0][1:]]
         most = max(float(np.quantile(change, 0.999)) for change in changes)

@@ -3,12 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+
+
+@dataclass(frozen=True)
+class About:
+    """What is worth knowing of a condition: for people, for messages, and to tell conditions apart.
+
+    Attributes:
+        kind: class, score, mutation, expression, multiplier, features, text, modality, image or map; "" of those that a
+            class outside of this package has.
+        names: of classes. genes: of mutations and expression. dim: of features.
+        range: lowest and highest value of numbers. size, channels: of images and maps, in pixels.
+        grid: tiles along the sides of grids of features. optional: whether the others may be given without it.
+        model, licence, prompt: of a text tower, and what stands before every text.
+
+    >>> About("class", names=("LUAD", "LUSC")).words()
+    'class: LUAD, LUSC'
+    """
+
+    kind: str = ""
+    names: tuple[str, ...] = ()
+    genes: tuple[str, ...] = ()
+    dim: int | None = None
+    range: tuple[float, float] | None = None
+    size: int | None = None
+    channels: int | None = None
+    grid: tuple[int, ...] = ()
+    optional: bool = False
+    model: str = ""
+    licence: str = ""
+    prompt: str = ""
+
+    def words(self, most: int = 12) -> str:
+        """All of it in one line; at most so many names of classes or genes."""
+        listed = self.names or self.genes
+        told = {each.name: getattr(self, each.name) for each in fields(self)[3:]}
+        rest = ", ".join(f"{name} {value}" for name, value in told.items() if value)
+        more = f", ... ({len(listed)})" if len(listed) > most else ""
+        about = f"{self.kind} ({rest})" if rest else self.kind
+        return f"{about}: {', '.join(listed[:most])}{more}" if listed else about
 
 
 class Conditioner(nn.Module):
@@ -55,9 +95,9 @@ class Conditioner(nn.Module):
     def check_data(self, metadata: Mapping[str, Any]) -> None:
         """UserError if training data (`metadata` of their dataset) do not have what this conditioner was made for."""
 
-    def describe(self) -> dict[str, Any]:
-        """What is worth knowing of each of `keys`: kind, names, range. For people and for messages."""
-        return {key: {} for key in self.keys}
+    def describe(self) -> dict[str, About]:
+        """What is worth knowing of each of `keys`."""
+        return {key: About() for key in self.keys}
 
     def portable(self) -> tuple[dict[str, Any], dict[str, str]]:
         """What makes the conditioner independent of other files: params that replace those of its config node, and

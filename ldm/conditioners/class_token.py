@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioners.base import Conditioner, as_list
+from ldm.conditioners.base import About, Conditioner, as_list
 from ldm.errors import UserError, suggest
 
 ACTS = ("crossattn", "vector")
@@ -77,8 +77,8 @@ class ClassEmbedder(Conditioner):
                     f"({', '.join(self.classes)}) lack. Add it, or leave its tiles out with the dataset's `where`."
                 )
 
-    def describe(self) -> dict[str, Any]:
-        return {self.keys[0]: {"kind": "class", "names": list(self.classes)}}
+    def describe(self) -> dict[str, About]:
+        return {self.keys[0]: About("class", names=tuple(self.classes))}
 
     def _act(self, vectors: Tensor) -> dict[str, Tensor]:
         return {"crossattn": vectors[:, None]} if self.acts == "crossattn" else {"vector": vectors}

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioners.base import Conditioner
+from ldm.conditioners.base import About, Conditioner
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError, suggest
 
@@ -74,7 +74,7 @@ class ConditionerSet(Conditioner):
         for member in self.members.values():
             member.check_data(metadata)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, About]:
         return {key: about for member in self.members.values() for key, about in member.describe().items()}
 
     def portable(self) -> tuple[dict[str, Any], dict[str, str]]:
@@ -152,11 +152,20 @@ def known_key(conditioner: Conditioner, name: str) -> str:
     name = name.removesuffix("_")
     if name in conditioner.keys:
         return name
-    kinds = {key: about.get("kind") for key, about in conditioner.describe().items()}
-    features = [key for key, kind in kinds.items() if kind == "features"]
+    features = [key for key in keys_of(conditioner, "features") if not conditioner.describe()[key].optional]
     if name == "features" and len(features) == 1:
         return features[0]
     raise UserError(f"the model has no condition '{name}'{suggest(name, conditioner.keys)}")
+
+
+def keys_of(conditioner: Conditioner | None, kind: str) -> list[str]:
+    """The batch keys of a kind (see `About`); none of an unconditional model, whose conditioner is None.
+
+    >>> keys_of(model.cond_stage_model, "class")
+    ['class']
+    """
+    about = {} if conditioner is None else conditioner.describe()
+    return [key for key, told in about.items() if told.kind == kind]
 
 
 def names_given(conditioner: Conditioner, keys: Iterable[str]) -> list[str]:

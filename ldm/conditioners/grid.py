@@ -12,7 +12,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import Encoder
 
-from ldm.conditioners.base import Conditioner, as_list, where_kept
+from ldm.conditioners.base import About, Conditioner, as_list, where_kept
 from ldm.conditioners.ssl import check_features, no_text
 from ldm.errors import UserError, suggest
 
@@ -179,11 +179,11 @@ class GridEmbedder(FeatureGrid):
         for name in metadata.get("conditions", {}).get(self.keys[1], {}).get("names", ()):
             self.levels(name)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, About]:
         key, level = self.keys
         return {
-            key: {"kind": "features", "dim": self.embed_dim, "grid": list(SIDES)},
-            level: {"kind": "class", "names": list(self.magnifications)},
+            key: About("features", dim=self.embed_dim, grid=tuple(SIDES)),
+            level: About("class", names=tuple(self.magnifications)),
         }
 
 
@@ -232,8 +232,8 @@ class GridTokens(FeatureGrid):
         (value,) = values.values()
         return {self.keys[0]: self.as_batch(value)}
 
-    def describe(self) -> dict[str, Any]:
-        return {self.keys[0]: {"kind": "features", "dim": self.embed_dim, "grid": [self.grid]}}
+    def describe(self) -> dict[str, About]:
+        return {self.keys[0]: About("features", dim=self.embed_dim, grid=(self.grid,))}
 
 
 def sincos_2d(dim: int, grid: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioners.base import Conditioner, where_kept
+from ldm.conditioners.base import About, Conditioner, where_kept
 from ldm.conditioners.gene_sets import KINDS, GeneSource, gmt_text, read_gene_sets
 from ldm.errors import UserError
 
@@ -118,9 +118,8 @@ class OmicsEmbedder(Conditioner):
         for source in self.sources.values():
             source.check_data(metadata)
 
-    def describe(self) -> dict[str, Any]:
-        multipliers = {f"{key}_multiplier": {"kind": "multiplier", "default": 1.0} for key in self.sources}
-        return _described(self.sources) | multipliers
+    def describe(self) -> dict[str, About]:
+        return _described(self.sources) | {f"{key}_multiplier": About("multiplier") for key in self.sources}
 
     def portable(self) -> tuple[dict[str, Any], dict[str, str]]:
         return _portable_genes(self.sources)
@@ -216,7 +215,7 @@ class GeneSetEmbedder(Conditioner):
         for source in self.sources.values():
             source.check_data(metadata)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, About]:
         return _described(self.sources)
 
     def portable(self) -> tuple[dict[str, Any], dict[str, str]]:
@@ -273,8 +272,8 @@ def _portable_genes(sources: Mapping[str, GeneSource]) -> tuple[dict[str, Any], 
     return {name: f"./{name}.txt" for name in names.values()}, files
 
 
-def _described(sources: Mapping[str, GeneSource]) -> dict[str, Any]:
-    return {key: {"kind": source.kind, "genes": list(source.genes)} for key, source in sources.items()}
+def _described(sources: Mapping[str, GeneSource]) -> dict[str, About]:
+    return {key: About(source.kind, genes=tuple(source.genes)) for key, source in sources.items()}
 
 
 def _multipliers(key: str, value: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.conditioners.base import Conditioner, where_kept
+from ldm.conditioners.base import About, Conditioner, where_kept
 from ldm.errors import UserError
 
 METHODS = ("nearest", "bilinear", "bicubic", "area")
@@ -68,8 +68,8 @@ class SpatialRescaler(Conditioner):
     def parse(self, key: str, text: str) -> Any:
         raise UserError(f"'{key}' is a map and cannot be given on a command line; give an array in Python.")
 
-    def describe(self) -> dict[str, Any]:
-        return {self.keys[0]: {"kind": "map", "channels": self.in_channels}}
+    def describe(self) -> dict[str, About]:
+        return {self.keys[0]: About("map", channels=self.in_channels)}
 
     def _mapped(self, maps: Tensor) -> Tensor:
         return self.channel_mapper(maps) if hasattr(self, "channel_mapper") else maps

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioners.base import Conditioner, where_kept
+from ldm.conditioners.base import About, Conditioner, where_kept
 from ldm.errors import UserError
 
 ACTS = ("vector", "crossattn")
@@ -53,8 +53,8 @@ class Score(Conditioner):
             raise UserError(f"{key} is a number in [0, 1]; got '{text}'.")
         return value
 
-    def describe(self) -> dict[str, Any]:
-        return {self.keys[0]: {"kind": "score", "range": [0, 1]}}
+    def describe(self) -> dict[str, About]:
+        return {self.keys[0]: About("score", range=(0, 1))}
 
 
 class ScoreEmbedder(Score):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.conditioners.base import Conditioner, where_kept
+from ldm.conditioners.base import About, Conditioner, where_kept
 from ldm.errors import UserError
 
 
@@ -63,5 +63,5 @@ class SourceImage(Conditioner):
     def parse(self, key: str, text: str) -> Any:
         raise UserError(f"'{key}' is a source image and cannot be given on a command line; give an array in Python.")
 
-    def describe(self) -> dict[str, Any]:
-        return {self.keys[0]: {"kind": "image", "size": self.size, "channels": self.channels}}
+    def describe(self) -> dict[str, About]:
+        return {self.keys[0]: About("image", size=self.size, channels=self.channels)}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ldm.conditioners.base import Conditioner
+from ldm.conditioners.base import About, Conditioner
 from ldm.errors import UserError
 
 
@@ -56,8 +56,8 @@ class PatchEmbedder(Conditioner):
     def check_data(self, metadata: Mapping[str, Any]) -> None:
         check_features(self.keys[0], metadata, self.embed_dim, "embed_dim")
 
-    def describe(self) -> dict[str, Any]:
-        return {self.keys[0]: {"kind": "features", "dim": self.embed_dim}}
+    def describe(self) -> dict[str, About]:
+        return {self.keys[0]: About("features", dim=self.embed_dim)}
 
     def embed(self, features: Tensor) -> dict[str, Tensor]:
         """The condition of features (B,embed_dim) as `features_of` gives them."""
@@ -161,9 +161,8 @@ class SSLEmbedder(Conditioner):
         for key, dim, name in zip(self.keys, self.dims, ("embed_dim", "region_embed_dim")):
             check_features(key, metadata, dim, name)
 
-    def describe(self) -> dict[str, Any]:
-        kinds = ("features", "region features, optional")
-        return {key: {"kind": kind, "dim": dim} for key, kind, dim in zip(self.keys, kinds, self.dims)}
+    def describe(self) -> dict[str, About]:
+        return {key: About("features", dim=d, optional=o) for key, d, o in zip(self.keys, self.dims, (False, True))}
 
     def _features(self, values: Any, dim: int) -> Tensor:
         features = checked_features(values, dim).to(self.patch_fc.weight)       # (B,dim)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.conditioners.base import Conditioner, as_list, where_kept
+from ldm.conditioners.base import About, Conditioner, as_list, where_kept
 from ldm.conditioners.text_tokens import LAYOUTS, ClipWords, FileWords, capacity, lay_out
 from ldm.conditioners.text_towers import build_tower, tower_sha256
 from ldm.encoders.text_models import find_tower
@@ -233,10 +233,9 @@ class TextEmbedder(Conditioner):
                     "it again with `python -m data_prep.encode_captions`."
                 )
 
-    def describe(self) -> dict[str, Any]:
-        about = {"kind": "text", "model": self.source.name, "licence": self.source.licence, "prompt": self.prompt}
-        known: dict[str, Any] = {self.keys[0]: about}
-        return known | ({self.modality_key: {"kind": "modality"}} if self.modality_key else {})
+    def describe(self) -> dict[str, About]:
+        known = {self.keys[0]: About("text", model=self.source.name, licence=self.source.licence, prompt=self.prompt)}
+        return known | ({self.modality_key: About("modality")} if self.modality_key else {})
 
     def portable(self) -> tuple[dict[str, Any], dict[str, str]]:
         params: dict[str, Any] = {"model": "./text_model.json", "weights": None, "tokenizer": None}

@@ -2,7 +2,6 @@
 
     super_resolved = consistent(denoiser, match_low(low, 4))                                # a pixel-space model
     super_resolved = consistent(denoiser, projected(match_low(low, 4), encode, decode))       # a latent one
-    super_resolved = consistent(denoiser, descend(lambda z: shrink(decode(z), 4), low))     # or by its gradient
 """
 
 from __future__ import annotations
@@ -74,28 +73,3 @@ def projected(project: Projection, encode: Projection, decode: Projection) -> Pr
         return z + encode(project(image)) - encode(image)
 
     return in_latents
-
-
-def descend(measure: Projection, wanted: Tensor, rounds: int = 3) -> Projection:
-    """Steepest descent of |wanted - measure(x0)|^2, as through a decoder: `rounds` steps of the length that is best
-    where `measure` is linear."""
-
-    def project(x0: Tensor) -> Tensor:
-        x0 = x0.detach()
-        for _ in range(rounds):
-            with torch.enable_grad():
-                at = x0.requires_grad_()
-                lack = wanted.to(x0) - measure(at)
-                (gradient,) = torch.autograd.grad(-0.5 * lack.square().sum(), at)
-            x0, lack = x0.detach(), lack.detach()
-            small = 1e-3 * norm(x0) / norm(gradient).clamp(min=1e-12)
-            with torch.no_grad():
-                change = (measure(x0 + small * gradient) - (wanted.to(x0) - lack)) / per_sample(small.flatten(), lack)
-            length = (gradient.flatten(1).square().sum(1) / change.flatten(1).square().sum(1).clamp(min=1e-12))
-            x0 = x0 + per_sample(length, x0) * gradient
-        return x0
-
-    def norm(x: Tensor) -> Tensor:
-        return x.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
-
-    return project

@@ -8,9 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ldm.diffusion.choices import INTERPOLATIONS
 from ldm.errors import UserError
-
-INTERPOLATIONS = ("linear", "slerp", "nearest")
 
 
 class FeatureField:

@@ -71,21 +71,6 @@ def cfg(denoiser: Denoiser, null: Cond, scale: float, rescale: float = 0.0) -> D
     return guided
 
 
-def dropped_condition(guided: Denoiser, null: Cond, keep: Callable[[Tensor], Tensor]) -> Denoiser:
-    """`guided` with the unconditional value (1,...) in place of a sample's condition where keep(sigma) (B,) is false.
-
-    For parity: the mitotic-figure DPM's published sampler still drops its condition with probability 0.5 at each step,
-    so that `dropped_condition(cfg(d, null, 8.0), null, keep)` acts like `cfg(d, null, 4.0)`, with more noise.
-    """
-
-    def sometimes(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        kept = keep(sigma).to(x.device)
-        nulls = expand_cond(null, len(x))
-        return guided(x, sigma, {part: torch.where(per_sample(kept, v), v, nulls[part]) for part, v in cond.items()})
-
-    return sometimes
-
-
 def compose(denoiser: Denoiser, null: Cond, terms: Sequence[tuple[Cond, float]]) -> Denoiser:
     """Guidance with a scale for each condition (composable diffusion, arXiv:2206.01714, equation 11).
 
@@ -152,37 +137,63 @@ def autoguidance(denoiser: Denoiser, weak: Denoiser, scale: float) -> Denoiser:
     return guided
 
 
-def classifier_guidance(denoiser: Denoiser, log_probability: LogProbability, scale: float) -> Denoiser:
-    """Guidance by the gradient of log p(y|x) (arXiv:2105.05233, algorithm 2): x0 + scale * sigma^2 * d log p / dx.
+def target_gradient(log_probability: LogProbability, scale: float) -> Denoiser:
+    """scale * d log p(target | x) / dx as a function of (x, sigma, cond) -> (B,C,H,W), also inside no-grad samplers.
 
     `log_probability(x, sigma, cond)` -> (B,) is differentiable and works on x in variance-exploding coordinates, see
-    `class_log_probability`. Gradients are taken inside no-grad samplers; the denoiser is not differentiated, and does
-    not see `cond["target"]`, which is for the classifier alone.
+    `class_log_probability`. `classifier_guidance` adds it to the denoised image; `sample_ddpm` moves its mean by it.
 
     >>> towards = lambda x, sigma, cond: -(x - 1).square().flatten(1).sum(1) / 2  # a Gaussian around 1
-    >>> guided = classifier_guidance(denoiser, towards, scale=0.5)
-    >>> guided(torch.zeros(1, 3, 8, 8), torch.tensor([0.2]), {}).mean()
-    tensor(0.0200)
+    >>> target_gradient(towards, scale=0.5)(torch.zeros(1, 3, 8, 8), torch.tensor([0.2]), {}).mean()
+    tensor(0.5000)
     """
 
-    def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+    def gradient(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         with torch.enable_grad():
             at = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_probability(at, sigma, cond).sum(), at)
-        seen = {part: value for part, value in cond.items() if part != TARGET}
-        return denoiser(x, sigma, seen) + scale * per_sample(sigma, x) ** 2 * gradient
+            (slope,) = torch.autograd.grad(log_probability(at, sigma, cond).sum(), at)
+        return scale * slope
+
+    return gradient
+
+
+def classifier_guidance(denoiser: Denoiser, gradient: Denoiser) -> Denoiser:
+    """Guidance by a classifier (arXiv:2105.05233, algorithm 2): x0 + sigma^2 * gradient(x), of `target_gradient`.
+
+    The denoiser is not differentiated, and does not see `cond["target"]`, which is for the classifier alone.
+
+    >>> gradient = target_gradient(lambda x, sigma, cond: -(x - 1).square().flatten(1).sum(1) / 2, scale=0.5)
+    >>> classifier_guidance(denoiser, gradient)(torch.zeros(1, 3, 8, 8), torch.tensor([0.2]), {}).mean()
+    tensor(0.0200)
+    """
+    untold = without_target(denoiser)
+
+    def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        return untold(x, sigma, cond) + per_sample(sigma, x) ** 2 * gradient(x, sigma, cond)
 
     return guided
+
+
+def without_target(denoiser: Denoiser) -> Denoiser:
+    """The denoiser, which is not told the `target` of a classifier.
+
+    >>> without_target(lambda x, sigma, cond: sorted(cond))(0, 0, {"label": 1, "target": 2})
+    ['label']
+    """
+
+    def untold(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        return denoiser(x, sigma, {part: value for part, value in cond.items() if part != TARGET})
+
+    return untold
 
 
 def class_log_probability(
     classifier: Callable[[Tensor, Tensor], Tensor], timestep: Callable[[Tensor], Tensor]
 ) -> LogProbability:
-    """log p(label | x) of a classifier(x_t, timestep) -> logits (B,K) of noisy images, for `classifier_guidance`.
+    """log p(target | x) of a classifier(x_t, timestep) -> logits (B,K) of noisy images, for `target_gradient`.
 
     x_t = x / sqrt(1 + sigma^2); `timestep` maps sigma (B,) to the classifier's time, as `TableDenoiser.timestep`. The
-    labels (B,) are `cond["target"]`, else the network's own, `cond["label"]`. With a model whose classes act otherwise:
-    `cond = model.condition(class_=names) | {"target": model.cond_stage_model.labels(names)}`.
+    labels (B,) are `cond["target"]`, and those below 0 guide nowhere.
 
     >>> brightness = lambda x, timestep: torch.stack([-x.mean((1, 2, 3)), x.mean((1, 2, 3))], 1)  # logits: dark, bright
     >>> log_probability = class_log_probability(brightness, lambda sigma: sigma)
@@ -192,8 +203,8 @@ def class_log_probability(
 
     def log_probability(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         logits = classifier(x / (1 + per_sample(sigma, x) ** 2).sqrt(), timestep(sigma))
-        labels = cond[TARGET] if TARGET in cond else cond["label"]
-        return log_softmax(logits, dim=-1).gather(1, labels[:, None])[:, 0]
+        labels = cond[TARGET]
+        return log_softmax(logits, dim=-1).gather(1, labels.clamp(min=0)[:, None])[:, 0] * (labels >= 0)
 
     return log_probability
 
@@ -234,35 +245,6 @@ def clip(denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> Denoiser:
         return denoiser(x, sigma, cond).clamp(low, high)
 
     return clipped
-
-
-def dynamic_threshold(denoiser: Denoiser, percentile: float = 0.995, least: float = 1.0) -> Denoiser:
-    """Dynamic thresholding (Imagen, arXiv:2205.11487, section 2.3) of pixel-space models under strong guidance.
-
-    With s = max(percentile of |x0|, least), each sample is clipped to [-s, s] and divided by s/least.
-    """
-
-    def thresholded(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        x0 = denoiser(x, sigma, cond)
-        s = x0.flatten(1).abs().float().quantile(percentile, dim=1).clamp(min=least)
-        s = per_sample(s, x0).to(x0.dtype)
-        return x0.clamp(-s, s) * (least / s)
-
-    return thresholded
-
-
-def known_region(denoiser: Denoiser, x0: Tensor, mask: Tensor) -> Denoiser:
-    """Inpainting: where mask (1 or B,1,H,W) is 1 the denoised image is the known x0 (1 or B,C,H,W), elsewhere free.
-
-    Every sampler here then holds the known region at x0 + sigma*n with the noise it started with or added, so it fits
-    the free region at each level, and ends exactly at x0. Start at x0 + sigmas[0]*noise.
-    """
-
-    def filled(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        free = denoiser(x, sigma, cond)
-        return free + mask.to(free) * (x0.to(free) - free)
-
-    return filled
 
 
 def keep_variance(denoiser: RangeDenoiser, guide: Callable[[Denoiser], Denoiser]) -> RangeDenoiser:

@@ -125,7 +125,7 @@ def sample_dpmpp_2m(
 @torch.no_grad()
 def sample_ddpm(
     denoiser: Denoiser | RangeDenoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise,
-    variance: float | None = 0.0, callback: Callback = _nothing,
+    variance: float | None = 0.0, gradient: Denoiser | None = None, callback: Callback = _nothing,
 ) -> Tensor:  # fmt: skip
     """Ancestral sampling (DDPM, arXiv:2006.11239, algorithm 2), over the whole table or respaced.
 
@@ -133,19 +133,29 @@ def sample_ddpm(
     (arXiv:2102.09672, equation 15): `variance` is its place, 0 small, 1 large. None takes it from the denoiser, which
     then returns (x0, place), as `TableDenoiser.with_variance` does (`guidance.keep_variance` guides such a one).
 
+    gradient: of a classifier (`guidance.target_gradient`). The mean moves by the step's variance times the gradient at
+    x_t = x / sqrt(1 + sigma^2) (arXiv:2105.05233, algorithm 1); in the last step, whose posterior variance is 0, by
+    that of the step before, as published.
+
     >>> [float(sample_ddpm(denoiser, x, sigmas, {}, noise, variance).std()) for variance in (0.0, 1.0)]
     [0.8595, 1.0052]
     """
     sigmas = _checked(x, sigmas)
+    posterior = sigmas[0] * 0                                                   # of the step before, at its lower level
     for i in range(len(sigmas) - 1):
         sigma, target = sigmas[i], sigmas[i + 1]
         out = denoiser(x, sigma.expand(len(x)), cond)
         x0, place = out if variance is None else (out, variance)
-        x = x0 + (x - x0) * (target / sigma) ** 2
-        if target > 0:
-            step = sigma**2 - target**2
-            small, large = step * (target / sigma) ** 2, step * (1 + target**2) / (1 + sigma**2)
-            x = x + noise(i).to(x) * small.sqrt() * (large / small) ** (place / 2)
+        step = sigma**2 - target**2
+        small, large = step * (target / sigma) ** 2, step * (1 + target**2) / (1 + sigma**2)
+        if target == 0:
+            small = posterior / (1 + sigma**2)
+        posterior, spread = small, small * (large / small.clamp(min=1e-20)) ** place
+        mean = x0 + (x - x0) * (target / sigma) ** 2
+        if gradient is not None:
+            slope = gradient(x, sigma.expand(len(x)), cond)
+            mean = mean + spread * ((1 + sigma**2) / (1 + target**2)).sqrt() * slope
+        x = mean + noise(i).to(x) * spread.sqrt() if target > 0 else mean
         callback(i, x, x0)
     return x
 

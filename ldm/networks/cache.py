@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import UserError
-from ldm.networks.unet import UNetModel
+from ldm.networks.takes import declared
 
 Network = Callable[..., Tensor]
 
@@ -91,18 +91,22 @@ def _filled(values: Tensor, size: int) -> Tensor:
 
 
 class DeepCache:
-    """A UNet that computes its deep features at every `interval`-th step and reuses them between (arXiv:2312.00858).
+    """A network that computes its deep features at every `interval`-th step and reuses them between (arXiv:2312.00858).
 
-    The first `shallow` blocks and the last `shallow` run at every step. Features are reused only while calls follow
-    each other as the steps of one sampling run do: same shape, same condition, falling timesteps. Two calls at one
-    timestep are parts of a larger batch: from then on nothing is reused. Not for windows that move between steps.
+    The network declares that it can (`Takes.skips`), and runs as `UNetModel.run` does. The first `shallow` blocks and
+    the last `shallow` run at every step. Features are reused only while calls follow each other as the steps of one
+    sampling run do: same shape, same condition, falling timesteps. Two calls at one timestep are parts of a larger
+    batch: from then on nothing is reused. Not for windows that move between steps.
     """
 
-    def __init__(self, network: UNetModel, interval: int, shallow: int = 1):
-        if interval < 1 or not 1 <= shallow < len(network.input_blocks):
+    def __init__(self, network: nn.Module, interval: int, shallow: int = 1):
+        skips = declared(network).skips
+        if not skips:
+            raise UserError(f"a {type(network).__name__} keeps no deep features between steps; leave the cache out.")
+        if interval < 1 or not 1 <= shallow <= skips:
             raise UserError(
-                f"feature caching takes an interval of 1 or more and 1..{len(network.input_blocks) - 1} shallow "
-                f"blocks; got {interval} and {shallow}."
+                f"feature caching takes an interval of 1 or more and 1..{skips} shallow blocks; got {interval} and "
+                f"{shallow}."
             )
         self.network, self.interval, self.shallow = network, interval, shallow
         self._age = 0

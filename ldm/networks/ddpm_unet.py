@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.networks.layers import Conv3x3, GroupNorm32, PointwiseConv, Upsample, attend
+from ldm.networks.takes import Takes
 
 GROUPS = 32
 
@@ -105,7 +106,7 @@ class DDPMUNet(nn.Module):
         super().__init__()
         if any((width := ch * mult) % GROUPS for mult in (1, *ch_mult)):
             raise UserError(f"every level's width must be a multiple of {GROUPS} (group normalisation); got {width}.")
-        self.image_size, self.in_channels, self.out_channels, self.ch = image_size, in_channels, out_ch, ch
+        self.takes, self.ch = Takes(in_channels, out_ch, image_size), ch
         self.divisor = 2 ** (len(ch_mult) - 1)
 
         def block(channels: int, out: int) -> ResnetBlock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
+from ldm.networks.takes import declared
 
 EPS = 1e-10
 TAIL = 1e-8  # of a level's largest kernel value: what is smaller is left out of the joint histograms
@@ -249,13 +251,9 @@ class LMIUNet(nn.Module):
         patch, bins, sigma, normalized: as `lmi_map`'s.
         unit: x_t is of images in [0, 1], as the published network's (first stage `UnitFirstStage`); the source is not.
 
-    Attributes:
-        sample_dtype: of a sampler's x. Rounding of float32 would move some values over the edge of a grey level, and a
-            level is worth up to 1e-4 of the sample.
-        unet: the network. image_size, out_channels: its own; in_channels: of x_t and the source together.
+    A sampler's x is float64: rounding of float32 would move some values over the edge of a grey level, and a level is
+    worth up to 1e-4 of the sample.
     """
-
-    sample_dtype = torch.float64
 
     def __init__(
         self,
@@ -269,23 +267,23 @@ class LMIUNet(nn.Module):
         super().__init__()
         self.unit = unit
         self.unet = instantiate_from_config(unet)
-        self.image_size, self.out_channels = self.unet.image_size, self.unet.out_channels
-        self.channels, rest = divmod(self.unet.in_channels, 3)
+        inner = declared(self.unet)
+        self.channels, rest = divmod(inner.in_channels, 3)
         if rest:
             raise UserError(
                 f"the UNet of an LMIUNet takes an image and two maps of as many channels: in_channels is 3 or 9; got "
-                f"{self.unet.in_channels}."
+                f"{inner.in_channels}."
             )
-        self.in_channels = 2 * self.channels
+        self.takes = replace(inner, in_channels=2 * self.channels, skips=0, dtype=torch.float64)
         self.settings = {"patch": patch, "bins": bins, "sigma": sigma, "normalized": normalized}
         self._of_itself: tuple[Tensor, Tensor] | None = None  # the last source and its map
 
     def forward(self, x: Tensor, timesteps: Tensor, **condition: Tensor) -> Tensor:
         """The UNet's prediction from x (B,in_channels,H,W) = x_t and source, and timesteps (B,).
 
-        x may be float64, as samplers have it (`sample_dtype`); the UNet computes in float32.
+        x may be float64, as samplers have it (`takes.dtype`); the UNet computes in float32.
         """
-        if x.shape[1] != self.in_channels:
+        if x.shape[1] != self.takes.in_channels:
             raise UserError(
                 f"an LMIUNet takes {self.channels} channels of the image and {self.channels} of its source; got "
                 f"{x.shape[1]} together. Condition it on a source image alone (SourceImage)."

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ldm.errors import UserError
 from ldm.networks.ddpm_unet import original_timestep_embedding
 from ldm.networks.layers import GroupNorm32, attend
+from ldm.networks.takes import Takes
 
 HEADS, HEAD_CHANNELS = 4, 32
 
@@ -165,8 +166,7 @@ class LucidrainsUNet(nn.Module):
             raise UserError(
                 f"every level's width must be a multiple of {resnet_block_groups} (resnet_block_groups); got {width}."
             )
-        self.in_channels = self.out_channels = channels
-        self.vector_dim, self.image_size = 4 * dim, image_size
+        self.takes = Takes(channels, channels, image_size, vector_dim=4 * dim, needs_vector=True)
         self.divisor = 2 ** (len(dim_mults) - 1)
         widths = [dim, *(dim * mult for mult in dim_mults)]
         levels = list(pairwise(widths))
@@ -203,10 +203,11 @@ class LucidrainsUNet(nn.Module):
         """Predict (B,channels,H,W) from x (B,channels,H,W), timesteps (B,) and the condition's vector (B,4*dim)."""
         if x.shape[-1] % self.divisor or x.shape[-2] % self.divisor:
             raise ValueError(f"height and width must be multiples of {self.divisor}; got {tuple(x.shape[-2:])}")
-        if vector is None or vector.shape[-1] != self.vector_dim:
+        wanted = self.takes.vector_dim
+        if vector is None or vector.shape[-1] != wanted:
             given = "none" if vector is None else f"one of dimension {vector.shape[-1]}"
             raise UserError(
-                f"the network takes a condition that acts by vector, of dimension {self.vector_dim}; got {given}. Use "
+                f"the network takes a condition that acts by vector, of dimension {wanted}; got {given}. Use "
                 "ldm.conditioners.score.LucidrainsScore with the network's dim."
             )
         time = self.time_mlp(timesteps).expand(len(x), -1)

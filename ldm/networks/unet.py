@@ -23,6 +23,7 @@ from ldm.networks.layers import (
     timestep_embedding,
     zero_module,
 )
+from ldm.networks.takes import Takes
 
 
 class TimestepEmbedSequential(nn.Sequential):
@@ -92,8 +93,7 @@ class UNetModel(nn.Module):
         widths, stem = [int(mult * model_channels) for mult in channel_mult], stem_channels or model_channels
         if wrong := [width for width in (stem, *widths) if width % norm_groups]:
             raise UserError(f"every level's width must be a multiple of {norm_groups} (norm_groups); got {wrong[0]}.")
-        self.in_channels, self.out_channels, self.model_channels = in_channels, out_channels, model_channels
-        self.image_size, self.context_dim, self.num_classes = image_size, context_dim, num_classes
+        self.model_channels, self.context_dim, self.num_classes = model_channels, context_dim, num_classes
         self.divisor = 2 ** (len(channel_mult) - 1)
         self.use_checkpoint = use_checkpoint
         emb = 4 * model_channels
@@ -155,6 +155,10 @@ class UNetModel(nn.Module):
 
         self.out = nn.Sequential(
             GroupNorm32(channels, norm_groups), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
+        )
+        self.takes = Takes(
+            in_channels, out_channels, image_size, context_dim, emb, num_classes=num_classes,
+            skips=len(self.input_blocks) - 1,
         )
 
     def forward(

@@ -57,7 +57,7 @@ def parse_edits(conditioner: Conditioner, texts: Sequence[str]) -> list[Change]:
         if not (name and equals and rest.strip()):
             raise UserError(f"an edit is name=value, as mutation=TP53:1 or expression=MKI67:0:1:5; got '{text}'.")
         key = known_key(conditioner, name.strip())
-        kind = about[key].get("kind")
+        kind = about[key].kind
         if kind in NUMBERS:
             changes.append(Change(key, None, _texts(rest, text)))
         elif kind in GENES:
@@ -65,8 +65,8 @@ def parse_edits(conditioner: Conditioner, texts: Sequence[str]) -> list[Change]:
                 gene, colon, value = item.strip().partition(":")
                 if not (gene and colon):
                     raise UserError(f"an edit of '{key}' is GENE:value, as MKI67:0.9; got '{item.strip()}'.")
-                if gene not in about[key]["genes"]:
-                    raise UserError(f"the model has no gene '{gene}' in '{key}'{suggest(gene, about[key]['genes'])}")
+                if gene not in about[key].genes:
+                    raise UserError(f"the model has no gene '{gene}' in '{key}'{suggest(gene, about[key].genes)}")
                 changes.append(Change(key, gene, _texts(value, text)))
         else:
             raise UserError(f"'{key}' ({kind}) is not edited by numbers; give it with --target {name}=...")
@@ -116,11 +116,11 @@ def edited(conditioner: Conditioner, source: Mapping[str, Any], changes: Sequenc
             if change.gene is None:
                 values[change.key] = _changed(source.get(change.key), text, change.key)
                 continue
-            genes = about[change.key]["genes"]
+            genes = about[change.key].genes
             own = gene_values(values.get(change.key), genes)
             at = genes.index(change.gene)
             own[at] = _changed(own[at], text, change.gene)
-            if about[change.key]["kind"] == "expression":
+            if about[change.key].kind == "expression":
                 own[at] = np.clip(own[at], 0, 1)
             values[change.key] = own
         moving = [change.labels()[place] for change, place in zip(changes, chosen)]
@@ -152,7 +152,7 @@ def completed(conditioner: Conditioner, source: Mapping[str, Any], changes: Sequ
     what is changed alone."""
     about = conditioner.describe()
     missing = {change.key for change in changes if change.gene is not None} - set(source)
-    return {**source, **{key: gene_values(None, about[key]["genes"]) for key in missing}}
+    return {**source, **{key: gene_values(None, about[key].genes) for key in missing}}
 
 
 def safe(text: str) -> str:

@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 from ldm.conditioners.base import Conditioner
-from ldm.conditioners.compose import known_key, parse_conditions
+from ldm.conditioners.compose import keys_of, known_key, parse_conditions
 from ldm.errors import UserError, some, suggest
 from ldm.requests.edits import Target, completed, edited, gene_values, parse_edits, safe
 
@@ -191,8 +191,7 @@ def _of_mmdm(
 
 def mmdm_source(conditioner: Conditioner, name: str) -> dict[str, Any]:
     """The class that a file's name begins with, "TCGA-COAD__image_01.png", where the model knows classes."""
-    kinds = {key: about.get("kind") for key, about in conditioner.describe().items()}
-    key = next((key for key, kind in kinds.items() if kind == "class"), None)
+    key = next(iter(keys_of(conditioner, "class")), None)
     head, underscores, _ = name.partition("__")
     return {key: conditioner.parse(key, head)} if key and underscores else {}
 
@@ -222,7 +221,7 @@ def _mmdm_plan(
     source, targets = dict(source), []
     for name in {name for name, gene in lists if gene is not None}:
         key = known_key(conditioner, MMDM[name])
-        source[key] = gene_values(source.get(key), about[key]["genes"])
+        source[key] = gene_values(source.get(key), about[key].genes)
     for index, label in enumerate(labels):
         values = dict(source)
         for (name, gene), given in lists.items():
@@ -230,10 +229,10 @@ def _mmdm_plan(
             if value is None:
                 continue
             if gene is None:
-                kinds = about[key].get("names")
+                kinds = about[key].names
                 values[key] = kinds[value] if kinds and isinstance(value, int) else conditioner.parse(key, str(value))
                 continue
-            genes = about[key]["genes"]
+            genes = about[key].genes
             if isinstance(gene, str) and gene not in genes:
                 if strict:
                     raise UserError(f"{where}: the model has no gene '{gene}' in '{key}'{suggest(gene, genes)}")

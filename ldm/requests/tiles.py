@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,10 @@ from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, suggest
 from ldm.images.write import to_uint8
+
+if TYPE_CHECKING:
+    from ldm.conditioners.base import Conditioner
+    from ldm.latent_diffusion import LatentDiffusion
 
 
 @dataclass
@@ -60,30 +64,36 @@ class Requests:
         return known.hexdigest()
 
 
-def requested_tiles(
-    model: Any,
-    features: Path | None = None,
-    feature: str | None = None,
-    where: Mapping[str, str] | None = None,
-    conditions: Sequence[str] = (),
-    table: Path | None = None,
-    count: int | None = None,
-) -> Requests:
-    """The tiles that a user asks for.
+@dataclass(frozen=True)
+class AskedTiles:
+    """Which tiles a user asks for.
 
-    Args:
+    Attributes:
         features: a file of features, one tile for each; or a cohort or store, one for each tile selected by `where`,
             with all that the model is conditioned on as its training data had it.
+        feature: name of the feature in a store. where: label -> value.
         conditions: "name=value", the same for every tile; they replace those of a store.
         table: CSV or TSV with a column for each condition and a tile for each row.
         count: how many; at most so many, evenly chosen, of features, store or table.
     """
+
+    features: Path | None = None
+    feature: str | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+    conditions: Sequence[str] = ()
+    table: Path | None = None
+    count: int | None = None
+
+
+def requested_tiles(model: LatentDiffusion, asked: AskedTiles) -> Requests:
+    """The tiles that a user asks for. UserError: what goes together with nothing, or that the model does not take."""
+    features, table, count, conditions = asked.features, asked.table, asked.count, asked.conditions
     conditioner = model.cond_stage_model
     fixed = parse_conditions(conditioner, conditions)
     words = {name.partition("=")[0]: name.partition("=")[2] for name in conditions}
     if features is not None and table is not None:
         raise UserError("give features or a table of conditions, not both.")
-    if features is None and where:
+    if features is None and asked.where:
         raise UserError("a selection (--where) is of a tile store's tiles; name the store with --features.")
     if table is not None:
         return _of_table(conditioner, table, fixed, count)
@@ -97,11 +107,11 @@ def requested_tiles(
     if conditioner is None:
         raise UserError("the model is unconditional; it takes no features.")
     if not is_store(features):
-        return _of_file(model, features, where, fixed, count)
-    return _of_store(model, features, feature, where or {}, fixed, count)
+        return _of_file(model, features, asked.where, fixed, count)
+    return _of_store(model, features, asked.feature, asked.where, fixed, count)
 
 
-def _of_table(conditioner: Any, path: Path, fixed: dict[str, Any], count: int | None) -> Requests:
+def _of_table(conditioner: Conditioner | None, path: Path, fixed: dict[str, Any], count: int | None) -> Requests:
     if conditioner is None:
         raise UserError("the model is unconditional; it takes no table.")
     try:
@@ -133,7 +143,7 @@ def _of_table(conditioner: Any, path: Path, fixed: dict[str, Any], count: int | 
 
 
 def _of_file(
-    model: Any, path: Path, where: Mapping[str, str] | None, fixed: dict[str, Any], count: int | None
+    model: LatentDiffusion, path: Path, where: Mapping[str, str], fixed: dict[str, Any], count: int | None
 ) -> Requests:
     if where:
         raise UserError(f"--where selects tiles of a store; {path} is a file of features.")
@@ -146,8 +156,9 @@ def _of_file(
 
 
 def _of_store(
-    model: Any, path: Path, feature: str | None, where: Mapping[str, str], fixed: dict[str, Any], count: int | None
-) -> Requests:
+    model: LatentDiffusion, path: Path, feature: str | None, where: Mapping[str, str], fixed: dict[str, Any],
+    count: int | None,
+) -> Requests:  # fmt: skip
     from ldm.data.datasets import TileDataset
 
     stores = open_cohort(path)
@@ -155,7 +166,7 @@ def _of_store(
     recorded = model.metadata.get("conditions", {})
     sources = {key: recorded[key]["source"] for key in keys if key in recorded and key not in fixed}
     about = model.cond_stage_model.describe()
-    images = [key for key in keys if about[key].get("kind") == "image" and key not in fixed]
+    images = [key for key in keys if about[key].kind == "image" and key not in fixed]
     if "ssl" in keys and "ssl" not in fixed and "ssl" not in sources:
         sources["ssl"] = f"features/{pick_feature(stores, feature, model)}"
     elif feature is not None:
@@ -179,7 +190,7 @@ def _of_store(
     items = [dataset[int(row)] for row in rows]
     for item, row in zip(items, rows):
         shown = pictures[int(row)]["image"]
-        item |= {key: shown.mean(0, keepdim=True) if about[key]["channels"] == 1 else shown for key in images}
+        item |= {key: shown.mean(0, keepdim=True) if about[key].channels == 1 else shown for key in images}
     words = [
         {"source": item["slide"], "row": item["row"], "x": int(item["coord"][0]), "y": int(item["coord"][1])}
         | {key: _in_words(item[key]) for key in sources if _in_words(item[key]) is not None}
@@ -205,7 +216,7 @@ def is_store(path: Path) -> bool:
     return path.is_dir()
 
 
-def pick_feature(stores: Sequence[TileStore], feature: str | None, model: Any) -> str:
+def pick_feature(stores: Sequence[TileStore], feature: str | None, model: LatentDiffusion) -> str:
     """The feature to read from stores: the one asked for, the model's own encoder, or the only one there is."""
     names = stores[0].feature_names
     recorded = model.metadata.get("conditions", {}).get("ssl", {}).get("source", "").removeprefix("features/")
@@ -220,7 +231,7 @@ def pick_feature(stores: Sequence[TileStore], feature: str | None, model: Any) -
     return wanted
 
 
-def check_encoder(model: Any, attrs: Mapping[str, Any], source: Path, key: str = "ssl") -> None:
+def check_encoder(model: LatentDiffusion, attrs: Mapping[str, Any], source: Path, key: str = "ssl") -> None:
     """UserError if features (`attrs` of their array) were made by another encoder than the model's condition `key`."""
     own = model.metadata.get("conditions", {}).get(key) or (model.metadata.get("encoder", {}) if key == "ssl" else {})
     for name, given in (("weights_sha256", "weights"), ("encoder", "name")):
@@ -233,38 +244,9 @@ def check_encoder(model: Any, attrs: Mapping[str, Any], source: Path, key: str =
             return
 
 
-def feature_dim(model: Any) -> int | None:
+def feature_dim(model: LatentDiffusion) -> int | None:
     """Dimension of the features that the model is conditioned on."""
-    kinds = model.cond_stage_model.describe().values()
-    return next((about.get("dim") for about in kinds if about.get("kind") == "features"), None)
-
-
-def parse_where(where: Sequence[str]) -> dict[str, str]:
-    """`label=value` selections."""
-    pairs = [item.partition("=") for item in where]
-    for item, (name, equals, value) in zip(where, pairs):
-        if not (name and equals and value):
-            raise UserError(f"--where takes label=value, as split=val; got '{item}'.")
-    return {name: value for name, _, value in pairs}
-
-
-def parse_guidance(texts: Sequence[str]) -> float | dict[str, float] | None:
-    """One guidance scale ("2.0"), or one for each condition ("class=3", "text=1.5"); None for none given."""
-    scales: dict[str, float] = {}
-    for text in texts:
-        name, equals, number = text.rpartition("=")
-        try:
-            value = float(number)
-        except ValueError:
-            raise UserError(f"a guidance scale is a number, or name=number, as class=3; got '{text}'.") from None
-        if not equals:
-            if len(texts) > 1:
-                raise UserError("give one guidance scale, or name=scale for each condition; got both.")
-            return value
-        if name in scales:
-            raise UserError(f"'{name}' has two guidance scales, {scales[name]:g} and {value:g}; give one.")
-        scales[name] = value
-    return scales or None
+    return next((about.dim for about in model.cond_stage_model.describe().values() if about.kind == "features"), None)
 
 
 def evenly(total: int, count: int | None) -> np.ndarray:

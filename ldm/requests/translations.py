@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ldm.conditioners.compose import parse_conditions
+from ldm.conditioners.compose import keys_of, parse_conditions
 from ldm.data.collection import read_pictures
 from ldm.data.features import read_features
 from ldm.data.tile_store import holds_stores, open_cohort
@@ -20,23 +20,23 @@ from ldm.errors import UserError, some
 from ldm.images.pictures import Picture
 from ldm.requests.edits import Target, gene_values, safe
 from ldm.requests.spec import Plan, mmdm_source, plan_of_flags, read_pairs, read_spec
-from ldm.requests.tiles import check_encoder, feature_dim, requested_tiles
+from ldm.requests.tiles import AskedTiles, check_encoder, feature_dim, requested_tiles
 from ldm.tables.genes import barcode, read_gene_table
+
+if TYPE_CHECKING:
+    from ldm.conditioners.base import Conditioner
+    from ldm.latent_diffusion import LatentDiffusion
 
 CHECKED = ("class", "score", "mutation", "expression", "multiplier")  # kinds whose values are cheap to read
 
 
-def pictures_and_plans(
-    model: Any, images: Path, device: str, region: Sequence[int] | None = None, mpp: float | None = None,
-    where: Mapping[str, str] | None = None, count: int | None = None, source: Sequence[str] = (),
-    targets: Sequence[str] = (), edits: Sequence[str] = (), spec: Path | None = None, table: Path | None = None,
-    names: bool = False, mutation_table: Path | None = None, expression_table: Path | None = None,
-    encoder: str | None = None, features: Path | None = None, target_features: Path | None = None,
-    map_features: Path | None = None,
-) -> tuple[list[Picture], list[Plan]]:  # fmt: skip
-    """The images, and the plan of each; those that a specification or table leaves out are not among them.
+@dataclass(frozen=True)
+class AskedTranslations:
+    """What a user asks of a translation, besides the images.
 
-    Args:
+    Attributes:
+        region: x, y, width, height of one large image. mpp: micrometres per pixel of files that do not say it.
+        where, count: which tiles of a store; at most so many images.
         source, targets, edits: see `plan_of_flags`. spec: see `read_spec`. table: see `read_pairs`.
         names: a source's class is the beginning of the file's name, up to two underscores.
         mutation_table, expression_table: genes of the sources, by the sample that the file's name tells.
@@ -44,41 +44,65 @@ def pictures_and_plans(
         target_features: a file of features, one or one for each image. map_features: a folder of
             `ldm.encoders.feature_map`, which maps the sources' features to those of the targets.
     """
+
+    region: Sequence[int] | None = None
+    mpp: float | None = None
+    where: Mapping[str, str] = field(default_factory=dict)
+    count: int | None = None
+    source: Sequence[str] = ()
+    targets: Sequence[str] = ()
+    edits: Sequence[str] = ()
+    spec: Path | None = None
+    table: Path | None = None
+    names: bool = False
+    mutation_table: Path | None = None
+    expression_table: Path | None = None
+    encoder: str | None = None
+    features: Path | None = None
+    target_features: Path | None = None
+    map_features: Path | None = None
+
+
+def pictures_and_plans(
+    model: LatentDiffusion, images: Path, asked: AskedTranslations
+) -> tuple[list[Picture], list[Plan]]:
+    """The images, and the plan of each; those that a specification or table leaves out are not among them."""
     conditioner = model.cond_stage_model
-    _check_flags(conditioner, spec, table, source, targets, edits, target_features, map_features)
+    _check_flags(conditioner, asked)
     if holds_stores(images):
-        if region or mpp:
+        if asked.region or asked.mpp:
             raise UserError(f"--region and --mpp are of image files; {images} is a tile store.")
-        found = requested_tiles(model, images, where=where, conditions=source, count=count)
+        tiles = AskedTiles(images, where=asked.where, conditions=asked.source, count=asked.count)
+        found = requested_tiles(model, tiles)
         if found.absent:
             print(f"{images} has no {', '.join(found.absent)}: unknown to the model")
         pictures = _tiles(images, found.about)
         known = [{**{key: values[i] for key, values in found.values.items()}, **found.fixed} for i in range(len(found))]
-        image_key = _keys(conditioner, "image")
+        image_key = keys_of(conditioner, "image")
         known = [{key: value for key, value in own.items() if key not in image_key} for own in known]
     else:
-        if where:
+        if asked.where:
             raise UserError(f"--where selects tiles of a store; {images} is none.")
-        pictures = _files(images, region, mpp)[:count]
-        known = [parse_conditions(conditioner, source) for _ in pictures]
-    if names:
+        pictures = _files(images, asked.region, asked.mpp)[: asked.count]
+        known = [parse_conditions(conditioner, asked.source) for _ in pictures]
+    if asked.names:
         known = [{**_named(conditioner, picture.file), **own} for picture, own in zip(pictures, known)]
-    for kind, path in {"mutation": mutation_table, "expression": expression_table}.items():
+    for kind, path in {"mutation": asked.mutation_table, "expression": asked.expression_table}.items():
         if path is not None:
             _add_genes(conditioner, kind, path, pictures, known)
     mapped: Sequence[Target | None] = [None] * len(pictures)
-    if encoder or features or map_features or target_features:
-        mapped = _with_features(model, pictures, known, encoder, features, target_features, map_features, device)
-    if spec is not None or table is not None:
+    if asked.encoder or asked.features or asked.map_features or asked.target_features:
+        mapped = _with_features(model, pictures, known, asked)
+    if listed := asked.spec or asked.table:
         own = {picture.file: values for picture, values in zip(pictures, known)}
-        read = read_pairs if spec is None else read_spec
-        found_plans = read(spec or table, conditioner, list(own), own.__getitem__)
+        read = read_pairs if asked.spec is None else read_spec
+        found_plans = read(listed, conditioner, list(own), own.__getitem__)
         pictures = [picture for picture in pictures if picture.file in found_plans]
         plans = [found_plans[picture.file] for picture in pictures]
     else:
-        plans = [plan_of_flags(conditioner, values, targets, edits) for values in known]
+        plans = [plan_of_flags(conditioner, values, asked.targets, asked.edits) for values in known]
         plans = [plan if target is None else _with_target(plan, target) for plan, target in zip(plans, mapped)]
-    if _keys(conditioner, "image"):
+    if keys_of(conditioner, "image"):
         plans = [plan if plan.targets else Plan(plan.source, [Target("translated", plan.source)]) for plan in plans]
     if not all(plan.targets for plan in plans):
         raise UserError(
@@ -115,11 +139,11 @@ def _tiles(path: Path, asked: Sequence[Mapping[str, Any]]) -> list[Picture]:
     return tiles
 
 
-def _check_values(conditioner: Any, plans: Sequence[Plan]) -> None:
+def _check_values(conditioner: Conditioner | None, plans: Sequence[Plan]) -> None:
     """UserError for a class, a number or a gene's value that the model does not take."""
     if conditioner is None:
         return
-    simple = {key for kind in CHECKED for key in _keys(conditioner, kind)}
+    simple = {key for kind in CHECKED for key in keys_of(conditioner, kind)}
     seen = set()
     for plan in plans:
         for values in (plan.source, *(target.values for target in plan.targets)):
@@ -129,24 +153,22 @@ def _check_values(conditioner: Any, plans: Sequence[Plan]) -> None:
                 conditioner.read(given)
 
 
-def _check_flags(conditioner: Any, spec: Any, table: Any, *flags: Any) -> None:
-    names = ("--source", "--target", "--edit", "--target-features", "--map-features")
-    given = [name for name, value in zip(names, flags) if value]
-    if spec is not None and table is not None:
+def _check_flags(conditioner: Conditioner | None, asked: AskedTranslations) -> None:
+    flags = {
+        "--source": asked.source, "--target": asked.targets, "--edit": asked.edits,
+        "--target-features": asked.target_features, "--map-features": asked.map_features,
+    }  # fmt: skip
+    given = [name for name, value in flags.items() if value]
+    if asked.spec is not None and asked.table is not None:
         raise UserError("give a specification (--spec) or a table of pairs (--table), not both.")
-    whole = "--spec" if spec is not None else "--table" if table is not None else None
+    whole = "--spec" if asked.spec is not None else "--table" if asked.table is not None else None
     if whole and given:
         raise UserError(f"{whole} says what images are and become; leave {', '.join(given)} out, or the {whole[2:]}.")
     if conditioner is None and (whole or given):
         raise UserError(f"the model is unconditional; it takes no {whole or given[0]}.")
 
 
-def _keys(conditioner: Any, kind: str) -> list[str]:
-    about = {} if conditioner is None else conditioner.describe()
-    return [key for key, told in about.items() if told.get("kind") == kind]
-
-
-def _named(conditioner: Any, file: str) -> dict[str, Any]:
+def _named(conditioner: Conditioner | None, file: str) -> dict[str, Any]:
     found = {} if conditioner is None else mmdm_source(conditioner, file)
     if not found:
         raise UserError(
@@ -157,13 +179,13 @@ def _named(conditioner: Any, file: str) -> dict[str, Any]:
 
 
 def _add_genes(
-    conditioner: Any, kind: str, path: Path, pictures: Sequence[Picture], known: Sequence[dict[str, Any]]
+    conditioner: Conditioner | None, kind: str, path: Path, pictures: Sequence[Picture], known: Sequence[dict[str, Any]]
 ) -> None:
     """The genes of each picture's sample, of a table of samples and genes."""
-    keys = _keys(conditioner, kind)
+    keys = keys_of(conditioner, kind)
     if not keys:
         raise UserError(f"the model is not conditioned on {kind}; leave --{kind}-table out.")
-    genes = conditioner.describe()[keys[0]]["genes"]
+    genes = conditioner.describe()[keys[0]].genes
     table = read_gene_table(path, kind)
     if not set(genes) & set(table.genes):
         raise UserError(f"{path} has none of the model's genes ({some(genes, 5)}); it has {some(table.genes, 5)}.")
@@ -187,21 +209,21 @@ def _add_genes(
 
 
 def _with_features(
-    model: Any, pictures: Sequence[Picture], known: Sequence[dict[str, Any]], encoder: str | None,
-    features: Path | None, target_features: Path | None, map_features: Path | None, device: str,
-) -> Sequence[Target | None]:  # fmt: skip
+    model: LatentDiffusion, pictures: Sequence[Picture], known: Sequence[dict[str, Any]], asked: AskedTranslations
+) -> Sequence[Target | None]:
     """Adds the sources' features to what is known; gives the targets that features make."""
-    keys, dim = _keys(model.cond_stage_model, "features"), feature_dim(model)
+    target_features, map_features = asked.target_features, asked.map_features
+    keys, dim = keys_of(model.cond_stage_model, "features"), feature_dim(model)
     if not keys:
         raise UserError("the model is not conditioned on features; leave --encoder and the features out.")
     key, count = keys[0], len(pictures)
     transport = None if map_features is None else load_transport(map_features)
     own_dim = dim if transport is None else transport.dim
     values = None
-    if features is not None:
-        values = _rows(features, count, own_dim)
-    elif encoder is not None:
-        values = _encoded(model, pictures, encoder, device, check=transport is None)
+    if asked.features is not None:
+        values = _rows(asked.features, count, own_dim)
+    elif asked.encoder is not None:
+        values = _encoded(model, pictures, asked.encoder, check=transport is None)
     elif all(key in own for own in known):
         values = np.stack([np.asarray(own[key], np.float32).reshape(-1) for own in known])
     if values is not None and values.shape[1] == dim:
@@ -229,14 +251,14 @@ def _rows(path: Path, count: int, dim: int | None) -> np.ndarray:
     return np.broadcast_to(values, (count, values.shape[1])).astype(np.float32)
 
 
-def _encoded(model: Any, pictures: Sequence[Picture], encoder: str, device: str, check: bool) -> np.ndarray:
-    net = load_encoder(encoder, device=device)
+def _encoded(model: LatentDiffusion, pictures: Sequence[Picture], encoder: str, check: bool) -> np.ndarray:
+    net = load_encoder(encoder, device=str(model.device))
     if check:
         check_encoder(model, {"encoder": net.name}, Path(encoder))
     found = []
     for picture in pictures:
         pixels = torch.from_numpy(np.array(picture.pixels())).movedim(-1, 0)[None].float() / 127.5 - 1
-        found.append(net(pixels.to(device)).float().cpu().numpy())
+        found.append(net(pixels.to(model.device)).float().cpu().numpy())
     return np.concatenate(found)
 
 

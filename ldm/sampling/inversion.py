@@ -13,7 +13,7 @@ there is the image again: the way up and the way down visit the same levels, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Cond, Denoiser, per_sample
-from ldm.diffusion.samplers import sample_dpmpp_2m, sample_euler, sample_heun
+from ldm.diffusion.samplers import sample_euler, sample_heun
 from ldm.diffusion.schedules import sigmas_from
 
 Solver = Callable[..., Tensor]  # solver(denoiser, x, sigmas, cond, callback=...), as the samplers without noise
@@ -128,41 +128,3 @@ def invert_published(
     x = invert(denoiser, x0 * (1 + low**2).sqrt(), sigmas, cond, callback=callback)
     noise = (x - denoiser(x, high.expand(len(x)).to(x.device), cond)) / high
     return noise * (1 + high**2).sqrt()
-
-
-@torch.no_grad()
-def translate(
-    encoder: Denoiser, decoder: Denoiser, x0: Tensor, sigmas: Tensor, source: Cond, targets: Sequence[Cond],
-    solver: Solver = sample_euler, exact: bool = False, callback: Callback = _nothing,
-) -> list[Tensor]:  # fmt: skip
-    """x0 (B,C,H,W) under each of the target conditions: one inversion under the source's, a decoding for each.
-
-    encoder: the denoiser on the way up, without guidance as published; decoder: on the way down, with whatever guides.
-    sigmas: descending levels of both ways, see `invertible`. callback: sees the steps of the inversion, then those of
-    each decoding, counted on.
-    """
-    up = invert_exactly if exact else invert
-    latent = up(encoder, x0, sigmas, source, solver, callback=callback)
-    found = []
-    for number, target in enumerate(targets, 1):
-
-        def later(step: int, x: Tensor, denoised: Tensor, before: int = number * (len(sigmas) - 1)) -> None:
-            callback(before + step, x, denoised)
-
-        found.append(solver(decoder, latent, sigmas, target, callback=later))
-    return found
-
-
-@torch.no_grad()
-def sdedit(
-    denoiser: Denoiser, x0: Tensor, sigmas: Tensor, cond: Cond, noise: Tensor, solver: Solver = sample_dpmpp_2m,
-    callback: Callback = _nothing,
-) -> Tensor:  # fmt: skip
-    """SDEdit (arXiv:2108.01073): x0 (B,C,H,W) with noise of level sigmas[0] added, denoised from there.
-
-    sigmas: of `schedules.sigmas_from`, ending at 0. Any solver, those that add noise bound to it:
-    `partial(sample_ddpm, noise=...)`. A model that is conditioned on the image itself (LMI channels, a source image)
-    keeps more of it from the same start.
-    """
-    start = x0 + sigmas[0].to(x0.device) * noise.to(x0)
-    return solver(denoiser, start, sigmas, cond, callback=callback)

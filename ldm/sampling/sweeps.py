@@ -9,23 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Cond
-from ldm.diffusion.guidance import expand_cond
-from ldm.diffusion.samplers import sample_euler, sample_heun
 from ldm.errors import UserError
-from ldm.sampling import tiles as inference
-from ldm.sampling.inversion import invertible, translate
+from ldm.sampling.sampler import EXACT, Inversion, Sampler
+from ldm.sampling.tiles import sample
+from ldm.sampling.translate import translate
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
-REAL_SOLVERS = {"euler": sample_euler, "heun": sample_heun}  # those whose steps can be inverted
 FORM = "name=start:stop:count, as score=0:1:5, or name=part:start:stop:count, as expression=MKI67:0:1:5"
 
 
@@ -57,56 +54,37 @@ def parse_sweep(text: str) -> Sweep:
     return Sweep(name, ":".join(part), tuple(low + (high - low) * k / (number - 1) for k in range(number)))
 
 
-def generated(
-    model: LatentDiffusion, conditions: Sequence[Cond], count: int, first: int = 0, **settings: Any
+def sweep_noise(
+    model: LatentDiffusion, conditions: Sequence[Cond], count: int, sampler: Sampler | None = None, first: int = 0
 ) -> Tensor:
     """`count` sequences (count,N,3,H,W) in [-1,1] of N conditions, each of one sample.
 
-    Sequence i is of the noise of image `first` + i of `inference.sample`, at the start and at every step of solvers
-    that add some; settings are those of `sample`.
+    Sequence i has the noise of image `first` + i of `tiles.sample`, at the start and at every step of solvers that add
+    some.
+
+    >>> sweep_noise(model, [model.null_condition()] * 3, 2, Sampler(steps=1, progress=False)).shape
+    torch.Size([2, 3, 3, 16, 16])
     """
-    return torch.stack([inference.sample(model, cond, count, first=first, **settings) for cond in conditions], 1)
+    return torch.stack([sample(model, cond, count, sampler, first) for cond in conditions], 1)
 
 
-@torch.no_grad()
-def moved(
-    model: LatentDiffusion, images: Tensor, source: Cond, conditions: Sequence[Cond], steps: int = 50,
-    guidance_scale: inference.Guidance | None = None, schedule: str = "uniform", strength: float = 1.0,
-    exact: bool = True, precision: str = "fp32", solver: str = "euler",
+def sweep_images(
+    model: LatentDiffusion, images: Tensor, source: Cond, conditions: Sequence[Cond], sampler: Sampler | None = None,
+    strength: float = 1.0,
 ) -> Tensor:  # fmt: skip
-    """Sequences (B,N,3,H,W) in [-1,1] of real images (B,3,H,W): inverted under `source`, then decoded N times.
+    """Sequences (B,N,3,H,W) in [-1,1] of real images (B,3,H,W): inverted exactly under `source`, then decoded N times.
 
-    source: a condition of one sample or of B, the null where nothing is known. schedule: `uniform` holds the lowest
-    noise level, which the image stands for. strength: see `invertible`; exact: see
-    `invert_exactly`. The condition of the source itself gives the image back at guidance scale 1.
+    source: a condition of one sample or of B, the null where nothing is known. By default the steps hold the lowest
+    noise level, which the image stands for (TASKS["sweep"]); strength: see `Inversion`. The condition of the source
+    itself gives the image back at guidance scale 1.
+
+    >>> images = torch.zeros(1, 3, 16, 16)
+    >>> null = model.null_condition()
+    >>> sweep_images(model, images, null, [null, null], Sampler(steps=2, progress=False)).shape
+    torch.Size([1, 2, 3, 16, 16])
     """
-    if solver not in REAL_SOLVERS:
-        raise UserError(f"real images are inverted with the solver {' or '.join(REAL_SOLVERS)}; got '{solver}'.")
-    if not 0 < strength <= 1:
-        raise UserError(f"the strength of an inversion is above 0, up to 1; got {strength:g}.")
-    levels = invertible(inference.sampling_sigmas(model, steps, schedule), strength).to(model.device)
-    encoder = inference.guided_denoiser(model, 1.0, precision)
-    decoder = inference.guided_denoiser(model, guidance_scale, precision, conditions[0])
-    count = len(images)
-    latents = model.encode(images.to(model.device))
-    targets = [expand_cond(cond, count) for cond in conditions]
-    start = expand_cond(source, count)
-    found = translate(encoder, decoder, latents, levels, start, targets, REAL_SOLVERS[solver], exact)
-    return torch.stack([model.decode(x).clamp(-1, 1).cpu() for x in found], 1)
-
-
-def rank_correlation(values: np.ndarray, scores: np.ndarray) -> float:
-    """Spearman's correlation of values (N,) with scores (S,N), over all images of all sequences."""
-    from scipy.stats import spearmanr
-
-    return float(spearmanr(np.broadcast_to(values, scores.shape).ravel(), scores.ravel()).statistic)
-
-
-def correlation_interval(
-    values: np.ndarray, scores: np.ndarray, draws: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """The middle 95% of `rank_correlation` over draws of as many sequences with replacement."""
-    rng = np.random.default_rng(seed)
-    found = [rank_correlation(values, scores[rng.integers(len(scores), size=len(scores))]) for _ in range(draws)]
-    low, high = np.quantile(found, [0.025, 0.975])
-    return float(low), float(high)
+    sampler = (sampler or Sampler()).settled(model, "sweep")
+    if sampler.solver not in EXACT:
+        raise UserError(f"real images are inverted with the solver {' or '.join(EXACT)}; got '{sampler.solver}'.")
+    inversion = Inversion(start="invert", exact=True, strength=strength)
+    return torch.stack(translate(model, images, source, list(conditions), sampler, inversion), 1)
