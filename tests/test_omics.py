@@ -419,7 +419,7 @@ def test_names_of_genes(plain, tmp_path):
 
 @pytest.mark.slow
 def test_a_mutation_matrix_of_all_genes(tmp_path, shared):
-    real = shared("data/omics")
+    real = shared("data/omics/mutation-matrix-all-genes.tsv").parent
     cohort = make_cohort(tmp_path / "cohort", ["TCGA-21-5787-01Z-00-DX1"])
     table = real / "mutation-matrix-all-genes.tsv"
     report = join_omics(cohort, mutation=table, genes=real / "expression-genes.tsv", top_variable=99)["mutation"]
