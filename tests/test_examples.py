@@ -11,8 +11,8 @@ ALLOWED = ROOT / "tests" / "without_example.txt"  # a function on a line; the li
 
 
 def public_functions() -> Iterator[tuple[str, str]]:
-    """Dotted name and docstring of each. Commands are left out: the docstrings in ldm.cli are help texts, which show how
-    to call them, and the functions in ldm.commands are their bodies."""
+    """Dotted name and docstring of each; not of commands: docstrings in ldm.cli are help texts, which show how to call
+    them, and the functions in ldm.commands are their bodies."""
     for path in sorted(ROOT.glob("ldm/**/*.py")):
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if module.startswith(("ldm.cli", "ldm.commands")):
