@@ -235,6 +235,7 @@ def made(call: list[Any], image: str, folder: Path) -> np.ndarray:
 
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.slow
 def test_every_setting_works_in_every_command_or_says_why_not(world, usual, name, setting, tmp_path):
     (call, image), (options, told) = command(name, world), SETTINGS[setting]
     call = [*call, *options(world)]
@@ -253,6 +254,7 @@ def test_every_setting_works_in_every_command_or_says_why_not(world, usual, name
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.slow
 def test_compiled_networks_and_code_of_others_reach_every_command(world, usual, name, tmp_path, monkeypatch):
     """Compiled code gives the same image; here PyTorch's compiler runs what it is given as it is."""
     calls, compile = [], torch.compile
