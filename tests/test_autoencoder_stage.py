@@ -215,6 +215,7 @@ def test_resuming_repeats_the_run_bit_by_bit(tmp_path, precision):
             assert all(torch.equal(value, b["state"][index][name]) for name, value in state.items())
 
 
+@pytest.mark.slow
 def test_seed_decides_the_noise_of_the_latents(tmp_path):
     runs = [stage(seed=seed) for seed in (0, 0, 1)]
     for index, model in enumerate(runs):

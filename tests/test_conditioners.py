@@ -269,6 +269,7 @@ def test_a_moved_model_folder_samples_by_names_as_before(model, tmp_path):
         run("--condition", "class=LUAT", "--out", tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_a_training_becomes_a_model_folder_that_needs_nothing_else(tmp_path):
     """Genes, gene sets, class names and the text tower travel; the files they came from may be gone."""
     sources = tmp_path / "sources"

@@ -217,6 +217,7 @@ def test_diffusers_computes_the_same(model_folder, pipeline):
     assert relative(ours / (1 + visited[-1] ** 2).sqrt(), x) < 1e-4
 
 
+@pytest.mark.slow
 def test_stable_diffusion_of_full_size_has_our_names_and_shapes():
     """The networks of Stable Diffusion 1.4's pipeline, from its published settings."""
     diffusers = pytest.importorskip("diffusers")

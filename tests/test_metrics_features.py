@@ -284,6 +284,7 @@ def test_clip_is_that_of_transformers_and_of_open_clip(tiles, tmp_path):
     assert np.allclose(ours(tiles[:3, :32, :32]), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_clip_scores_images_and_words_in_one_space(tiles, tmp_path):
     torch.manual_seed(0)
     network = open_clip.model.CLIP(16, CLIP["vision_cfg"], CLIP["text_cfg"], quick_gelu=True)

@@ -280,6 +280,7 @@ def test_compiled_networks_and_code_of_others_reach_every_command(world, usual, 
 # --- the same words, the same image --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_python_and_commands_give_the_same_images_bit_for_bit(world, model, tmp_path):
     given = model.condition(class_="A", score=0.5)
     settings = ["--steps", 5, "--seed", 3, "--guidance-interval", "0.2,9"]
@@ -304,6 +305,7 @@ def same(folder: Path, pattern: str, images: torch.Tensor) -> None:
     assert np.array_equal(found, to_uint8(images))
 
 
+@pytest.mark.slow
 def test_a_model_whose_condition_is_the_image_is_told_it(tmp_path):
     """The shipped model of slices: without a word of settings, in Python and by the command."""
     folder = Path(__file__).parents[1] / "data" / "models" / "demo-slices"

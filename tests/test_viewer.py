@@ -246,6 +246,7 @@ LOADED = "document.querySelectorAll('.pane[data-bounds]').length"
 LEFT, RIGHT = {"x": 320, "y": 450}, {"x": 960, "y": 450}
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(served, tmp_path):
     with Browser(tmp_path / "profile") as browser:
         browser.open(served.url)
