@@ -320,7 +320,8 @@ def check_model(folder: Path, device: str, precision: str = "fp32") -> str:
         write_model_folder(path, TINY_MODEL, instantiate_from_config(TINY_MODEL).state_dict(), {})
     model = ldm.load_model(path, device)
     condition = model.condition(**{"class": ["a", "b"]})
-    draw = [ldm.sample(model, condition, steps=4, seed=7, precision=precision, progress=False) for _ in range(2)]
+    sampler = ldm.Sampler(steps=4, seed=7, precision=precision, progress=False)
+    draw = [ldm.sample(model, condition, sampler=sampler) for _ in range(2)]
     _expect(tuple(draw[0].shape) == (2, 3, 32, 32), f"images of shape {tuple(draw[0].shape)}, not (2, 3, 32, 32)")
     _expect(bool(draw[0].isfinite().all()), "the images hold NaN or infinity")
     _expect(float(draw[0].std()) > 0, "the images are flat")
