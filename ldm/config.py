@@ -1,7 +1,7 @@
-"""YAML configs: load, merge, check before any work starts, and build what they name.
+"""YAML configs: load and merge them, check them before any work starts, and build the objects that they name.
 
 A *node* is a mapping `{target: "package.module.Class", params: {...}}`. A config is a tree of plain dicts, lists and
-scalars; OmegaConf does the merging and interpolation and is never seen outside this file.
+scalars; OmegaConf does the merging and interpolation and is not visible outside this file.
 """
 
 from __future__ import annotations
@@ -14,14 +14,17 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from ldm.errors import UserError, nearest, suggest
 from ldm.files import write_text
 
-SHIPPED = Path(__file__).parent / "configs"  # the repository's configs/, and what the package ships of it
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+SHIPPED = Path(__file__).parent / "configs"  # the repository's configs/, or those of an installed package
 ALLOWED = ("ldm.", "torch.optim.", "torch.nn.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.")
-BUILDERS = ("ldm.model_folder.load_first_stage",)  # functions that may be targets; all others are classes
+BUILDERS = ("ldm.model_folder.load_first_stage",)  # functions that may be targets; all other targets are classes
 _ALSO_ALLOWED: ContextVar[tuple[str, ...]] = ContextVar("also_allowed", default=())
 _MODULES_ONLY: ContextVar[bool] = ContextVar("modules_only", default=False)
 TOP_LEVEL = {"model", "data", "lightning", "name", "seed"}
@@ -29,14 +32,29 @@ LIGHTNING = {"trainer", "callbacks", "modelcheckpoint", "logger"}
 MODEL_NODE = {"target", "params", "base_learning_rate"}
 
 
+class Node(TypedDict):
+    """The part of a config from which one object is built, as `target(**params)`."""
+
+    target: str
+    params: NotRequired[dict[str, Any]]
+
+
 def load_config(
     paths: Sequence[str | Path], overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Merge `defaults`, YAML files left to right, then `key.path=value` overrides; resolve interpolations.
+    """Merge YAML files and overrides into one config of plain containers. Mappings are merged, lists replaced.
 
-    Files may also be names of shipped configs (`shipped`). Lists are replaced, mappings merged. A value of an override
-    is read as YAML (`lr=1e-4` is a float, `x=null` None). Returns plain containers.
-    UserError: a missing or unreadable file, bad YAML, a bad interpolation, a bad override.
+    Args:
+        paths: files, or names of shipped configs (see `shipped`); a later one wins over an earlier one.
+        overrides: `key.path=value`, which win over the files; the value is read as YAML (`1e-4` is a float, `null` is
+            None).
+        defaults: what the files win over.
+    Raises:
+        UserError: a file is missing or unreadable or is not YAML; an override is malformed; an interpolation fails.
+
+    >>> write_text("a.yaml", "model: {lr: 1.0, steps: 5}")
+    >>> load_config(["a.yaml"], ["model.lr=1e-4"])
+    {'model': {'lr': 0.0001, 'steps': 5}}
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -45,7 +63,9 @@ def load_config(
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-") or "" in key.split("."):
-            raise UserError(f"'{override}' is not an override; write key.path=value, as lightning.trainer.max_steps=9")
+            raise UserError(
+                f"'{override}' is not an override; write key.path=value, for example lightning.trainer.max_steps=9"
+            )
         try:
             parts.append(OmegaConf.from_dotlist([override]))
         except Exception as error:  # the value is parsed as YAML, by whatever grammar it appears to have
@@ -58,7 +78,9 @@ def load_config(
 
 
 def shipped(path: str | Path) -> Path:
-    """The file that `path` is; where there is none, the shipped one of that name, with or without `.yaml`; else `path`.
+    """The path of a config: `path` where it is a file, else the shipped config of that name (`.yaml` may be left out).
+
+    Where there is neither, `path` is returned as it is.
 
     >>> shipped("demo/ssl").name, shipped("configs/demo/tiny_clip.json").is_file(), str(shipped("mine.yaml"))
     ('ssl.yaml', True, 'mine.yaml')
@@ -69,7 +91,7 @@ def shipped(path: str | Path) -> Path:
     return found[0] if found else path
 
 
-def _load_yaml(path: str | Path) -> Any:
+def _load_yaml(path: str | Path) -> DictConfig:
     import yaml
     from omegaconf import DictConfig, OmegaConf
 
@@ -79,46 +101,70 @@ def _load_yaml(path: str | Path) -> Any:
     except FileNotFoundError:
         names = sorted(str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.glob("*/*.yaml"))
         near = nearest(str(path), [*names, *(f"{name}.yaml" for name in names), *map(str, path.parent.glob("*.y*ml"))])
-        raise UserError(f"config '{path}' does not exist{near} Those that are shipped: {', '.join(names)}.") from None
+        raise UserError(f"config '{path}' does not exist{near} Shipped configs: {', '.join(names)}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the config '{path}': {_one_line(error)}") from error
     except yaml.YAMLError as error:
         raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
     if not isinstance(part, DictConfig):
-        raise UserError(f"config '{path}' must hold `key: value` pairs at its top level, not a list or a bare value")
+        raise UserError(f"config '{path}' must hold `key: value` pairs at its top level, not a list or a single value")
     return part
 
 
 def save_config(cfg: Mapping[str, Any], path: str | Path) -> None:
-    """Write a config as YAML. The file appears whole or not at all."""
+    """Write a config as YAML. The file is complete or not there.
+
+    >>> save_config({"name": "demo"}, "a.yaml")
+    >>> Path("a.yaml").read_text()
+    'name: demo\\n'
+    """
     from omegaconf import OmegaConf
 
     write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(cfg))))
 
 
-def instantiate_from_config(node: Mapping[str, Any], allow: Iterable[str] = (), **extra: Any) -> Any:
-    """Build `node["target"](**node["params"], **extra)`.
+def instantiate_from_config(node: Node | Mapping[str, Any], allow: Iterable[str] = (), **extra: Any) -> Any:
+    """Build the object that a node names: `node["target"](**node["params"], **extra)`.
 
-    Nodes nested in `params` are handed over as they are; the class builds them. `allow` adds prefixes to ALLOWED.
-    UserError: not a node, a target that does not exist or is not allowed, unknown or missing params.
+    Nodes nested in `params` are passed on as they are; the class builds them.
+
+    Args:
+        node: `{target, params}`.
+        allow: prefixes of targets that are allowed beside those in ALLOWED.
+        extra: parameters that the program sets and a config must not.
+    Raises:
+        UserError: this is not a node; its target does not exist or is not allowed; params are unknown or missing.
+
+    >>> instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 8}}, out_features=4)
+    Linear(in_features=8, out_features=4, bias=True)
     """
     where = "config" if not isinstance(node, Mapping) else str(node.get("target"))
     target, params = _parse_node(node, where, allow)
     if clash := sorted(set(params) & set(extra)):
-        raise UserError(f"{where}: '{clash[0]}' is set by the program, remove it from params")
+        raise UserError(f"{where}: '{clash[0]}' is set by the program; remove it from params")
     check_params(target, {**params, **extra}, where)
     return target(**params, **extra)
 
 
 def validate(cfg: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
-    """Check a training config before any work starts: its keys, and every node in it however deep.
+    """Check a training config before any work starts: its keys, and every node in it at any depth.
 
-    A nested node may get some params from the class that builds it, so missing params are found when that happens.
+    A nested node may get some params from the class that builds it, so missing ones are found when that happens.
+
+    Args:
+        cfg: the merged config, with the keys in TOP_LEVEL.
+        allow: prefixes of targets that are allowed beside those in ALLOWED.
+    Raises:
+        UserError: a key is unknown or missing, or a node is wrong; the message gives its whole path.
+
+    >>> validate({"modle": {}, "data": {}})
+    Traceback (most recent call last):
+    ldm.errors.UserError: unknown key 'modle'; did you mean 'model'? Known: data, lightning, model, name, seed.
     """
     _check_keys(cfg, TOP_LEVEL, "")
     for key in ("model", "data"):
         if key not in cfg:
-            raise UserError(f"the config has no `{key}: {{target, params}}`; give a --base file that has one")
+            raise UserError(f"the config has no `{key}: {{target, params}}`; add a --base file that has one")
     lightning = cfg.get("lightning") or {}
     _check_mapping(lightning, "lightning")
     _check_keys(lightning, LIGHTNING, "lightning.")
@@ -137,13 +183,13 @@ def validate(cfg: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
     _walk(lightning.get("logger") or {}, "lightning.logger", allow)
 
 
-def _walk(value: Any, where: str, allow: Iterable[str]) -> None:
+def _walk(value: object, where: str, allow: Iterable[str]) -> None:
     if isinstance(value, Mapping):
         if isinstance(value.get("target"), str):
             target, params = _parse_node(value, where, allow)
             check_params(target, params, f"{where}.params", missing=False)
         elif "params" in value:
-            raise UserError(f"{where}: it has `params` but no `target` to give them to{suggest('target', value)}")
+            raise UserError(f"{where}: it has `params` but no `target` that takes them{suggest('target', value)}")
         for key, child in value.items():
             _walk(child, f"{where}.{key}", allow)
     elif isinstance(value, list):
@@ -151,7 +197,8 @@ def _walk(value: Any, where: str, allow: Iterable[str]) -> None:
             _walk(child, f"{where}.{index}", allow)
 
 
-def _parse_node(node: Any, where: str, allow: Iterable[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+def _parse_node(node: object, where: str, allow: Iterable[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """The class that a node names, and its params."""
     _check_mapping(node, where)
     _check_keys(node, {"target", "params"}, f"{where}.")
     if not isinstance(node.get("target"), str):
@@ -166,7 +213,12 @@ def _parse_node(node: Any, where: str, allow: Iterable[str]) -> tuple[Callable[.
 
 @contextmanager
 def allowing(prefixes: Iterable[str]) -> Iterator[None]:
-    """Within it targets that begin with one of these prefixes are allowed too, in nodes however deep."""
+    """A context in which targets that begin with one of these prefixes are allowed too, at any depth of a node.
+
+    >>> with allowing(["collections."]):
+    ...     get_obj_from_str("collections.OrderedDict")
+    <class 'collections.OrderedDict'>
+    """
     token = _ALSO_ALLOWED.set((*_ALSO_ALLOWED.get(), *prefixes))
     try:
         yield
@@ -176,7 +228,13 @@ def allowing(prefixes: Iterable[str]) -> Iterator[None]:
 
 @contextmanager
 def modules_only() -> Iterator[None]:
-    """Within it targets are modules of torch, as all parts of a model are: its config may be anybody's."""
+    """A context in which targets must be torch modules. Models are built in it, as their configs may come from anybody.
+
+    >>> with modules_only():
+    ...     get_obj_from_str("torch.optim.Adam")
+    Traceback (most recent call last):
+    ldm.errors.UserError: 'torch.optim.Adam' cannot be part of a model: it is not a torch.nn.Module
+    """
     token = _MODULES_ONLY.set(True)
     try:
         yield
@@ -185,16 +243,23 @@ def modules_only() -> Iterator[None]:
 
 
 def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Callable[..., Any]:
-    """The class, or one of BUILDERS, that a dotted name means. Nothing outside the allowed prefixes is imported.
+    """The class, or the function among BUILDERS, that a dotted name stands for.
 
-    Targets that `allow` or `allowing` names may be functions too.
+    Nothing outside the allowed prefixes (ALLOWED, `allow` and `allowing`) is imported. Targets that `allow` or
+    `allowing` permits may be functions too.
+
+    Raises:
+        UserError: the name is not allowed, does not exist, or is not a class.
+
+    >>> get_obj_from_str("torch.nn.Linear")
+    <class 'torch.nn.modules.linear.Linear'>
     """
     trusted = (*allow, *_ALSO_ALLOWED.get())
     allowed = (*ALLOWED, *trusted)
     if not target.startswith(allowed):
         raise UserError(
-            f"'{target}' is not allowed; a target must start with one of: {', '.join(allowed)}. Where you trust "
-            "a model's own code, commands that load it take --allow-target with the beginning of that name."
+            f"'{target}' is not allowed; a target must start with one of {', '.join(allowed)}. If you trust the code "
+            "of the model, pass the beginning of its name to --allow-target, an option of commands that load models."
         )
     parts = target.split(".")
     if not all(part.isidentifier() for part in parts):
@@ -212,13 +277,13 @@ def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Callable[..., An
             raise UserError(f"'{target}' does not exist: {kind} '{name}' has no '{part}'{suggest(part, _names(found))}")
         found = child
     home = f"{getattr(found, '__module__', None)}."
-    if not callable(found) or not home.startswith(allowed):  # a module's own imports (`ldm.config.os.system`) stay out
+    if not callable(found) or not home.startswith(allowed):  # what a module imports (`ldm.files.os.system`) stays out
         raise UserError(f"'{target}' is not a class or function of {', '.join(allowed)}")
     if target not in BUILDERS and not target.startswith(trusted):
         if not isinstance(found, type):
-            raise UserError(f"'{target}' is a function; a target is a class")
+            raise UserError(f"'{target}' is a function; a target must be a class")
         if _MODULES_ONLY.get() and not _is_module(found):
-            raise UserError(f"'{target}' is no part of a model")
+            raise UserError(f"'{target}' cannot be part of a model: it is not a torch.nn.Module")
     return found
 
 
@@ -229,7 +294,7 @@ def _is_module(kind: type) -> bool:
 
 
 def _import(name: str) -> ModuleType | None:
-    """Import a module; None where there is no such module. A package that the module itself lacks is another matter."""
+    """Import a module; None if it does not exist. UserError if it imports a package that is not installed."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -238,8 +303,8 @@ def _import(name: str) -> ModuleType | None:
         raise UserError(f"'{name}' needs the package '{error.name}', which is not installed") from error
 
 
-def _names(found: Any) -> list[str]:
-    """What a package, module or class offers under a name."""
+def _names(found: ModuleType | type) -> list[str]:
+    """The public names in a package, module or class."""
     if hasattr(found, "__path__"):
         names = {module.name for module in pkgutil.iter_modules(found.__path__)}
         names |= {name for name in getattr(found, "__all__", ()) if callable(getattr(found, name, None))}
@@ -249,7 +314,20 @@ def _names(found: Any) -> list[str]:
 
 
 def check_params(target: Callable[..., Any], params: Mapping[str, Any], where: str, missing: bool = True) -> None:
-    """UserError if `target(**params)` would meet a name that it does not know or, with `missing`, lack one it needs."""
+    """Check the parameters of a call `target(**params)` without making it.
+
+    Args:
+        target: class or function.
+        params: its keyword arguments.
+        where: name of the node in messages.
+        missing: whether parameters without a default must be there.
+    Raises:
+        UserError: an unknown parameter, or a missing one.
+
+    >>> check_params(Path.read_text, {"encodng": "utf-8"}, "here", missing=False)
+    Traceback (most recent call last):
+    ldm.errors.UserError: unknown key 'here.encodng' of Path.read_text; did you mean 'encoding'? Known: encoding, ...
+    """
     known = inspect.signature(target).parameters.values()
     named = {p.name: p for p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if not any(p.kind is p.VAR_KEYWORD for p in known):
@@ -265,12 +343,12 @@ def _check_keys(given: Mapping[str, Any], known: Iterable[str], where: str, of: 
             raise UserError(f"unknown key '{where}{key}'{of}{suggest(key, known)}")
 
 
-def _check_mapping(value: Any, where: str) -> None:
+def _check_mapping(value: object, where: str) -> None:
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected `key: value` pairs, got {_short(value)}")
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 

@@ -1,4 +1,4 @@
-"""Where PyTorch computes, and copies between main memory and a GPU that leave both at work."""
+"""Devices: where PyTorch computes, in which precision, and copies that do not keep a GPU waiting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,16 @@ if TYPE_CHECKING:  # torch is imported when it is first needed: a command's --he
 
 
 def pick_device(name: str = "auto") -> str:
-    """The device of `--device`: `auto` is a GPU where there is one. UserError if it is not on this machine."""
+    """The device that a `--device` option names, in PyTorch's form.
+
+    Args:
+        name: `auto` for the first GPU, or the CPU if there is none; or cpu, cuda, cuda:1, mps.
+    Raises:
+        UserError: this machine has no such device.
+
+    >>> pick_device("cpu")
+    'cpu'
+    """
     import torch
 
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
@@ -25,19 +34,19 @@ def pick_device(name: str = "auto") -> str:
     if name == "cuda" and "cuda:0" in gpus:
         return "cuda:0"
     if name not in ("cpu", *gpus):
-        raise UserError(f"device '{name}' is not on this machine; it has {', '.join(['cpu', *gpus])}; auto chooses.")
+        raise UserError(f"this machine has no device '{name}'; choose auto, {', '.join(['cpu', *gpus])}.")
     return name
 
 
-TRAINER = {"bf16": "bf16-mixed", "fp32": "32-true"}  # what Lightning's Trainer calls them
+TRAINER = {"bf16": "bf16-mixed", "fp32": "32-true"}  # precision -> its name in Lightning's Trainer
 
 
 @cache
 def faster_precision(device: str = "auto") -> tuple[str, str]:
-    """bf16 or fp32, in which a network trains faster on a device, and why, in words.
+    """The precision in which networks train faster on a device, bf16 or fp32, and the reason in words.
 
-    GPUs that compute in bf16 take it. On a CPU a small training step is timed in both: of the CPUs that know bf16, some
-    are slower in it (AVX-512 alone) and some faster (AMX).
+    A GPU gets bf16 if its hardware computes in it. On a CPU a small training step is timed in both, because CPUs with
+    bf16 instructions differ: those with AMX are faster in bf16, those with AVX-512 alone are slower.
 
     >>> faster_precision("cpu")[0] in ("bf16", "fp32")
     True
@@ -47,17 +56,20 @@ def faster_precision(device: str = "auto") -> tuple[str, str]:
     device = pick_device(device)
     if device.startswith("cuda"):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        return ("bf16", "this GPU computes in it") if native else ("fp32", "this GPU has no bf16; fp16 is left to you")
+        return ("bf16", "this GPU computes in it") if native else ("fp32", "this GPU does not compute in bf16")
     if device == "mps":
-        return "fp32", "bf16 is for CUDA GPUs and CPUs"
+        return "fp32", "bf16 is used on CUDA GPUs and CPUs only"
     seconds = _step_seconds()
     ratio = seconds["bf16"] / seconds["fp32"]
-    return "bf16" if ratio < 0.87 else "fp32", f"in bf16 a step takes {ratio:.1f} times as long as in fp32 on this CPU"
+    return "bf16" if ratio < 0.87 else "fp32", f"a step in bf16 takes {ratio:.1f} times as long as in fp32 on this CPU"
 
 
 def _step_seconds() -> dict[str, float]:
-    """Processor time of a training step of two convolutions in bf16 and in fp32, on one thread, in turns, the least of
-    10: other work on the machine does not change which one is less."""
+    """Processor time (s) of a training step of two convolutions, by precision.
+
+    The two are timed in turns on one thread, and the least of 10 is taken, so that other work on the machine does not
+    decide which one is faster.
+    """
     import torch
     from torch import nn
 
@@ -74,9 +86,9 @@ def _step_seconds() -> dict[str, float]:
                 with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                     y = network(x)
                 y.float().square().mean().backward()
-                if turn:  # the first one prepares
+                if turn:  # the first turn is a warm-up
                     seconds[precision] = min(seconds[precision], time.thread_time() - start)
-            if turn and seconds["bf16"] > 6 * seconds["fp32"]:  # emulated: slow, and beyond doubt
+            if turn and seconds["bf16"] > 6 * seconds["fp32"]:  # emulated: so slow that no more turns are needed
                 break
     finally:
         torch.set_num_threads(threads)
@@ -84,14 +96,22 @@ def _step_seconds() -> dict[str, float]:
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """`values` on `device`. From main memory to a GPU the copy is queued there, and the caller goes on."""
+    """Copy `values` to `device`. A copy from main memory to a GPU is queued, and the caller does not wait for it.
+
+    >>> send(torch.zeros(2, 3), torch.device("cpu")).shape
+    torch.Size([2, 3])
+    """
     if device.type == "cuda" and values.device.type == "cpu":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)
 
 
 def receive(values: Tensor, home: torch.device) -> Callable[[], Tensor]:
-    """A function that waits for `values` and gives them on `home`; on the way from a GPU the caller may go on."""
+    """Start to copy `values` to `home`; the function that is returned waits for the copy and returns it.
+
+    >>> receive(torch.zeros(2, 3), torch.device("cpu"))().shape
+    torch.Size([2, 3])
+    """
     if not values.is_cuda or home.type != "cpu":
         moved = values.to(home)
         return lambda: moved

@@ -1,4 +1,4 @@
-"""The one error a user's mistake raises, and the one place where commands turn it into a message."""
+"""The error that a user's mistake raises, and the place where commands turn it into a message."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
-LISTED = 25  # names that a message lists
+LISTED = 25  # most names that a message lists
 
 
 class UserError(ValueError):
@@ -15,14 +15,18 @@ class UserError(ValueError):
 
 
 def suggest(given: str, known: Iterable[str]) -> str:
-    """`given` and its nearest known name, as the end of an error message: "; did you mean 'x'? Known: ..."."""
+    """The end of a message about an unknown name: the most similar known name, and the first LISTED of all known names.
+
+    >>> suggest("unett", ["unet", "vae"])
+    "; did you mean 'unet'? Known: unet, vae."
+    """
     known = sorted(str(name) for name in known)
     listed = ", ".join(known[:LISTED]) or "(none)"
     return f"{nearest(given, known)} Known: {listed}{', ...' if len(known) > LISTED else '.'}"
 
 
 def nearest(given: str, known: Iterable[str]) -> str:
-    """The nearest known name to `given`, as the end of a sentence; a full stop where none is near.
+    """The end of a sentence about an unknown name: the most similar known name, or a full stop if none is similar.
 
     >>> nearest("demo/sll", ["demo/ssl", "demo/text"])
     "; did you mean 'demo/ssl'?"
@@ -32,12 +36,17 @@ def nearest(given: str, known: Iterable[str]) -> str:
 
 
 def some(names: Sequence[str], shown: int = LISTED) -> str:
-    """The first `shown` of several names, and ", ..." if there are more."""
+    """The first `shown` names in one line, with ", ..." if there are more.
+
+    >>> some(["a", "b", "c"], shown=2)
+    'a, b, ...'
+    """
     return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")
 
 
-def disk_full(error: BaseException | None) -> bool:
-    """Whether an error, or what caused it, is that a disk is full: of Python, or as torch and safetensors tell it."""
+def _disk_full(error: BaseException | None) -> bool:
+    """Whether an error, or one that caused it, means that a disk is full; Python, torch and safetensors each say it in
+    their own way."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
@@ -49,8 +58,15 @@ def disk_full(error: BaseException | None) -> bool:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """Run a command line's body. A UserError, and a full disk, become one line on stderr and exit code 2, Ctrl-C exit
-    code 130."""
+    """Run the body of a command and return its exit code: 0, or 130 after Ctrl-C.
+
+    A UserError, or a full disk, is printed to stderr as one line, with exit code 2; other errors are raised.
+
+    >>> def command():
+    ...     raise UserError("there is no such file")
+    >>> run_command(command)
+    2
+    """
     try:
         command()
     except UserError as error:
@@ -60,9 +76,9 @@ def run_command(command: Callable[[], object]) -> int:
         print("stopped; run the same command again to continue.", file=sys.stderr)
         return 130
     except Exception as error:
-        if not disk_full(error):
+        if not _disk_full(error):
             raise
-        path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a copy the second one
+        path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # a copy has both
         place = f" ({path})" if path else ""
         print(f"error: the disk is full{place}; make room and run the same command again.", file=sys.stderr)
         return 2

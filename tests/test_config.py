@@ -82,7 +82,7 @@ def test_instantiate():
         ({"target": "ldm.files.os.system"}, "is not a class or function of"),
         ({"target": "ldm.config.ALLOWED"}, "is not a class or function of"),
         ({"target": "ldm.config.load config"}, "is not a dotted name"),
-        ({"target": "ldm.files.write_text", "params": {"path": "x"}}, "is a function; a target is a class"),
+        ({"target": "ldm.files.write_text", "params": {"path": "x"}}, "is a function; a target must be a class"),
     ],
 )
 def test_nodes_that_cannot_be_built(node, message):

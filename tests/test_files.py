@@ -55,7 +55,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert pick_device() == pick_device("cpu") == "cpu"
     for name in ("cuda", "cuda:7", "foo"):
-        with pytest.raises(UserError, match=f"device '{name}' is not on this machine; it has cpu; auto"):
+        with pytest.raises(UserError, match=f"this machine has no device '{name}'; choose auto, cpu"):
             pick_device(name)
     for command in (extract, encode_latents):
         with pytest.raises(UserError, match="device 'foo'"):

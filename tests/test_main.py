@@ -397,7 +397,5 @@ def test_shipped_configs_are_found_by_name(capsys):
     assert merge_config(*command.parse(["-b", "demo/ssl.yaml"]), None)["model"]["target"] == "tiny_training.TinyModel"
     assert train("-b", "demo/sll") == 2
     error = capsys.readouterr().err
-    assert (
-        "config 'demo/sll' does not exist; did you mean 'demo/ssl'? Those that are shipped: autoencoder/kl-f4," in error
-    )
+    assert "config 'demo/sll' does not exist; did you mean 'demo/ssl'? Shipped configs: autoencoder/kl-f4," in error
     assert "latent-diffusion/zoomldm_brca." in error
