@@ -35,6 +35,7 @@ from ldm.images.sheets import grid
 from ldm.images.slides import open_slide
 from ldm.images.write import save_png
 from ldm.metrics.conditional import cosines
+from ldm.metrics.pairs import psnr
 from ldm.metrics.seams import measure_seams
 
 if TYPE_CHECKING:
@@ -117,13 +118,13 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
     extent = store.tile_size * store.downsample  # of a tile, in level-0 px
     blocks = [f"{item['slide']}:{int(item['coord'][0] // extent)}" for item in items]
     low, high = block_bootstrap(gains, np.array(blocks))
-    psnr = (10 * torch.log10(4 / (rebuilt - images).square().flatten(1).mean(1))).double().numpy()
+    noise = psnr(rebuilt, images).double().numpy()
     own = float(np.diag(similarity).mean())
     measures = {
         "tiles": len(items), "blocks": len(set(blocks)), "own": own, "shuffled": own - float(gains.mean()),
         "margin": float(gains.mean()), "low": low, "high": high,
         "reconstruction": float(np.diag(cosines(ceiling, conditions)).mean()),
-        "psnr": [float(psnr.mean()), *block_bootstrap(psnr, np.array(blocks))],
+        "psnr": [float(noise.mean()), *block_bootstrap(noise, np.array(blocks))],
         "feature": args.feature, "split": args.split, "steps": args.steps, "guidance_scale": args.guidance_scale,
         "seed": args.seed, "precision": args.precision,
     }  # fmt: skip

@@ -24,6 +24,7 @@ from ldm.data.tile_store import open_cohort
 from ldm.diffusion import samplers, schedules
 from ldm.encoders.encoder import load_encoder
 from ldm.images.slides import open_image
+from ldm.metrics.pairs import psnr
 from ldm.sampling.canvas import encode_images
 from ldm.sampling.inversion import invert, invert_exactly, invertible
 from ldm.sampling.sampler import Sampler
@@ -40,11 +41,6 @@ class Counted:
     def __call__(self, x: Tensor, sigma: Tensor, cond) -> Tensor:
         self.rows += len(x)
         return self.denoiser(x, sigma, cond)
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    """Mean over images (N,C,H,W) in [-1,1]."""
-    return float((10 * torch.log10(4 / (a - b).square().flatten(1).mean(1).clamp(min=1e-12))).mean())
 
 
 def real_tiles(path: Path, side: int, count: int) -> Tensor:
@@ -82,7 +78,8 @@ def main() -> None:
     cond = {part: value.expand(len(images), *value.shape[1:]) for part, value in cond.items()}
     with torch.no_grad():
         again = model.decode(latents).clamp(-1, 1)
-    print(f"{given.model.name}, {len(images)} tiles of {side} px; first stage alone: {psnr(again, images):.1f} dB")
+    alone = psnr(again, images).mean()
+    print(f"{given.model.name}, {len(images)} tiles of {side} px; first stage alone: {alone:.1f} dB")
     print(f"{'procedure':<44}{'up':>7}{'down':>7}{'s':>8}{'dB of latent':>14}{'dB of image':>13}")
     runs = [("DDIM, 50 steps, uniform", "euler", 50, "uniform", None)]
     runs += [(f"DDIM, {n} steps", "euler", n, "karras", None) for n in (25, 50)]
@@ -113,7 +110,7 @@ def measure(model, name, solver, levels, up, latents, cond, again, images) -> tu
     with torch.no_grad():
         made = model.decode(found).clamp(-1, 1)
     counts = [rows / len(images) for rows in (before, denoiser.rows - before)]
-    of_latent, of_image = psnr(made, again), psnr(made, images)
+    of_latent, of_image = (float(psnr(made, wanted).mean()) for wanted in (again, images))
     print(f"{name:<44}{counts[0]:>7.0f}{counts[1]:>7.0f}{seconds:>8.1f}{of_latent:>14.1f}{of_image:>13.2f}", flush=True)
     return name, sum(counts), seconds, of_latent, of_image
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from types import ModuleType
+from types import MethodType, ModuleType
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from ldm.errors import UserError, nearest, suggest
@@ -328,13 +328,24 @@ def check_params(target: Callable[..., Any], params: Mapping[str, Any], where: s
     Traceback (most recent call last):
     ldm.errors.UserError: unknown key 'here.encodng' of Path.read_text; did you mean 'encoding'? Known: encoding, ...
     """
-    known = inspect.signature(target).parameters.values()
-    named = {p.name: p for p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    if not any(p.kind is p.VAR_KEYWORD for p in known):
-        _check_keys(params, named, f"{where}.", of=f" of {target.__qualname__}")
+    named, more = _named_parameters(target)
     needed = [name for name, p in named.items() if p.default is p.empty and name not in params]
+    bases = iter(target.__mro__[1:] if isinstance(target, type) else ())
+    while more and (base := next(bases, None)):  # **keywords are for the next __init__
+        if "__init__" in vars(base):
+            inherited, more = _named_parameters(MethodType(base.__init__, base))
+            named = inherited | named
+    if not more:
+        _check_keys(params, named, f"{where}.", of=f" of {target.__qualname__}")
     if missing and needed:
         raise UserError(f"{where}: {target.__qualname__} needs {', '.join(repr(name) for name in needed)}")
+
+
+def _named_parameters(target: Callable[..., Any]) -> tuple[dict[str, inspect.Parameter], bool]:
+    """What `target` takes by name, and whether it takes any other name too."""
+    known = inspect.signature(target).parameters.values()
+    named = {p.name: p for p in known if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    return named, any(p.kind is p.VAR_KEYWORD for p in known)
 
 
 def _check_keys(given: Mapping[str, Any], known: Iterable[str], where: str, of: str = "") -> None:

@@ -129,6 +129,8 @@ class LatentDiffusion(pl.LightningModule):
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
         self.cond_stage_node = cond_stage_config
         self.image_size = declared(self.model.diffusion_model).image_size
+        if self.image_size is None:
+            raise UserError("unet_config.params needs image_size, the side of a tile's latent; samples have that size.")
         self.channels = self.first_stage_model.channels
         if not next(self.model.parameters()).is_meta:
             self.check_parts()

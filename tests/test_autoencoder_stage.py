@@ -103,6 +103,19 @@ def test_discriminator_losses():
     )
 
 
+@pytest.mark.parametrize(
+    ("kind", "key", "told"),
+    [
+        ("LPIPSWithDiscriminator", "disc_wieght", "did you mean 'disc_weight'"),
+        ("VQLPIPSWithDiscriminator", "disc_wieght", "did you mean 'disc_weight'"),
+        ("VQLPIPSWithDiscriminator", "learn_logvar", "Known: codebook_weight, disc_factor, disc_in_channels"),
+    ],
+)
+def test_unknown_settings_of_a_loss_are_refused(kind, key, told):
+    with pytest.raises(UserError, match=f"{kind}.{key}' of {kind}.*{told}"):
+        stage(loss=loss_node(kind, **{key: 1}))
+
+
 def test_kl_loss_sums_over_pixels_and_vq_loss_averages():
     x, y, last = torch.zeros(2, 3, 16, 16), torch.full((2, 3, 16, 16), 0.5), nn.Parameter(torch.zeros(1))
     recon = Reconstruction(y, torch.tensor(7.0), None)

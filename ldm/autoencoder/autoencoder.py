@@ -149,5 +149,6 @@ class UnitFirstStage(nn.Module):
 
 
 def _check_size(x: Tensor, downsampling: int) -> None:
-    if x.shape[-2] % downsampling or x.shape[-1] % downsampling:
-        raise ValueError(f"image sides {tuple(x.shape[-2:])} must be multiples of {downsampling} px.")
+    height, width = x.shape[-2:]
+    if height % downsampling or width % downsampling:
+        raise ValueError(f"image sides must be multiples of {downsampling} px; got {height} x {width}.")

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from ldm.errors import UserError, suggest
 
 
-def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+def _group_norm(channels: int, groups: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
-def silu(x: Tensor) -> Tensor:
+def _silu(x: Tensor) -> Tensor:
     """SiLU of a tensor that nothing else uses: in its place where no gradient needs it."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
@@ -27,9 +27,9 @@ def silu(x: Tensor) -> Tensor:
 class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, dropout: float, groups: int):
         super().__init__()
-        self.norm1 = group_norm(in_channels, groups)
+        self.norm1 = _group_norm(in_channels, groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels, groups)
+        self.norm2 = _group_norm(out_channels, groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -38,8 +38,8 @@ class ResnetBlock(nn.Module):
             self.nin_shortcut = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (B,C,H,W) -> (B,C',H,W)
-        h = self.conv1(silu(self.norm1(x)))
-        h = self.conv2(self.dropout(silu(self.norm2(h))))
+        h = self.conv1(_silu(self.norm1(x)))
+        h = self.conv2(self.dropout(_silu(self.norm2(h))))
         return self.nin_shortcut(x) + h
 
 
@@ -48,7 +48,7 @@ class AttnBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int):
         super().__init__()
-        self.norm = group_norm(channels, groups)
+        self.norm = _group_norm(channels, groups)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
                 level.downsample = Downsample(width)
             self.down.append(level)
         self.mid = _mid(width, dropout, mid_attention, num_groups)
-        self.norm_out = group_norm(width, num_groups)
+        self.norm_out = _group_norm(width, num_groups)
         self.conv_out = nn.Conv2d(width, 2 * z_channels if double_z else z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:  # (B,3,H,W) -> (B,z,h,w)
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
         h = self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
-        return self.conv_out(silu(self.norm_out(h)))
+        return self.conv_out(_silu(self.norm_out(h)))
 
 
 class Decoder(nn.Module):
@@ -187,7 +187,7 @@ class Decoder(nn.Module):
                 level.upsample = Upsample(width)
             levels.insert(0, level)
         self.up = nn.ModuleList(levels)
-        self.norm_out = group_norm(width, num_groups)
+        self.norm_out = _group_norm(width, num_groups)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:  # (B,z,h,w) -> (B,out_ch,H,W)
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
                     h = level.attn[j](h)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        h = silu(self.norm_out(h))
+        h = _silu(self.norm_out(h))
         with torch.autocast(h.device.type, enabled=False):
             return self.conv_out(h.to(self.conv_out.weight.dtype))
 
@@ -210,15 +210,20 @@ _OPTIONAL = ("double_z", "dropout", "mid_attention", "num_groups")
 
 
 def build_encoder_decoder(ddconfig: dict, *, double_z: bool) -> tuple[Encoder, Decoder]:
-    """The pair that a published `ddconfig` describes.
+    """The encoder and decoder that a published `ddconfig` describes.
 
-    `double_z` is what the latent needs (True for KL, False for VQ); a ddconfig that says otherwise, lacks an entry, has
-    an unknown one, or whose widths `num_groups` does not divide raises `UserError`.
+    double_z: what the latent needs: True for KL, False for VQ.
+    UserError: a ddconfig that says otherwise, lacks an entry, has an unknown one, or has widths that `num_groups` does
+    not divide.
+
+    >>> build_encoder_decoder({"z_channels": 4, "resolution": 64}, double_z=True)
+    Traceback (most recent call last):
+    ldm.errors.UserError: ddconfig lacks ch, out_ch, ch_mult, num_res_blocks, ...; it needs ...
     """
     dd = dict(ddconfig)
     for key in dd:
         if key not in _REQUIRED + _OPTIONAL:
-            raise UserError(f"ddconfig has an unknown entry '{key}'{suggest(key, _REQUIRED + _OPTIONAL)}")
+            raise UserError(f"ddconfig has the unknown entry '{key}'{suggest(key, _REQUIRED + _OPTIONAL)}")
     missing = [key for key in _REQUIRED if key not in dd]
     if missing:
         raise UserError(f"ddconfig lacks {', '.join(missing)}; it needs {', '.join(_REQUIRED)}.")
@@ -227,7 +232,10 @@ def build_encoder_decoder(ddconfig: dict, *, double_z: bool) -> tuple[Encoder, D
         raise UserError(f"ddconfig.double_z is {not double_z}; {latent} needs double_z: {double_z}.")
     dd["ch_mult"] = tuple(dd["ch_mult"])
     if not dd["ch_mult"] or dd["num_res_blocks"] < 1:
-        raise UserError("ddconfig needs at least one level in ch_mult and num_res_blocks >= 1.")
+        raise UserError(
+            f"ddconfig needs at least one level in ch_mult and one block in num_res_blocks; got {list(dd['ch_mult'])} "
+            f"and {dd['num_res_blocks']}."
+        )
     widths = [dd["ch"], *(dd["ch"] * mult for mult in dd["ch_mult"])]
     groups = dd.get("num_groups", 32)
     if any(width % groups for width in widths):

@@ -13,6 +13,7 @@ from ldm.autoencoder.autoencoder import Reconstruction
 from ldm.autoencoder.weights import load_discriminator, load_weights
 from ldm.config import instantiate_from_config, load_config
 from ldm.errors import UserError
+from ldm.metrics.pairs import psnr
 from ldm.rng import generator, training_generator
 
 
@@ -116,11 +117,11 @@ class AutoencoderStage(pl.LightningModule):
         self._measure(batch, "test")
 
     def _measure(self, batch: dict, split: str) -> None:
-        """Logs the figures of reconstruction of a batch as `<split>/<name>`."""
+        """Log how well a batch is reconstructed, as `<split>/<name>`."""
         x = self._images(batch)
         recon = self(x)  # mode of the posterior: the same images give the same numbers
         _, _, logs = self.loss.reconstruction(x, recon)
-        logs["psnr"] = psnr(x, recon.image).mean()
+        logs["psnr"] = psnr(x.float(), recon.image.float().clamp(-1, 1)).mean()
         if recon.indices is not None:
             logs["codes_used"] = torch.tensor(float(recon.indices.unique().numel()), device=self.device)  # in a batch
         self.log_dict(
@@ -170,9 +171,3 @@ class _uncounted:
 
     def __exit__(self, *_) -> None:
         self.optimizer._on_before_step, self.optimizer._on_after_step = self.hooks
-
-
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images (B,3,H,W) in [-1,1], per image: (B,)."""
-    mse = (x.float() - y.float().clamp(-1, 1)).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(4.0 / mse.clamp_min(1e-10))

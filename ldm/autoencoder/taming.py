@@ -45,5 +45,9 @@ class VectorQuantizer(VectorQuantizer2):
 
 
 def patch_discriminator(in_channels: int, ndf: int, n_layers: int, use_actnorm: bool) -> nn.Module:
-    """PatchGAN (Isola et al. 2017): image (B,C,H,W) -> logits (B,1,h,w), one per overlapping patch."""
+    """PatchGAN (Isola et al. 2017): image (B,C,H,W) -> logits (B,1,h,w), one for each of overlapping patches.
+
+    >>> patch_discriminator(in_channels=3, ndf=4, n_layers=2, use_actnorm=False)(torch.zeros(2, 3, 32, 32)).shape
+    torch.Size([2, 1, 6, 6])
+    """
     return NLayerDiscriminator(in_channels, ndf=ndf, n_layers=n_layers, use_actnorm=use_actnorm).apply(weights_init)

@@ -16,12 +16,16 @@ PREFIXES = ("", "first_stage_model.", "autoencoder.")
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a model folder (its model.safetensors), a .safetensors file or a .ckpt/.pt, on the CPU.
 
-    They are mapped from the file, of which nothing is executed (`ldm.interop.checkpoint`).
+    They are mapped from the file, of which nothing is executed (`ldm.interop.checkpoint`). UserError: no such file.
+
+    >>> torch.save({"state_dict": {"conv.weight": torch.zeros(4, 3)}}, "model.ckpt")
+    >>> {name: tuple(value.shape) for name, value in read_state_dict("model.ckpt").items()}
+    {'conv.weight': (4, 3)}
     """
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"weights {file} do not exist; give a model folder, a .safetensors file or a .ckpt.")
+        raise UserError(f"the weights {file} do not exist; give a model folder, a .safetensors file or a .ckpt.")
     return state_dict_of(read_checkpoint(file), file)
 
 
@@ -29,7 +33,11 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
     """Load a first stage's weights by name and say what was loaded in one line.
 
     Takes the names as they are, or under `first_stage_model.` or `autoencoder.`. Everything else in the file
-    (`loss.*` of a training checkpoint, a UNet) is left. Missing or misshapen weights raise `UserError`.
+    (`loss.*` of a training checkpoint, a UNet) is left. UserError: weights that are missing or of another shape.
+
+    >>> torch.save({"first_stage_model.weight": torch.ones(1, 1), "model.out": torch.zeros(1)}, "model.ckpt")
+    >>> load_weights(torch.nn.Linear(1, 1, bias=False), "model.ckpt")
+    'first stage: loaded 1 tensors from model.ckpt, left model'
     """
     state = read_state_dict(path)
     wanted = model.state_dict()
@@ -54,9 +62,13 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
 
 
 def load_discriminator(discriminator: nn.Module, path: str | Path) -> bool:
-    """Load the discriminator that a first stage was trained against, if it is there and fits; whether it was.
+    """Load the discriminator that a first stage was trained against, if it is there and fits. Returns whether it was.
 
     It is `loss.discriminator.*` of a training checkpoint, or `discriminator.safetensors` of a model folder.
+
+    >>> torch.save({"loss.discriminator.weight": torch.ones(1, 1)}, "model.ckpt")
+    >>> [load_discriminator(torch.nn.Linear(size, 1, bias=False), "model.ckpt") for size in (1, 2)]
+    [True, False]
     """
     path = Path(path)
     file = path / "discriminator.safetensors" if path.is_dir() else path

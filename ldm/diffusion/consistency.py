@@ -1,7 +1,9 @@
 """Agreement with a measurement, such as an image of low resolution: functions from denoiser to denoiser.
 
-    super_resolved = consistent(denoiser, match_low(low, 4))                                # a pixel-space model
-    super_resolved = consistent(denoiser, projected(match_low(low, 4), encode, decode))       # a latent one
+    super_resolved = consistent(denoiser, match_low(low, 4))
+    super_resolved = consistent(denoiser, projected(match_low(low, 4), encode, decode))
+
+The first is for models that work on pixels, the second for latent ones.
 """
 
 from __future__ import annotations

@@ -132,9 +132,7 @@ class EDMDenoiser:
     tensor([1.0000, 0.5000])
     """
 
-    def __init__(
-        self, network: Network, sigma_data: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0
-    ):
+    def __init__(self, network: Network, sigma_data: float = 1.0, sigma_min: float = 0.002, sigma_max: float = 80.0):
         self.network, self.sigma_data = network, sigma_data
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
 

@@ -33,9 +33,13 @@ class FeatureField:
     """
 
     def __init__(
-        self, features: Tensor, size: tuple[int, int], window: int, interpolation: str = "linear",
+        self,
+        features: Tensor,
+        size: tuple[int, int],
+        window: int,
+        interpolation: str = "linear",
         background: Tensor | None = None,
-    ):  # fmt: skip
+    ):
         if features.ndim != 3:
             raise UserError(f"a grid of features has shape (rows, cols, D); got {tuple(features.shape)}.")
         if interpolation not in INTERPOLATIONS:
@@ -89,7 +93,7 @@ def fill_holes(features: Tensor, background: Tensor | None) -> Tensor:
     if background is not None:
         return torch.where(holes[..., None], background.to(features), features)
     if holes.all():
-        raise UserError("the grid of features is empty: every entry is a hole.")
+        raise UserError("every entry of the grid of features is a hole; encode a tile, or give `background`.")
     known, missing = (~holes).nonzero(), holes.nonzero()
     chunks = missing.float().split(max(2**22 // len(known), 1))  # all pairs of a whole slide's grid are too many
     nearest = known[torch.cat([torch.cdist(chunk, known.float()).argmin(1) for chunk in chunks])]

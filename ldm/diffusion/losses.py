@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ldm.diffusion.denoiser import per_sample
+from ldm.diffusion.denoiser import PARAMETERIZATIONS, per_sample
 
 
 def error_scale(parameterization: str, sigma: Tensor, sigma_data: float = 1.0) -> Tensor:
@@ -29,7 +29,7 @@ def error_scale(parameterization: str, sigma: Tensor, sigma_data: float = 1.0) -
         return (sigma**2 + sigma_data**2).sqrt() / (sigma * sigma_data)
     if parameterization == "flow":
         return (1 + sigma) / sigma
-    raise ValueError(f"unknown parameterization {parameterization!r}")
+    raise ValueError(f"parameterization must be one of {', '.join(PARAMETERIZATIONS)}; got {parameterization!r}")
 
 
 def min_snr_scale(sigma: Tensor, gamma: float, parameterization: str, sigma_data: float = 1.0) -> Tensor:

@@ -31,9 +31,7 @@ def _checked(x: Tensor, sigmas: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def sample_euler(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing
-) -> Tensor:
+def sample_euler(denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing) -> Tensor:
     """Euler steps of the probability-flow ODE: deterministic DDIM (arXiv:2010.02502), its inversion if ascending.
 
     >>> float(sample_euler(denoiser, x, sigmas, {}).std() / x.std())  # the exact solution's is (1 + 10^2)^-0.5 = 0.0995
@@ -49,9 +47,14 @@ def sample_euler(
 
 @torch.no_grad()
 def sample_ddim(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise, eta: float = 1.0,
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    cond: Cond,
+    noise: Noise,
+    eta: float = 1.0,
     callback: Callback = _nothing,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """DDIM with stochasticity eta in [0,1] (arXiv:2010.02502, equation 16).
 
     In these coordinates it is Euler ancestral: eta 1 is k-diffusion's, and DDPM's sampler with the small variance.
@@ -73,9 +76,7 @@ def sample_ddim(
 
 
 @torch.no_grad()
-def sample_heun(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing
-) -> Tensor:
+def sample_heun(denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing) -> Tensor:
     """Heun's second-order steps (EDM, arXiv:2206.00364, algorithm 1): two evaluations a step, one for the last.
 
     >>> float(sample_heun(denoiser, x, sigmas, {}).std() / x.std())  # the exact solution's is 0.0995
@@ -96,9 +97,7 @@ def sample_heun(
 
 
 @torch.no_grad()
-def sample_dpmpp_2m(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing
-) -> Tensor:
+def sample_dpmpp_2m(denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing) -> Tensor:
     """DPM-Solver++(2M) (arXiv:2211.01095, algorithm 2): second order, one evaluation a step.
 
     >>> float(sample_dpmpp_2m(denoiser, x, sigmas, {}).std() / x.std())  # the exact solution's is 0.0995
@@ -124,9 +123,15 @@ def sample_dpmpp_2m(
 
 @torch.no_grad()
 def sample_ddpm(
-    denoiser: Denoiser | RangeDenoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise,
-    variance: float | None = 0.0, gradient: Denoiser | None = None, callback: Callback = _nothing,
-) -> Tensor:  # fmt: skip
+    denoiser: Denoiser | RangeDenoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    cond: Cond,
+    noise: Noise,
+    variance: float | None = 0.0,
+    gradient: Denoiser | None = None,
+    callback: Callback = _nothing,
+) -> Tensor:
     """Ancestral sampling (DDPM, arXiv:2006.11239, algorithm 2), over the whole table or respaced.
 
     The log-variance of a step lies between the posterior's, `fixed small`, and the forward step's, `fixed large`
@@ -162,9 +167,14 @@ def sample_ddpm(
 
 @torch.no_grad()
 def sample_dpmpp_2m_sde(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise, eta: float = 1.0,
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    cond: Cond,
+    noise: Noise,
+    eta: float = 1.0,
     callback: Callback = _nothing,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """SDE-DPM-Solver++(2M) (arXiv:2211.01095, section 5, midpoint form); eta 0 is DPM-Solver++(2M).
 
     >>> float(sample_dpmpp_2m_sde(denoiser, x, sigmas, {}, noise).std())  # of the data it is 1
@@ -192,14 +202,19 @@ def sample_dpmpp_2m_sde(
 
 @torch.no_grad()
 def sample_dpmpp_3m_sde(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, noise: Noise, eta: float = 1.0,
+    denoiser: Denoiser,
+    x: Tensor,
+    sigmas: Tensor,
+    cond: Cond,
+    noise: Noise,
+    eta: float = 1.0,
     callback: Callback = _nothing,
-) -> Tensor:  # fmt: skip
-    """SDE-DPM-Solver++(3M), the multistep of k-diffusion's name; eta 0 is a third-order solver of the ODE.
+) -> Tensor:
+    """SDE-DPM-Solver++(3M), as k-diffusion calls it; eta 0 is a third-order solver of the ODE.
 
     x0 along log sigma is the parabola through the last three evaluations, integrated exactly (exponential
-    Adams-Bashforth, as arXiv:2211.01095, equation 9). The published codes halve the parabola's curvature, which leaves
-    second order; here it counts whole.
+    Adams-Bashforth, as arXiv:2211.01095, equation 9). The published codes take half of the parabola's curvature, which
+    makes them second-order; here it counts whole.
 
     >>> float(sample_dpmpp_3m_sde(denoiser, x, sigmas, {}, noise).std())  # of the data it is 1
     1.0021
@@ -232,9 +247,7 @@ def sample_dpmpp_3m_sde(
 
 
 @torch.no_grad()
-def sample_plms(
-    denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing
-) -> Tensor:
+def sample_plms(denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, callback: Callback = _nothing) -> Tensor:
     """PLMS (arXiv:2202.09778, as CompVis' PLMSSampler): linear multistep of up to fourth order with the coefficients
     of equal steps, started by one averaged step that costs an evaluation more. For parity with published samples.
 

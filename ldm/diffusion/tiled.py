@@ -112,9 +112,17 @@ def window_conds(cond: Cond, images: Sequence[int], corners: Sequence[Corner], w
 
 
 def _over_windows(
-    denoiser: AnyDenoiser, x: Tensor, sigma: Tensor, cond: Cond, corners: Sequence[Corner], window: int,
-    condition: WindowCondition | None, batch_size: int, device: torch.device | None, smooth: bool,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    denoiser: AnyDenoiser,
+    x: Tensor,
+    sigma: Tensor,
+    cond: Cond,
+    corners: Sequence[Corner],
+    window: int,
+    condition: WindowCondition | None,
+    batch_size: int,
+    device: torch.device | None,
+    smooth: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Denoise every window of the canvas x (B,C,H,W), at most batch_size at a time, and average where they overlap."""
     device, size = torch.device(device or x.device), (x.shape[-2], x.shape[-1])
 
@@ -155,9 +163,14 @@ def _over_windows(
 
 
 def tiled(
-    denoiser: AnyDenoiser, window: int, stride: int, condition: WindowCondition | None = None, batch_size: int = 16,
-    device: torch.device | None = None, blend: str = "uniform",
-) -> AnyDenoiser:  # fmt: skip
+    denoiser: AnyDenoiser,
+    window: int,
+    stride: int,
+    condition: WindowCondition | None = None,
+    batch_size: int = 16,
+    device: torch.device | None = None,
+    blend: str = "uniform",
+) -> AnyDenoiser:
     """Overlapping windows at fixed offsets, their x0 averaged (MultiDiffusion, arXiv:2302.08113; as published for
     large histology images, arXiv:2312.07330). A step costs about (window/stride)^2 evaluations per window area.
 
@@ -180,9 +193,13 @@ def tiled(
 
 
 def shifted(
-    denoiser: AnyDenoiser, window: int, condition: WindowCondition | None = None, batch_size: int = 16, seed: int = 0,
+    denoiser: AnyDenoiser,
+    window: int,
+    condition: WindowCondition | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
     device: torch.device | None = None,
-) -> AnyDenoiser:  # fmt: skip
+) -> AnyDenoiser:
     """Windows at places drawn anew at every noise level: little more than one evaluation per window area and step.
 
     They overlap a little (`drawn_starts`), and smooth weights lead from one to the next. The places are a function of

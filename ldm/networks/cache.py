@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,10 @@ def cast_weights(network: nn.Module, dtype: torch.dtype) -> nn.Module:
 
     To be called under autocast, which else casts all weights at every call; results are the same to rounding. Other
     weights are shared with the network; later changes of those that were cast do not reach the copy.
+
+    >>> twin = cast_weights(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)), torch.bfloat16)
+    >>> twin[0].weight.dtype, twin[1].weight.dtype
+    (torch.bfloat16, torch.float32)
     """
     twin = copy.copy(network)
     twin._modules = {name: cast_weights(child, dtype) for name, child in network._modules.items()}
@@ -111,7 +114,7 @@ class DeepCache:
         self.network, self.interval, self.shallow = network, interval, shallow
         self._age = 0
         self._last: dict[str, Tensor] = {}
-        self._size: list[Any] = []
+        self._size: list[object] = []
         self._deep: Tensor | None = None
         self._in_parts = False
 
@@ -126,7 +129,7 @@ class DeepCache:
         return out
 
     def _follows(self, x: Tensor, inputs: dict[str, Tensor]) -> bool:
-        """Is this call the step after the last one?"""
+        """Whether this call is the step after the last one."""
         last, self._last = self._last, inputs
         size, self._size = self._size, [x.shape, *((v.shape, v.dtype, v.device) for v in inputs.values())]
         if size != self._size or last.keys() != inputs.keys():

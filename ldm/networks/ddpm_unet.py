@@ -22,7 +22,12 @@ GROUPS = 32
 
 
 def original_timestep_embedding(timesteps: Tensor, dim: int) -> Tensor:
-    """Sinusoidal embedding (B,dim) of timesteps (B,) as DDPM published it: sines first, frequencies 1 to 1/10000."""
+    """Sinusoidal embedding (B,dim) of timesteps (B,) as DDPM published it: sines first, frequencies 1 to 1/10000.
+
+    >>> original_timestep_embedding(torch.tensor([0, 1]), 4)
+    tensor([[0.0000e+00, 0.0000e+00, 1.0000e+00, 1.0000e+00],
+            [8.4147e-01, 1.0000e-04, 5.4030e-01, 1.0000e+00]])
+    """
     half = dim // 2
     step = math.log(10000) / (half - 1)
     frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device=timesteps.device) * -step)

@@ -85,7 +85,7 @@ class EncoderUNetModel(nn.Module):
     ):
         super().__init__()
         if pool not in POOLS:
-            raise UserError(f"the classifier's pool is one of {', '.join(POOLS)}; got '{pool}'.")
+            raise UserError(f"the classifier's pool must be one of {', '.join(POOLS)}; got '{pool}'.")
         if pool == "attention" and num_head_channels == -1:
             raise UserError("the classifier's attention pool needs num_head_channels, the width of a head.")
         widths = [int(mult * model_channels) for mult in channel_mult]
@@ -106,9 +106,7 @@ class EncoderUNetModel(nn.Module):
 
         self.time_embed = nn.Sequential(nn.Linear(model_channels, emb), nn.SiLU(), nn.Linear(emb, emb))
         channels, factor = widths[0], 1
-        self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
-        )
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
         features = channels
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):

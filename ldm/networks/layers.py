@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoidal embedding (B,dim) of timesteps (B,), integer or fractional; cosines first (DDPM, arXiv:2006.11239)."""
+    """Sinusoidal embedding (B,dim) of timesteps (B,), integer or fractional; cosines first (DDPM, arXiv:2006.11239).
+
+    >>> timestep_embedding(torch.tensor([0.0, 1.0]), 4)
+    tensor([[1.0000, 1.0000, 0.0000, 0.0000],
+            [0.5403, 0.9999, 0.8415, 0.0100]])
+    """
     half = dim // 2
     frequencies = torch.exp(-math.log(max_period) * torch.arange(half, device=timesteps.device).float() / half)
     angles = timesteps[:, None].float() * frequencies[None]                     # (B,dim/2)
@@ -23,7 +28,11 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000.0)
 
 
 def zero_module(module: nn.Module) -> nn.Module:
-    """The module with all its parameters set to zero: a residual branch that starts as the identity."""
+    """The module with all its parameters set to zero: a residual branch that starts as the identity.
+
+    >>> zero_module(torch.nn.Linear(2, 2))(torch.ones(1, 2))
+    tensor([[0., 0.]], grad_fn=<AddmmBackward0>)
+    """
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -36,7 +45,7 @@ class NormedSiLU(nn.SiLU):
         return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def residual(x: Tensor, update: Tensor) -> Tensor:
+def _residual(x: Tensor, update: Tensor) -> Tensor:
     """x + update, in the memory of the update where it has the shape."""
     return update.add_(x) if update.shape == x.shape else x + update
 
@@ -157,9 +166,7 @@ class ResBlock(nn.Module):
             nn.Dropout(dropout),
             zero_module(Conv3x3(out_channels, out_channels)),
         )
-        self.skip_connection = (
-            nn.Identity() if channels == out_channels else PointwiseConv(channels, out_channels)
-        )
+        self.skip_connection = nn.Identity() if channels == out_channels else PointwiseConv(channels, out_channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
@@ -174,11 +181,16 @@ class ResBlock(nn.Module):
             h = self.out_layers[1:](h)
         else:
             h = self.out_layers(h.add_(emb))
-        return residual(self.skip_connection(x), h)
+        return _residual(self.skip_connection(x), h)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Multi-head scaled dot-product attention: q (B,N,C), k and v (B,M,C) -> (B,N,C)."""
+    """Multi-head scaled dot-product attention (arXiv:1706.03762): q (B,N,C), k and v (B,M,C) -> (B,N,C).
+
+    >>> q, k = torch.zeros(1, 1, 4), torch.randn(1, 2, 4)
+    >>> attend(q, k, torch.tensor([[[0.0, 1.0, 2.0, 3.0], [2.0, 3.0, 4.0, 5.0]]]), heads=2)  # a mean: q prefers none
+    tensor([[[1., 2., 3., 4.]]])
+    """
     q, k, v = (rearrange(x, "b n (heads c) -> b heads n c", heads=heads) for x in (q, k, v))
     if q.device.type == "cpu" and q.requires_grad and k.dtype != torch.float32 and q.shape[2] * k.shape[2] <= 1024**2:
         out = _attend_plainly(q, k, v)  # below float32 the CPU's fused kernel is several times slower backwards
@@ -199,9 +211,7 @@ class AttentionBlock(nn.Module):
     `new_attention_order` tells how the 3C outputs of `qkv` are laid out: (q,k,v) x heads, or heads x (q,k,v) (legacy).
     """
 
-    def __init__(
-        self, channels: int, num_heads: int = 1, new_attention_order: bool = False, norm_groups: int = 32
-    ):
+    def __init__(self, channels: int, num_heads: int = 1, new_attention_order: bool = False, norm_groups: int = 32):
         super().__init__()
         self.num_heads = num_heads
         self.new_attention_order = new_attention_order
@@ -276,19 +286,25 @@ class BasicTransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
-        x = residual(x, self.attn1(self.norm1(x)))
+        x = _residual(x, self.attn1(self.norm1(x)))
         asking = x[:, :1] if context is not None and self.attn2.ignores_query(context) else x
-        x = residual(x, self.attn2(self.norm2(asking), context))
-        return residual(x, self.ff(self.norm3(x)))
+        x = _residual(x, self.attn2(self.norm2(asking), context))
+        return _residual(x, self.ff(self.norm3(x)))
 
 
 class SpatialTransformer(nn.Module):
     """Transformer blocks over the positions of a feature map, with cross-attention to a context (arXiv:2112.10752)."""
 
     def __init__(
-        self, channels: int, heads: int, dim_head: int, depth: int, context_dim: int | None, dropout: float = 0.0,
+        self,
+        channels: int,
+        heads: int,
+        dim_head: int,
+        depth: int,
+        context_dim: int | None,
+        dropout: float = 0.0,
         norm_groups: int = 32,
-    ):  # fmt: skip
+    ):
         super().__init__()
         inner = heads * dim_head
         self.norm = GroupNorm32(channels, norm_groups, eps=1e-6)

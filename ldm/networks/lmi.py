@@ -37,7 +37,7 @@ def lmi_map(
     Values are grey levels trunc(255 v); histograms are soft, a level v adds exp(-((v - bin) / 2 sigma^2)^2 / 2) to
     each of `bins` bins over 0..255; what lies far outside [0, 1] adds nothing. The patch of the source is compared
     with patch^2 candidates of the target, and the largest mutual information of the paired pixels counts (in bits, or
-    normalized: twice it over the sum of both entropies; the published map in all its details, such as candidates that
+    normalized: twice it over the sum of both entropies; the published map in all its details, such as _candidates that
     are no plain shifts of the patch, zeros around the image, and 2 where both patches are far outside the range).
 
     Each pixel needs histograms only over the bins that its two patches reach; pixels with windows of the same size
@@ -48,11 +48,16 @@ def lmi_map(
             normalized. A colour target of a gray source counts by its first channel, normalized, then each map is
             scaled to [0, 1].
         patch: odd side of a neighbourhood.
+
+    >>> image = torch.linspace(0, 1, 36).view(1, 1, 6, 6)
+    >>> targets = {"itself": image, "inverted": 1 - image, "flat": torch.full_like(image, 0.5)}
+    >>> {name: round(float(lmi_map(image, target)[0, 0, 2, 2]), 2) for name, target in targets.items()}
+    {'itself': 0.44, 'inverted': 0.44, 'flat': 0.0}
     """
     if patch < 3 or patch % 2 == 0:
-        raise UserError(f"the patch of an LMI map has an odd side of at least 3; got {patch}.")
+        raise UserError(f"the patch of an LMI map must have an odd side of at least 3; got {patch}.")
     if not 2 <= bins <= 256 or sigma <= 0:
-        raise UserError(f"an LMI map has 2 to 256 bins and sigma above 0; got {bins} and {sigma:g}.")
+        raise UserError(f"an LMI map takes 2 to 256 bins and a sigma above 0; got {bins} and {sigma:g}.")
     colour_of_gray = source.shape[1] == 1 and target.shape[1] > 1
     if colour_of_gray:
         target, normalized = target[:, :1], True
@@ -119,7 +124,7 @@ def _largest(images: Sequence[Tensor], table: _Kernels, patch: int, normalized: 
     cols = torch.arange(patch, device=device) + torch.arange(w, device=device)[:, None]
     own = base[:, None, None, None, None] + rows[:, None, :, None] * side + cols[None, :, None, :]
     own = rearrange(own, "n h w i j -> (n h w) (i j)")
-    rows, cols = (candidates(length, patch, device) for length in (h, w))                    # (H,P,P): pixel, candidate
+    rows, cols = (_candidates(length, patch, device) for length in (h, w))                   # (H,P,P): pixel, candidate
     flat = around[0].float()
     plain = F.max_pool2d(flat, patch, 1) == -F.max_pool2d(-flat, patch, 1)
     plain &= (table.sums[images[0]] > SEEN) & (table.sums[images[1]] > SEEN)
@@ -141,7 +146,7 @@ def _largest(images: Sequence[Tensor], table: _Kernels, patch: int, normalized: 
     return found
 
 
-def candidates(length: int, patch: int, device: torch.device | str = "cpu") -> Tensor:
+def _candidates(length: int, patch: int, device: torch.device | str = "cpu") -> Tensor:
     """Along one axis, the target's pixels (length,pixel,candidate) that pair with those of the patch at each place.
 
     Counted from `patch // 2` before the image's first, where zeros lie. The published code spreads the image to one
@@ -181,9 +186,7 @@ def _groups(width1: Tensor, width2: Tensor, patch: int, which: Tensor) -> Iterat
             yield chosen, first, second
 
 
-def _information(
-    k1: Tensor, k2: Tensor, sums1: Tensor, sums2: Tensor, normalized: bool, scratch: _Scratch
-) -> Tensor:
+def _information(k1: Tensor, k2: Tensor, sums1: Tensor, sums2: Tensor, normalized: bool, scratch: _Scratch) -> Tensor:
     """Mutual information (n,candidate) of paired pixels.
 
     Args:
@@ -218,6 +221,10 @@ def lmi_score(
         source, target: (B,C,H,W) around [0, 1], of equally many channels, taken one by one.
         window: side of a window; stride: pixels between windows. Wider ones than those of `lmi_map`: a gradient needs
             more pairs of pixels than a comparison. sigma: the kernel's width is 2 sigma^2 grey levels.
+
+    >>> image = torch.rand(1, 1, 9, 9, generator=torch.Generator().manual_seed(0))
+    >>> lmi_score(image, 1 - image), lmi_score(image, torch.full_like(image, 0.5))
+    (tensor([0.5378]), tensor([0.]))
     """
     if source.shape != target.shape:
         raise ValueError(f"source and target differ in shape: {tuple(source.shape)} and {tuple(target.shape)}")
@@ -271,8 +278,8 @@ class LMIUNet(nn.Module):
         self.channels, rest = divmod(inner.in_channels, 3)
         if rest:
             raise UserError(
-                f"the UNet of an LMIUNet takes an image and two maps of as many channels: in_channels is 3 or 9; got "
-                f"{inner.in_channels}."
+                "the UNet of an LMIUNet takes an image and two maps of as many channels: its in_channels must be 3 or "
+                f"9; got {inner.in_channels}."
             )
         self.takes = replace(inner, in_channels=2 * self.channels, skips=0, dtype=torch.float64)
         self.settings = {"patch": patch, "bins": bins, "sigma": sigma, "normalized": normalized}
@@ -286,7 +293,7 @@ class LMIUNet(nn.Module):
         if x.shape[1] != self.takes.in_channels:
             raise UserError(
                 f"an LMIUNet takes {self.channels} channels of the image and {self.channels} of its source; got "
-                f"{x.shape[1]} together. Condition it on a source image alone (SourceImage)."
+                f"{x.shape[1]} in all. Condition it on a source image alone (SourceImage)."
             )
         image, source = x.float().split(self.channels, dim=1)
         seen = image.detach() if self.unit else _unit(image)

@@ -34,7 +34,7 @@ class TimeEmbedding(nn.Module):
 class StandardizedConv(nn.Module):
     """3x3 convolution whose filters are standardised, each to mean 0 and variance 1 (arXiv:1903.10520).
 
-    It is no nn.Conv2d: what takes the stored weights for those that act would be wrong.
+    It is not an nn.Conv2d, whose stored weights are those that act: what casts or lays out weights must not touch it.
     """
 
     def __init__(self, channels: int, out_channels: int):

@@ -42,7 +42,7 @@ class Takes:
 
 
 def declared(network: nn.Module) -> Takes:
-    """What a network declares. UserError if it declares nothing, or not the side of its images.
+    """What a network declares. UserError if it declares nothing.
 
     >>> declared(model.model.diffusion_model).context_dim
     8
@@ -50,9 +50,7 @@ def declared(network: nn.Module) -> Takes:
     takes = getattr(network, "takes", None)
     if not isinstance(takes, Takes):
         raise UserError(
-            f"unet_config: a {type(network).__name__} does not declare what it takes; a network has an attribute "
-            "`takes` (ldm.networks.takes.Takes), as ldm.networks.unet.UNetModel does."
+            f"unet_config: a {type(network).__name__} does not declare what it takes; give it an attribute `takes` "
+            "(ldm.networks.takes.Takes), as ldm.networks.unet.UNetModel has."
         )
-    if takes.image_size is None:
-        raise UserError("unet_config.params needs image_size, the side of a tile's latent; samples have that size.")
     return takes

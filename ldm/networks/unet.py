@@ -87,9 +87,9 @@ class UNetModel(nn.Module):
     ):
         super().__init__()
         if (num_heads == -1) == (num_head_channels == -1):
-            raise UserError("the UNet takes num_heads or num_head_channels, exactly one of them.")
+            raise UserError("the UNet takes either num_heads or num_head_channels; give exactly one of them.")
         if use_spatial_transformer != (context_dim is not None):
-            raise UserError("the UNet's use_spatial_transformer and context_dim go together: give both or neither.")
+            raise UserError("the UNet's use_spatial_transformer and context_dim go together; give both or neither.")
         widths, stem = [int(mult * model_channels) for mult in channel_mult], stem_channels or model_channels
         if wrong := [width for width in (stem, *widths) if width % norm_groups]:
             raise UserError(f"every level's width must be a multiple of {norm_groups} (norm_groups); got {wrong[0]}.")
@@ -116,9 +116,7 @@ class UNetModel(nn.Module):
             self.label_emb = nn.Embedding(num_classes, emb)
 
         channels = stem
-        self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))]
-        )
+        self.input_blocks = nn.ModuleList([TimestepEmbedSequential(nn.Conv2d(in_channels, channels, 3, padding=1))])
         skips, factor = [channels], 1
         for level, width in enumerate(widths):
             for _ in range(num_res_blocks):
@@ -157,7 +155,12 @@ class UNetModel(nn.Module):
             GroupNorm32(channels, norm_groups), nn.SiLU(), zero_module(nn.Conv2d(channels, out_channels, 3, padding=1))
         )
         self.takes = Takes(
-            in_channels, out_channels, image_size, context_dim, emb, num_classes=num_classes,
+            in_channels,
+            out_channels,
+            image_size,
+            context_dim,
+            emb,
+            num_classes=num_classes,
             skips=len(self.input_blocks) - 1,
         )
 
