@@ -165,7 +165,7 @@ def test_filters_are_standardised_whatever_their_scale():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: EncoderUNetModel(**CLASSIFIER | {"pool": "max"}), "pool is one of adaptive, attention"),
+        (lambda: EncoderUNetModel(**CLASSIFIER | {"pool": "max"}), "pool must be one of adaptive, attention"),
         (lambda: EncoderUNetModel(**CLASSIFIER | {"num_head_channels": -1, "pool": "attention"}), "num_head_channels"),
         (lambda: EncoderUNetModel(**CLASSIFIER | {"model_channels": 48}), "multiple of 32"),
         (lambda: DDPMUNet(**DDPM | {"ch": 40}), "multiple of 32"),
