@@ -317,7 +317,7 @@ def check_params(target: Callable[..., Any], params: Mapping[str, Any], where: s
     """Check the parameters of a call `target(**params)` without making it.
 
     Args:
-        target: class or function.
+        target: class or function. The `**keywords` of a class are those that the next class of its MRO takes.
         params: its keyword arguments.
         where: name of the node in messages.
         missing: whether parameters without a default must be there.
