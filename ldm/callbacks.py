@@ -1,6 +1,6 @@
-"""What happens around training: the run folder, exact resuming, images, losses and the bar.
+"""Callbacks of training: the run folder, exact resuming, image grids, losses and the progress bar.
 
-Every callback finds the run folder as `trainer.default_root_dir`; only the global rank 0 writes into it.
+The run folder is `trainer.default_root_dir`; only global rank 0 writes into it.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -31,16 +32,20 @@ from ldm.rng import fold
 
 
 class Stopped(Exception):
-    """Training was stopped by a signal; `last.ckpt` holds everything up to batch `args[0]`."""
+    """A signal stopped the training; `last.ckpt` holds everything up to step `args[0]`."""
 
 
-def batches_done(trainer: Trainer) -> int:
-    """Training batches whose step has begun since the run began, over all epochs and resumes."""
+def _batches_done(trainer: Trainer) -> int:
+    """Number of training batches begun since the start of the run, over all epochs and resumes."""
     return trainer.fit_loop.total_batch_idx + 1
 
 
 class SetupRun(Callback):
-    """Writes the merged config into the run folder and into every checkpoint (`histoldm_config`, plain containers)."""
+    """Writes the merged config into the run folder and, as `histoldm_config`, into every checkpoint.
+
+    Args:
+        config: the merged config, plain containers.
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -56,7 +61,7 @@ class SetupRun(Callback):
     def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         monitor, logged = getattr(pl_module, "monitor", None), trainer.callback_metrics
         if monitor and monitor not in logged:
-            raise UserError(f"validation does not log the monitored '{monitor}'{suggest(monitor, logged)}")
+            raise UserError(f"validation does not log the value to monitor, '{monitor}'{suggest(monitor, logged)}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["histoldm_config"] = self.config
@@ -65,22 +70,25 @@ class SetupRun(Callback):
 class StepSeed(Callback):
     """Seeds torch before every training batch from (seed, rank, batch number).
 
-    What draws from torch's global generators (dropout) is then the same after a resume, and nothing that samples in
-    between (validation, image grids) can disturb training.
+    Whatever draws from torch's global generators, such as dropout, then repeats after a resume, and sampling in
+    between (validation, image grids) does not change the training.
     """
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(fold(self.seed, trainer.global_rank, batches_done(trainer)))
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        torch.manual_seed(fold(self.seed, trainer.global_rank, _batches_done(trainer)))
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are whole or not there: written beside their place, then put there. Where a disk is full or the
-    machine stops, the one before stays as it is; Lightning's own way copies into place from the temporary folder."""
+    """Writes checkpoints so that they are complete or not there: beside their place, then renamed.
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+    If the disk is full or the machine stops, the previous checkpoint stays as it is. Lightning's own implementation
+    copies the file from the temporary folder, which may stop halfway.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: object = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as part:
             torch.save(checkpoint, part)
@@ -89,13 +97,16 @@ class WholeCheckpoints(TorchCheckpointIO):
 class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt`, and makes every checkpoint resume exactly.
 
-    Progress (Lightning's loop counters, the loader's position) is noted at the end of each batch that stepped an
-    optimizer, and that note goes into every checkpoint, whoever saves it and when: weights change nowhere else.
-    A resume therefore always continues with the batch after an optimizer step, redoing a part of an accumulation
-    window rather than losing it, and a validation that was under way is not repeated.
+    Progress (Lightning's loop counters, the loader's position) is recorded at the end of each batch in which an
+    optimizer stepped, which is where weights change, and goes into every checkpoint, whenever it is saved. A resume
+    therefore always continues with the batch after an optimizer step: a partial accumulation window is done again, not
+    lost, and a validation that was running is not repeated.
 
-    `last.ckpt` is saved every `every_n_train_steps` optimizer steps, when training ends, and when SIGINT (Ctrl-C) or
-    SIGTERM asks to stop: the step under way is finished, then `Stopped` is raised. A second signal stops at once.
+    `last.ckpt` is saved when training ends, and when SIGINT (Ctrl-C) or SIGTERM arrives: the current step is finished,
+    then `Stopped` is raised. A second signal stops at once.
+
+    Args:
+        every_n_train_steps: `last.ckpt` is also saved after this many optimizer steps.
     """
 
     def __init__(self, every_n_train_steps: int = 500) -> None:
@@ -104,9 +115,9 @@ class LastCheckpoint(Checkpoint):
         self.every_n_train_steps = every_n_train_steps
         self._progress: dict[str, Any] = {}
         self._step = self._saved_step = 0
-        self._at_step = True  # no batch has been accumulated since the last optimizer step
+        self._at_step = True  # whether no batch was accumulated since the last step
         self._stop = False
-        self._handlers: dict[int, Any] = {}
+        self._handlers: dict[int, Callable[..., object] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = self._saved_step = trainer.global_step
@@ -114,18 +125,18 @@ class LastCheckpoint(Checkpoint):
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._signal) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def _signal(self, number: int, frame: Any) -> None:
+    def _signal(self, number: int, frame: FrameType | None) -> None:
         self._restore_handlers()
         self._stop = True
         if rank_zero_only.rank == 0:  # not print(): a signal may interrupt a print
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")
+            os.write(2, b"\nstopping after this step; press Ctrl-C again to stop at once\n")
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         self._at_step = trainer.global_step != self._step
         if self._at_step:
             self._step = trainer.global_step
@@ -133,17 +144,17 @@ class LastCheckpoint(Checkpoint):
             if trainer.datamodule is not None and (state := trainer.datamodule.state_dict()):
                 self._progress[type(trainer.datamodule).__qualname__] = state
 
-    # Saving waits for the next hook, so that what the model does in its own on_train_batch_end is in the checkpoint.
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    # Saving waits for the next hook, so that the checkpoint holds what the model does in its own on_train_batch_end.
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         if self._at_step and self._asked_to_stop(trainer):
             self._save(trainer)
             raise Stopped(trainer.global_step)
         if self._at_step and self._step - self._saved_step >= self.every_n_train_steps:
             self._save(trainer)
 
-    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        # Ranks may differ in validation batches, and a decision of all of them would wait for ever: it is left to the
-        # next training batch.
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        # Ranks may have different numbers of validation batches, and a decision that all must take would wait forever:
+        # with several ranks it is taken at the next training batch.
         alone = trainer.world_size == 1
         if alone and not trainer.sanity_checking and self._at_step and self._asked_to_stop(trainer):
             self._save(trainer)
@@ -162,7 +173,7 @@ class LastCheckpoint(Checkpoint):
     def _asked_to_stop(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
             return self._stop
-        return trainer.strategy.reduce_boolean_decision(self._stop, all=False)  # every rank stops at the same batch
+        return trainer.strategy.reduce_boolean_decision(self._stop, all=False)  # all ranks stop at the same batch
 
     def _save(self, trainer: Trainer) -> None:
         if self._step > self._saved_step and not trainer.fast_dev_run:
@@ -171,11 +182,14 @@ class LastCheckpoint(Checkpoint):
 
 
 class ImageLogger(Callback):
-    """Writes grids of what `pl_module.log_images(batch, n)` returns: {name: (B,3,H,W) in [-1,1]}.
+    """Writes grids of the images that `pl_module.log_images(batch, n)` returns: {name: (B,3,H,W) in [-1,1]}.
 
-    Every `batch_frequency` training batches, and for the first batch of every validation, to
-    `images/{train,val}/<name>_gs-<step>_e-<epoch>_b-<batch>.png` and TensorBoard. Without a `log_images`, nothing.
-    All but `inputs` say in their metadata that they are SYNTHETIC.
+    They go to `images/{train,val}/<name>_gs-<step>_e-<epoch>_b-<batch>.png` and to TensorBoard, for the first batch of
+    every validation too. Metadata marks all but `inputs` as SYNTHETIC. A model without `log_images` gets none.
+
+    Args:
+        batch_frequency: training batches from one grid to the next.
+        max_images: images of a grid.
     """
 
     def __init__(self, batch_frequency: int = 500, max_images: int = 4) -> None:
@@ -184,16 +198,16 @@ class ImageLogger(Callback):
         self.batch_frequency, self.max_images = batch_frequency, max_images
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: Any, batch_idx: int
     ) -> None:
-        if batches_done(trainer) % self.batch_frequency == 0:
+        if _batches_done(trainer) % self.batch_frequency == 0:
             self._log(trainer, pl_module, batch, batch_idx, "train")
 
     def on_validation_batch_end(
         self,
         trainer: Trainer,
         pl_module: LightningModule,
-        outputs: Any,
+        outputs: object,
         batch: Any,
         batch_idx: int,
         dataloader_idx: int = 0,
@@ -228,10 +242,13 @@ class ImageLogger(Callback):
 
 
 class LossRecorder(Callback):
-    """Appends what the module logs to `losses.csv`: columns `batch` (training batches done), `name`, `value`.
+    """Appends what the module logs to `losses.csv`: columns `batch` (number of training batches), `name`, `value`.
 
-    Training values every `every_n_batches` batches, validation values after every validation. After a resume, rows
-    later than the checkpoint are dropped, so that the file reads like that of an uninterrupted run.
+    Validation values are written after every validation. After a resume, rows later than the checkpoint are dropped,
+    so that the file is that of an uninterrupted run.
+
+    Args:
+        every_n_batches: training batches from one row of a training value to the next.
     """
 
     HEADER = ("batch", "name", "value")
@@ -248,20 +265,20 @@ class LossRecorder(Callback):
             with whole(self.path) as part, part.open("w", newline="") as file:
                 writer = csv.writer(file)
                 writer.writerow(self.HEADER)
-                writer.writerows(row for row in rows if row[0] <= batches_done(trainer))
+                writer.writerows(row for row in rows if row[0] <= _batches_done(trainer))
 
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if batches_done(trainer) % self.every_n_batches == 0:
+    def on_train_batch_end(self, trainer: Trainer, *_: object) -> None:
+        if _batches_done(trainer) % self.every_n_batches == 0:
             self._append(trainer, {k: v for k, v in trainer.callback_metrics.items() if not k.startswith("val")})
 
-    def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_end(self, trainer: Trainer, *_: object) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._append(trainer, {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val")})
 
     def _append(self, trainer: Trainer, metrics: Mapping[str, Tensor]) -> None:
-        # Lightning offers `x`, `x_step` and `x_epoch` for one logged x: x alone is enough
+        # Lightning has `x`, `x_step` and `x_epoch` for one logged x: x alone is enough
         rows = [
-            (batches_done(trainer), name, f"{float(value):.7g}")
+            (_batches_done(trainer), name, f"{float(value):.7g}")
             for name, value in sorted(metrics.items())
             if name.removesuffix("_step").removesuffix("_epoch") == name or name.rsplit("_", 1)[0] not in metrics
         ]
@@ -271,16 +288,21 @@ class LossRecorder(Callback):
 
 
 def read_losses(path: str | Path) -> list[tuple[int, str, float]]:
-    """The rows (batch, name, value) of a `losses.csv`; a last line that was cut off is left out."""
+    """Read the rows (batch, name, value) of a `losses.csv`. An incomplete last line is left out.
+
+    >>> _ = Path("losses.csv").write_text("batch,name,value\\n10,train/loss,0.5\\n20,train/lo")
+    >>> read_losses("losses.csv")
+    [(10, 'train/loss', 0.5)]
+    """
     with Path(path).open(newline="") as file:
         rows = list(csv.reader(file))[1:]
     return [(int(row[0]), row[1], float(row[2])) for row in rows if len(row) == 3 and row[2]]
 
 
 class ProgressBar(TQDMProgressBar):
-    """One bar over the whole training: steps done, time left, images/s, and the losses that the module logs."""
+    """A single progress bar for the whole training: steps, time left, images per second, and the logged losses."""
 
-    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
         super().on_train_start(trainer)
         bar = self.train_progress_bar
         self._by_step = trainer.max_steps > 0
@@ -288,20 +310,20 @@ class ProgressBar(TQDMProgressBar):
         limit = trainer.max_steps if self._by_step else (trainer.max_epochs or -1) * trainer.num_training_batches
         bar.total = int(limit) if 0 < limit < float("inf") else None
         bar.unit = "step" if self._by_step else "batch"
-        bar.initial = bar.n = trainer.global_step if self._by_step else batches_done(trainer)
+        bar.initial = bar.n = trainer.global_step if self._by_step else _batches_done(trainer)
         bar.set_description("training")
 
-    def on_train_epoch_start(self, *_: Any) -> None:
-        pass  # the bar goes on over the epochs
+    def on_train_epoch_start(self, *_: object) -> None:
+        pass  # one bar for all epochs
 
-    def on_train_epoch_end(self, *_: Any) -> None:
+    def on_train_epoch_end(self, *_: object) -> None:
         pass
 
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
         self._last_time = self._last_time or time.monotonic()
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         now = time.monotonic()
         sizes = [len(value) for value in batch.values() if isinstance(value, Tensor)] if isinstance(batch, dict) else []
@@ -309,8 +331,8 @@ class ProgressBar(TQDMProgressBar):
         self._images_per_s = 0.9 * self._images_per_s + 0.1 * rate if self._images_per_s else rate
         self._last_time = now
         bar = self.train_progress_bar
-        if not bar.disable and batches_done(trainer) % self.refresh_rate == 0:
-            bar.n = trainer.global_step if self._by_step else batches_done(trainer)
+        if not bar.disable and _batches_done(trainer) % self.refresh_rate == 0:
+            bar.n = trainer.global_step if self._by_step else _batches_done(trainer)
             metrics = {key: value for key, value in self.get_metrics(trainer, pl_module).items() if key != "v_num"}
             bar.set_postfix({"images/s": f"{self._images_per_s:.3g}", "epoch": trainer.current_epoch, **metrics})
 

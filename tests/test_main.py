@@ -245,12 +245,12 @@ REFUSALS = {
     "module": (["-b", TINY, "data.target=ldm.data.modul.Tiles"], "package 'ldm.data' has no 'modul'"),
     "foreign target": (["-b", TINY, "model.target=os.system"], "'os.system' is not allowed"),
     "GPU": (["-b", TINY, "--gpus", "99,"], "--gpus 99,: this machine has"),
-    "GPU list": (["-b", TINY, "--gpus", "all"], "--gpus takes numbers"),
+    "GPU list": (["-b", TINY, "--gpus", "all"], "--gpus takes numbers of GPUs"),
     "monitor": (["-b", TINY, "model.params.monitor=val/los"], "'val/los'; did you mean 'val/loss'"),
     "data": (["-b", TINY, "data.params.length=0"], "there are no tiles"),
     "item": (["-b", TINY, *(f"data.params.{p}" for p in ("damaged=3", "length=4", "num_workers=1"))], "error: tile 3"),
     "run to resume": (["-r", "logs/none"], "cannot resume 'logs/none': it does not exist"),
-    "name and resume": (["-r", "logs/none", "-n", "x"], "--name names a new run"),
+    "name and resume": (["-r", "logs/none", "-n", "x"], "--name is for a new run"),
 }
 
 
@@ -282,7 +282,7 @@ def test_damaged_runs_are_not_resumed(capsys):
     assert train("-r", "run") == 2
     errors = capsys.readouterr().err.splitlines()
     assert "it has no checkpoints/last.ckpt" in errors[0]
-    assert "is not a whole checkpoint" in errors[1]
+    assert "is not a complete checkpoint" in errors[1]
     assert "has no configs/*-lightning.yaml" in errors[2]
 
 
@@ -354,7 +354,7 @@ def test_files_that_no_dataset_reads_are_not_missed(tmp_path):
 
 def test_without_train_the_config_is_checked_and_nothing_is_written(capsys):
     assert command.main(["-b", TINY]) == 0
-    assert "the config is sound" in capsys.readouterr().out
+    assert "the config is valid" in capsys.readouterr().out
     assert not Path("logs").exists()
 
 
@@ -366,7 +366,7 @@ def at_histoldm(*argv: str) -> int:
 
 def test_histoldm_train_is_another_door_to_the_same(capsys):
     assert at_histoldm("-b", TINY, "--enable_progress_bar", "false", "model.params.stop_at=2") == 130  # without -t
-    assert f"go on with: histoldm train --resume {only_run('logs')}" in capsys.readouterr().out
+    assert f"continue with: histoldm train --resume {only_run('logs')}" in capsys.readouterr().out
     call(get_command(cli.app), "histoldm", ["train", "-t", "false", "-b", TINY])
     assert "train with: histoldm train\n" in capsys.readouterr().out
     assert at_histoldm("-b", TINY, "--max_stpes", "3") == 2

@@ -1,1 +1,1 @@
-"""Training: one implementation behind `python main.py` and `histoldm train`."""
+"""Training: the implementation of `python main.py` and `histoldm train`."""

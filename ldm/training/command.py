@@ -1,4 +1,4 @@
-"""The command line of a training: what `python main.py` and `histoldm train` do with the words that follow them."""
+"""The command line of training: `python main.py` and `histoldm train`."""
 
 from __future__ import annotations
 
@@ -15,29 +15,32 @@ from pathlib import Path
 from ldm.errors import UserError, run_command
 from ldm.training.run import SEED, Training, check_trainer_key, find_run, merge_config
 
-HELP = """Train a model that a config describes.
+HELP = """Train the model that a config describes.
 
 Examples:
 
-    a new run
+    start a new run
         {train} --base configs/a.yaml [b.yaml ...] [key.path=value ...]
-    one that goes on, exactly
+    continue a run exactly where it stopped
         {train} --resume logs/<run>
-    a check of the config, which trains nothing
+    check a config without training
         {check} --base configs/a.yaml
 
-Later files and then key.path=value win. Where there is no such file, the name is that of a shipped config, as demo/ssl.
-Every argument of Lightning's Trainer is a key under `lightning.trainer` and an option here:
+Later files win over earlier ones, and key.path=value wins over files. A config is a file or the name of a shipped
+config, such as demo/ssl. Every argument of Lightning's Trainer is a key under `lightning.trainer` and an option here:
 `lightning.trainer.max_steps=1000` and `--max_steps 1000` are the same. Ctrl-C finishes the step, saves `last.ckpt` and
-says how to go on.
+prints the command that continues the run.
 """
 
 
 @dataclass(frozen=True)
 class Door:
-    """How the command line was called.
+    """One of the two programs that train.
 
-    program: what was typed. trains: it trains without -t. train, check: what to type to train, and not to.
+    Attributes:
+        program: what the user typed to start it.
+        trains: whether it trains by default, without -t.
+        train, check: what to type to train, and to check a config only.
     """
 
     program: str
@@ -57,9 +60,12 @@ HISTOLDM = Door("histoldm train", trains=True)
 
 
 def parse(argv: Sequence[str], door: Door = MAIN) -> tuple[argparse.Namespace, list[str]]:
-    """Options, and key.path=value overrides. Options that are not listed here are taken for the Trainer's.
+    """Parse a command line into options and key.path=value overrides.
 
-    Raises UserError: an option that is not the Trainer's either.
+    Options that are not defined here are arguments of Lightning's Trainer, and become overrides.
+
+    Raises:
+        UserError: an option is not an argument of the Trainer either.
 
     >>> options, overrides = parse(["-t", "--base", "demo/ssl", "--max_steps", "2", "data.params.stores=mine"])
     >>> options.base, overrides
@@ -76,16 +82,16 @@ def parse(argv: Sequence[str], door: Door = MAIN) -> tuple[argparse.Namespace, l
     train_help = f"train, or only check the config (default: {str(door.trains).lower()})"
     add("-t", "--train", default=door.trains, help=train_help, **switch)
     add("-b", "--base", nargs="*", default=[], metavar="YAML", help="configs to merge, from left to right")
-    add("-r", "--resume", metavar="RUN", help="run folder, or checkpoint in one, to go on with")
+    add("-r", "--resume", metavar="RUN", help="continue this run: a run folder, or a checkpoint in it")
     add("-n", "--name", help="name of the run folder, logs/<time>_<name> (default: that of the first config)")
     add("-f", "--postfix", default="", help="text to add to the run folder's name")
     add("-l", "--logdir", default="logs", metavar="DIR", help="folder of run folders (default: %(default)s)")
     add("-s", "--seed", type=int, help=f"seed of everything random (default: {SEED})")
     add("--gpus", help="GPUs to train on, such as 0,1 or 0, (default: one if there is one)")
-    add("-d", "--debug", default=False, help="open the debugger where training fails", **switch)
+    add("-d", "--debug", default=False, help="open the debugger if training fails", **switch)
     rate_help = "multiply the base learning rate by accumulated batches, devices and batch size (default: true)"
     add("--scale_lr", default=True, help=rate_help, **switch)
-    add("--no-test", default=False, help="do not measure on the data's test set afterwards", **switch)
+    add("--no-test", default=False, help="do not evaluate on the test set of the data afterwards", **switch)
     overrides = [item for item in argv if re.match(r"[A-Za-z_][\w.]*=", item)]  # before -t or --base swallows them
     options, rest = parser.parse_known_args([item for item in argv if item not in overrides])
     flags = [flag for action in parser._actions for flag in action.option_strings]
@@ -107,7 +113,7 @@ def _boolean(text: str) -> bool:
 def _run(argv: Sequence[str], door: Door) -> int:
     options, overrides = parse(argv, door)
     if options.resume and options.name:
-        raise UserError("--name names a new run and --resume goes on with an old one: give one of them")
+        raise UserError("--name is for a new run and --resume continues an old one; give only one of them")
     folder, checkpoint = find_run(options.resume) if options.resume else (None, None)
     cfg = merge_config(options, overrides, folder)
     folder = folder or Path(options.logdir) / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{cfg['name']}{options.postfix}"
@@ -121,14 +127,14 @@ def _run(argv: Sequence[str], door: Door) -> int:
         if code := training.fit(options.scale_lr, f"{door.train} --resume {folder}", options.debug):
             return code
     elif not checkpoint:
-        training.trainer.print(f"the config is sound; train with: {door.train}")
+        training.trainer.print(f"the config is valid; train with: {door.train}")
     if not options.no_test and (options.train or checkpoint):
         training.test(None if options.train else checkpoint)
     return 0
 
 
 def main(argv: Sequence[str] | None = None, door: Door = MAIN) -> int:
-    """Run the words of a command line, those of this process by default; the exit code.
+    """Run a command line, by default that of this process, and return the exit code.
 
     >>> main(["--logdri", "x"])
     2
@@ -136,5 +142,5 @@ def main(argv: Sequence[str] | None = None, door: Door = MAIN) -> int:
     codes: list[int] = []
     try:
         return run_command(lambda: codes.append(_run(sys.argv[1:] if argv is None else argv, door))) or codes[0]
-    except SystemExit as stop:  # after --help, and after what argparse calls an error
+    except SystemExit as stop:  # after --help, or an error that argparse found
         return stop.code

@@ -1,4 +1,5 @@
-"""Files that a config names and that are not there: told all at once, before any work, each with the way on."""
+"""Check that the files that a config names exist, before any work: one message lists all that are missing, where to get
+each and what else can be done."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ STABLE_DIFFUSION = (
 )
 DEMO = "made by `make demo` in the repository"
 SHIPPED = "comes with the repository"
-SOURCES = {  # what the configs name -> where it comes from
+SOURCES = {  # path in the shipped configs -> where to get it
     **{f"weights/{name}/model.ckpt": COMPVIS.format(name) for name in ("kl-f4", "kl-f8", "vq-f4", "vq-f8")},
     "weights/cin256-v2/model.ckpt": (
         "CompVis' model of ImageNet (MIT): https://ommer-lab.com/files/latent-diffusion/nitro/cin/model.ckpt"
@@ -34,16 +35,18 @@ SOURCES = {  # what the configs name -> where it comes from
     "data/models/demo-ssl": SHIPPED,
     "data/models/demo-encoder": SHIPPED,
 }
-WAYS = {  # params that name files -> what these are, and what else can be done
+WAYS = {  # param that names files -> what these are, and an alternative, in which {} is the param's path
     "ckpt_path": ("weights to start from", "{}=null starts from scratch"),
     "folder": ("model folder of a first stage", "{}=FOLDER names one that `histoldm export` made of a training"),
     "stores": ("tiles", "{}=FOLDER names a cohort, as `python -m data_prep.tile_slides` makes them"),
-    "encoder": ("tile encoder", "{}=FOLDER names another"),
+    "encoder": ("tile encoder", "{}=FOLDER names another one"),
 }
 
 
 def check_files(cfg: Mapping[str, Any]) -> None:
-    """UserError if files that a training config names are missing: what each is, where it comes from, what else to do.
+    """Raise UserError if files that a training config names do not exist.
+
+    The message says of each what it is, where to get it and what else can be done.
 
     >>> check_files({"model": {"target": "ldm.autoencoder.stage.AutoencoderStage", "params": {"ckpt_path": "a.ckpt"}}})
     Traceback (most recent call last):
@@ -58,7 +61,7 @@ def check_files(cfg: Mapping[str, Any]) -> None:
 
 
 def _missing_data(node: Mapping[str, Any]) -> Iterator[str]:
-    """What the data name that is missing: of the stores that datasets share, only what one of them would read."""
+    """A sentence for each missing file of the data; of stores that datasets share, those that one of them reads."""
     from ldm.data.module import with_shared
 
     params = dict(node.get("params") or {})
@@ -69,8 +72,8 @@ def _missing_data(node: Mapping[str, Any]) -> Iterator[str]:
             yield from _missing(with_shared(value, shared), f"data.params.{key}", stores)
 
 
-def _missing(value: Any, where: str, shared: Any = None) -> Iterator[str]:
-    """What a part of a config names that is missing, a sentence each. shared: what `data.params.stores` says."""
+def _missing(value: object, where: str, shared: object = None) -> Iterator[str]:
+    """A sentence for each missing file that a part of a config names. shared: the value of `data.params.stores`."""
     if isinstance(value, list):
         for index, child in enumerate(value):
             yield from _missing(child, f"{where}.{index}", shared)
@@ -88,15 +91,15 @@ def _missing(value: Any, where: str, shared: Any = None) -> Iterator[str]:
         yield from _missing(child, f"{where}.{key}", shared)
 
 
-def _absent(key: str, value: Any) -> list[str]:
-    """Those paths of a param that are not there, where it names files."""
+def _absent(key: str, value: object) -> list[str]:
+    """The paths in a param that do not exist; none if the param does not name files."""
     paths = [value] if isinstance(value, str) else value if isinstance(value, list) else []
-    named = key in WAYS and (key != "encoder" or any("/" in path for path in paths))  # an encoder may have a name
+    named = key in WAYS and (key != "encoder" or any("/" in path for path in paths))  # encoders also have names
     return [path for path in paths if named and not Path(path).exists()]
 
 
 def _looked_for(target: str, params: Mapping[str, Any]) -> Iterator[str]:
-    """What a loss or a text tower looks for and does not find."""
+    """A message for each weight file of a loss or a text tower that does not exist."""
     try:
         if target.endswith("LPIPSWithDiscriminator") and params.get("perceptual_weight", 1.0):
             from ldm.autoencoder.perceptual import find_backbone

@@ -1,4 +1,4 @@
-"""One training: its config, merged and checked; model, data and Trainer made of it; the fit and the test."""
+"""One training: merge and check its config, build the model, the data and the Trainer, fit and test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ldm.errors import UserError, suggest
 from ldm.training.files import check_files
 
-if TYPE_CHECKING:  # imported when a training begins: --help need not wait for it
+if TYPE_CHECKING:  # imported when training begins, so that --help does not wait for it
     from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
 SEED = 23
@@ -26,11 +26,16 @@ CALLBACKS = {
     "learning_rate_logger": "pytorch_lightning.callbacks.LearningRateMonitor",
     "last_checkpoint": "ldm.callbacks.LastCheckpoint",
 }
-NOT_IN_CONFIG = {"self", "callbacks", "logger", "default_root_dir", "use_distributed_sampler"}  # decided here
+NOT_IN_CONFIG = {"self", "callbacks", "logger", "default_root_dir", "use_distributed_sampler"}  # set here
 
 
 def check_trainer_key(key: str, flags: Sequence[str] = (), option: str = "") -> None:
-    """UserError unless `key` is an argument of Lightning's Trainer; as the option `option`, where one is given.
+    """Raise UserError unless `key` is an argument of Lightning's Trainer that a config may set.
+
+    Args:
+        key: name of the argument.
+        flags: options of the command line, which a misspelt option is compared with.
+        option: the option that the user typed; "" where the key stands in a config.
 
     >>> check_trainer_key("max_steps")
     """
@@ -44,7 +49,10 @@ def check_trainer_key(key: str, flags: Sequence[str] = (), option: str = "") -> 
 
 
 def find_run(resume: str) -> tuple[Path, Path]:
-    """(run folder, checkpoint) of `--resume`. UserError where there is nothing to resume.
+    """The run folder and the checkpoint that `--resume` names, either of which it may give.
+
+    Raises:
+        UserError: there is nothing to resume.
 
     >>> find_run("logs/none")
     Traceback (most recent call last):
@@ -57,7 +65,7 @@ def find_run(resume: str) -> tuple[Path, Path]:
     if not checkpoint.is_file():
         raise UserError(f"cannot resume '{run}': it has no checkpoints/last.ckpt")
     if not zipfile.is_zipfile(checkpoint):
-        raise UserError(f"cannot resume: '{checkpoint}' is not a whole checkpoint; try another of that folder")
+        raise UserError(f"cannot resume: '{checkpoint}' is not a complete checkpoint; try another one of that folder")
     for part in ("project", "lightning"):
         if not list((run / "configs").glob(f"*-{part}.yaml")):
             raise UserError(f"cannot resume '{path}': '{run}' has no configs/*-{part}.yaml, so it is not a run folder")
@@ -65,7 +73,16 @@ def find_run(resume: str) -> tuple[Path, Path]:
 
 
 def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Path | None) -> dict[str, Any]:
-    """The run's own latest config, the --base files, the overrides and options, checked in every key.
+    """Merge the latest config of a run that is resumed, the --base files and the overrides, and check the result.
+
+    Args:
+        options: from `command.parse`.
+        overrides: from `command.parse`.
+        run: the run folder to resume, or None.
+    Returns:
+        The config, with `name` and `seed` filled in.
+    Raises:
+        UserError: there is no config, or it is wrong.
 
     >>> from ldm.training.command import parse
     >>> merge_config(*parse(["--base", "demo/ssl", "--max_steps", "2"]), None)["lightning"]["trainer"]["max_steps"]
@@ -75,7 +92,7 @@ def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Pat
 
     own = [sorted((run / "configs").glob(f"*-{part}.yaml"))[-1] for part in ("project", "lightning")] if run else []
     if not own and not options.base:
-        raise UserError("give a config: --base configs/<name>.yaml, or a run to --resume")
+        raise UserError("there is no config; give one with --base configs/<name>.yaml, or a run to --resume")
     defaults = {} if own else {"lightning": {"callbacks": {name: {"target": cls} for name, cls in CALLBACKS.items()}}}
     cfg = load_config([*own, *options.base], overrides, defaults)
     validate(cfg)
@@ -91,13 +108,13 @@ def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Pat
 
 
 def _gpus(gpus: str | None) -> dict[str, Any]:
-    """Trainer arguments of `--gpus 0,1`."""
+    """The Trainer's arguments for `--gpus 0,1`."""
     if gpus is None:
         return {}
     import torch
 
     if not re.fullmatch(r"\d+(,\d+)*,?", gpus):
-        raise UserError(f"--gpus takes numbers such as 0,1 or 0, and got '{gpus}'")
+        raise UserError(f"--gpus takes numbers of GPUs, such as 0,1 or 0; got '{gpus}'")
     indices = [int(part) for part in gpus.split(",") if part]
     count = torch.cuda.device_count()
     if not count:
@@ -105,12 +122,12 @@ def _gpus(gpus: str | None) -> dict[str, Any]:
             f"--gpus {gpus}: this machine has no CUDA GPU that PyTorch can use; leave --gpus out to train on the CPU"
         )
     if max(indices) >= count:
-        raise UserError(f"--gpus {gpus}: this machine has GPUs 0 to {count - 1}")
+        raise UserError(f"--gpus {gpus}: choose from this machine's GPUs, 0 to {count - 1}")
     return {"accelerator": "gpu", "devices": indices}
 
 
 def _settle_precision(trainer: dict[str, Any]) -> str:
-    """Replace the precision `auto` by the faster one of the device, in the config that the run folder keeps; why."""
+    """Replace the precision `auto` in the config by the one that is faster on the device; the message that says why."""
     from ldm.devices import TRAINER, faster_precision
 
     if trainer.get("precision") != "auto":
@@ -121,14 +138,14 @@ def _settle_precision(trainer: dict[str, Any]) -> str:
 
 
 class Training:
-    """A training that is about to begin: model, data and Trainer are made, nothing is written yet.
+    """A training that is ready to begin: model, data and Trainer are built, and nothing is written yet.
 
     Args:
-        cfg: a whole config, see `merge_config`.
-        folder: run folder, which `fit` makes.
-        checkpoint: of a run that goes on.
+        cfg: complete config, see `merge_config`.
+        folder: run folder, which `fit` creates.
+        checkpoint: checkpoint to continue from, or None for a new run.
     Raises:
-        UserError: whatever is wrong with the config, the data or the weights.
+        UserError: something is wrong with the config, the data or the weights.
     """
 
     def __init__(self, cfg: dict[str, Any], folder: Path, checkpoint: Path | None) -> None:
@@ -147,8 +164,8 @@ class Training:
         if precision:
             self.trainer.print(precision)
 
-    def _build(self, node: Mapping[str, Any]) -> Any:
-        """The model or the data; its `seed`, where it takes one and the config does not state it, is the run's."""
+    def _build(self, node: Mapping[str, Any]) -> LightningModule | LightningDataModule:
+        """Build the model or the data, with the run's seed if it takes a `seed` that the config does not give."""
         from ldm.config import get_obj_from_str, instantiate_from_config
 
         params = node.get("params") or {}
@@ -157,7 +174,7 @@ class Training:
         return instantiate_from_config({"target": node["target"], "params": params}, **seed)
 
     def _trainer(self) -> Trainer:
-        """The Trainer with its logger and callbacks. Its errors about `lightning.trainer` are the user's."""
+        """Build the Trainer with its logger and callbacks; what it rejects in `lightning.trainer` is a UserError."""
         from pytorch_lightning import Trainer
         from pytorch_lightning.callbacks import ModelCheckpoint
         from pytorch_lightning.loggers import TensorBoardLogger
@@ -192,16 +209,20 @@ class Training:
         devices, size = trainer.world_size, self.data.batch_size
         if not isinstance(base, (int, float)):
             raise UserError(f"model.base_learning_rate must be a number such as 1.0e-06, got {base!r}")
-        accumulate = trainer.accumulate_grad_batches * getattr(self.model, "accumulate", 1)  # the latter by hand
+        accumulate = trainer.accumulate_grad_batches * getattr(self.model, "accumulate", 1)  # and the model's own
         rate = self.model.learning_rate = accumulate * devices * size * base if scale else base
         factors = f"{accumulate} (accumulate_grad_batches) * {devices} (devices) * {size} (batch size) * "
         trainer.print(f"learning rate {rate:.2e} = {factors if scale else ''}{base:.2e} (model.base_learning_rate)")
 
     def fit(self, scale_lr: bool, again: str, debug: bool = False) -> int:
-        """Train; 0, or 130 where a signal stopped it. A new run that ends before its first step leaves no folder.
+        """Train, and return the exit code: 0, or 130 if a signal stopped it.
 
-        scale_lr: multiply the base learning rate by batch size, devices and accumulation. again: command that goes on
-        with a stopped run. debug: open the debugger where training fails.
+        A new run that ends before its first step leaves no folder.
+
+        Args:
+            scale_lr: multiply the base learning rate by batch size, devices and accumulation.
+            again: command that continues a stopped run.
+            debug: open the debugger if training fails.
         """
         from pytorch_lightning.callbacks import Timer
         from pytorch_lightning.utilities.exceptions import MisconfigurationException
@@ -218,11 +239,11 @@ class Training:
         trainer.print(f"run folder {run}")
         try:
             trainer.fit(self.model, self.data, ckpt_path=self.checkpoint, weights_only=True)
-        except (Stopped, SystemExit):  # SystemExit is what Lightning makes of a second Ctrl-C
-            where = f"go on with: {again}" if last.exists() else "before the first saved step"
+        except (Stopped, SystemExit):  # Lightning raises SystemExit after a second Ctrl-C
+            where = f"continue with: {again}" if last.exists() else "nothing was saved yet"
             trainer.print(f"stopped at step {trainer.global_step}; {where}")
             return 130
-        except (UserError, MisconfigurationException) as error:  # a loader's worker adds its traceback to the message
+        except (UserError, MisconfigurationException) as error:  # a loader's worker adds its traceback
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
         except Exception:
             if debug:
@@ -235,13 +256,13 @@ class Training:
                 shutil.rmtree(run)
         timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
         if timer is not None and trainer.global_step < trainer.max_steps and (timer.time_remaining() or 0) <= 0:
-            told = f"at step {trainer.global_step} of {trainer.max_steps}; an idle or faster machine gets further"
+            told = f"at step {trainer.global_step} of {trainer.max_steps}; a faster machine gets further in that time"
             trainer.print(f"the time limit (max_time) ended the training {told}")
         trainer.print(f"trained to step {trainer.global_step}: {last if last.exists() else run}")
         return 0
 
     def test(self, checkpoint: Path | None) -> None:
-        """Measure on the data's test set, where there is one: a checkpoint, or None for what `fit` has just trained."""
+        """Evaluate on the data's test set, if it has one: a checkpoint, or None for what `fit` has just trained."""
         from pytorch_lightning.utilities.model_helpers import is_overridden
 
         if is_overridden("test_step", self.model) and is_overridden("test_dataloader", self.data):
