@@ -135,7 +135,7 @@ def test_large_image_writes_every_format_at_the_right_size_and_mpp(world, tmp_pa
         ({"--where": "split"}, "label=value"),
         ({"--where": "split=vall"}, "is selected"),
         ({"--model": "nowhere"}, "does not exist"),
-        ({"--device": "cuda:9"}, "not on this machine"),
+        ({"--device": "cuda:9"}, "this machine has no device"),
     ],
 )
 def test_mistakes_of_sample_are_told_before_work(world, tmp_path, change, message):

@@ -414,8 +414,8 @@ def test_a_table_of_pairs(conditioner, tmp_path):
         (["--target", "class=LUAD", "--region", "0,0,16,16"], "--region is of one image"),
         (["--edit", "expression=MKI67:x2"], "the source's value is not known; give it with --source"),
         (["--source", "expression=MKI67:7", "--target", "class=LUAD"], "is a number in"),
-        (["--target", "class=LUAD", "--start", "none"], "--start none keeps nothing of the image"),
-        (["--target", "class=LUAD", "--enlarge", 2, "--start", "invert"], "goes with --start noise or none"),
+        (["--target", "class=LUAD", "--start", "none"], "keeps nothing of the image"),
+        (["--target", "class=LUAD", "--enlarge", 2, "--start", "invert"], "it starts from noise or none of it"),
         (["--target", "class=LUAD", "--solver", "ddpm"], "an inversion follows one of euler, heun"),
     ],
 )
