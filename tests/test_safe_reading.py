@@ -31,11 +31,12 @@ from ldm import config, model_folder
 from ldm.autoencoder.autoencoder import AutoencoderKL
 from ldm.autoencoder.perceptual import LPIPS
 from ldm.autoencoder.weights import read_state_dict
-from ldm.conditioners.text_towers import read_tensors
+from ldm.conditioners.text_towers import build_tower
 from ldm.config import instantiate_from_config
 from ldm.convert import convert, load_model, read_published
 from ldm.data.features import read_features
 from ldm.encoders import encoder as encoders
+from ldm.encoders.text_models import TowerSource
 from ldm.errors import UserError
 from ldm.interop.checkpoint import Inert, read_checkpoint, state_dict_of
 from ldm.scorers.ensemble import load_scorer
@@ -131,7 +132,6 @@ def entry_points(path: Path, out: Path) -> dict[str, Callable[[], Any]]:
     return {
         "read_checkpoint": lambda: read_checkpoint(path),
         "read_state_dict": lambda: read_state_dict(path),
-        "text tower": lambda: read_tensors(path),
         "read_published": lambda: read_published(path, config=project),
         "convert": lambda: convert(path, out, config=project, say=lambda line: None),
         "ldm.load_model": lambda: load_model(path, config=project),
@@ -190,8 +190,10 @@ def test_nothing_is_executed_at_any_entry(tmp_path, place, legacy):
 def test_other_weights_and_features_are_only_read_too(tmp_path, place):
     mark, path = tmp_path / "harmed", tmp_path / "weights.pt"
     torch.save(PLACES[place](GADGETS["os.system"](f"touch {mark}"), {"features.0.weight": torch.zeros(1)}), path)
+    text = {"width": 8, "heads": 2, "layers": 1, "vocab_size": 16, "context_length": 4}
     for enter in (
         read_features, encoders.read_checkpoint, lambda p: LPIPS("squeeze", str(p)), lambda p: load_scorer([p]),
+        lambda p: build_tower(TowerSource("tiny", "", {"text_cfg": text}, p)),
     ):
         with pytest.raises(UserError):
             enter(path)

@@ -115,14 +115,23 @@ class Conditioner(nn.Module):
 
 
 def where_kept(values: Tensor, null: Tensor, drop: Tensor | None) -> Tensor:
-    """values (B,...) with those of samples where drop (B,) is true replaced by null (...) or (1,...)."""
+    """values (B,...) with those of samples where drop (B,) is true replaced by null (...) or (1,...).
+
+    >>> where_kept(torch.ones(2, 3), torch.zeros(3), torch.tensor([False, True]))
+    tensor([[1., 1., 1.],
+            [0., 0., 0.]])
+    """
     if drop is None:
         return values
     return torch.where(drop.view(-1, *[1] * (values.ndim - 1)), null.to(values), values)
 
 
 def as_list(value: Any) -> list[Any]:
-    """One value, or several in a list, tuple, array or tensor (N,), as a list."""
+    """One value, or several in a list, tuple, array or tensor (N,), as a list.
+
+    >>> as_list("LUAD"), as_list(torch.tensor([0.5, 1.0])), as_list(("LUAD", "LUSC"))
+    (['LUAD'], [0.5, 1.0], ['LUAD', 'LUSC'])
+    """
     if isinstance(value, Tensor) or hasattr(value, "tolist"):
         value = value.tolist()
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]

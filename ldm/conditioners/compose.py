@@ -105,6 +105,10 @@ def guidance_terms(
     scales: name -> scale; "class+text" guides by both jointly. Conditions that are not named have scale 1. given: names
     of the conditions that are given at all; the others add nothing and are left out. Without it those are left out
     that equal their null.
+
+    >>> null, cond = model.null_condition(), model.condition(class_="A")
+    >>> [(sorted(other), scale) for other, scale in guidance_terms(null, cond, {"class": 3.0})]
+    [(['ssl/crossattn'], 3.0)]
     """
     names = list(dict.fromkeys(key.partition("/")[0] for key in null if "/" in key))
     if not names:
@@ -129,7 +133,12 @@ def guidance_terms(
 
 
 def conditions_given(conditioner: Conditioner, given: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The condition of values by name, see `LatentDiffusion.condition`; those not given are null."""
+    """The condition of values by name, see `LatentDiffusion.condition`; those not given are null.
+
+    >>> cond = conditions_given(model.cond_stage_model, {"class": ["A", "B"]})
+    >>> {part: tuple(value.shape) for part, value in cond.items()}
+    {'ssl/crossattn': (2, 1, 8), 'class/vector': (2, 32)}
+    """
     values = {}
     for name, value in given.items():
         key = known_key(conditioner, name)
@@ -148,7 +157,11 @@ def conditions_given(conditioner: Conditioner, given: Mapping[str, Any]) -> dict
 
 
 def known_key(conditioner: Conditioner, name: str) -> str:
-    """The batch key that a user's `name` stands for."""
+    """The batch key that a user's `name` stands for.
+
+    >>> known_key(model.cond_stage_model, "class_"), known_key(model.cond_stage_model, "features")
+    ('class', 'ssl')
+    """
     name = name.removesuffix("_")
     if name in conditioner.keys:
         return name
@@ -169,14 +182,22 @@ def keys_of(conditioner: Conditioner | None, kind: str) -> list[str]:
 
 
 def names_given(conditioner: Conditioner, keys: Iterable[str]) -> list[str]:
-    """Names of the conditioners, of a set, that take conditions given by these names."""
+    """Names of the conditioners, of a set, that take conditions given by these names.
+
+    >>> names_given(model.cond_stage_model, ["features"])
+    ['ssl']
+    """
     if not isinstance(conditioner, ConditionerSet):
         return []
     return list(dict.fromkeys(conditioner.owners[known_key(conditioner, key)] for key in keys))
 
 
 def parse_conditions(conditioner: Conditioner | None, texts: Sequence[str]) -> dict[str, Any]:
-    """Values of `name=text` as a command line gives them: ["class=LUAD", "mutation=TP53:1"]."""
+    """Values of `name=text` as a command line gives them: ["class=LUAD", "mutation=TP53:1"].
+
+    >>> parse_conditions(model.cond_stage_model, ["class=A"])
+    {'class': 'A'}
+    """
     values = {}
     for item in texts:
         name, equals, text = item.partition("=")

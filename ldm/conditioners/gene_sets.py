@@ -149,10 +149,14 @@ class GeneSource:
 
 
 def read_gene_sets(sets: Mapping[str, Sequence[str]] | str | Path) -> dict[str, tuple[str, ...]]:
-    """Name -> genes, of a mapping or of a GMT file: lines of name, description and genes, separated by tabs.
+    r"""Name -> genes, of a mapping or of a GMT file: lines of name, description and genes, separated by tabs.
 
     Raises:
         UserError: an unreadable file, a line that is no gene set, a name twice, no set.
+
+    >>> _ = Path("sets.gmt").write_text("DNA REPAIR\tfrom a review\tBRCA1\tATM\n")
+    >>> read_gene_sets("sets.gmt")
+    {'DNA REPAIR': ('BRCA1', 'ATM')}
     """
     if isinstance(sets, Mapping):
         named = [(str(name), list(genes)) for name, genes in sets.items()]
@@ -177,5 +181,9 @@ def read_gene_sets(sets: Mapping[str, Sequence[str]] | str | Path) -> dict[str, 
 
 
 def gmt_text(sets: Mapping[str, Sequence[str]]) -> str:
-    """Gene sets as the text of a GMT file."""
+    r"""Gene sets as the text of a GMT file.
+
+    >>> gmt_text({"DNA REPAIR": ("BRCA1", "ATM")})
+    'DNA REPAIR\t\tBRCA1\tATM\n'
+    """
     return "".join("\t".join([name, "", *genes]) + "\n" for name, genes in sets.items())

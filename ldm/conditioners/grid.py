@@ -211,7 +211,7 @@ class GridTokens(FeatureGrid):
             raise UserError(f"grid is at least 1 and embed_dim a multiple of 4; got {grid} and {embed_dim}.")
         self.grid = grid
         self.uncond_embedding = nn.Parameter(torch.randn(grid * grid, embed_dim) * embed_dim**-0.5)
-        self.register_buffer("positions", sincos_2d(embed_dim, grid))
+        self.register_buffer("positions", _sincos_2d(embed_dim, grid))
         layers = [nn.Linear(embed_dim, context_dim)]
         if hidden is not None:
             layers = [nn.Linear(embed_dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, context_dim)]
@@ -236,7 +236,7 @@ class GridTokens(FeatureGrid):
         return {self.keys[0]: About("features", dim=self.embed_dim, grid=(self.grid,))}
 
 
-def sincos_2d(dim: int, grid: int) -> Tensor:
+def _sincos_2d(dim: int, grid: int) -> Tensor:
     """Positions (grid*grid,dim) of cells, row by row: sines and cosines of the column, then of the row.
 
     Positions are the cells' middles on a canvas of 32 units a side, as in PixCell's models of 512 and 1024 px, so that

@@ -35,7 +35,7 @@ class PatchEmbedder(Conditioner):
     ):  # fmt: skip
         super().__init__(dropout)
         self.embed_dim, self.context_dim = embed_dim, context_dim
-        self.normalize, self.keys, self.noise = normalize, (key,), checked_noise(noise)
+        self.normalize, self.keys, self.noise = normalize, (key,), _checked_noise(noise)
         self.patch_fc = nn.Linear(embed_dim, context_dim)
 
     def forward(self, batch: Mapping[str, Tensor], drop: Tensor | None = None) -> dict[str, Tensor]:
@@ -48,7 +48,7 @@ class PatchEmbedder(Conditioner):
 
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         (value,) = values.values()
-        return {self.keys[0]: as_rows(value)}
+        return {self.keys[0]: _as_rows(value)}
 
     def parse(self, key: str, text: str) -> Any:
         raise no_text(key)
@@ -65,7 +65,7 @@ class PatchEmbedder(Conditioner):
 
     def features_of(self, batch: Mapping[str, Tensor], drop: Tensor | None) -> Tensor:
         """The batch's features (B,embed_dim), checked, normalised if asked for, zero where dropped."""
-        features = checked_features(self._value(batch, self.keys[0]), self.embed_dim).to(self.patch_fc.weight)
+        features = _checked_features(self._value(batch, self.keys[0]), self.embed_dim).to(self.patch_fc.weight)
         if self.normalize:
             features = F.normalize(features, dim=1)
         if self.training and self.noise:
@@ -130,7 +130,7 @@ class SSLEmbedder(Conditioner):
             raise UserError(f"region_dropout is a probability in [0, 1]; got {region_dropout}.")
         self.keys, self.dims = (key, region_key), (embed_dim, region_embed_dim)
         self.embed_dim, self.normalize, self.region_dropout = embed_dim, normalize, region_dropout
-        self.noise = checked_noise(noise)
+        self.noise = _checked_noise(noise)
         self.patch_fc = nn.Linear(embed_dim, context_dim)
         self.region_fc = nn.Linear(region_embed_dim, context_dim)
 
@@ -152,7 +152,7 @@ class SSLEmbedder(Conditioner):
     def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
         if self.keys[0] not in values:
             raise UserError(f"'{self.keys[1]}' goes with '{self.keys[0]}', the features of the tile; give both.")
-        return {key: as_rows(value) for key, value in values.items()}
+        return {key: _as_rows(value) for key, value in values.items()}
 
     def parse(self, key: str, text: str) -> Any:
         raise no_text(key)
@@ -165,7 +165,7 @@ class SSLEmbedder(Conditioner):
         return {key: About("features", dim=d, optional=o) for key, d, o in zip(self.keys, self.dims, (False, True))}
 
     def _features(self, values: Any, dim: int) -> Tensor:
-        features = checked_features(values, dim).to(self.patch_fc.weight)       # (B,dim)
+        features = _checked_features(values, dim).to(self.patch_fc.weight)       # (B,dim)
         if self.normalize:
             features = F.normalize(features, dim=1)
         return with_noise(features, self.noise) if self.training and self.noise else features
@@ -180,19 +180,23 @@ def with_noise(features: Tensor, noise: float) -> Tensor:
 
     Noise and feature vectors then have lengths of about noise : 1, whatever the encoder's scale; a zero vector stays
     zero. Drawn from torch's global generator, which training seeds at every step.
+
+    >>> noisy = with_noise(torch.ones(100, 384), 0.2)
+    >>> round((noisy - 1).std().item(), 1)
+    0.2
     """
     scale = features.square().mean(1, keepdim=True).sqrt()
     return features + noise * scale * torch.randn_like(features)
 
 
-def checked_noise(noise: float) -> float:
+def _checked_noise(noise: float) -> float:
     """`noise` of a conditioner, 0 or more."""
     if not noise >= 0:
         raise UserError(f"noise is relative to the feature's length, 0 or more; got {noise}.")
     return noise
 
 
-def as_rows(value: Any) -> Tensor:
+def _as_rows(value: Any) -> Tensor:
     """One feature (D,), or several (N,D), as (N,D) float32. UserError for what is no array of finite numbers."""
     several = isinstance(value, (list, tuple)) and value and hasattr(value[0], "ndim")
     try:
@@ -205,7 +209,7 @@ def as_rows(value: Any) -> Tensor:
     return features[None] if features.ndim == 1 else features
 
 
-def checked_features(values: Any, dim: int) -> Tensor:
+def _checked_features(values: Any, dim: int) -> Tensor:
     """Features (B,dim); UserError for another shape."""
     features = torch.as_tensor(values)
     if features.ndim != 2 or features.shape[1] != dim:
@@ -217,12 +221,22 @@ def checked_features(values: Any, dim: int) -> Tensor:
 
 
 def no_text(key: str) -> UserError:
-    """The error of features that are given as text on a command line."""
+    """The error of features that are given as text on a command line.
+
+    >>> no_text("ssl")
+    UserError("'ssl' are features, which no text stands for; give a file of features or a tile store.")
+    """
     return UserError(f"'{key}' are features, which no text stands for; give a file of features or a tile store.")
 
 
 def check_features(key: str, metadata: Mapping[str, Any], dim: int, param: str) -> None:
-    """UserError if the features that a dataset gives as `key` are known to have another dimension than `dim`."""
+    """UserError if the features that a dataset gives as `key` are known to have another dimension than `dim`.
+
+    >>> check_features("ssl", {"encoder": {"encoder": "gigapath", "dim": 1536}}, 384, "embed_dim")
+    Traceback (most recent call last):
+        ...
+    ldm.errors.UserError: the data's 'ssl' are features of encoder 'gigapath' with 1536 values, ...
+    """
     about = metadata.get("conditions", {}).get(key)
     if about is None:
         about = metadata.get("encoder", {}) if key == "ssl" else {}

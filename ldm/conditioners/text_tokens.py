@@ -58,6 +58,10 @@ def lay_out(
 
     joint: bos words eos pad... over the whole length. separate: so in each chunk, which takes length-2 words. What is
     longer is cut.
+
+    >>> ids, keep = lay_out([[5, 6, 7]], chunks=1, length=8, layout="joint", bos=1, eos=2, pad=0)
+    >>> ids.tolist(), int(keep.sum())
+    ([[1, 5, 6, 7, 2, 0, 0, 0]], 5)
     """
     each = length * chunks if layout == "joint" else length
     ids = torch.full((len(words), chunks * length), pad, dtype=torch.long)
@@ -72,5 +76,9 @@ def lay_out(
 
 
 def capacity(chunks: int, length: int, layout: str) -> int:
-    """How many words' tokens `lay_out` has room for."""
+    """How many words' tokens `lay_out` has room for.
+
+    >>> capacity(2, 77, "joint"), capacity(2, 77, "separate")
+    (152, 150)
+    """
     return chunks * length - 2 if layout == "joint" else chunks * (length - 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +24,19 @@ POOLING = {"pool_type", "proj_type", "proj_bias", "pad_id", "eos_id", "output_to
 
 
 def build_tower(source: TowerSource, layer: str = "last") -> ClipTower | BertTower | TokenTransformer:
-    """The text tower of a model with its weights, in eval mode; layer `penultimate` leaves its last block out."""
+    """The text tower of a model with its weights, in eval mode; layer `penultimate` leaves its last block out.
+
+    >>> shape = {"width": 8, "heads": 2, "layers": 2, "vocab_size": 16, "context_length": 4}
+    >>> tower = build_tower(TowerSource("tiny", "", {"text_cfg": shape}), layer="penultimate")
+    >>> tower(torch.tensor([[14, 3, 15, 15]])).shape, len(tower.blocks)
+    (torch.Size([1, 4, 8]), 1)
+    """
     if layer not in LAYERS:
         raise UserError(f"`layer` of a text model is one of {', '.join(LAYERS)}; got '{layer}'.")
     kind = BertTower if source.is_bert else ClipTower
     tower = (TokenTransformer if source.config["text_cfg"].get(TOKEN_TRANSFORMER) else kind)(source.config)
     if source.weights is not None:
-        load_tower(tower, source)
+        _load_tower(tower, source)
     if layer == "penultimate":
         del tower.blocks[-1]
     return tower.eval()
@@ -124,9 +129,9 @@ class BertTower(nn.Module):
         return out.last_hidden_state
 
 
-def load_tower(tower: ClipTower | BertTower, source: TowerSource) -> None:
+def _load_tower(tower: ClipTower | BertTower, source: TowerSource) -> None:
     """Fill a tower from a checkpoint that holds it under any prefix, in open_clip's or transformers' names."""
-    path, state = source.weights, read_tensors(source.weights)
+    path, state = source.weights, state_dict_of(read_checkpoint(source.weights), source.weights)
     if isinstance(tower, ClipTower) and is_transformers(state):
         _check_settings(source)
         state = to_open_clip(state)
@@ -165,13 +170,13 @@ def _check_settings(source: TowerSource) -> None:
             )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file or of a pickled checkpoint, of which nothing is executed."""
-    return state_dict_of(read_checkpoint(path), path)
-
-
 def tower_sha256(tower: nn.Module) -> str:
-    """SHA-256 of a tower's weights, whatever file they came from."""
+    """SHA-256 of a tower's weights, whatever file they came from.
+
+    >>> tower = torch.nn.Linear(2, 2)
+    >>> tower_sha256(tower) == tower_sha256(tower.double()), len(tower_sha256(tower))
+    (True, 64)
+    """
     digest = hashlib.sha256()
     for name, value in sorted(tower.state_dict().items()):
         digest.update(name.encode())

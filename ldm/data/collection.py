@@ -122,7 +122,7 @@ def read_pictures(
     if not path.exists():
         raise UserError(f"there are no images at {path}; give an image, a folder of images, a tile store or a cohort.")
     if holds_stores(path):
-        pictures = pictures_of_stores(path)
+        pictures = _pictures_of_stores(path)
     elif path.is_dir() and (listed := list_of(path)) is not None:
         pictures = _listed(listed, mpp)
     elif path.is_dir() and not is_ome_zarr(path):
@@ -165,13 +165,13 @@ def pictures_of_files(
     return Pictures(files, source)
 
 
-def pictures_of_stores(path: Path) -> Pictures:
+def _pictures_of_stores(path: Path) -> Pictures:
     """Tiles of a store, or of a cohort, with the columns of its index.parquet."""
     stores = open_cohort(path)
     resolutions = {store.mpp for store in stores}
     licences = {str(store.attrs["licence"]) for store in stores if store.attrs.get("licence")}
     known, tiles = {}, []
-    for folder in {cohort_of(store) for store in stores} - {None}:
+    for folder in {_cohort_of(store) for store in stores} - {None}:
         rows = read_index(folder).set_index(["slide", "row"])
         known |= rows[~rows.index.duplicated()].to_dict("index")
     for store in stores:
@@ -184,14 +184,19 @@ def pictures_of_stores(path: Path) -> Pictures:
     return Pictures(tiles, str(path), mpp, "; ".join(sorted(licences)))
 
 
-def cohort_of(store: TileStore) -> Path | None:
+def _cohort_of(store: TileStore) -> Path | None:
     """The cohort folder that a store lies in, if it has an index."""
     folder = store.path.resolve().parent.parent
     return folder if (folder / "index.parquet").is_file() else None
 
 
 def list_of(folder: Path) -> Path | None:
-    """The table in a folder that a command made which says which of its files are images of their own."""
+    r"""The table in a folder that a command made which says which of its files are images of their own.
+
+    >>> _ = Path("tiles.csv").write_text("file,class\n00000.png,LUAD\n")
+    >>> list_of(Path("."))
+    PosixPath('tiles.csv')
+    """
     return next((folder / name for name in LISTS if (folder / name).is_file()), None)
 
 
@@ -207,9 +212,13 @@ def _listed(path: Path, mpp: float | None) -> Pictures:
 
 
 def read_table(path: Path, text: bool = False) -> pd.DataFrame:
-    """A CSV, or a TSV by its ending. text: all values as they stand there, "" where there is none.
+    r"""A CSV, or a TSV by its ending. text: all values as they stand there, "" where there is none.
 
     UserError where it cannot be read or has no rows.
+
+    >>> _ = Path("labels.tsv").write_text("file\tgrade\na.png\t2\nb.png\t3\n")
+    >>> read_table(Path("labels.tsv"))["grade"].tolist()
+    [2, 3]
     """
     as_text = {"dtype": str, "keep_default_na": False} if text else {}
     try:

@@ -91,15 +91,15 @@ class TileConditions:
             return np.arange(len(store))
         index = index_rows(store)
         if kind == "omics" and name:
-            path = cohort_of(store) / "omics" / f"{name}.parquet"
+            path = _cohort_of(store) / "omics" / f"{name}.parquet"
             changed = path.stat().st_mtime_ns if path.is_file() else 0
-            table = omics_table(cohort_of(store), name, changed)
+            table = _omics_table(_cohort_of(store), name, changed)
             tables = self.tables.setdefault(key, [])
             tables.append(table)
             if table.about["genes"] != tables[0].about["genes"]:
                 raise UserError(f"{path} has other genes than the first cohort's; join both with one list of genes")
             if "sample" not in index:
-                raise UserError(f"{cohort_of(store)} has no column `sample`; run `python -m data_prep.join_omics`")
+                raise UserError(f"{_cohort_of(store)} has no column `sample`; run `python -m data_prep.join_omics`")
             return table.index.get_indexer(index["sample"]).astype(float) + np.where(
                 index["sample"].isin(table.index), 0.0, np.nan
             )
@@ -162,10 +162,14 @@ class TileConditions:
 
 def has_condition(store: TileStore, source: str) -> bool:
     """Whether a store's tiles have a condition: an omics table of its cohort, a label or a column; of features True,
-    as those have messages of their own where they lack."""
+    as those have messages of their own where they lack.
+
+    >>> has_condition(store, "tissue"), has_condition(store, "stage")
+    (True, False)
+    """
     kind, _, name = source.partition("/")
     if kind == "omics" and name:
-        return (cohort_of(store) / "omics" / f"{name}.parquet").is_file()
+        return (_cohort_of(store) / "omics" / f"{name}.parquet").is_file()
     if kind == "features" and name:
         return True
     return source in store.label_names or source in index_rows(store)
@@ -190,12 +194,12 @@ class OmicsTable:
 
 
 @lru_cache(maxsize=8)
-def omics_table(cohort: Path, source: str, changed: int) -> OmicsTable:
+def _omics_table(cohort: Path, source: str, changed: int) -> OmicsTable:
     """An omics table as of the time `changed`, read once however many stores of the cohort there are."""
     return OmicsTable(cohort, source)
 
 
-def cohort_of(store: TileStore) -> Path:
+def _cohort_of(store: TileStore) -> Path:
     """The cohort folder that a store lies in."""
     return store.path.parent.parent
 
@@ -206,8 +210,12 @@ def _index_of(path: Path, changed: int) -> dict[str, pd.DataFrame]:
 
 
 def index_rows(store: TileStore) -> pd.DataFrame:
-    """The rows of the cohort's index.parquet that are this store's, in its order; empty where there is no index."""
-    path = cohort_of(store) / "index.parquet"
+    """The rows of the cohort's index.parquet that are this store's, in its order; empty where there is no index.
+
+    >>> index_rows(store).empty                                                     # the store stands by itself
+    True
+    """
+    path = _cohort_of(store) / "index.parquet"
     if not path.is_file():
         return pd.DataFrame()
     index = _index_of(path, path.stat().st_mtime_ns).get(store.slide, pd.DataFrame({"row": []}))

@@ -42,7 +42,11 @@ class NoTiles(UserError):
 
 
 def to_tensor(image: np.ndarray, variant: int = 0) -> Tensor:
-    """(H, W, 3) uint8 -> (3, H, W) float32 in [-1, 1], in the orientation `variant` of `ldm.data.dihedral`."""
+    """(H, W, 3) uint8 -> (3, H, W) float32 in [-1, 1], in the orientation `variant` of `ldm.data.dihedral`.
+
+    >>> to_tensor(np.array([[[0, 127.5, 255]]])).flatten()
+    tensor([-1.,  0.,  1.])
+    """
     turned = d4.apply(np.moveaxis(image, -1, 0), variant)
     scaled = np.multiply(turned, 1 / 127.5, dtype=np.float32, order="C")  # numpy: torch would wake its threads for this
     scaled -= 1

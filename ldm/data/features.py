@@ -76,6 +76,10 @@ def read_features(path: Path | str, feature: str | None = None, dim: int | None 
         dim: dimension D that is wanted.
     Raises:
         UserError: unreadable, no features in it, wrong shape or dimension, another number of coords, NaN or infinity.
+
+    >>> np.save("grid.npy", np.zeros((2, 3, 8), np.float32))
+    >>> read_features("grid.npy", dim=8).values.shape
+    (2, 3, 8)
     """
     path = Path(path)
     if not path.exists():
@@ -204,6 +208,11 @@ def features_to_grid(
         is at the least x and the least y.
     Raises:
         UserError: coordinates that are on no lattice, or two tiles in one place.
+
+    >>> grid, mask = features_to_grid(np.array([[1.0], [2.0], [3.0]]), np.array([(0, 0), (512, 0), (0, 512)]))
+    >>> grid[..., 0], int(mask.sum())
+    (array([[ 1.,  2.],
+           [ 3., nan]], dtype=float32), 3)
     """
     coords = np.asarray(coords, np.float64)
     if step is None:
@@ -254,7 +263,7 @@ class SlideFiles:
 
         UserError: an unreadable file, no coordinates, another number of them than of features.
         """
-        places = None if self.coords is None else read_places(self.coords)
+        places = None if self.coords is None else _read_places(self.coords)
         if self.features is None:
             return None, places
         found = read_features(self.features)
@@ -276,7 +285,7 @@ class SlideFiles:
         return found.values, places if same else found.places
 
 
-def read_places(path: Path) -> Places:
+def _read_places(path: Path) -> Places:
     """Where the tiles of a CLAM or TRIDENT coordinate file are. UserError: unreadable, none in it, of another shape."""
     try:
         with h5py.File(path, "r") as file:
@@ -296,6 +305,12 @@ def find_slide_files(paths: Sequence[Path | str]) -> dict[str, SlideFiles]:
     Names are the files' without endings such as `_patches` and `_features`. A file that has both features and
     coordinates is preferred to a tensor (.pt), whose coordinates are then looked for beside its folder.
     UserError: no file, a broken one, two files of features for one slide.
+
+    >>> Path("pt_files").mkdir()
+    >>> torch.save(torch.zeros(4, 8), "pt_files/slide-1.pt")
+    >>> found = find_slide_files(["pt_files"])
+    >>> {name: files.features.name for name, files in found.items()}
+    {'slide-1': 'slide-1.pt'}
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -351,6 +366,10 @@ def files_of(slide: str, found: Mapping[str, SlideFiles]) -> SlideFiles | None:
     """The files of a slide: those of its name, else of the one name that begins it or that it begins, up to `.` or `_`.
 
     TCGA's slides, say, go by their barcode with and without the long identifier after it.
+
+    >>> found = {"TCGA-05-4244-01Z": SlideFiles("TCGA-05-4244-01Z")}
+    >>> files_of("TCGA-05-4244-01Z.d4ff32cd", found).name
+    'TCGA-05-4244-01Z'
     """
     if slide in found:
         return found[slide]
@@ -366,7 +385,11 @@ def _begins(short: str, long: str) -> bool:
 
 def nearest_tiles(points: np.ndarray, coords: np.ndarray, reach: float) -> np.ndarray:
     """For each point (n, 2) the index of the nearest of those `coords` (N, 2) that are within `reach` in x and in y, or
-    -1 where none is."""
+    -1 where none is.
+
+    >>> nearest_tiles(np.array([[0, 0], [250, 10], [900, 900]]), np.array([[0, 0], [256, 0]]), reach=64)
+    array([ 0,  1, -1])
+    """
     points, coords = np.asarray(points, float), np.asarray(coords, float)
     low = np.minimum(points.min(0), coords.min(0)) - 2 * reach
     wide = int((max(points.max(), coords.max()) - low.min()) // reach) + 4

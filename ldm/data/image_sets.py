@@ -70,6 +70,10 @@ def open_images(
     where: which tiles of a cohort or rows of a list. crop: cut images into squares of so many pixels side by side; a
     single image is cut into CROP. side: resize every image to a square, the only way to take images of several sizes.
     UserError: nothing there, no image, images of several sizes, a crop larger than an image.
+
+    >>> images = open_images(cells, side=64)
+    >>> len(images), images.read(0).shape, images.table["class"].unique().tolist()
+    (48, (64, 64, 3), ['Atypical', 'Normal'])
     """
     path = Path(path)
     if path.is_file() or is_ome_zarr(path):
@@ -99,7 +103,7 @@ def open_images(
         "path": path.name or str(path), "kind": kind, "count": len(pictures), "mpp": pictures.mpp,
         "size": [side, side] if side else list(first), "original_size": list(first),
         "where": dict(where or {}), "grey": len(grey), "licence": pictures.licence,
-        "listing_sha256": listing_sha256(path, pictures),
+        "listing_sha256": _listing_sha256(path, pictures),
     }  # fmt: skip
     table = table_of(pictures)
     about |= {unit + "s": int(table[unit].nunique()) for unit in ("slide", "patient") if unit in table}
@@ -109,7 +113,11 @@ def open_images(
 
 
 def table_of(pictures: Pictures) -> pd.DataFrame:
-    """What is known of each image: name, slide, patient, block, and the columns of the list."""
+    """What is known of each image: name, slide, patient, block, and the columns of the list.
+
+    >>> list(table_of(read_pictures(cells)))
+    ['name', 'file', 'class']
+    """
     table = pd.DataFrame(pictures.about)
     table.insert(0, "name", [pictures.name(i) for i in range(len(pictures))])
     if "slide" not in table and "source" in table and table["source"].notna().all() and "x" in table:
@@ -129,7 +137,7 @@ def table_of(pictures: Pictures) -> pd.DataFrame:
     return table
 
 
-def listing_sha256(path: Path, pictures: Pictures) -> str:
+def _listing_sha256(path: Path, pictures: Pictures) -> str:
     """What tells these images from others without reading them: names, sizes and times of files; stores' attributes."""
     digest = hashlib.sha256()
     if pictures.paths is not None:
@@ -189,7 +197,11 @@ def _open(path: Path) -> Slide:
 
 
 def images_by_name(path: Path) -> dict[str, Path]:
-    """The image files of a folder (or one file) by their name without its ending, to pair two folders."""
+    """The image files of a folder (or one file) by their name without its ending, to pair two folders.
+
+    >>> list(images_by_name(cells))[:2]
+    ['Atypical/1007', 'Atypical/1283']
+    """
     if path.is_file():
         return {"": path}
     pictures = read_pictures(path)

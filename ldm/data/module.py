@@ -20,7 +20,13 @@ from ldm.errors import UserError
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch of items; tensors that differ in shape from item to item, as grids of features may, stay a list."""
+    """A batch of items; tensors that differ in shape from item to item, as grids of features may, stay a list.
+
+    >>> items = [{"image": torch.zeros(3, 8, 8), "grid": torch.zeros(8, side, side)} for side in (1, 4)]
+    >>> batch = collate(items)
+    >>> batch["image"].shape, [tuple(grid.shape) for grid in batch["grid"]]
+    (torch.Size([2, 3, 8, 8]), [(8, 1, 1), (8, 4, 4)])
+    """
     ragged = [
         key for key, value in items[0].items()
         if isinstance(value, Tensor) and len({item[key].shape for item in items}) > 1

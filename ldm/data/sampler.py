@@ -107,6 +107,9 @@ def evaluation_batches(
     """Batches for validation: items in order, each once (rank r has r, r + world_size, ...), the same draws every time.
 
     A DataLoader takes the list as its `batch_sampler`.
+
+    >>> [[index for index, draw in batch] for batch in evaluation_batches(5, 2)]
+    [[0, 1], [2, 3], [4]]
     """
     keys = [(index, fold(seed, 0, index)) for index in range(rank, length, world_size)]
     return [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]

@@ -35,6 +35,9 @@ def codec_settings() -> dict[str, Any]:
 
     Its thread pool does not survive a fork: a read of several chunks in a forked worker would wait for ever. Child
     processes therefore decode in their own thread.
+
+    >>> codec_settings()["codec_pipeline.path"]
+    'zarrs.ZarrsCodecPipeline'
     """
     if importlib.util.find_spec("zarrs") is None:
         return {}
@@ -45,7 +48,12 @@ def codec_settings() -> dict[str, Any]:
 
 
 def read_array(path: Path | str) -> zarr.Array:
-    """Open one zarr array for reading, through the fastest pipeline there is."""
+    """Open one zarr array for reading, through the fastest pipeline there is.
+
+    >>> create_array(Path("."), "values", (10, 2), "float32")[:] = 1.0
+    >>> read_array("values")[:].sum()
+    np.float32(20.0)
+    """
     with zarr.config.set(codec_settings()):
         return zarr.open_array(str(path), mode="r")
 
@@ -55,7 +63,12 @@ def _power_of_two(limit: float) -> int:
 
 
 def create_array(group: Path, name: str, shape: tuple[int, ...], dtype: str, whole_chunk: bool = False) -> zarr.Array:
-    """An array in shards of 1024 rows or 256 MiB, whose chunks hold one tile, or small rows up to 32 KiB."""
+    """An array in shards of 1024 rows or 256 MiB, whose chunks hold one tile, or small rows up to 32 KiB.
+
+    >>> array = create_array(Path("."), "tiles", (2000, 16, 16, 3), "uint8")
+    >>> array.chunks, array.shards
+    ((1, 16, 16, 3), (1024, 16, 16, 3))
+    """
     row_bytes = max(int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize, 1)
     shard = min(SHARD_ROWS, _power_of_two(SHARD_BYTES / row_bytes))
     is_image = np.dtype(dtype) == np.uint8 and len(shape) == 4
@@ -73,6 +86,13 @@ def create_array(group: Path, name: str, shape: tuple[int, ...], dtype: str, who
 
 
 def open_writable(path: Path) -> zarr.Array:
+    """TODO.
+
+    >>> _ = create_array(Path("."), "values", (10, 2), "float32")
+    >>> open_writable(Path("values"))[0] = 3.0
+    >>> read_array("values")[0].tolist()
+    [3.0, 3.0]
+    """
     with zarr.config.set(_WRITING):
         return zarr.open_array(str(path), mode="r+")
 

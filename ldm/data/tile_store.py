@@ -254,7 +254,11 @@ def holds_stores(path: Path) -> bool:
 
 
 def open_cohort(path: Path | str | Sequence[Path | str]) -> list[TileStore]:
-    """Stores of `path`: one `.zarr`, a folder of them, a cohort folder with `slides/`, or several of these."""
+    """Stores of `path`: one `.zarr`, a folder of them, a cohort folder with `slides/`, or several of these.
+
+    >>> [found.slide for found in open_cohort(store.path.parent)]
+    ['CMU-1-Small-Region.svs']
+    """
     paths = [path] if isinstance(path, (str, Path)) else list(path)
     stores: list[TileStore] = []
     for p in map(Path, paths):

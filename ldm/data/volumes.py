@@ -69,19 +69,33 @@ class Volume:
 
 
 def in_plane(spacing: tuple[float, float, float], axis: int) -> tuple[float, float]:
-    """Row and column spacing of the slices along an axis."""
+    """Row and column spacing of the slices along an axis.
+
+    >>> in_plane((1.0, 2.0, 3.0), AXES["coronal"])
+    (3.0, 1.0)
+    """
     across, up = (spacing[i] for i in range(3) if i != axis)
     return up, across
 
 
 def cut_slice(values: np.ndarray, axis: int, index: int) -> np.ndarray:
     """Slice `index` (H,W) of a volume (X,Y,Z) in RAS+ orientation, as it is looked at: superior, or in axial slices
-    anterior, is up; the patient's left is on the left, in sagittal slices posterior."""
+    anterior, is up; the patient's left is on the left, in sagittal slices posterior.
+
+    >>> volume = np.zeros((4, 5, 6))
+    >>> volume[0, :, 5] = 1                                                         # the patient's left, superior
+    >>> float(cut_slice(volume, AXES["coronal"], 2)[0, 0]), cut_slice(volume, AXES["coronal"], 2).shape
+    (1.0, (6, 4))
+    """
     return np.take(values, index, axis).T[::-1]
 
 
 def windowed(image: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Values to [0, 1], low to 0 and high to 1."""
+    """Values to [0, 1], low to 0 and high to 1.
+
+    >>> windowed(np.array([-2000, -160, 240]), -160, 240)
+    array([0., 0., 1.], dtype=float32)
+    """
     return ((np.asarray(image, np.float32) - low) / (high - low)).clip(0, 1)
 
 
@@ -89,6 +103,10 @@ def to_tile(image: np.ndarray, size: int, spacing: tuple[float, float] = (1.0, 1
     """(H,W) in [0, 1] as a gray tile (size,size,3) uint8: square pixels, the longer side fills it, black around.
 
     Bilinear with antialiasing; spacing of rows and columns in any unit.
+
+    >>> tile = to_tile(np.ones((50, 100)), 64)
+    >>> tile.shape, int((tile[:, 0, 0] > 0).sum())                                  # half of it is border
+    ((64, 64, 3), 32)
     """
     extent = [length * each for length, each in zip(image.shape, spacing)]
     height, width = (max(1, round(size * each / max(extent))) for each in extent)

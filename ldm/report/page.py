@@ -60,7 +60,7 @@ class Report:
     date: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        return plain({
+        return _plain({
             "kind": KIND, "version": tool_version(), "title": self.title, "date": self.date, "settings": self.settings,
             "sets": self.sets, "extractors": self.extractors, "warnings": self.warnings,
             "sections": [each.as_dict() for each in self.sections],
@@ -69,7 +69,7 @@ class Report:
     def write(self, out: Path) -> None:
         """report.json and report.html in the folder `out`."""
         write_text(out / "report.json", json.dumps(self.as_dict(), indent=1, ensure_ascii=False))
-        write_text(out / "report.html", page(self))
+        write_text(out / "report.html", _page(self))
 
     def lines(self) -> list[str]:
         """The figures, for a terminal."""
@@ -87,17 +87,17 @@ class Report:
         return found
 
 
-def plain(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """As JSON can hold it: NaN is null."""
     if isinstance(value, Mapping):
-        return {str(key): plain(each) for key, each in value.items()}
+        return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(each) for each in value]
+        return [_plain(each) for each in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int, bool)):
         return value
-    return plain(value.item()) if hasattr(value, "item") else str(value)
+    return _plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 def number(value: float | None) -> str:
@@ -164,7 +164,7 @@ def document(title: str, lead: str, body: str) -> str:
     )
 
 
-def embed(picture: np.ndarray, alt: str) -> str:
+def _embed(picture: np.ndarray, alt: str) -> str:
     """An <img> that carries its own JPEG, of a picture (H,W,3) uint8."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="JPEG", quality=88, subsampling=0)
@@ -172,21 +172,21 @@ def embed(picture: np.ndarray, alt: str) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/jpeg;base64,{data}">'
 
 
-def page(report: Report) -> str:
+def _page(report: Report) -> str:
     sets = " against ".join(
         html.escape(f"{about['count']} {name} images of {about['path']}")
         for name, about in report.sets.items() if name in ("generated", "real", "paired")
     )  # fmt: skip
     lead = " · ".join(part for part in (report.date, sets, f"HistoLDM {tool_version()}") if part)
     warnings = "".join(f"<li>{html.escape(text)}</li>" for text in report.warnings)
-    body = headlines(report)
+    body = _headlines(report)
     if warnings:
         body += f'<section><h2>Before you use these figures</h2><ul class="warn">{warnings}</ul></section>'
-    body += "".join(section_html(each) for each in report.sections)
-    return document(report.title, lead, body + data_section(report))
+    body += "".join(_section_html(each) for each in report.sections)
+    return document(report.title, lead, body + _data_section(report))
 
 
-def headlines(report: Report) -> str:
+def _headlines(report: Report) -> str:
     """The first figures that a reader looks for, of the first extractor."""
     shown: dict[str, tuple[Measure, str]] = {}
     for section in report.sections:
@@ -199,18 +199,18 @@ def headlines(report: Report) -> str:
             each, extractor = shown[name]
             ends = f"<i>{number(each.low)} – {number(each.high)}</i>" if each.low is not None else ""
             kind = "tile invalid" if each.invalid else "tile"
-            label = f"{each.title}{arrow(each)}"
+            label = f"{each.title}{_arrow(each)}"
             of = f"<em>{html.escape(extractor)}</em>" if extractor else ""
             label = f"<span>{html.escape(label)}</span>{of}"
             tiles.append(f'<div class="{kind}">{label}<b>{number(each.value)}</b>{ends}</div>')
     return f'<div class="tiles">{"".join(tiles[:8])}</div>' if tiles else ""
 
 
-def arrow(each: Measure) -> str:
+def _arrow(each: Measure) -> str:
     return {LOWER: " ↓", HIGHER: " ↑"}.get(each.better, "")
 
 
-def section_html(section: Section) -> str:
+def _section_html(section: Section) -> str:
     of = f" <small>{html.escape(section.extractor)}</small>" if section.extractor else ""
     parts = [f"<section id={section.id}><h2>{html.escape(section.title)}{of}</h2>"]
     if section.intro:
@@ -219,7 +219,7 @@ def section_html(section: Section) -> str:
         kind, words = section.verdict
         parts.append(f'<div class="verdict {kind}">{html.escape(words)}</div>')
     if section.measures:
-        parts.append(measure_table(section.measures))
+        parts.append(_measure_table(section.measures))
     if section.plots:
         drawn = "".join(
             f"<figure>{svg}<figcaption>{html.escape(words)}</figcaption></figure>" for svg, words in section.plots
@@ -227,17 +227,18 @@ def section_html(section: Section) -> str:
         parts.append(f'<div class="plots">{drawn}</div>')
     for picture, words in section.pictures:
         caption = f"<figcaption>{html.escape(words)}</figcaption>"
-        parts.append(f'<figure class="wide">{embed(picture, words)}{caption}</figure>')
+        parts.append(f'<figure class="wide">{_embed(picture, words)}{caption}</figure>')
     return "".join(parts) + "</section>"
 
 
-def measure_table(measures: Sequence[Measure]) -> str:
+def _measure_table(measures: Sequence[Measure]) -> str:
     rows = []
     for each in measures:
         ends = f"{number(each.low)} – {number(each.high)}" if each.low is not None else ""
         why = f'<span class="why">not valid: {html.escape(each.invalid)}</span>' if each.invalid else ""
         rows.append(
-            f'<tr{" class=invalid" if each.invalid else ""}><th scope="row">{html.escape(each.title)}{arrow(each)}</th>'
+            f'<tr{" class=invalid" if each.invalid else ""}>'
+            f'<th scope="row">{html.escape(each.title)}{_arrow(each)}</th>'
             f'<td class="n v">{number(each.value)}</td><td class="n">{ends}</td>'
             f'<td class="q">{html.escape(each.note)}{why}</td></tr>'
         )
@@ -245,10 +246,10 @@ def measure_table(measures: Sequence[Measure]) -> str:
     return f'<div class="scroll"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def data_section(report: Report) -> str:
+def _data_section(report: Report) -> str:
     blocks = []
     for name, about in report.sets.items():
-        rows = [(label, told(about[key])) for key, label in ABOUT.items() if about.get(key)]
+        rows = [(label, _told(about[key])) for key, label in ABOUT.items() if about.get(key)]
         digest = html.escape(str(next((about[key] for key in IDENTITY if about.get(key)), ""))[:24])
         cells = "".join(f'<tr><th scope="row">{label}</th><td>{html.escape(value)}</td></tr>' for label, value in rows)
         cells += f'<tr><th scope="row">SHA-256</th><td><code>{digest}…</code></td></tr>' if digest else ""
@@ -257,23 +258,23 @@ def data_section(report: Report) -> str:
         blocks.append(f"<div>{title}<table><tbody>{cells}</tbody></table></div>")
     for name, about in report.extractors.items():
         rows = [
-            (key.replace("_", " "), told(value)) for key, value in about.items() if key not in ("data", "extractor")
+            (key.replace("_", " "), _told(value)) for key, value in about.items() if key not in ("data", "extractor")
         ]
         cells = "".join(
             f'<tr><th scope="row">{html.escape(key)}</th><td>{html.escape(value[:80])}</td></tr>' for key, value in rows
         )
         blocks.append(f"<div><h3>extractor {html.escape(name)}</h3><table><tbody>{cells}</tbody></table></div>")
-    settings = html.escape(json.dumps(plain(report.settings), indent=1, ensure_ascii=False))
+    settings = html.escape(json.dumps(_plain(report.settings), indent=1, ensure_ascii=False))
     return (
         f'<section><h2>Data and settings</h2><div class="sets">{"".join(blocks)}</div>'
         f"<details><summary>settings</summary><pre>{settings}</pre></details></section>"
     )
 
 
-def told(value: Any) -> str:
+def _told(value: Any) -> str:
     """A value in words."""
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {told(each)}" for key, each in value.items())
+        return ", ".join(f"{key} {_told(each)}" for key, each in value.items())
     if isinstance(value, (list, tuple)):
-        return " × ".join(told(each) for each in value)
+        return " × ".join(_told(each) for each in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

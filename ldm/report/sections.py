@@ -28,7 +28,7 @@ SHOWN = 16  # images of a grid
 SHOWN_COPIES = 8
 
 
-def evenly(count: int, most: int) -> np.ndarray:
+def _evenly(count: int, most: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(count, most)).round().astype(int)
 
 
@@ -37,7 +37,7 @@ def samples(sets: dict[str, ImageSet]) -> Section:
     section = Section("samples", "Samples", "Evenly chosen. Generated images are SYNTHETIC.")
     titles = {"generated": "SYNTHETIC", "real": "Real", "train": "Training"}
     for role, images in sets.items():
-        rows = evenly(len(images), SHOWN)
+        rows = _evenly(len(images), SHOWN)
         page = contact_sheet([images.read(int(i)) for i in rows], most=LEAST)
         section.pictures.append((page, f"{titles[role]}: {len(rows)} of {len(images)} images."))
     return section
@@ -105,7 +105,7 @@ def following(
     )  # fmt: skip
     if pictures is not None:
         order = np.argsort(-found.own)
-        rows = order[evenly(len(order), 10)]
+        rows = order[_evenly(len(order), 10)]
         images, tiles = pictures
         word = [f"cos {found.own[i]:.2f}, #{found.rank[i]}" for i in rows]
         shown = [[tiles.read(int(i)) for i in rows], [images.read(int(known[i])) for i in rows]]
@@ -188,18 +188,18 @@ def canvas(image: Slide, role: str, tile: int, window: int, extractor: Extractor
     if not np.isnan(tones.colours).all():
         section.plots.append((plots.tone_map(tones), "Mean colour of the tissue in each window; white: little tissue."))
     if extractor is not None:
-        features = window_features(image, window, extractor, tones)
+        features = _window_features(image, window, extractor, tones)
         if (~np.isnan(features[..., 0])).sum() >= large_images.LEAST and min(features.shape[:2]) > 1:
             found = large_images.repetition(features)
             section.measures += large_images.repetition_measures(found)
             section.extractor = extractor.name
             section.plots.append((plots.lag_map(found), "Autocorrelation of window features by lag."))
-    picture = whole_picture(image, 640)
+    picture = _whole_picture(image, 640)
     section.pictures.append((fitted(picture, 640), "SYNTHETIC" if role == "generated" else "Real"))
     return section
 
 
-def window_features(
+def _window_features(
     image: Slide, window: int, extractor: Extractor, tones: large_images.Tone
 ) -> np.ndarray:  # fmt: skip
     """(rows,cols,D): features of windows side by side, NaN where there is little tissue."""
@@ -213,7 +213,7 @@ def window_features(
     return features
 
 
-def whole_picture(image: Slide, side: int) -> np.ndarray:
+def _whole_picture(image: Slide, side: int) -> np.ndarray:
     """The whole image reduced to at most about `side` px, band by band."""
     step = max(1, max(image.dimensions) // side)
     bands = []
@@ -227,7 +227,7 @@ def whole_picture(image: Slide, side: int) -> np.ndarray:
 
 def whole_distance(generated: Slide, real: Slide, extractor: Extractor, side: int = 1024) -> Section:
     """The distance of the features of two whole images, each reduced to one view."""
-    features = [extractor(whole_picture(image, side)[None])[0] for image in (generated, real)]
+    features = [extractor(_whole_picture(image, side)[None])[0] for image in (generated, real)]
     cosine = float(conditional.cosines(features[0][None], features[1][None])[0, 0])
     measures = [Measure("whole_distance", "distance of the whole images", 1 - cosine, better=LOWER,
                       note="1 - cosine of their features, each image as one view")]  # fmt: skip
@@ -246,7 +246,7 @@ def paired(
     groups = barcodes.map(patient_of).to_numpy(str) if barcodes.notna().all() and barcodes.nunique() > 1 else None
     measures = pairs.pair_measures(measured, groups, seed=seed)
     order = np.argsort(measured["ssim"])
-    rows = order[evenly(len(order), 8)]
+    rows = order[_evenly(len(order), 8)]
     shown = [pairs.read_pair(*files[i]) for i in rows]
     words = [[f"SSIM {measured['ssim'][i]:.2f}" for i in rows], [names[i][-16:] for i in rows]]
     page = grid(list(zip(*shown)), words, ["given", "should be"], most=LEAST)

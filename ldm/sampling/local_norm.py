@@ -44,7 +44,11 @@ class Span(NamedTuple):
 
 def spans(size: int, part: int, halo: int, align: int = 1) -> list[Span]:
     """As equal parts of an axis as there are, none above `part`, in windows with a halo within the canvas, whose ends
-    lie at multiples of `align`."""
+    lie at multiples of `align`.
+
+    >>> [(span.window, span.tile) for span in spans(100, part=50, halo=8)]
+    [(slice(0, 58, None), slice(0, 50, None)), (slice(42, 100, None), slice(50, 100, None))]
+    """
     count = -(-size // part)
     ends = [round(i * size / count) for i in range(count + 1)]
     return [
@@ -55,7 +59,7 @@ def spans(size: int, part: int, halo: int, align: int = 1) -> list[Span]:
     ]  # fmt: skip
 
 
-def strips(x: Tensor, align: int = 1) -> Iterator[slice]:
+def _strips(x: Tensor, align: int = 1) -> Iterator[slice]:
     """Rows of x (B,C,H,W), a few at a time, in multiples of `align`: as much as a cache holds, on a GPU a part of its
     memory."""
     values = STRIP if x.device.type == "cpu" else GPU_STRIP
@@ -67,13 +71,17 @@ def local_statistics(x: Tensor, groups: int, window: int) -> tuple[Tensor, Tenso
     """Mean and variance (B,G,rows,cols) of x (B,C,H,W) over a group of channels and windows at every quarter of one.
 
     A side not longer than the window has one window, the whole of it.
+
+    >>> mean, variance = local_statistics(torch.arange(8.0).expand(1, 2, 8, 8), groups=1, window=4)
+    >>> mean[0, 0, 0], variance[0, 0, 0]
+    (tensor([1.5000, 2.5000, 3.5000, 4.5000, 5.5000]), tensor([1.2500, 1.2500, 1.2500, 1.2500, 1.2500]))
     """
     cell = max(window // CELLS, 1)
 
     def pool(values: Tensor) -> Tensor:
         return F.avg_pool2d(values, cell, ceil_mode=True, count_include_pad=False)
 
-    parts = (x[..., rows, :].float() for rows in strips(x, cell))
+    parts = (x[..., rows, :].float() for rows in _strips(x, cell))
     pooled = zip(*((pool(part), pool(part.square())) for part in parts))
     mean, square = (torch.cat(values, -2).unflatten(1, (groups, -1)).mean(2) for values in pooled)
     size = tuple(min(CELLS, cells) for cells in mean.shape[-2:])
@@ -83,7 +91,16 @@ def local_statistics(x: Tensor, groups: int, window: int) -> tuple[Tensor, Tenso
 
 def spread(count: int, side: int, window: int) -> Tensor:
     """What each place along a side takes of `count` windows at every quarter of one, (side,count): linear between the
-    windows' middles, towards the ends the outermost windows."""
+    windows' middles, towards the ends the outermost windows.
+
+    >>> spread(count=2, side=6, window=4)
+    tensor([[1., 0.],
+            [1., 0.],
+            [1., 0.],
+            [0., 1.],
+            [0., 1.],
+            [0., 1.]])
+    """
     inner = min((count - 1) * max(window // CELLS, 1) + 1, side)
     before = min(window // 2, side - inner)
     place = (torch.arange(side) - before).clamp(0, inner - 1) * ((count - 1) / max(inner - 1, 1))
@@ -91,7 +108,13 @@ def spread(count: int, side: int, window: int) -> Tensor:
 
 
 def normalised(norm: nn.GroupNorm, x: Tensor, window: int) -> Tensor:
-    """x (B,C,H,W), each place normalised by the statistics of the window about it."""
+    """x (B,C,H,W), each place normalised by the statistics of the window about it.
+
+    >>> norm = nn.GroupNorm(2, 8).requires_grad_(False)
+    >>> x = torch.cat([torch.zeros(1, 8, 32, 32), torch.ones(1, 8, 32, 32)], -1)    # two halves of different tone
+    >>> normalised(norm, x, window=8)[0, 0, 0, ::16], norm(x)[0, 0, 0, ::16]
+    (tensor([0.0000, 0.0000, 1.0000, 0.0000]), tensor([-1.0000, -1.0000,  1.0000,  1.0000]))
+    """
     mean, variance = local_statistics(x, norm.num_groups, window)
     scale = (variance + norm.eps).rsqrt()
     scale, shift = (values.repeat_interleave(x.shape[1] // norm.num_groups, 1) for values in (scale, -mean * scale))
@@ -99,7 +122,7 @@ def normalised(norm: nn.GroupNorm, x: Tensor, window: int) -> Tensor:
     down, across = (spread(count, side, window).to(scale) for count, side in zip(mean.shape[-2:], x.shape[-2:]))
     maps = [torch.einsum("bcrk,wk->brwc", values, across) for values in (scale * weight, shift * weight + bias)]
     out = torch.empty_like(x)
-    for rows in strips(x):
+    for rows in _strips(x):
         share = down[rows]                                                      # (strip,windows)
         first, last = share.any(0).nonzero()[[0, -1], 0].tolist()
         near = slice(first, last + 1)
@@ -117,6 +140,12 @@ def local_group_norm(module: nn.Module, window: int, width: int) -> Iterator[Non
     """Within this context every GroupNorm of `module` normalises each place by the statistics of a window about it.
 
     window: its side, width: that of the canvas, in the same pixels, whatever the resolution of a layer's input.
+
+    >>> norm, x = nn.GroupNorm(2, 8).requires_grad_(False), torch.arange(64.0).expand(1, 8, 32, 64)
+    >>> with local_group_norm(norm, window=8, width=64):
+    ...     near = norm(x)
+    >>> near.std() < norm(x).std()
+    tensor(True)
     """
 
     def forward(self: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -144,6 +173,10 @@ def decode_tiles(
         window: latents along the tiles that the decoder was trained on. A canvas of one is decoded as it is.
         part: latents along a part, at most.
         halo: latents about it; by default a window and some, as statistics depend on statistics beside them.
+
+    >>> parts = decode_tiles(model.first_stage_model, torch.randn(1, 4, 16, 24), window=8, part=16)
+    >>> [(cols, tuple(image.shape)) for rows, cols, image in parts]
+    [(slice(0, 24, None), (1, 3, 32, 24)), (slice(24, 48, None), (1, 3, 32, 24))]
     """
     factor, device = first_stage.downsampling, next((p.device for p in first_stage.parameters()), z.device)
     halo = window + REACH if halo is None else halo

@@ -40,7 +40,13 @@ class Sweep:
 
 
 def parse_sweep(text: str) -> Sweep:
-    """`score=0:1:5` is the condition score at 0, 0.25, 0.5, 0.75 and 1; see FORM."""
+    """`score=0:1:5` is the condition score at 0, 0.25, 0.5, 0.75 and 1; see FORM.
+
+    >>> parse_sweep("score=0:1:3")
+    Sweep(name='score', part='', values=(0.0, 0.5, 1.0))
+    >>> parse_sweep("expression=MKI67:0:1:5").texts()[:2]
+    ['MKI67:0', 'MKI67:0.25']
+    """
     name, equals, rest = text.partition("=")
     *part, start, stop, count = rest.split(":") if rest.count(":") >= 2 else [""] * 3
     try:

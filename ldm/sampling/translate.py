@@ -60,7 +60,7 @@ def translate(
     if inversion.enlarge:
         low = images
         images = F.interpolate(images, scale_factor=inversion.enlarge, mode="bicubic").clamp(-1, 1)
-    check_images(model, images)
+    _check_images(model, images)
     factor, (height, width) = model.first_stage_model.downsampling, images.shape[-2:]
     if low is not None and (height % factor or width % factor):
         raise UserError(f"the sides of what is made larger must be multiples of {factor} px.")
@@ -190,7 +190,7 @@ def _levels(model: LatentDiffusion, sampler: Sampler, inversion: Inversion) -> T
     return schedules.sigmas_from(schedules.respaced_sigmas(model.sigmas, f"ddim{sampler.steps}"), inversion.strength)
 
 
-def check_images(model: LatentDiffusion, images: Tensor) -> None:
+def _check_images(model: LatentDiffusion, images: Tensor) -> None:
     """UserError unless images (N,C,H,W) are such as the model works on."""
     if images.ndim != 4 or not images.numel():
         raise UserError(f"images are given as (N,C,H,W); got shape {tuple(images.shape)}.")
@@ -201,7 +201,13 @@ def check_images(model: LatentDiffusion, images: Tensor) -> None:
 
 
 def check_shape(model: LatentDiffusion, channels: int, height: int, width: int, name: str) -> None:
-    """UserError unless images of this shape have the model's channels and at least the size of its tiles."""
+    """UserError unless images of this shape have the model's channels and at least the size of its tiles.
+
+    >>> check_shape(model, 1, 64, 64, "slice.png")
+    Traceback (most recent call last):
+        ...
+    ldm.errors.UserError: slice.png: the model works on RGB images, this is gray; convert it, or take another model.
+    """
     wanted, tile = model.image_channels, model.tile_size
     if channels != wanted:
         kinds = {1: "gray", 3: "RGB"}

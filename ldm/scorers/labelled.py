@@ -131,7 +131,7 @@ def read_labelled(
         if label is None:
             raise UserError(f"which column of {path} is the label? Give --label{suggest('label', columns)}")
     values = pictures.column(label)
-    task = task or task_of(values, label, kind, positive, path)
+    task = task or _task_of(values, label, kind, positive, path)
     groups, notes = groups_of(pictures, patient)
     return Labelled(pictures, task, targets_of(values, task, pictures), groups, notes)
 
@@ -163,7 +163,7 @@ def _of_table(path: Path) -> Pictures:
     return pictures_of_files(files, about, str(path))
 
 
-def task_of(values: Sequence[Any], label: str, kind: str | None, positive: str | None, path: Path | str) -> Task:
+def _task_of(values: Sequence[Any], label: str, kind: str | None, positive: str | None, path: Path | str) -> Task:
     """What labels ask for. UserError: one class only, or a kind that they are not."""
     known = sorted(set(values), key=lambda value: (isinstance(value, str), value))
     if len(known) < 2:

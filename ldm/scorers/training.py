@@ -153,7 +153,7 @@ def train_scorer(
         scorer.half().float()  # as it will be read back
     scorer.to(device).eval()
     own = calibrated(run.kind, held_out, scorer.temperature, scorer.offset)
-    scorer.about = _about(run, scorer, measured(data, rows, own), settings, licence)
+    scorer.about = _about(run, scorer, _measured(data, rows, own), settings, licence)
     save_scorer(out, scorer, half)
     remove(out / WORK)
     return load_scorer(out, device)
@@ -211,7 +211,7 @@ def _member(run: Run, member: int) -> np.ndarray:
         begin_with(network, recipe.weights)
     network = network.to(run.device)
     optimizer = torch.optim.AdamW(network.parameters(), recipe.learning_rate, weight_decay=recipe.weight_decay)
-    schedule = warm_cosine(optimizer, -(-len(train) // recipe.batch_size) * recipe.epochs)
+    schedule = _warm_cosine(optimizer, -(-len(train) // recipe.batch_size) * recipe.epochs)
     parts = {"network": network, "optimizer": optimizer, "schedule": schedule}
     now: dict[str, Any] = {"member": member, "epoch": 0, "best": float("-inf"), "best_epoch": 0, "history": []}
     if state_path.is_file() and (held := _state(state_path))["now"]["member"] == member:
@@ -245,7 +245,7 @@ def _member(run: Run, member: int) -> np.ndarray:
     return logits
 
 
-def warm_cosine(optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LambdaLR:
+def _warm_cosine(optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr_scheduler.LambdaLR:
     """A linear rise over the first WARMUP of `total` steps, then half a cosine to 0."""
     warm = max(1, int(total * WARMUP))
 
@@ -275,7 +275,7 @@ def _epoch(
         targets = torch.from_numpy(run.data.targets[rows]).to(run.device)
         with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.bf16):
             logits = network(run.view.normalise(seen).to(run.device))
-        loss = loss_of(run.kind, logits.float(), targets)
+        loss = _loss_of(run.kind, logits.float(), targets)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
@@ -285,7 +285,7 @@ def _epoch(
     return float(np.mean(losses))
 
 
-def loss_of(kind: str, logits: Tensor, targets: Tensor) -> Tensor:
+def _loss_of(kind: str, logits: Tensor, targets: Tensor) -> Tensor:
     """Cross entropy of logits (B,outputs) for targets (B,), grades being probabilities."""
     if kind == "classes":
         return F.cross_entropy(logits, targets.long())
@@ -337,7 +337,7 @@ def _read_weights(network: nn.Module, path: Path) -> None:
         raise UserError(f"{path} does not hold the weights of this training ({error}); use another --out.") from error
 
 
-def measured(data: Labelled, rows: Sequence[int], scores: np.ndarray) -> dict[str, Any]:
+def _measured(data: Labelled, rows: Sequence[int], scores: np.ndarray) -> dict[str, Any]:
     """name -> [value, low, high]: figures of scores in [0,1] of the images at `rows`; 95% intervals by group."""
     targets, groups = data.targets[rows], data.groups[rows]
     return with_intervals(lambda part: measures(data.task.kind, scores[part], targets[part]), groups)
@@ -354,7 +354,7 @@ def _about(
         each = [calibrated(kind, logits, scorer.temperature, scorer.offset) for logits in each]
         mean = np.mean(each, 0)
         singles = [round(measures(kind, scores, data.targets[test])[name], 5) for scores in each]
-        told = {"test": measured(data, test, mean) | {f"{name}_of_members": singles}, **told}
+        told = {"test": _measured(data, test, mean) | {f"{name}_of_members": singles}, **told}
         table = places(data.pictures.take(test)).assign(group=data.groups[test])
         columns = [f"p_{of}" for of in data.task.classes] if kind == "classes" else ["score"]
         table[["target", *columns]] = np.column_stack([data.targets[test], mean.round(6)])
