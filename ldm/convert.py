@@ -23,6 +23,7 @@ from ldm.errors import UserError, suggest
 from ldm.files import sha256
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
+from ldm.interop.export import apart
 from ldm.interop.noise_buffers import schedule_buffers
 
 if TYPE_CHECKING:
@@ -65,20 +66,30 @@ def convert(
 
     source: a checkpoint, or a folder of diffusers. half: store the weights in float16. encoder, mpp, licence: what its
     features were made with, micrometres per pixel, terms: recorded in the folder. options: those of `read_published`.
+
+    >>> checkpoint = published / "more" / "mid_ddpm_model" / "ckpt.pth"
+    >>> folder = convert(checkpoint, "model", licence="MIT", say=lambda line: None)
+    >>> sorted(path.name for path in folder.iterdir())
+    ['config.yaml', 'model.safetensors']
     """
     with allowing(options.get("allow_target") or ()):
         found = read_published(source, **options)
         module = check(found, source)
-        found.metadata |= facts(found, module, encoder, mpp, licence) | {"converted_from": Path(source).name}
-    for line in account(found):
+        found.metadata |= _facts(found, module, encoder, mpp, licence) | {"converted_from": Path(source).name}
+    for line in _account(found):
         say(line)
     return model_folder.write_model_folder(
-        out, found.node, _apart(found.state), found.metadata, torch.float16 if half else None, found.files
+        out, found.node, apart(found.state), found.metadata, torch.float16 if half else None, found.files
     )
 
 
 def export_as(form: str, folder: str | Path, out: str | Path, half: bool = False) -> list[str]:
-    """Write a model folder in the form of others, one of EXPORTS; gives what is to be said of it."""
+    """Write a model folder in the form of others, one of EXPORTS; gives what is to be said of it.
+
+    >>> export_as("onnx", models / "demo-ssl", "out")
+    Traceback (most recent call last):
+    ldm.errors.UserError: 'onnx' is no form that models are written in. Known: compvis, diffusers.
+    """
     if form not in EXPORTS:
         raise UserError(f"'{form}' is no form that models are written in{suggest(form, EXPORTS)}")
     node, _ = model_folder.read_model_folder(folder)
@@ -94,6 +105,11 @@ def load_model(
 
     options: of a published checkpoint, those of `read_published`; its project YAML is found where it lies beside it.
     allow_target: prefixes of targets outside of this package that a config may name.
+
+    >>> load_model(models / "demo-ssl").metadata["mpp"]
+    0.499
+    >>> type(load_model(published / "ldm_ckpt_lid_vq").first_stage_model).__name__
+    'VQModel'
     """
     path = Path(path)
     with allowing(allow_target):
@@ -125,11 +141,15 @@ def read_published(source: str | Path, **options: Any) -> Converted:
         base: model folder that gives the parts which a checkpoint of a network alone lacks.
         allow_target: prefixes of further targets that a config may name.
     UserError: an unreadable file, a form that is not known, an option that its family does not take.
+
+    >>> found = read_published(published / "ldm_ckpt_lid_vq")
+    >>> found.node["target"], found.notes[0]
+    ('ldm.latent_diffusion.LatentDiffusion', 'the config is config.yaml, which lies beside the checkpoint')
     """
     source = Path(source)
     if not source.exists():
         raise UserError(f"{source} does not exist.")
-    file = weights_file(source)
+    file = _weights_file(source)
     return _read(source, None if file.is_dir() else read_checkpoint(file), options)
 
 
@@ -138,14 +158,14 @@ def _published(path: Path) -> tuple[bool, Any]:
     whole = (path / "config.yaml").is_file() and (path / model_folder.WEIGHTS).is_file()
     if whole or (path / "checkpoints").is_dir() or not path.exists():
         return False, None
-    file = weights_file(path)
+    file = _weights_file(path)
     if file.is_dir():
         return any(_of(recognises)(file, None) for recognises, _ in FAMILIES.values()), None
     content = read_checkpoint(file)
     return not _is_own(content), content
 
 
-def weights_file(source: Path) -> Path:
+def _weights_file(source: Path) -> Path:
     """The only .ckpt, or only weight file, in a folder; else `source` itself."""
     if not source.is_dir() or any(_of(recognises)(source, None) for recognises, _ in FAMILIES.values()):
         return source
@@ -164,11 +184,11 @@ def weights_of(model_path: Path) -> str:
     'e3b0c442'
     """
     own = [model_path / "checkpoints" / "last.ckpt", model_path / model_folder.WEIGHTS]
-    return sha256(next((path for path in own if path.is_file()), weights_file(model_path)))
+    return sha256(next((path for path in own if path.is_file()), _weights_file(model_path)))
 
 
 def _read(source: Path, content: Any, options: Mapping[str, Any]) -> Converted:
-    source = weights_file(source)
+    source = _weights_file(source)
     if _is_own(content):
         raise UserError(f"{source} is a checkpoint of this toolkit; make a model folder of it with `histoldm export`.")
     given = {name: value for name, value in options.items() if value not in (None, False, (), [])}
@@ -184,7 +204,7 @@ def _read(source: Path, content: Any, options: Mapping[str, Any]) -> Converted:
     raise UserError(f"{source} is no model whose form is known: the {kind} fits none of {', '.join(FAMILIES)}.")
 
 
-def facts(
+def _facts(
     found: Converted, module: nn.Module, encoder: str | None, mpp: float | None, licence: str | None
 ) -> dict[str, Any]:
     """Metadata of what the user says of a model that its checkpoint does not."""
@@ -216,6 +236,10 @@ def check(found: Converted, source: str | Path) -> nn.Module:
     """The module that the node builds, on the meta device.
 
     UserError unless weights and noise schedule are its own, name by name, and its parts go together.
+
+    >>> found = read_published(published / "ldm_ckpt_lid_vq")
+    >>> type(check(found, "model.ckpt")).__name__
+    'LatentDiffusion'
     """
     module = build(found)
     model_folder.check_names(found.state, module.state_dict(), source)
@@ -250,12 +274,17 @@ def _betas(params: Mapping[str, Any]) -> Tensor:
 
 
 def build(found: Converted) -> nn.Module:
-    """The module of a converted model, without its weights, on the meta device."""
+    """The module of a converted model, without its weights, on the meta device.
+
+    >>> module = build(read_published(published / "ldm_ckpt_lid_vq"))
+    >>> next(module.parameters()).device
+    device(type='meta')
+    """
     with tempfile.TemporaryDirectory() as folder, torch.device("meta"), modules_only():
         return instantiate_from_config(_with_files(found, Path(folder)))
 
 
-def account(found: Converted) -> list[str]:
+def _account(found: Converted) -> list[str]:
     """What is to be said of a conversion: notes, then how many tensors were taken and why others were not."""
     lines = [f"note: {note}" for note in found.notes]
     count = sum(value.numel() for value in found.state.values())
@@ -276,17 +305,6 @@ def _with_files(found: Converted, folder: Path) -> dict[str, Any]:
 def _is_own(content: Any) -> bool:
     """Whether a checkpoint is of a training of this toolkit."""
     return isinstance(content, dict) and OWN in content
-
-
-def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors, those that share memory with another copied: a .safetensors file holds each by itself."""
-    seen: set[int] = set()
-    apart = {}
-    for name, value in state.items():
-        where = value.untyped_storage().data_ptr()
-        apart[name] = value.clone() if where in seen else value
-        seen.add(where)
-    return apart
 
 
 def _of(name: str) -> Callable[..., Any]:

@@ -45,6 +45,11 @@ def write_model_folder(
 
     files: name -> text of further files, which the node names as "./name".
     dtype: store floating tensors in this precision (float16 halves the file); they are read back as float32.
+
+    >>> node = {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 1}}
+    >>> folder = write_model_folder("tiny", node, torch.nn.Linear(2, 1).state_dict(), {"licence": "MIT"})
+    >>> read_model_folder(folder)[1]
+    {'licence': 'MIT'}
     """
     folder = Path(folder)
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -75,7 +80,12 @@ def write_model_folder(
 
 
 def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The model node and the metadata of a model folder."""
+    """The model node and the metadata of a model folder.
+
+    >>> node, metadata = read_model_folder(models / "demo-ssl")
+    >>> node["target"], metadata["encoder"]["encoder"]
+    ('ldm.latent_diffusion.LatentDiffusion', 'demo-encoder')
+    """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         state = "is not a model folder: it has no config.yaml" if folder.is_dir() else "does not exist"
@@ -90,7 +100,12 @@ def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any
 
 
 def within(value: Any, folder: Path) -> Any:
-    """A config node whose paths ("./name") are those of files in `folder`."""
+    """A config node whose paths ("./name") are those of files in `folder`.
+
+    >>> Path("genes.txt").touch()
+    >>> within({"mutation_genes": "./genes.txt", "dim": 8}, Path("."))
+    {'mutation_genes': 'genes.txt', 'dim': 8}
+    """
     if isinstance(value, Mapping):
         return {key: within(child, folder) for key, child in value.items()}
     if isinstance(value, list):
@@ -103,8 +118,13 @@ def within(value: Any, folder: Path) -> Any:
 
 
 def load_first_stage(folder: str) -> nn.Module:
-    """The frozen first stage of a model folder, its own or a diffusion model's, in eval mode with float32 weights."""
-    node, state = first_stage_node(folder), read_state_dict(folder)
+    """The frozen first stage of a model folder, its own or a diffusion model's, in eval mode with float32 weights.
+
+    >>> first_stage = load_first_stage(models / "demo-ssl")
+    >>> first_stage.latent(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 8, 8, 8])
+    """
+    node, state = _first_stage_node(folder), read_state_dict(folder)
     inner = PREFIX["first stage"]
     if any(name.startswith(inner) for name in state):
         state = {name.removeprefix(inner): value for name, value in state.items() if name.startswith(inner)}
@@ -115,15 +135,20 @@ def load_first_stage(folder: str) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def first_stage_node(folder: str | Path) -> dict[str, Any]:
+def _first_stage_node(folder: str | Path) -> dict[str, Any]:
     """The node of the first stage in a model folder: the folder's own, or that of the diffusion model in it."""
     node, _ = read_model_folder(folder)
     return node.get("params", {}).get("first_stage_config", node)
 
 
 def resolve_first_stage(node: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The node that builds a first stage: `node`, or what is in the model folder that it names."""
-    return first_stage_node(node["params"]["folder"]) if node["target"] == FIRST_STAGE_FOLDER else node
+    """The node that builds a first stage: `node`, or what is in the model folder that it names.
+
+    >>> node = {"target": FIRST_STAGE_FOLDER, "params": {"folder": str(models / "demo-ssl")}}
+    >>> resolve_first_stage(node)["target"]
+    'ldm.autoencoder.autoencoder.AutoencoderKL'
+    """
+    return _first_stage_node(node["params"]["folder"]) if node["target"] == FIRST_STAGE_FOLDER else node
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> LatentDiffusion:
@@ -131,6 +156,9 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LatentDi
 
     The averaged weights are used where there are any. Errors: not a model folder, missing weight file, weights that
     do not fit the config.
+
+    >>> load_model(models / "demo-ssl").tile_size
+    256
     """
     path = Path(path)
     if not path.exists():
@@ -152,7 +180,13 @@ def loaded(
     node: Mapping[str, Any], metadata: dict[str, Any], state: Mapping[str, Tensor], path: Path,
     device: str | torch.device,
 ) -> LatentDiffusion:  # fmt: skip
-    """The model of a node with its weights, ready to sample from."""
+    """The model of a node with its weights, ready to sample from.
+
+    >>> node, metadata = read_model_folder(models / "demo-ssl")
+    >>> model = loaded(node, metadata, read_state_dict(models / "demo-ssl"), Path("demo-ssl"), "cpu")
+    >>> model.metadata["mpp"]
+    0.499
+    """
     model = _filled(node, state, path)
     if not hasattr(model, "build_noise_table"):
         what = "a first stage" if hasattr(model, "decode") else "no diffusion model"
@@ -164,9 +198,20 @@ def loaded(
 
 
 def load_network(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
-    """The network that a model folder holds by itself, such as a classifier of noisy images, in eval mode."""
+    """The network that a model folder holds by itself, such as a classifier of noisy images, in eval mode.
+
+    Raises:
+        UserError: the folder of a diffusion model, which `load_model` loads.
+
+    >>> node = {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 1}}
+    >>> folder = write_model_folder("tiny", node, torch.nn.Linear(2, 1).state_dict(), {"classes": ["tumour"]})
+    >>> load_network(folder).metadata
+    {'classes': ['tumour']}
+    """
     node, metadata = read_model_folder(folder)
     network = _filled(node, read_state_dict(folder), Path(folder))
+    if hasattr(network, "build_noise_table"):
+        raise UserError(f"{folder} holds a diffusion model; give the folder of a network alone, such as a classifier.")
     network.metadata = metadata
     return network.to(device).eval().requires_grad_(False)
 
@@ -189,6 +234,10 @@ def export(
 
     Of a LatentDiffusion: averaged weights, first stage and conditioner too. Of an AutoencoderStage: the first stage.
     With the beginning of a card; one that is there stays.
+
+    >>> export("logs/run", "model")
+    Traceback (most recent call last):
+    ldm.errors.UserError: logs/run does not exist; give a run folder or a .ckpt of this toolkit.
     """
     path = Path(path)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
@@ -197,7 +246,7 @@ def export(
     content = _read(checkpoint)
     node, recorded, state, files = _parts(content)
     about = {**recorded, **(metadata or {})}
-    card = begun_card(Path(out).name, content["histoldm_config"], about, content.get("global_step", 0))
+    card = _begun_card(Path(out).name, content["histoldm_config"], about, content.get("global_step", 0))
     return write_model_folder(out, node, state, about, dtype, {CARD: card, **files})
 
 
@@ -240,6 +289,9 @@ def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = Fal
     Averaged weights are preferred. The network must be there and fit. The conditioner is taken if it fits, and else
     starts fresh: a model is often fine-tuned to another condition. The first stage is taken if it fits, but never in
     place of one that the config took from a model folder of its own.
+
+    >>> load_weights(ldm.load_model(models / "demo-ssl"), models / "demo-ssl")
+    'weights of ...demo-ssl: network loaded, first stage loaded, conditioner loaded'
     """
     state = read_state_dict(path)
     own = model.state_dict()
@@ -286,7 +338,12 @@ def _described(path: str | Path) -> dict[str, Any] | None:
 
 
 def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:
-    """UserError unless names and shapes agree, saying which do not."""
+    """UserError unless names and shapes agree, saying which do not.
+
+    >>> check_names({}, {"out.weight": torch.zeros(2)}, "model")
+    Traceback (most recent call last):
+    ldm.errors.UserError: the weights in model do not fit their config: 1 weights are missing (first: out.weight).
+    """
     missing = [name for name in wanted if name not in state]
     surplus = [name for name in state if name not in wanted]
     shapes = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
@@ -302,7 +359,7 @@ def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
         raise UserError(f"the weights in {source} do not fit their config: {'; '.join(parts)}.")
 
 
-def begun_card(name: str, config: Mapping[str, Any], metadata: Mapping[str, Any], steps: int) -> str:
+def _begun_card(name: str, config: Mapping[str, Any], metadata: Mapping[str, Any], steps: int) -> str:
     """A card with all HEADINGS. config: of the training, whole. What only a person can say stands in brackets."""
     kind = str(config["model"]["target"]).rpartition(".")[2]
     tiles = f"tiles of {metadata['tile_size']} px" if "tile_size" in metadata else "tiles"

@@ -75,6 +75,9 @@ BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     "slide_path": lambda request: ROOT / "data/demo/CMU-1-Small-Region.svs",
     "cells": lambda request: ROOT / "data/samples/cells",
     "store": lambda request: TileStore.open(request.getfixturevalue("tiny_store")),
+    # the folders of the models that come with the toolkit, and of checkpoints as other projects published theirs
+    "models": lambda request: ROOT / "data/models",
+    "published": lambda request: request.getfixturevalue("oracle"),
     # a diffusion model, see `tiny_model`
     "model": lambda request: tiny_model(),
     # a tile (256,256,3) uint8

@@ -764,5 +764,5 @@ def test_nothing_of_the_users_is_overwritten(model_folder, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     for form in ("diffusers", "compvis"):
-        with pytest.raises(UserError, match="holds other things"):
+        with pytest.raises(UserError, match="holds something else"):
             export_as(form, model_folder, tmp_path / "mine")

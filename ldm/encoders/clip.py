@@ -29,7 +29,7 @@ STEM = {
 NORMS = {"pre_layrnorm": "ln_pre", "post_layernorm": "ln_post"}
 
 
-def from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A CLIPModel of transformers, both towers and their projections, under open_clip's names."""
     named = {"logit_scale": state["logit_scale"], "text_projection": state["text_projection.weight"].T}
     named["visual.proj"] = state["visual_projection.weight"].T
@@ -52,6 +52,11 @@ def load_clip(name: str, config: Mapping[str, Any], weights: Path, device: str =
 
     config: open_clip's model config, with `vision_cfg`. weights: its checkpoint, in open_clip's or transformers' names.
     UserError: no image tower in either, weights of another model.
+
+    >>> config = {"embed_dim": 8, "vision_cfg": {"width": 8}}
+    >>> load_clip("tiny", config, Path("tiny.pt"))
+    Traceback (most recent call last):
+    ldm.errors.UserError: the CLIP model 'tiny' has no text_cfg in its config, so its image tower is unknown.
     """
     for part in ("vision_cfg", "text_cfg", "embed_dim"):
         if part not in config:
@@ -62,7 +67,7 @@ def load_clip(name: str, config: Mapping[str, Any], weights: Path, device: str =
     )  # fmt: skip
     state = state_dict_of(read_checkpoint(weights), weights)
     try:
-        state = from_transformers(state) if is_transformers(state) and "visual.proj" not in state else state
+        state = _from_transformers(state) if is_transformers(state) and "visual.proj" not in state else state
     except KeyError as error:
         raise UserError(f"{weights} does not hold the CLIP model '{name}': {error.args[0]} is missing.") from error
     wanted = network.state_dict()

@@ -149,6 +149,10 @@ def load_encoder(name_or_folder: str | Path, weights: str | Path | None = None, 
 
     Raises UserError: unknown name; weights missing (it says where to get them, their licence and where to put them),
     unreadable, or not of this encoder.
+
+    >>> encoder = load_encoder(models / "demo-encoder")
+    >>> encoder(torch.zeros(2, 3, 256, 256)).shape
+    torch.Size([2, 512])
     """
     spec, path = find_encoder(name_or_folder, weights)
     encoder = Encoder(spec)
@@ -158,12 +162,17 @@ def load_encoder(name_or_folder: str | Path, weights: str | Path | None = None, 
 
 
 def find_encoder(name_or_folder: str | Path, weights: str | Path | None = None) -> tuple[EncoderSpec, Path]:
-    """The specification of an encoder and its weight file, which exists."""
+    """The specification of an encoder and its weight file, which exists.
+
+    >>> spec, path = find_encoder(models / "demo-encoder")
+    >>> spec.dim, path.name
+    (512, 'model.safetensors')
+    """
     name, folder = str(name_or_folder), Path(name_or_folder)
     if name in REGISTRY:
         spec, home = REGISTRY[name], weights_home() / name
     elif folder.is_dir():
-        spec, home = read_spec(folder / "encoder.yaml"), folder
+        spec, home = _read_spec(folder / "encoder.yaml"), folder
     else:
         raise UserError(f"'{name}' is neither an encoder folder nor the name of an encoder{suggest(name, REGISTRY)}")
     path = home / spec.file
@@ -179,11 +188,17 @@ def find_encoder(name_or_folder: str | Path, weights: str | Path | None = None) 
 
 
 def weights_home() -> Path:
-    """The folder that holds one folder of weights per published encoder."""
+    """The folder that holds one folder of weights per published encoder.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, HISTOLDM_WEIGHTS="/scratch/weights"):
+    ...     print(weights_home())
+    /scratch/weights
+    """
     return Path(os.environ.get("HISTOLDM_WEIGHTS") or "~/.cache/histoldm/weights").expanduser()
 
 
-def read_spec(path: Path) -> EncoderSpec:
+def _read_spec(path: Path) -> EncoderSpec:
     """The specification in an encoder.yaml. Its keys `training` and `figures` are a record for people."""
     if not path.is_file():
         raise UserError(f"encoder folder {path.parent} has no {path.name}")
@@ -203,7 +218,14 @@ def read_spec(path: Path) -> EncoderSpec:
 
 
 def load_weights(encoder: Encoder, path: Path) -> None:
-    """Load a checkpoint into an encoder: every weight must be there and fit. UserError names those that do not."""
+    """Load a checkpoint into an encoder: every weight must be there and fit. UserError names those that do not.
+
+    >>> spec, path = find_encoder(models / "demo-encoder")
+    >>> encoder = Encoder(spec)
+    >>> load_weights(encoder, path)
+    >>> bool((encoder.feature_std != 1).all())
+    True
+    """
     spec = encoder.spec
     state = read_checkpoint(path, spec.checkpoint_key)
     stored = {key: state.pop(key) for key in STANDARDISATION if key in state}
@@ -230,7 +252,12 @@ def _more(keys: list[str]) -> str:
 
 
 def read_checkpoint(path: Path, key: str = "") -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file (only tensors and plain values are unpickled), those under `key`."""
+    """The tensors of a .safetensors or torch file (only tensors and plain values are unpickled), those under `key`.
+
+    >>> torch.save({"teacher": {"weight": torch.zeros(2)}, "epoch": 3}, "dino.pth")
+    >>> list(read_checkpoint(Path("dino.pth"), "teacher"))
+    ['weight']
+    """
     try:
         if path.suffix == ".safetensors":
             state: Any = load_file(path)
@@ -249,17 +276,22 @@ def read_checkpoint(path: Path, key: str = "") -> dict[str, Tensor]:
 
 
 def trunk_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A published checkpoint's tensors under timm's names: prefixes of wrappers and training heads are dropped."""
+    """A published checkpoint's tensors under timm's names: prefixes of wrappers and training heads are dropped.
+
+    >>> state = {"module.backbone.norm.bias": torch.zeros(1), "module.head.bias": torch.zeros(1)}
+    >>> trunk_weights(state, nn.Identity())
+    {'norm.bias': tensor([0.])}
+    """
     while state and any(key.startswith(("module.", "backbone.", "model.")) for key in state):
         state = {re.sub(r"^(module|backbone|model)\.", "", key): value for key, value in state.items()}
     if "embeddings.cls_token" in state:
-        state = from_transformers(state)
+        state = _from_transformers(state)
     if isinstance(model, swin_transformer.SwinTransformer):  # old Swin files keep `downsample` one stage earlier
         state = swin_transformer.checkpoint_filter_fn(state, model)
     return {key: value for key, value in state.items() if not NOT_TRUNK.match(key)}
 
 
-def from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Names of a transformers `ViTModel` -> names of timm's VisionTransformer (query, key and value become one qkv)."""
     names = [
         (r"^embeddings\.cls_token$", "cls_token"),

@@ -43,11 +43,15 @@ class Extractor:
 
 
 def to_signed(images: Tensor) -> Tensor:
-    """uint8 (B,H,W,3) -> (B,3,H,W) in [-1,1]."""
+    """uint8 (B,H,W,3) -> (B,3,H,W) in [-1,1].
+
+    >>> to_signed(torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)).flatten().tolist()
+    [-1.0, 1.0]
+    """
     return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def pixels(images: Tensor) -> Tensor:
+def _pixels(images: Tensor) -> Tensor:
     """uint8 (B,H,W,3) -> (B,3*PIXELS*PIXELS): the images themselves, made small by averaging."""
     return F.adaptive_avg_pool2d(to_signed(images), PIXELS).flatten(1)
 
@@ -58,6 +62,10 @@ def load_extractor(
     """`inception`, an encoder of the registry by name, an encoder folder, or `pixels`. Nothing is downloaded.
 
     resize: how images come to Inception's size, `clean` or `tensorflow`; encoders have their own.
+
+    >>> extract = load_extractor("pixels")
+    >>> extract(np.zeros((2, 256, 256, 3), np.uint8)).shape
+    (2, 3072)
     """
     if name == "inception":
         network = inception.load_inception(weights, resize, device)
@@ -68,7 +76,7 @@ def load_extractor(
         return Extractor(name, inception.DIM, network, about, device)
     if name == "pixels":
         about = {"extractor": name, "resize": f"mean to {PIXELS} px"}
-        return Extractor(name, 3 * PIXELS**2, pixels, about, device)
+        return Extractor(name, 3 * PIXELS**2, _pixels, about, device)
     if name not in REGISTRY and not Path(name).is_dir():
         known = ["inception", "pixels", f"{CLIP}ViT-L-14", *REGISTRY]
         raise UserError(f"'{name}' is no extractor and no encoder folder{suggest(name, known)}")

@@ -63,10 +63,16 @@ def extract(images: ImageSet, extractor: Extractor, out: Path, batch_size: int =
 
     What an interrupted run left is gone on with; a file of the same images and extractor is read as it is.
     UserError: a value that is not finite, a file made otherwise.
+
+    >>> from ldm.data.image_sets import open_images
+    >>> from ldm.encoders.extractors import load_extractor
+    >>> found = extract(open_images(cells), load_extractor("pixels"), Path("cells.h5"))
+    >>> found.values.shape, found.about["extractor"]
+    ((48, 3072), 'pixels')
     """
     wanted = {"version": 1, **extractor.about, "dim": extractor.dim, "data": images.about}
     wanted = json.loads(json.dumps(wanted, default=str))
-    if out.is_file() and _same(read_about(out), wanted):
+    if out.is_file() and _same(_read_about(out), wanted):
         return read_feature_file(out)
     writable_folder(out.parent)
     part = out.with_name(f".{out.name}.rows")
@@ -81,7 +87,7 @@ def extract(images: ImageSet, extractor: Extractor, out: Path, batch_size: int =
         digests.truncate(first * DIGEST)
         bar = tqdm(total=len(images), initial=first, desc=desc or f"features {extractor.name}", unit="image")
         with bar:
-            for batch in batches(images, first, batch_size):
+            for batch in _batches(images, first, batch_size):
                 values = extractor(batch)
                 if not np.isfinite(values).all():
                     where = images.about["path"]
@@ -109,7 +115,7 @@ def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
     } and data == wanted["data"]
 
 
-def batches(images: ImageSet, first: int, batch_size: int) -> Iterator[np.ndarray]:
+def _batches(images: ImageSet, first: int, batch_size: int) -> Iterator[np.ndarray]:
     """Images from the first on, (B,H,W,3) uint8, the next batch being read while one is used."""
     ranges = [range(start, min(start + batch_size, len(images))) for start in range(first, len(images), batch_size)]
     with ThreadPoolExecutor(1) as reader:
@@ -124,7 +130,13 @@ def batches(images: ImageSet, first: int, batch_size: int) -> Iterator[np.ndarra
 
 
 def write_feature_file(path: Path, features: FeatureSet) -> None:
-    """Write a feature file, whole or not at all."""
+    """Write a feature file, whole or not at all.
+
+    >>> features = FeatureSet(np.ones((1, 2)), pd.DataFrame({"name": ["a.png"]}), {"extractor": "pixels"})
+    >>> write_feature_file(Path("a.h5"), features)
+    >>> read_feature_file(Path("a.h5")).table["name"].tolist()
+    ['a.png']
+    """
     with whole(path) as part, h5py.File(part, "w") as file:
         rows = file.create_dataset("features", features.values.shape, "f4")
         for start in range(0, len(features), COPIED):
@@ -139,7 +151,7 @@ def write_feature_file(path: Path, features: FeatureSet) -> None:
         file.attrs["histoldm"] = json.dumps({**features.about, "tool": f"histoldm {tool_version()}"}, default=str)
 
 
-def read_about(path: Path) -> dict[str, Any]:
+def _read_about(path: Path) -> dict[str, Any]:
     """What a feature file says of itself; nothing, if it was not written here."""
     try:
         with h5py.File(path, "r") as file:
@@ -149,14 +161,19 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def read_feature_file(path: Path) -> FeatureSet:
-    """A feature file, or features of any kind that `ldm.data.features` reads, of which nothing more is known."""
-    about = read_about(path) if path.suffix in (".h5", ".hdf5") and path.is_file() else {}
+    """A feature file, or features of any kind that `ldm.data.features` reads, of which nothing more is known.
+
+    >>> np.save("features.npy", np.zeros((5, 8), np.float32))
+    >>> read_feature_file(Path("features.npy")).values.shape
+    (5, 8)
+    """
+    about = _read_about(path) if path.suffix in (".h5", ".hdf5") and path.is_file() else {}
     if not about:
         values = read_features(path).values
         values = values.reshape(-1, values.shape[-1])
         values = values[~np.isnan(values).any(1)]
         table = pd.DataFrame({"name": [str(i) for i in range(len(values))]})
-        data = {"path": path.name, "kind": "features", "count": len(values), "features_sha256": sha256_of(values)}
+        data = {"path": path.name, "kind": "features", "count": len(values), "features_sha256": _sha256_of(values)}
         return FeatureSet(values, table, {"data": data, "dim": values.shape[1]})
     with h5py.File(path, "r") as file:
         values = np.asarray(file["features"], np.float32)
@@ -166,10 +183,10 @@ def read_feature_file(path: Path) -> FeatureSet:
             columns[name] = column.asstr()[:] if h5py.check_string_dtype(column.dtype) else column[:]
     table = pd.DataFrame(columns)
     own = table[["name", *[name for name in table if name != "name"]]]
-    return FeatureSet(finite(values, path), own, about, digest)
+    return FeatureSet(_finite(values, path), own, about, digest)
 
 
-def finite(values: np.ndarray, path: Path) -> np.ndarray:
+def _finite(values: np.ndarray, path: Path) -> np.ndarray:
     """The values (N,D). UserError where one is NaN or infinite."""
     wrong = int((~np.isfinite(values).all(1)).sum())
     if wrong:
@@ -177,12 +194,17 @@ def finite(values: np.ndarray, path: Path) -> np.ndarray:
     return values
 
 
-def sha256_of(values: np.ndarray) -> str:
+def _sha256_of(values: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
 
 
 def features_of_stores(path: Path, feature: str, where: Mapping[str, Any] | None = None) -> FeatureSet:
-    """The features `feature` that the tiles of a store or cohort have already. UserError where they have none."""
+    """The features `feature` that the tiles of a store or cohort have already. UserError where they have none.
+
+    >>> features_of_stores(store.path, "uni")
+    Traceback (most recent call last):
+    ldm.errors.UserError: ...zarr has no features 'uni'. Known: (none). Make them with `python -m ...`.
+    """
     stores = {store.slide: store for store in open_cohort(path)}
     arrays = {slide: store.features(feature) for slide, store in stores.items()}
     makers = {attrs.get("weights_sha256"): slide for slide, attrs in ((s, dict(a.attrs)) for s, a in arrays.items())}
@@ -199,18 +221,25 @@ def features_of_stores(path: Path, feature: str, where: Mapping[str, Any] | None
     attrs = dict(next(iter(arrays.values())).attrs)
     data = {
         "path": path.name, "kind": "features of stores", "count": len(table), "mpp": pictures.mpp,
-        "where": dict(where or {}), "licence": pictures.licence, "features_sha256": sha256_of(values),
+        "where": dict(where or {}), "licence": pictures.licence, "features_sha256": _sha256_of(values),
         "slides": int(table["slide"].nunique()), "patients": int(table["patient"].nunique()),
     }  # fmt: skip
     if "split" in table:
         data["splits"] = {str(name): int(n) for name, n in table["split"].value_counts().items()}
     about = {"extractor": attrs.get("encoder", feature), "dim": values.shape[1], "data": data}
     about |= {name: attrs[name] for name in ("weights_sha256", "preprocessing", "licence") if name in attrs}
-    return FeatureSet(finite(values, path), table, about)
+    return FeatureSet(_finite(values, path), table, about)
 
 
 def check_alike(a: FeatureSet, b: FeatureSet) -> None:
-    """UserError unless two sets of features can be compared: of one dimension and, as far as known, one maker."""
+    """UserError unless two sets of features can be compared: of one dimension and, as far as known, one maker.
+
+    >>> table = pd.DataFrame({"name": ["a"]})
+    >>> sets = [FeatureSet(np.zeros((1, dim)), table) for dim in (384, 512)]
+    >>> check_alike(*sets)
+    Traceback (most recent call last):
+    ldm.errors.UserError: features has features of dimension 384, features of 512: they are of different extractors; ...
+    """
     if a.values.shape[1] != b.values.shape[1]:
         raise UserError(
             f"{a.name} has features of dimension {a.values.shape[1]}, {b.name} of {b.values.shape[1]}: they are of "

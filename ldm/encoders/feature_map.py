@@ -78,6 +78,11 @@ def fit_transport(
     """Train a `Transport` of features source (N,D0) to target (M,D1); paired: row i of both is the same place.
 
     UserError: too few features, unequal numbers of pairs, spaces of different size without pairs.
+
+    >>> he, ihc = torch.randn(64, 2), torch.randn(64, 2) + 5
+    >>> transport = fit_transport(he, ihc, paired=False, steps=5, progress=False)
+    >>> bool(((transport.map(he) - 5).mean(0).abs() < 1).all())
+    True
     """
     source, target = (values.float().to(device) for values in (source, target))
     for name, values in (("source", source), ("target", target)):
@@ -119,7 +124,12 @@ def fit_transport(
 
 
 def save_transport(folder: Path, model: Transport, metadata: dict[str, Any]) -> Path:
-    """Write a folder of a map; metadata: encoders, licences, what it was trained on."""
+    """Write a folder of a map; metadata: encoders, licences, what it was trained on.
+
+    >>> folder = save_transport(Path("map"), Transport(4, 4), {"licence": "MIT"})
+    >>> load_transport(folder).metadata
+    {'licence': 'MIT'}
+    """
     if folder.exists() and not (folder / CONFIG).is_file():
         raise UserError(f"{folder} is there and is no folder of a map; choose another --out.")
     shape = {name: getattr(model, name) for name in ("dim", "target_dim", "width", "depth")}
@@ -131,7 +141,12 @@ def save_transport(folder: Path, model: Transport, metadata: dict[str, Any]) -> 
 
 
 def load_transport(folder: Path) -> Transport:
-    """The map in a folder that `save_transport` wrote, with its metadata."""
+    """The map in a folder that `save_transport` wrote, with its metadata.
+
+    >>> folder = save_transport(Path("map"), Transport(384, 512), {"licence": "MIT"})
+    >>> load_transport(folder).map(torch.zeros(3, 384)).shape
+    torch.Size([3, 512])
+    """
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         model = Transport(**config["transport"])

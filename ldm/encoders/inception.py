@@ -60,12 +60,16 @@ class InceptionV3(Inception3):
         self.dropout, self.fc = nn.Identity(), nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
-        resized = clean_resize(images) if self.resize == "clean" else tensorflow_resize(images)
+        resized = clean_resize(images) if self.resize == "clean" else _tensorflow_resize(images)
         return super().forward((resized - 128) / 128)
 
 
 def clean_resize(images: Tensor) -> Tensor:
-    """uint8 (B,H,W,3) -> (B,3,299,299) in 0..255."""
+    """uint8 (B,H,W,3) -> (B,3,299,299) in 0..255.
+
+    >>> clean_resize(torch.full((1, 64, 64, 3), 200, dtype=torch.uint8)).unique(), SIDE
+    (tensor([200.]), 299)
+    """
     if images.shape[1:3] == (SIDE, SIDE):
         return images.permute(0, 3, 1, 2).float()
     filtered = [
@@ -76,7 +80,7 @@ def clean_resize(images: Tensor) -> Tensor:
     return rearrange(torch.from_numpy(np.stack(filtered)), "(b c) h w -> b c h w", c=3).clamp(0, 255).to(images.device)
 
 
-def tensorflow_resize(images: Tensor) -> Tensor:
+def _tensorflow_resize(images: Tensor) -> Tensor:
     """uint8 (B,H,W,3) -> (B,3,299,299) in 0..255: bilinear between pixels i and i+1 at i = place * scale."""
     x = images.permute(0, 3, 1, 2).float()
     for axis in (2, 3):
@@ -94,6 +98,10 @@ def load_inception(weights: str | Path | None = None, resize: str = "clean", dev
 
     weights: the file, or a folder that holds it; by default it is looked for in $HISTOLDM_WEIGHTS/inception.
     UserError: no such file, or one of another network.
+
+    >>> load_inception("no/weights.pth")
+    Traceback (most recent call last):
+    ldm.errors.UserError: the weights of InceptionV3 for FID are not at no/weights.pth. Get ...
     """
     path = Path(weights) if weights else weights_home() / "inception"
     path = path / FILE if path.is_dir() or not path.suffix else path

@@ -107,6 +107,10 @@ def find_tower(model: str, weights: str | None = None, tokenizer: str | None = N
     weights: a weight file, or a folder that holds it. Nothing is downloaded, and on the meta device no weights are
     looked for. Raises UserError: unknown name, missing files (it says what they are, where to get them, their licence
     and where to put them), a config that is none of a CLIP.
+
+    >>> find_tower("plip", weights="downloads")
+    Traceback (most recent call last):
+    ldm.errors.UserError: the text model 'plip' has no weights: downloads does not exist. Get config.json, ...
     """
     known, folder = REGISTRY.get(model), None
     if model.endswith(".json"):
@@ -173,7 +177,13 @@ def _folder_config(folder: Path, known: TextModel | None) -> dict[str, Any]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A model config as open_clip has them, of its own files, of open_clip_config.json or of transformers' CLIP."""
+    """A model config as open_clip has them, of its own files, of open_clip_config.json or of transformers' CLIP.
+
+    >>> Path("config.json").write_text('{"model_type": "clip_text_model", "hidden_size": 768}')
+    53
+    >>> read_config(Path("config.json"))["text_cfg"]["width"]
+    768
+    """
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -62,6 +62,11 @@ def read_checkpoint(path: str | Path) -> Any:
 
     Tensors are mapped from the file, not copied, wherever it is laid out for that. Other objects are `Inert`.
     UserError: no such file, a damaged or truncated one, another kind of file.
+
+    >>> torch.save({"state_dict": {"weight": torch.ones(2)}, "date": Path("now")}, "model.ckpt")
+    >>> content = read_checkpoint("model.ckpt")
+    >>> content["state_dict"], type(content["date"]).__mro__[1].__name__
+    ({'weight': tensor([1., 1.])}, 'Inert')
     """
     path = Path(path)
     if not path.is_file():
@@ -86,7 +91,11 @@ def read_checkpoint(path: str | Path) -> Any:
 
 
 def state_dict_of(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint's content: its `state_dict`, or itself. UserError: there are none."""
+    """The named tensors of a checkpoint's content: its `state_dict`, or itself. UserError: there are none.
+
+    >>> state_dict_of({"state_dict": {"weight": torch.ones(1)}, "epoch": 3}, "model.ckpt")
+    {'weight': tensor([1.])}
+    """
     if isinstance(content, Mapping):
         inner = content.get("state_dict", content)
         state = inner if isinstance(inner, Mapping) else {}

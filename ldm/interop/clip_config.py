@@ -23,13 +23,15 @@ KNOWN = {  # version -> name and licence as ldm.encoders.text_models has them
 }
 
 
-def tower_config(
-    tower: Mapping[str, Tensor], version: str, beside: Path, quick_gelu: bool = True
-) -> tuple[str, str]:
+def tower_config(tower: Mapping[str, Tensor], version: str, beside: Path, quick_gelu: bool = True) -> tuple[str, str]:
     """The JSON text of a tower's config, and where its number of heads and activation (quick_gelu) come from.
 
     tower: weights in open_clip's names. version: what the published config calls it, a name or a folder. beside: the
     checkpoint, whose folder may hold the tower's text_config.json. UserError: a config that the weights do not fit.
+
+    >>> tower_config({}, "ViT-H-14", Path("model.ckpt"))
+    Traceback (most recent call last):
+    ldm.errors.UserError: the checkpoint's text tower lacks positional_embedding.
     """
     name, licence = KNOWN.get(version, (Path(version).name, "unknown"))
     layers = [int(found[1]) for name in tower if (found := re.match(r"transformer\.resblocks\.(\d+)\.", name))]

@@ -38,7 +38,11 @@ FIRST_STAGE_NAMES = {"encoder.conv_in.weight", "decoder.conv_in.weight", "post_q
 
 
 def is_compvis(path: Path, content: Any) -> bool:
-    """Whether a checkpoint's tensors have the names of CompVis' diffusion models, their networks, or first stages."""
+    """Whether a checkpoint's tensors have the names of CompVis' diffusion models, their networks, or first stages.
+
+    >>> is_compvis(Path("model.ckpt"), {"state_dict": {"first_stage_model.encoder.conv_in.weight": torch.ones(1)}})
+    True
+    """
     state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     names = {str(name).removeprefix("module.") for name in state} if isinstance(state, Mapping) else set()
     whole = any(name.startswith((NETWORK, FIRST_STAGE)) for name in names) or names >= FIRST_STAGE_NAMES
@@ -60,6 +64,11 @@ def read_compvis(
     classes: names of the classes; of the magnifications, where the model is conditioned on these.
     base: of a network alone, the model folder (or pipeline of diffusers) that gives everything else.
     UserError: no config, targets or parameters that are not known, tensors that have no place.
+
+    >>> from ldm.interop.checkpoint import read_checkpoint
+    >>> path = published / "ldm_ckpt_lid_vq" / "model.ckpt"
+    >>> read_compvis(path, read_checkpoint(path)).node["params"]["cond_stage_config"]["target"]
+    'ldm.conditioners.ssl.PatchEmbedder'
     """
     if base is not None:
         if config is not None or classes is not None:
@@ -83,7 +92,12 @@ def read_by(
     node: Mapping[str, Any], project: str, path: Path, state: Mapping[str, Tensor], found: Converted,
     raw_weights: bool = False, classes: Sequence[str] | None = None, allow_target: Iterable[str] = (),
 ) -> None:  # fmt: skip
-    """Fill `found` from the tensors of a checkpoint by the model node of a project, which messages call `project`."""
+    """Fill `found` from the tensors of a checkpoint by the model node of a project, which messages call `project`.
+
+    >>> read_by({"target": "ldm.models.autoencoder.VQModle"}, "a.yaml", Path("a.ckpt"), {}, Converted({}, {}))
+    Traceback (most recent call last):
+    ldm.errors.UserError: a.yaml: model.target 'ldm.models.autoencoder.VQModle' is not known; did you mean ...
+    """
     rest = _Rest(state, found)
     if node["target"] in (*targets.FIRST_STAGES, *targets.FIRST_STAGES.values()):
         _read_first_stage(node, rest, found, raw_weights, allow_target)
@@ -270,6 +284,11 @@ def class_embedder(
 
     has_null: whether the last embedding is the unconditional one; None is told by the number of names. A model without
     has a null of zeros in its place.
+
+    >>> told = targets.Conditioning("class", {"target": targets.CLASS_EMBEDDER, "params": {"dim": 4}})
+    >>> node, weights = class_embedder(told, {"embedding.weight": torch.ones(3, 4)}, ["LUAD", "COAD"], [])
+    >>> node["params"]["classes"], weights["embedding.weight"].shape
+    (['LUAD', 'COAD'], torch.Size([3, 4]))
     """
     weight = weights.get("embedding.weight")
     if weight is None or set(weights) != {"embedding.weight"}:
@@ -379,7 +398,13 @@ _READ: dict[str, Callable[..., Member]] = {
 
 
 def compose(members: Mapping[str, Member], state: dict[str, Tensor]) -> dict[str, Any] | None:
-    """The node of one conditioner or of a set of them; their weights go to `state`."""
+    """The node of one conditioner or of a set of them; their weights go to `state`.
+
+    >>> state = {}
+    >>> node = compose({"class": ({"target": targets.CLASS_EMBEDDER}, {"embedding.weight": torch.ones(3, 4)})}, state)
+    >>> node["target"], list(state)
+    ('ldm.conditioners.class_token.ClassEmbedder', ['cond_stage_model.embedding.weight'])
+    """
     if not members:
         return None
     if len(members) == 1:

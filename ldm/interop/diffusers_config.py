@@ -53,13 +53,15 @@ SCHEDULER_DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def unet_node(
-    config: Mapping[str, Any], where: str, notes: list[str]
-) -> tuple[dict[str, Any], dict[str, str]]:
+def unet_node(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     """The node of a UNet2DConditionModel's config, and diffusers' name -> ours of its modules.
 
     attention_head_dim of these configs is the number of heads, whatever its name. UserError: a setting that has no
     counterpart here.
+
+    >>> node, modules = unet_node({}, "unet/config.json", [])
+    >>> node["params"]["channel_mult"], modules["mid_block.resnets.1.conv2"]
+    ([1, 2, 4, 4], 'middle_block.2.out_layers.3')
     """
     c = _settings(config, UNET_DEFAULTS, UNET_FIXED, UNET_SILENT, where, notes)
     mult = _multiples(c["block_out_channels"], where)
@@ -103,10 +105,13 @@ def _heads(c: Mapping[str, Any], attention: Sequence[bool], where: str) -> dict[
     raise UserError(f"{where}: levels differ both in number and in width of attention heads ({given}).")
 
 
-def vae_node(
-    config: Mapping[str, Any], where: str, notes: list[str]
-) -> tuple[dict[str, Any], dict[str, str], float]:
-    """The node of an AutoencoderKL's config, diffusers' name -> ours of its modules, and the scale of latents."""
+def vae_node(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[dict[str, Any], dict[str, str], float]:
+    """The node of an AutoencoderKL's config, diffusers' name -> ours of its modules, and the scale of latents.
+
+    >>> node, modules, scale = vae_node({}, "vae/config.json", [])
+    >>> node["params"]["ddconfig"]["ch"], scale
+    (64, 0.18215)
+    """
     c = _settings(config, VAE_DEFAULTS, VAE_FIXED, VAE_SILENT, where, notes)
     mult = _multiples(c["block_out_channels"], where)
     attention = [_kind(kind, "AttnDownEncoderBlock2D", "DownEncoderBlock2D", where) for kind in c["down_block_types"]]
@@ -135,7 +140,12 @@ def vae_node(
 
 
 def schedule_params(config: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:
-    """The noise table and parameterisation of a scheduler_config.json. UserError: a table that has no counterpart."""
+    """The noise table and parameterisation of a scheduler_config.json. UserError: a table that has no counterpart.
+
+    >>> params = schedule_params({"beta_schedule": "scaled_linear", "beta_end": 0.012}, "scheduler_config.json", [])
+    >>> params["beta_schedule"], params["linear_end"], params["parameterization"]
+    ('linear', 0.012, 'eps')
+    """
     kind = str(config.get("_class_name", ""))
     tabled = "num_train_timesteps" in config or "beta_schedule" in config
     if not tabled or "FlowMatch" in kind or "EDM" in kind:

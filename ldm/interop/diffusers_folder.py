@@ -27,23 +27,29 @@ WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 
 
 def is_diffusers(path: Path, content: Any) -> bool:
-    """Whether a folder is a pipeline of diffusers or one of its networks, or a file the weights of such a network."""
+    """Whether a folder is a pipeline of diffusers or one of its networks, or a file the weights of such a network.
+
+    >>> is_diffusers(published / "diffusers_sd1", None), is_diffusers(models / "demo-ssl", None)
+    (True, False)
+    """
     if content is not None:
         return isinstance(content, Mapping) and any(name in content for name in MARKS)
     if (path / "model_index.json").is_file() or any((path / part / "config.json").is_file() for part in PARTS):
         return True
     config = path / "config.json"
-    return config.is_file() and str(read_json(config).get("_class_name")) in PARTS.values()
+    return config.is_file() and str(_read_json(config).get("_class_name")) in PARTS.values()
 
 
-def read_diffusers(
-    path: Path, content: Any, *, base: str | Path | None = None, raw_weights: bool = False
-) -> Converted:
+def read_diffusers(path: Path, content: Any, *, base: str | Path | None = None, raw_weights: bool = False) -> Converted:
     """A pipeline's folder (model_index.json, unet/, vae/, text_encoder/, tokenizer/, scheduler/), or one network of it.
 
     base: a model folder, or a pipeline's, that gives the parts which `path` lacks, as a UNet alone does. raw_weights:
     take unet/ of a training checkpoint that has an average, unet_ema/, too. UserError: missing files, a kind of
     network or a setting that has no counterpart here, parts that do not go together.
+
+    >>> found = read_diffusers(published / "diffusers_sd1", None)
+    >>> found.metadata["scheduler"]["class"]
+    'DDIMScheduler'
     """
     folder = path if content is None else path.parent
     parts = _parts(folder, raw_weights)
@@ -80,7 +86,7 @@ def read_diffusers(
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file's mapping. UserError: missing or unreadable."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -93,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
+def _read_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
     """The tensors of a network's folder: one file or sharded, .safetensors or .bin; a variant if there is no other."""
     for suffix in ("safetensors", "bin"):
         for stem in WEIGHTS:
@@ -116,7 +122,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _sharded(index: Path) -> dict[str, Tensor]:
-    places = read_json(index).get("weight_map")
+    places = _read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) and Path(v).name == v for v in places.values()):
         raise UserError(f"{index} does not say in which file of its folder each tensor is.")
     state: dict[str, Tensor] = {}
@@ -132,14 +138,14 @@ def _sharded(index: Path) -> dict[str, Tensor]:
 def _parts(folder: Path, raw_weights: bool) -> dict[str, Path]:
     """Where the parts of a pipeline, or a network alone, lie."""
     if (folder / "config.json").is_file():
-        kind = str(read_json(folder / "config.json").get("_class_name"))
+        kind = str(_read_json(folder / "config.json").get("_class_name"))
         for part, name in PARTS.items():
             if kind == name and part != "text_encoder":
                 return {part: folder}
         raise UserError(f"{folder} is a {kind}; a UNet2DConditionModel or an AutoencoderKL can be converted.")
     index = {}
     if (folder / "model_index.json").is_file():
-        index = read_json(folder / "model_index.json")
+        index = _read_json(folder / "model_index.json")
     for part, entry in index.items():
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if part.startswith("_") or kind is None:
@@ -159,7 +165,11 @@ def _parts(folder: Path, raw_weights: bool) -> dict[str, Path]:
 
 
 def base_model(folder: Path) -> Converted:
-    """A whole model to replace parts of: a model folder of this toolkit, or a pipeline's."""
+    """A whole model to replace parts of: a model folder of this toolkit, or a pipeline's.
+
+    >>> base_model(models / "demo-ssl").node["target"]
+    'ldm.latent_diffusion.LatentDiffusion'
+    """
     if not (folder / "config.yaml").is_file():
         if folder.is_dir() and is_diffusers(folder, None):
             return read_diffusers(folder, None)
@@ -171,7 +181,11 @@ def base_model(folder: Path) -> Converted:
 
 
 def read_own(folder: Path) -> Converted:
-    """A model folder of this toolkit, of a diffusion model or a first stage. UserError: it is none."""
+    """A model folder of this toolkit, of a diffusion model or a first stage. UserError: it is none.
+
+    >>> read_own(models / "demo-ssl").metadata["mpp"]
+    0.499
+    """
     config = load_config([folder / "config.yaml"])
     node = config.get("model") or {}
     if node.get("target") not in (LATENT_DIFFUSION, *FIRST_STAGES.values()):
@@ -191,15 +205,21 @@ def read_own(folder: Path) -> Converted:
 
 
 def replace_part(found: Converted, prefix: str, state: Mapping[str, Tensor]) -> None:
-    """Put a part's tensors in place of those whose names begin so."""
+    """Put a part's tensors in place of those whose names begin so.
+
+    >>> found = Converted({}, {"model.a": torch.zeros(1), "first_stage_model.a": torch.zeros(1)})
+    >>> replace_part(found, "model.", {"b": torch.ones(1)})
+    >>> list(found.state)
+    ['first_stage_model.a', 'model.b']
+    """
     kept = {name: value for name, value in found.state.items() if not name.startswith(prefix)}
     found.state = kept | {prefix + name: value for name, value in state.items()}
 
 
 def _add_unet(found: Converted, folder: Path, based: bool) -> None:
-    config = read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
     node, modules = unet_node(config, str(folder / "config.json"), found.notes)
-    state = renamed(read_weights(folder, found.notes), modules, str(folder))
+    state = renamed(_read_weights(folder, found.notes), modules, str(folder))
     params, other = node["params"], found.node["params"].get("unet_config", {}).get("params", {})
     if based:
         for name in ("in_channels", "out_channels", "context_dim"):
@@ -213,9 +233,9 @@ def _add_unet(found: Converted, folder: Path, based: bool) -> None:
 
 
 def _add_vae(found: Converted, folder: Path) -> None:
-    config = read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
     node, modules, scale = vae_node(config, str(folder / "config.json"), found.notes)
-    state = renamed(modern(read_weights(folder, found.notes)), modules, str(folder))
+    state = renamed(modern(_read_weights(folder, found.notes)), modules, str(folder))
     params = found.node["params"]
     params |= {"first_stage_config": node, "scale_factor": scale}
     params.pop("scale_by_std", None)
@@ -233,12 +253,12 @@ def _first_stage_alone(folder: Path) -> Converted:
 
 
 def _add_text(found: Converted, folder: Path, tokenizer: Path | None) -> None:
-    config = read_json(folder / "config.json")
-    state = read_weights(folder, found.notes)
+    config = _read_json(folder / "config.json")
+    state = _read_weights(folder, found.notes)
     own = open_clip_config(config)
     own["embed_dim"] = own["embed_dim"] or own["text_cfg"]["width"]
     name = str(config.get("_name_or_path") or "") or f"text encoder of {folder.resolve().parent.name}"
-    node, files = text_condition(own, name, bool(config.get("use_attention_mask")), _padding(tokenizer))
+    node, files = _text_condition(own, name, bool(config.get("use_attention_mask")), _padding(tokenizer))
     found.node["params"]["cond_stage_config"] = node
     replace_part(found, TEXT, {f"tower.{key}": value for key, value in to_open_clip(state).items()})
     found.files = files
@@ -247,7 +267,7 @@ def _add_text(found: Converted, folder: Path, tokenizer: Path | None) -> None:
         found.notes.append(f"{tokenizer} has other words than CLIP's, by which captions are read here: give token ids")
 
 
-def text_condition(
+def _text_condition(
     config: Mapping[str, Any], name: str, mask_padding: bool = False, pad: str = "eos"
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """The node of a CLIP text tower as Stable Diffusion is conditioned by it, and the files that the node names."""
@@ -261,7 +281,7 @@ def text_condition(
 def _padding(tokenizer: Path | None) -> str:
     """What fills a caption's tokens: eos (Stable Diffusion 1), or zero, "!" (2)."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if tokenizer and (tokenizer / name).is_file() and "pad_token" in (words := read_json(tokenizer / name)):
+        if tokenizer and (tokenizer / name).is_file() and "pad_token" in (words := _read_json(tokenizer / name)):
             pad = words["pad_token"]
             pad = pad.get("content") if isinstance(pad, dict) else pad
             known = {"<|endoftext|>": "eos", "!": "zero"}
@@ -273,14 +293,18 @@ def _padding(tokenizer: Path | None) -> str:
 
 def _vocabulary(tokenizer: Path) -> dict[str, int] | None:
     if (tokenizer / "vocab.json").is_file():
-        return read_json(tokenizer / "vocab.json")
+        return _read_json(tokenizer / "vocab.json")
     if (tokenizer / "tokenizer.json").is_file():
-        return read_json(tokenizer / "tokenizer.json").get("model", {}).get("vocab")
+        return _read_json(tokenizer / "tokenizer.json").get("model", {}).get("vocab")
     return None
 
 
 def clip_vocabulary() -> dict[str, int]:
-    """CLIP's words and their ids, as tokenizer/vocab.json has them."""
+    """CLIP's words and their ids, as tokenizer/vocab.json has them.
+
+    >>> clip_vocabulary()["<|startoftext|>"]
+    49406
+    """
     from open_clip.tokenizer import SimpleTokenizer
 
     words = dict(SimpleTokenizer().encoder)
@@ -290,7 +314,7 @@ def clip_vocabulary() -> dict[str, int]:
 
 def _add_scheduler(found: Converted, folder: Path) -> None:
     path = folder / "scheduler_config.json"
-    config = read_json(path)
+    config = _read_json(path)
     found.node["params"].pop("cosine_s", None)
     found.node["params"] |= schedule_params(config, str(path), found.notes)
     own = {name: value for name, value in config.items() if not name.startswith("_")}
@@ -305,5 +329,3 @@ def _check_together(params: Mapping[str, Any]) -> None:
             f"the UNet takes {unet['in_channels']} and gives {unet['out_channels']} channels, the first stage's latent "
             f"has {latent}: inpainting, upscaling and depth models are not supported."
         )
-
-

@@ -22,7 +22,11 @@ POINTWISE = ("proj_in.weight", "proj_out.weight", ".q.weight", ".k.weight", ".v.
 
 
 def unet_modules(attention: Sequence[bool], blocks: int) -> dict[str, str]:
-    """diffusers' name -> ours of a UNet's modules; attention: which levels have it, first the widest maps' one."""
+    """diffusers' name -> ours of a UNet's modules; attention: which levels have it, first the widest maps' one.
+
+    >>> unet_modules([True, False], blocks=1)["down_blocks.0.attentions.0.proj_in"]
+    'input_blocks.1.1.proj_in'
+    """
     names = {
         "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
@@ -52,7 +56,11 @@ def unet_modules(attention: Sequence[bool], blocks: int) -> dict[str, str]:
 
 
 def vae_modules(attention: Sequence[bool], blocks: int, mid_attention: bool = True) -> dict[str, str]:
-    """diffusers' name -> ours of a KL autoencoder's modules; attention as in `unet_modules`."""
+    """diffusers' name -> ours of a KL autoencoder's modules; attention as in `unet_modules`.
+
+    >>> vae_modules([False, False], blocks=1)["encoder.mid_block.attentions.0.to_q"]
+    'encoder.mid.attn_1.q'
+    """
     names = {"quant_conv": "quant_conv", "post_quant_conv": "post_quant_conv"}
     levels = len(attention)
     for side in ("encoder", "decoder"):
@@ -78,7 +86,11 @@ def vae_modules(attention: Sequence[bool], blocks: int, mid_attention: bool = Tr
 
 
 def renamed(state: Mapping[str, Tensor], modules: Mapping[str, str], source: str) -> dict[str, Tensor]:
-    """The tensors under the names that `modules` gives to the modules they are in. UserError: one is in none."""
+    """The tensors under the names that `modules` gives to the modules they are in. UserError: one is in none.
+
+    >>> list(renamed({"conv_in.weight": torch.ones(1)}, unet_modules([True], 1), "unet"))
+    ['input_blocks.0.0.weight']
+    """
     named = {}
     for name, value in state.items():
         parts = name.split(".")
@@ -92,7 +104,11 @@ def renamed(state: Mapping[str, Tensor], modules: Mapping[str, str], source: str
 
 
 def to_convolutions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state, in our names, with linear layers that are 1x1 convolutions here in that shape."""
+    """The state, in our names, with linear layers that are 1x1 convolutions here in that shape.
+
+    >>> to_convolutions({"encoder.mid.attn_1.q.weight": torch.ones(4, 4)})["encoder.mid.attn_1.q.weight"].shape
+    torch.Size([4, 4, 1, 1])
+    """
     return {
         name: value[:, :, None, None] if _pointwise(name) and value.ndim == 2 else value
         for name, value in state.items()
@@ -100,12 +116,20 @@ def to_convolutions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_linear(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_convolutions`."""
+    """The inverse of `to_convolutions`.
+
+    >>> to_linear({"encoder.mid.attn_1.q.weight": torch.ones(4, 4, 1, 1)})["encoder.mid.attn_1.q.weight"].shape
+    torch.Size([4, 4])
+    """
     return {name: value.flatten(1) if _pointwise(name) else value for name, value in state.items()}
 
 
 def modern(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An autoencoder's tensors with the present names of its attention."""
+    """An autoencoder's tensors with the present names of its attention.
+
+    >>> list(modern({"decoder.mid_block.attentions.0.query.weight": torch.ones(1)}))
+    ['decoder.mid_block.attentions.0.to_q.weight']
+    """
     named = {}
     for name, value in state.items():
         module, _, kind = name.rpartition(".")

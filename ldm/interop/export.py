@@ -54,6 +54,10 @@ def to_diffusers(folder: Path, out: Path, half: bool = False) -> list[str]:
     gives what is to be said of it.
 
     UserError: the model has something that this pipeline does not.
+
+    >>> to_diffusers(models / "demo-ssl", Path("pipeline"))
+    Traceback (most recent call last):
+    ldm.errors.UserError: diffusers' StableDiffusionPipeline does not have ...
     """
     form = "diffusers' StableDiffusionPipeline"
     model = read_own(folder)
@@ -88,7 +92,7 @@ def to_diffusers(folder: Path, out: Path, half: bool = False) -> list[str]:
         text, config = text_node(node, model, form)
         if text["chunks"] > 1:
             raise UserError(f"{form} reads captions of one chunk; the model's captions have {text['chunks']}.")
-        tower, tokens = tower_of(model), config["text_cfg"]["context_length"]
+        tower, tokens = _tower_of(model), config["text_cfg"]["context_length"]
         encoder = transformers_config(config, layers_of(tower))
         encoder |= {"_name_or_path": config.get("name", ""), "use_attention_mask": text["mask_padding"]}
         networks["text_encoder"] = (encoder, from_open_clip(tower))
@@ -242,19 +246,39 @@ def _tokenizer_files(tokens: int, pad: str) -> dict[str, str]:
 
 
 def lacks(form: str, what: str) -> UserError:
+    """The error of a model with something that a form has no place for.
+
+    >>> print(lacks("CompVis' code", "flow matching"))
+    CompVis' code does not have flow matching; the model cannot be written in that form.
+    """
     return UserError(f"{form} does not have {what}; the model cannot be written in that form.")
 
 
 def kind_of(node: Mapping[str, Any]) -> str:
+    """The name of a node's class, without its module.
+
+    >>> kind_of({"target": "ldm.networks.unet.UNetModel"})
+    'UNetModel'
+    """
     return str(node["target"]).rpartition(".")[2]
 
 
 def with_defaults(params: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters with the defaults of those that are missing or None.
+
+    >>> with_defaults({"dropout": None, "num_heads": 8}, {"dropout": 0.0})
+    {'dropout': 0.0, 'num_heads': 8}
+    """
     return {**defaults, **{name: value for name, value in params.items() if value is not None}}
 
 
 def unet_params(node: Mapping[str, Any], form: str) -> dict[str, Any]:
-    """All parameters of a UNetModel that concern its outputs."""
+    """All parameters of a UNetModel that concern its outputs.
+
+    >>> node = read_own(models / "demo-ssl").node["params"]["unet_config"]
+    >>> unet_params(node, "diffusers")["norm_groups"]
+    32
+    """
     if node["target"] != targets.UNET:
         raise lacks(form, f"the network {kind_of(node)}")
     given = {name: value for name, value in node["params"].items() if name not in UNET_TRAINING}
@@ -268,7 +292,12 @@ def unet_params(node: Mapping[str, Any], form: str) -> dict[str, Any]:
 
 
 def text_node(node: Mapping[str, Any], model: Converted, form: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Parameters of a CLIP text condition, and the tower's config. UserError: another condition."""
+    """Parameters of a CLIP text condition, and the tower's config. UserError: another condition.
+
+    >>> text_node({"target": "ldm.conditioners.score.ScoreEmbedder"}, Converted({}, {}), "diffusers")
+    Traceback (most recent call last):
+    ldm.errors.UserError: diffusers does not have the condition ScoreEmbedder; the model cannot be written in that form.
+    """
     if node["target"] != targets.TEXT_EMBEDDER:
         raise lacks(form, f"the condition {kind_of(node)}")
     text = with_defaults(node["params"], TEXT_DEFAULTS)
@@ -285,15 +314,25 @@ def text_node(node: Mapping[str, Any], model: Converted, form: str) -> tuple[dic
     return text, config
 
 
-def tower_of(model: Converted) -> dict[str, Tensor]:
+def _tower_of(model: Converted) -> dict[str, Tensor]:
     return {name.removeprefix("tower."): value for name, value in part_of(model, TEXT).items()}
 
 
 def layers_of(tower: Mapping[str, Tensor]) -> int:
+    """The number of transformer blocks in a text tower.
+
+    >>> layers_of({f"transformer.resblocks.{i}.attn.in_proj_weight": torch.ones(1) for i in range(12)})
+    12
+    """
     return sum(name.endswith("attn.in_proj_weight") for name in tower)
 
 
 def part_of(model: Converted, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it.
+
+    >>> part_of(Converted({}, {"model.out.bias": torch.zeros(1), "scale_factor": torch.ones(1)}), "model.")
+    {'out.bias': tensor([0.])}
+    """
     return {name.removeprefix(prefix): value for name, value in model.state.items() if name.startswith(prefix)}
 
 
@@ -301,22 +340,43 @@ def _inverse(names: Mapping[str, str]) -> dict[str, str]:
     return {ours: theirs for theirs, ours in names.items()}
 
 
-def apart(state: Mapping[str, Tensor], half: bool) -> dict[str, Tensor]:
-    """The tensors, in float16 with half; those that are parts of others copied, as files hold each by itself."""
-    given = {}
+def apart(state: Mapping[str, Tensor], half: bool = False) -> dict[str, Tensor]:
+    """The tensors, in float16 with `half`; one that shares memory with another is copied, as a file holds each alone.
+
+    >>> weight = torch.ones(2)
+    >>> tensors = apart({"a": weight, "b": weight})
+    >>> tensors["a"].data_ptr() == tensors["b"].data_ptr()
+    False
+    """
+    given, seen = {}, set()
     for name, value in state.items():
         value = (value.half() if half and value.is_floating_point() else value).contiguous()
-        part = value.untyped_storage().nbytes() > value.numel() * value.itemsize
-        given[name] = value.clone() if part else value
+        memory = value.untyped_storage()
+        shared = memory.data_ptr() in seen or memory.nbytes() > value.numel() * value.itemsize
+        seen.add(memory.data_ptr())
+        given[name] = value.clone() if shared else value
     return given
 
 
-def check_free(out: Path, sign: str) -> None:
-    if out.is_file() or (out.is_dir() and not (out / sign).exists() and any(out.iterdir())):
-        raise UserError(f"{out} exists and holds other things than a model of this form; give another --out.")
+def check_free(out: Path, mark: str) -> None:
+    """UserError unless `out` can be written: nothing is there, or a folder with `mark`, which an export made before.
+
+    >>> Path("notes").mkdir()
+    >>> check_free(Path("notes"), "model.ckpt")
+    """
+    if out.is_file() or (out.is_dir() and not (out / mark).exists() and any(out.iterdir())):
+        raise UserError(f"{out} exists and holds something else than a model in this form; name another with --out.")
     writable_folder(out.parent)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, and the folders above it.
+
+    >>> write_json(Path("unet/config.json"), {"in_channels": 4})
+    >>> print(Path("unet/config.json").read_text())
+    {
+      "in_channels": 4
+    }
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -38,6 +38,10 @@ def to_compvis(folder: Path, out: Path, half: bool, betas: Tensor) -> list[str]:
 
     betas (T,) are a diffusion model's, for the buffers of its schedule; a first stage has none. UserError: the model
     has something that they do not.
+
+    >>> to_compvis(models / "demo-ssl", Path("compvis"), half=False, betas=torch.linspace(1e-4, 0.02, 1000))
+    Traceback (most recent call last):
+    ldm.errors.UserError: CompVis' code does not have ...; the model cannot be written in that form.
     """
     check_free(out, "model.ckpt")
     model = read_own(folder)

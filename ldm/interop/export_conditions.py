@@ -62,7 +62,11 @@ class Told:
 
 
 def conditioning(node: Mapping[str, Any] | None, model: Converted) -> Told:
-    """What CompVis' code is to be told of a model's conditioner. UserError: it has no such."""
+    """What CompVis' code is to be told of a model's conditioner. UserError: it has no such.
+
+    >>> conditioning(None, Converted({}, {})).entries
+    {'cond_stage_config': '__is_unconditional__', 'conditioning_key': None}
+    """
     if node is None:
         return Told(acts=None)
     if node["target"] != targets.CONDITIONER_SET:

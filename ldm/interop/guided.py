@@ -45,7 +45,12 @@ FLAGS = (
 
 
 def is_guided(path: Path, content: Any) -> bool:
-    """Whether a file is a bare state dict of a guided-diffusion network."""
+    """Whether a file is a bare state dict of a guided-diffusion network.
+
+    >>> state = {"time_embed.0.weight": torch.ones(1), "input_blocks.0.0.weight": torch.ones(1)}
+    >>> is_guided(Path("model.pt"), state)
+    True
+    """
     if not isinstance(content, Mapping):
         return False
     state = content.get("state_dict", content)
@@ -59,10 +64,16 @@ def read_guided(
     """A class-conditional or omics UNet as a diffusion model on pixels; a classifier as the network that it is.
 
     config: YAML of the flags it was trained with. classes, mutation_genes, expression_genes: names, by embedding.
+
+    >>> from ldm.interop.checkpoint import read_checkpoint
+    >>> path = published / "hismmdm_unet.pt"
+    >>> _ = Path("flags.yaml").write_text("{image_size: 16, num_heads: 4, use_new_attention_order: true}")
+    >>> read_guided(path, read_checkpoint(path), config="flags.yaml").node["params"]["learn_sigma"]
+    True
     """
     state = state_dict_of(content, path)
     found = Converted({}, {})
-    flags = read_flags(Path(config), found.notes) if config else {}
+    flags = _read_flags(Path(config), found.notes) if config else {}
     if "middle_block.0.in_layers.0.weight" not in state:
         raise UserError(f"{path} is no whole network of guided-diffusion: it has no middle_block.")
     if not any(name.startswith("output_blocks.") for name in state):
@@ -77,7 +88,7 @@ def read_guided(
     if config is None:
         flags = dict(HIS_MMDM)
         found.notes.append("no flags are given: they are taken to be those of His-MMDM's models (4 heads, new order)")
-    check_flags(flags, shape)
+    _check_flags(flags, shape)
     unet = {
         **shape,
         **_heads(flags, found.notes),
@@ -128,7 +139,12 @@ def read_guided(
 
 
 def unet_shape(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Parameters of a UNet that the shapes of its weights tell: all but heads, their order and the size of images."""
+    """Parameters of a UNet that the shapes of its weights tell: all but heads, their order and the size of images.
+
+    >>> net = ldm.load_model(models / "demo-omics").model.diffusion_model
+    >>> unet_shape(net.state_dict())["channel_mult"]
+    [1, 2, 2, 3]
+    """
     levels = 1 + sum(bool(re.fullmatch(r"output_blocks\.\d+\.[1-9]\.(conv|in_layers\.0)\.weight", n)) for n in state)
     outs = len(_blocks(state, "output_blocks"))
     if outs % levels:
@@ -191,7 +207,7 @@ def _classifier(
             given[new] = given.pop(old)
     if given.get("pool", pool) != pool:
         raise UserError(f"the flags say pool {given['pool']}, the classifier's weights are of pool {pool}.")
-    check_flags({**given, "out_channels": given.get("num_classes", given.get("out_channels"))}, shape)
+    _check_flags({**given, "out_channels": given.get("num_classes", given.get("out_channels"))}, shape)
     heads = given.get("num_head_channels", -1)
     if heads == -1:
         heads = CLASSIFIER_HEAD
@@ -223,7 +239,7 @@ def _pool(state: Mapping[str, Tensor]) -> tuple[str, str]:
 # --- flags ---------------------------------------------------------------------------------------------------------
 
 
-def read_flags(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_flags(path: Path, notes: list[str]) -> dict[str, Any]:
     """The flags of a YAML of `flag: value` pairs, as His-MMDM's args.yaml; what concerns no network is left out."""
     config = targets.load_config([path])
     flags = {name: value for name, value in config.items() if name in FLAGS and value is not None}
@@ -259,7 +275,7 @@ def _whole(value: Any, name: str, path: Path) -> int:
     return number
 
 
-def check_flags(flags: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
+def _check_flags(flags: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
     """UserError if a flag says otherwise than the weights."""
     same = {"num_channels": "model_channels"}
     if "learn_sigma" in flags and "out_channels" in shape:
@@ -285,7 +301,11 @@ def _heads(flags: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
 
 
 def heads_of(told: Mapping[str, Any]) -> dict[str, int]:
-    """A UNet's heads as create_model's arguments have them: of one width, or of one number on each way."""
+    """A UNet's heads as create_model's arguments have them: of one width, or of one number on each way.
+
+    >>> heads_of({"num_heads": 4, "num_heads_upsample": 8})
+    {'num_heads': 4, 'num_heads_upsample': 8}
+    """
     if told.get("num_head_channels", -1) != -1:
         return {"num_head_channels": told["num_head_channels"]}
     up = told.get("num_heads_upsample", -1)

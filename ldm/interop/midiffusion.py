@@ -40,7 +40,11 @@ SCHEDULES = {"linear": "sqrt_linear", "quad": "linear"}  # theirs -> ours
 
 def is_midiffusion(path: Path, content: Any) -> bool:
     """Whether a checkpoint is a list of weights of one of the UNets, optimizer, epoch and step, or the DDPM UNet's
-    weights alone."""
+    weights alone.
+
+    >>> is_midiffusion(Path("ckpt.pth"), {"module.temb.dense.0.weight": torch.ones(1)})
+    True
+    """
     if isinstance(content, Mapping):
         return DDPM in _names(content)
     if not isinstance(content, Sequence) or isinstance(content, str) or len(content) < 4:
@@ -57,6 +61,11 @@ def read_midiffusion(
         guided-diffusion UNet was built with beyond that (num_heads, num_head_channels, use_new_attention_order) stands
         in a section `create_model_args`, or is the whole YAML.
     UserError: settings that the weights contradict, or that have no counterpart here.
+
+    >>> from ldm.interop.checkpoint import read_checkpoint
+    >>> path = published / "more" / "mid_ddpm_model" / "ckpt.pth"
+    >>> read_midiffusion(path, read_checkpoint(path)).metadata
+    {'variance': 'fixedlarge'}
     """
     found = Converted({}, {})
     settings = _settings(config, found)

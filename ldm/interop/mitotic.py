@@ -28,7 +28,11 @@ OTHER_BUFFERS = (
 
 
 def is_mitotic(path: Path, content: Any) -> bool:
-    """Whether a checkpoint holds this network, or one of the scorers that were published beside it."""
+    """Whether a checkpoint holds this network, or one of the scorers that were published beside it.
+
+    >>> is_mitotic(Path("model.pt"), {"module.model.null_classes_emb": torch.ones(1)})
+    True
+    """
     names = {name.rpartition("module.")[2] for name in _weights(content)}
     return any(name.endswith(MARK) for name in names) or names >= SCORER
 
@@ -38,6 +42,11 @@ def read_mitotic(path: Path, content: Any, *, config: str | Path | None = None) 
 
     config: YAML with image_size (64) or resnet_block_groups (8), where they are not the published ones.
     UserError: a scorer; classes in place of a score; tensors that have no place.
+
+    >>> golden = torch.load(published / "mitotic_lucidrains.pt")
+    >>> found = read_mitotic(Path("model.pt"), golden["unet_state_dict"])
+    >>> found.node["params"]["unet_config"]["params"]["dim_mults"]
+    [1, 2]
     """
     weights = _weights(content)
     name = next((name for name in weights if name.endswith(MARK)), None)

@@ -7,7 +7,11 @@ from torch import Tensor
 
 
 def schedule_buffers(betas: Tensor) -> dict[str, Tensor]:
-    """The buffers of CompVis' models that follow from betas (T,) alone, in float64."""
+    """The buffers of CompVis' models that follow from betas (T,) alone, in float64.
+
+    >>> schedule_buffers(torch.tensor([0.5, 0.5]))["alphas_cumprod"]
+    tensor([0.5000, 0.2500])
+    """
     cumprod = (1 - betas).cumprod(0)
     return {
         "betas": betas,
@@ -22,7 +26,12 @@ def schedule_buffers(betas: Tensor) -> dict[str, Tensor]:
 
 
 def posterior_buffers(betas: Tensor) -> dict[str, Tensor]:
-    """Those of the posterior q(x_{t-1} | x_t, x_0) (DDPM, arXiv:2006.11239, equations 6 and 7), in float64."""
+    """Those of the posterior q(x_{t-1} | x_t, x_0) (DDPM, arXiv:2006.11239, equations 6 and 7), in float64.
+
+    >>> buffers = posterior_buffers(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
+    >>> float(buffers["posterior_variance"][0])
+    0.0
+    """
     cumprod = (1 - betas).cumprod(0)
     before = torch.cat([torch.ones_like(cumprod[:1]), cumprod[:-1]])
     variance = betas * (1 - before) / (1 - cumprod)

@@ -27,7 +27,12 @@ XL = "conditioner.embedders."
 
 
 def is_stable_diffusion(path: Path, content: Any) -> bool:
-    """Whether a file holds a UNet, a KL autoencoder and a CLIP text tower by CompVis' names, or is a later one."""
+    """Whether a file holds a UNet, a KL autoencoder and a CLIP text tower by CompVis' names, or is a later one.
+
+    >>> state = {"model.diffusion_model.input_blocks.0.0.weight": None, "conditioner.embedders.0.weight": None}
+    >>> is_stable_diffusion(Path("sdxl.safetensors"), state)
+    True
+    """
     state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
     if not isinstance(state, Mapping) or f"{NETWORK}input_blocks.0.0.weight" not in state:
         return False
@@ -43,6 +48,10 @@ def read_stable_diffusion(
     """A Stable Diffusion checkpoint (.ckpt, .safetensors), by a project YAML if one is given or lies beside it.
 
     UserError: Stable Diffusion XL, 2.x without a YAML, tensors that are missing or have no place.
+
+    >>> read_stable_diffusion(Path("sdxl.safetensors"), {"conditioner.embedders.0.weight": torch.ones(1)})
+    Traceback (most recent call last):
+    ldm.errors.UserError: sdxl.safetensors is Stable Diffusion XL, which has two text towers: 1.x and 2.x are supported.
     """
     state = state_dict_of(content, path)
     if any(name.startswith(XL) for name in state):
@@ -59,7 +68,7 @@ def read_stable_diffusion(
     found.unused |= left_out(tower)
     state = {name: value for name, value in state.items() if name not in found.unused}
     try:
-        project = project_of(state, found.notes)
+        project = _project_of(state, found.notes)
     except KeyError as error:
         raise UserError(f"{path} lacks {error.args[0]}, which Stable Diffusion 1.x has; is it whole?") from None
     read_by(project, "Stable Diffusion 1.x", path, state, found, raw_weights)
@@ -75,7 +84,7 @@ def _has_project(path: Path) -> bool:
         return False
 
 
-def project_of(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]:
+def _project_of(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]:
     """The model node of the project YAML of a checkpoint, from the shapes of its tensors and its betas.
 
     What tensors do not tell is that of Stable Diffusion 1.x, and noted.
@@ -95,10 +104,10 @@ def project_of(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]:
             "scale_factor": SCALE_FACTOR,
             "conditioning_key": "crossattn",
             "cond_stage_key": "txt",
-            "unet_config": {"target": targets.UNETS[0], "params": unet_params(network)},
+            "unet_config": {"target": targets.UNETS[0], "params": _unet_params(network)},
             "first_stage_config": {
                 "target": "ldm.models.autoencoder.AutoencoderKL",
-                "params": first_stage_params(_within(state, FIRST_STAGE)),
+                "params": _first_stage_params(_within(state, FIRST_STAGE)),
             },
             "cond_stage_config": {
                 "target": f"{targets.ENCODERS}FrozenCLIPEmbedder",
@@ -108,7 +117,7 @@ def project_of(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]:
     }
 
 
-def unet_params(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _unet_params(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Parameters of the UNet with tensors of these shapes, by their names within it."""
     width = shapes["time_embed.0.weight"][1]
     levels: list[list[tuple[int, bool]]] = [[]]  # (channels, attention) of the blocks of each level
@@ -142,7 +151,7 @@ def unet_params(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def first_stage_params(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _first_stage_params(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Parameters of the KL autoencoder with tensors of these shapes, by their names within it."""
     ch, in_channels = shapes["encoder.conv_in.weight"][:2]
     levels = range(_count(shapes, r"encoder\.down\.(\d+)\.") + 1)

@@ -85,6 +85,10 @@ def read_project(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model node and the whole of a project YAML, or of a config that trains a first stage here.
 
     It may be the name of a shipped one (`ldm.config.shipped`). Nothing in it is executed, and no environment is read.
+
+    >>> node, whole = read_project(published / "ldm_ckpt_lid_vq" / "config.yaml")
+    >>> node["target"]
+    'ldm.models.diffusion.ddpm.LatentDiffusion'
     """
     path = shipped(path)
     try:
@@ -103,7 +107,11 @@ def read_project(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def find_project(checkpoint: Path) -> Path | None:
-    """The project YAML that lies beside a checkpoint, or in `configs` of its run folder, if there is just one."""
+    """The project YAML that lies beside a checkpoint, or in `configs` of its run folder, if there is just one.
+
+    >>> find_project(published / "ldm_ckpt_lid_vq" / "model.ckpt").name
+    'config.yaml'
+    """
     for folder in (checkpoint.parent, checkpoint.parent.parent / "configs"):
         named = [folder / "config.yaml", *sorted(folder.glob("*project.yaml"))]
         found = [path for path in named if path.is_file()] or sorted(folder.glob("*.yaml"))
@@ -113,12 +121,16 @@ def find_project(checkpoint: Path) -> Path | None:
 
 
 def unet_node(node: Any, allow: Iterable[str], image_size: Any = None) -> dict[str, Any]:
-    """The node of a published UNet; image_size: of the diffusion model, which counts."""
+    """The node of a published UNet; image_size: of the diffusion model, which counts.
+
+    >>> unet_node({"target": UNETS[0], "params": {"image_size": 64, "use_fp16": True}}, allow=())
+    {'target': 'ldm.networks.unet.UNetModel', 'params': {'image_size': 64}}
+    """
     target, params = _node(node, "unet_config")
     if _allowed(target, allow):
         return {"target": target, "params": params}
     if target not in (*UNETS, UNET):
-        raise unknown("unet_config", target, UNETS)
+        raise _unknown("unet_config", target, UNETS)
     kept = _kept(params, "unet_config", UNET_KEPT, UNET_LEFT)
     of_one_width = kept.get("num_head_channels", -1) not in (-1, None)
     if of_one_width:
@@ -135,12 +147,16 @@ def unet_node(node: Any, allow: Iterable[str], image_size: Any = None) -> dict[s
 
 
 def first_stage_node(node: Any, allow: Iterable[str] = ()) -> dict[str, Any]:
-    """The node of a published first stage."""
+    """The node of a published first stage.
+
+    >>> first_stage_node({"target": "ldm.models.autoencoder.IdentityFirstStage"})
+    {'target': 'ldm.autoencoder.autoencoder.IdentityFirstStage', 'params': {}}
+    """
     target, params = _node(node, "first_stage_config")
     if _allowed(target, allow):
         return {"target": target, "params": params}
     if target not in FIRST_STAGES and target not in FIRST_STAGES.values():
-        raise unknown("first_stage_config", target, FIRST_STAGES)
+        raise _unknown("first_stage_config", target, FIRST_STAGES)
     target = FIRST_STAGES.get(target, target)
     if target.endswith("IdentityFirstStage"):
         return {"target": target, "params": {"channels": params["channels"]} if "channels" in params else {}}
@@ -157,7 +173,14 @@ def first_stage_node(node: Any, allow: Iterable[str] = ()) -> dict[str, Any]:
 
 
 def diffusion_params(params: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """The parameters of a diffusion model that mean the same to ours."""
+    """The parameters of a diffusion model that mean the same to ours.
+
+    >>> notes = []
+    >>> diffusion_params({"timesteps": 1000, "monitor": "val/loss", "new": 1}, notes)
+    {'timesteps': 1000}
+    >>> notes
+    ['model.params.new of the config is not known and was left out']
+    """
     if params.get("given_betas") is not None:
         raise UserError("the config gives its betas as a list (given_betas); give linear_start and linear_end.")
     for name in params:
@@ -167,7 +190,11 @@ def diffusion_params(params: Mapping[str, Any], notes: list[str]) -> dict[str, A
 
 
 def conditioning(params: Mapping[str, Any], allow: Iterable[str]) -> Conditioning | None:
-    """The conditioner of a published diffusion model; None for an unconditional one."""
+    """The conditioner of a published diffusion model; None for an unconditional one.
+
+    >>> conditioning({"cond_stage_config": "__is_unconditional__"}, allow=()) is None
+    True
+    """
     node = params.get("cond_stage_config")
     key = params.get("conditioning_key") or ("concat" if params.get("concat_mode", True) else "crossattn")
     if node in UNCONDITIONAL:
@@ -186,7 +213,7 @@ def conditioning(params: Mapping[str, Any], allow: Iterable[str]) -> Conditionin
     elif target.startswith(ENCODERS) and (name := target.removeprefix(ENCODERS)) in CONDITIONERS:
         translated = CONDITIONERS[name](given, params)
     else:
-        raise unknown("cond_stage_config", target, [ENCODERS + name for name in CONDITIONERS])
+        raise _unknown("cond_stage_config", target, [ENCODERS + name for name in CONDITIONERS])
     acts_by_map = translated.kind == "rescaler"
     if acts_by_map != (key == "concat"):
         raise UserError(f"conditioning_key is '{key}', which does not fit the conditioner {target}.")
@@ -194,7 +221,11 @@ def conditioning(params: Mapping[str, Any], allow: Iterable[str]) -> Conditionin
 
 
 def hybrid_map(channels: int) -> dict[str, Any]:
-    """The node of a map that is concatenated to the latent as it is."""
+    """The node of a map that is concatenated to the latent as it is.
+
+    >>> hybrid_map(4)["params"]
+    {'in_channels': 4, 'stages': 0, 'key': 'map'}
+    """
     return {"target": RESCALER, "params": {"in_channels": channels, "stages": 0, "key": "map"}}
 
 
@@ -316,7 +347,7 @@ CONDITIONERS: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Conditi
 }
 
 
-def unknown(where: str, target: str, known: Iterable[str]) -> UserError:
+def _unknown(where: str, target: str, known: Iterable[str]) -> UserError:
     """The error of a target that is in no table."""
     return UserError(
         f"{where}.target '{target}' is not known{suggest(target, known)} A class of your own that has this toolkit's "

@@ -39,7 +39,12 @@ DEFAULTS = {
 
 
 def is_transformers(state: Mapping[str, Tensor]) -> bool:
-    """Whether a checkpoint holds a CLIP text tower under transformers' names."""
+    """Whether a checkpoint holds a CLIP text tower under transformers' names.
+
+    >>> tower = {"text_model.embeddings.token_embedding.weight", "text_model.final_layer_norm.weight"}
+    >>> is_transformers(dict.fromkeys(tower))
+    True
+    """
     return bool(_prefixes(state))
 
 
@@ -54,6 +59,9 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Query, key and value of a layer become one matrix; position_ids, the image tower and the projection are left out.
     UserError: the checkpoint holds no such tower, or more than one.
+
+    >>> list(to_open_clip({TOKENS: torch.ones(9, 8), NORM: torch.ones(8)}))
+    ['token_embedding.weight', 'ln_final.weight']
     """
     prefixes = _prefixes(state)
     if len(prefixes) != 1:
@@ -79,7 +87,11 @@ def to_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_open_clip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_open_clip`: the tower's tensors under transformers' names, after MARK."""
+    """The inverse of `to_open_clip`: the tower's tensors under transformers' names, after MARK.
+
+    >>> list(from_open_clip({"ln_final.weight": torch.ones(8)}))
+    ['text_model.final_layer_norm.weight']
+    """
     whole = {ours: name for name, ours in WHOLE.items()}
     block = {ours: name for name, ours in BLOCK.items()}
     named = {}
@@ -100,6 +112,10 @@ def left_out(state: Mapping[str, Tensor]) -> dict[str, str]:
     """The tensors of a checkpoint that `to_open_clip` does not use, and why.
 
     UserError: one that a text tower does not have.
+
+    >>> tower = {TOKENS: torch.ones(9, 8), NORM: torch.ones(8), "embeddings.position_ids": torch.arange(9)}
+    >>> left_out(tower)
+    {'embeddings.position_ids': 'positions, which are counted'}
     """
     prefix = next(iter(_prefixes(state)))
     used = {prefix + name.removeprefix(MARK) for name in from_open_clip(to_open_clip(state))}
@@ -119,6 +135,10 @@ def transformers_config(config: Mapping[str, Any], layers: int) -> dict[str, Any
     """The config.json of transformers' CLIPTextModel of an open_clip model config, with that many layers.
 
     UserError: settings that it does not have.
+
+    >>> text = {"vocab_size": 49408, "width": 768, "context_length": 77, "heads": 12}
+    >>> transformers_config({"text_cfg": text, "embed_dim": 768}, layers=12)["intermediate_size"]
+    3072
     """
     text = {"mlp_ratio": 4.0, "ls_init_value": None, **config["text_cfg"]}
     if text["ls_init_value"] is not None:
@@ -147,6 +167,9 @@ def open_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """open_clip's model config (text side) of a transformers config.json of CLIPTextModel or CLIPModel.
 
     UserError: another kind of model, or an activation that open_clip's tower does not have.
+
+    >>> open_clip_config({"model_type": "clip_text_model", "hidden_size": 768})["text_cfg"]["width"]
+    768
     """
     kind = config.get("model_type", "")
     if kind not in ("clip", "clip_text_model", ""):

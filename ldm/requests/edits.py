@@ -1,10 +1,10 @@
 """Edits of conditions: the source's values with some of them changed, swept or multiplied.
 
-    mutation=TP53:1                  one gene set; the other genes stay the source's
-    expression=MKI67:0.9,PTEN:0.1    several
-    expression=MKI67:0:1:5           a sweep, start:stop:count: five targets
-    expression=MKI67:x2              the source's value times 2, up to 1
-    score=0:1:5, score=x0.5          conditions that are one number, alike
+mutation=TP53:1                  one gene set; the other genes stay the source's
+expression=MKI67:0.9,PTEN:0.1    several
+expression=MKI67:0:1:5           a sweep, start:stop:count: five targets
+expression=MKI67:x2              the source's value times 2, up to 1
+score=0:1:5, score=x0.5          conditions that are one number, alike
 """
 
 from __future__ import annotations
@@ -49,7 +49,12 @@ class Change:
 
 
 def parse_edits(conditioner: Conditioner, texts: Sequence[str]) -> list[Change]:
-    """Changes of "name=..." (see above). UserError: an unknown condition or gene, no number, a gene changed twice."""
+    """Changes of "name=..." (see above). UserError: an unknown condition or gene, no number, a gene changed twice.
+
+    >>> conditioner = ldm.load_model(models / "demo-omics").cond_stage_model
+    >>> parse_edits(conditioner, ["expression=CD58:x2"])
+    [Change(key='expression', gene='CD58', texts=('x2',))]
+    """
     changes: list[Change] = []
     about = conditioner.describe()
     for text in texts:
@@ -106,6 +111,11 @@ def edited(conditioner: Conditioner, source: Mapping[str, Any], changes: Sequenc
     """Targets of one image: every combination of the changes, the rest as its source.
 
     source: values by condition; genes as {gene: value} or an array in the model's order.
+
+    >>> conditioner = ldm.load_model(models / "demo-omics").cond_stage_model
+    >>> changes = parse_edits(conditioner, ["mutation=CHMP7:1", "expression=CD58:0:1:3"])
+    >>> [target.label for target in edited(conditioner, {"class": "COAD"}, changes)]
+    ['CHMP7-1_CD58-0', 'CHMP7-1_CD58-0.5', 'CHMP7-1_CD58-1']
     """
     targets = []
     about = conditioner.describe()
@@ -129,7 +139,11 @@ def edited(conditioner: Conditioner, source: Mapping[str, Any], changes: Sequenc
 
 
 def gene_values(value: Any, genes: Sequence[str]) -> np.ndarray:
-    """Values (G,) in the order of genes, NaN where they are not known, of {gene: value}, an array or None."""
+    """Values (G,) in the order of genes, NaN where they are not known, of {gene: value}, an array or None.
+
+    >>> gene_values({"TP53": 1}, ["KRAS", "TP53"])
+    array([nan,  1.], dtype=float32)
+    """
     if isinstance(value, Mapping):
         return np.array([value.get(gene, np.nan) for gene in genes], np.float32)
     if value is None:
@@ -149,12 +163,23 @@ def _changed(value: Any, text: str, name: str) -> float:
 
 def completed(conditioner: Conditioner, source: Mapping[str, Any], changes: Sequence[Change]) -> dict[str, Any]:
     """The source with genes unknown where it gives none of a condition that is edited: source and target then differ in
-    what is changed alone."""
+    what is changed alone.
+
+    >>> conditioner = ldm.load_model(models / "demo-omics").cond_stage_model
+    >>> changes = parse_edits(conditioner, ["mutation=CHMP7:1"])
+    >>> source = completed(conditioner, {"class": "COAD"}, changes)
+    >>> source["class"], source["mutation"].shape
+    ('COAD', (13,))
+    """
     about = conditioner.describe()
     missing = {change.key for change in changes if change.gene is not None} - set(source)
     return {**source, **{key: gene_values(None, about[key].genes) for key in missing}}
 
 
 def safe(text: str) -> str:
-    """A text as part of a file's name."""
+    """A text as part of a file's name.
+
+    >>> safe("class LUAD; score=0.3")
+    'class-LUAD-score-0.3'
+    """
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text.strip()).strip("-")[:80] or "target"

@@ -56,18 +56,23 @@ def plan_of_flags(
     conditioner: Conditioner | None, source: Mapping[str, Any], targets: Sequence[str], edits: Sequence[str]
 ) -> Plan:
     """The plan of `--source`, whose values are given, `--target` and `--edit`: targets are set over the source's
-    values, edits make further ones."""
+    values, edits make further ones.
+
+    >>> conditioner = ldm.load_model(models / "demo-omics").cond_stage_model
+    >>> plan_of_flags(conditioner, {"class": "COAD"}, ["class=HNSC"], []).targets
+    [Target(label='HNSC', values={'class': 'HNSC'})]
+    """
     if conditioner is None:
         if source or targets or edits:
             raise UserError("the model is unconditional; it takes no source, target or edit.")
         return Plan(targets=[Target("reconstructed")])
-    made = [parse_target(conditioner, text) for text in targets]
+    made = [_parse_target(conditioner, text) for text in targets]
     changes = parse_edits(conditioner, edits)
     source = completed(conditioner, source, changes)
     return _over(Plan(dict(source), [*made, *(edited(conditioner, source, changes) if changes else [])]))
 
 
-def parse_target(conditioner: Conditioner, text: str) -> Target:
+def _parse_target(conditioner: Conditioner, text: str) -> Target:
     """A target of "class=LUAD", of several conditions, "class=LUAD; score=0.3", or named, "low: class=LUAD"."""
     label, colon, rest = text.partition(": ")
     if not colon or "=" in label:
@@ -98,6 +103,12 @@ def read_spec(
     names: files that there are. own: what is known of a file besides, such as its genes in a table.
     Raises:
         UserError: an unreadable file or another layout, files that are not there, unknown classes and genes.
+
+    >>> conditioner = ldm.load_model(models / "demo-omics").cond_stage_model
+    >>> Path("spec.yaml").write_text("default: {targets: [class=HNSC]}")
+    32
+    >>> read_spec(Path("spec.yaml"), conditioner, ["a.png"], lambda name: {"class": "COAD"})
+    {'a.png': Plan(source={'class': 'COAD'}, targets=[Target(label='HNSC', values={'class': 'HNSC'})])}
     """
     content = load_spec(path)
     if "modifications" in content:
@@ -125,7 +136,13 @@ def read_spec(
 
 
 def load_spec(path: Path) -> dict[str, Any]:
-    """The mapping in a .yaml, or in a .pkl of plain values (of which nothing is executed)."""
+    """The mapping in a .yaml, or in a .pkl of plain values (of which nothing is executed).
+
+    >>> Path("spec.yaml").write_text("files: {a.png: {targets: [class=HNSC]}}")
+    39
+    >>> load_spec(Path("spec.yaml"))
+    {'files': {'a.png': {'targets': ['class=HNSC']}}}
+    """
     if not path.is_file():
         raise UserError(f"there is no specification at {path}.")
     try:
@@ -160,7 +177,7 @@ def _values(conditioner: Conditioner, given: Mapping[str, Any]) -> dict[str, Any
 
 def _named_target(conditioner: Conditioner, given: Any) -> Target:
     if isinstance(given, str):
-        return parse_target(conditioner, given)
+        return _parse_target(conditioner, given)
     given = dict(given)
     label = given.pop("label", None) or "_".join(
         str(value) if name == "class" else f"{name}-{value}" for name, value in given.items()
@@ -190,15 +207,18 @@ def _of_mmdm(
 
 
 def mmdm_source(conditioner: Conditioner, name: str) -> dict[str, Any]:
-    """The class that a file's name begins with, "TCGA-COAD__image_01.png", where the model knows classes."""
+    """The class that a file's name begins with, "TCGA-COAD__image_01.png", where the model knows classes.
+
+    >>> conditioner = ldm.load_model(models / "demo-omics").cond_stage_model
+    >>> mmdm_source(conditioner, "COAD__a.png")
+    {'class': 'COAD'}
+    """
     key = next(iter(keys_of(conditioner, "class")), None)
     head, underscores, _ = name.partition("__")
     return {key: conditioner.parse(key, head)} if key and underscores else {}
 
 
-def _mmdm_plan(
-    where: str, entry: Any, conditioner: Conditioner, source: Mapping[str, Any], strict: bool
-) -> Plan:
+def _mmdm_plan(where: str, entry: Any, conditioner: Conditioner, source: Mapping[str, Any], strict: bool) -> Plan:
     """The plan of {contents, labels}. strict: genes that the model lacks are an error, else they are left out."""
     contents = entry.get("contents") if isinstance(entry, Mapping) else None
     if not isinstance(contents, Mapping) or not contents:
@@ -248,7 +268,13 @@ def read_pairs(
     path: Path, conditioner: Conditioner, names: Sequence[str], own: Callable[[str], Mapping[str, Any]]
 ) -> dict[str, Plan]:
     """Plans of a CSV or TSV: columns `file`, `source.<condition>`, `target.<condition>`, and `label` if wanted; a row
-    for each image to make."""
+    for each image to make.
+
+    >>> conditioner = ldm.load_model(models / "demo-omics").cond_stage_model
+    >>> pd.DataFrame({"file": ["a.png"], "target.class": ["HNSC"]}).to_csv("pairs.csv", index=False)
+    >>> read_pairs(Path("pairs.csv"), conditioner, ["a.png"], lambda name: {"class": "COAD"})
+    {'a.png': Plan(source={'class': 'COAD'}, targets=[Target(label='HNSC', values={'class': 'HNSC'})])}
+    """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))

@@ -86,7 +86,13 @@ class AskedTiles:
 
 
 def requested_tiles(model: LatentDiffusion, asked: AskedTiles) -> Requests:
-    """The tiles that a user asks for. UserError: what goes together with nothing, or that the model does not take."""
+    """The tiles that a user asks for. UserError: what goes together with nothing, or that the model does not take.
+
+    >>> model = ldm.load_model(models / "demo-text")
+    >>> found = requested_tiles(model, AskedTiles(conditions=["text=a lymph node"], count=2))
+    >>> len(found), found.given(range(2))
+    (2, {'text': 'a lymph node'})
+    """
     features, table, count, conditions = asked.features, asked.table, asked.count, asked.conditions
     conditioner = model.cond_stage_model
     fixed = parse_conditions(conditioner, conditions)
@@ -212,12 +218,21 @@ def _in_words(value: Any) -> str | float | None:
 
 
 def is_store(path: Path) -> bool:
-    """Whether a path is a tile store or a folder of them rather than a feature file."""
+    """Whether a path is a tile store or a folder of them rather than a feature file.
+
+    >>> is_store(store.path), is_store(Path("features.npy"))
+    (True, False)
+    """
     return path.is_dir()
 
 
 def pick_feature(stores: Sequence[TileStore], feature: str | None, model: LatentDiffusion) -> str:
-    """The feature to read from stores: the one asked for, the model's own encoder, or the only one there is."""
+    """The feature to read from stores: the one asked for, the model's own encoder, or the only one there is.
+
+    >>> pick_feature([store], None, ldm.load_model(models / "demo-ssl"))
+    Traceback (most recent call last):
+    ldm.errors.UserError: ...CMU-1-Small-Region.zarr has no features; make them with ...
+    """
     names = stores[0].feature_names
     recorded = model.metadata.get("conditions", {}).get("ssl", {}).get("source", "").removeprefix("features/")
     wanted = feature or recorded or model.metadata.get("encoder", {}).get("encoder")
@@ -232,7 +247,13 @@ def pick_feature(stores: Sequence[TileStore], feature: str | None, model: Latent
 
 
 def check_encoder(model: LatentDiffusion, attrs: Mapping[str, Any], source: Path, key: str = "ssl") -> None:
-    """UserError if features (`attrs` of their array) were made by another encoder than the model's condition `key`."""
+    """UserError if features (`attrs` of their array) were made by another encoder than the model's condition `key`.
+
+    >>> model = ldm.load_model(models / "demo-ssl")
+    >>> check_encoder(model, {"encoder": "uni"}, Path("a.zarr"))
+    Traceback (most recent call last):
+    ldm.errors.UserError: a.zarr holds features of encoder 'uni', but the model was trained on 'demo-encoder' ...
+    """
     own = model.metadata.get("conditions", {}).get(key) or (model.metadata.get("encoder", {}) if key == "ssl" else {})
     for name, given in (("weights_sha256", "weights"), ("encoder", "name")):
         if own.get(name) and attrs.get(name):
@@ -245,12 +266,20 @@ def check_encoder(model: LatentDiffusion, attrs: Mapping[str, Any], source: Path
 
 
 def feature_dim(model: LatentDiffusion) -> int | None:
-    """Dimension of the features that the model is conditioned on."""
+    """Dimension of the features that the model is conditioned on.
+
+    >>> feature_dim(ldm.load_model(models / "demo-ssl"))
+    512
+    """
     return next((about.dim for about in model.cond_stage_model.describe().values() if about.kind == "features"), None)
 
 
 def evenly(total: int, count: int | None) -> np.ndarray:
-    """At most `count` of range(total), evenly spread."""
+    """At most `count` of range(total), evenly spread.
+
+    >>> evenly(100, 3)
+    array([ 0, 50, 99])
+    """
     if count is None or count >= total:
         return np.arange(total)
     return np.linspace(0, total - 1, count).round().astype(int)

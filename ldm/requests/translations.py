@@ -66,7 +66,14 @@ class AskedTranslations:
 def pictures_and_plans(
     model: LatentDiffusion, images: Path, asked: AskedTranslations
 ) -> tuple[list[Picture], list[Plan]]:
-    """The images, and the plan of each; those that a specification or table leaves out are not among them."""
+    """The images, and the plan of each; those that a specification or table leaves out are not among them.
+
+    >>> model = ldm.load_model(models / "demo-omics")
+    >>> asked = AskedTranslations(source=["class=COAD"], targets=["class=HNSC"], count=1)
+    >>> pictures, plans = pictures_and_plans(model, cells / "Normal", asked)
+    >>> len(pictures), plans[0].targets[0].label
+    (1, 'HNSC')
+    """
     conditioner = model.cond_stage_model
     _check_flags(conditioner, asked)
     if holds_stores(images):
@@ -123,9 +130,7 @@ def _files(path: Path, region: Sequence[int] | None, mpp: float | None) -> list[
         raise UserError(f"--region is of one image; {path} holds {len(pictures)}.")
     place = {} if region is None else {"region": ",".join(map(str, region))}
     part = None if region is None else tuple(region)
-    return [
-        replace(picture, about={"source_image": picture.path.name} | place, region=part) for picture in pictures
-    ]
+    return [replace(picture, about={"source_image": picture.path.name} | place, region=part) for picture in pictures]
 
 
 def _tiles(path: Path, asked: Sequence[Mapping[str, Any]]) -> list[Picture]:

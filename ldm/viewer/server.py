@@ -123,7 +123,7 @@ class Gallery:
         return self.sources[number].picture.open().read_in_parts(0, 0, width, height, size)
 
 
-def jpeg(pixels: np.ndarray) -> bytes:
+def _jpeg(pixels: np.ndarray) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, "JPEG", quality=QUALITY, subsampling=0)
     return buffer.getvalue()
@@ -133,6 +133,9 @@ def host_allowed(header: str, bound: str) -> bool:
     """Whether a Host header is one that a browser sends to a server bound to `bound` when its user typed the address.
 
     A site that points its own name at this machine (DNS rebinding) sends that name. Numbers cannot be rebound.
+
+    >>> host_allowed("127.0.0.1:8000", bound="127.0.0.1"), host_allowed("evil.example", bound="127.0.0.1")
+    (True, False)
     """
     try:
         name = urlsplit(f"//{header}").hostname or ""
@@ -188,7 +191,12 @@ class ViewerServer(ThreadingHTTPServer):
 
 
 def serve(paths: Sequence[Path], host: str, port: int, browser: bool, mpp: float | None) -> None:
-    """`histoldm view`: serve pictures until Ctrl-C."""
+    """`histoldm view`: serve pictures until Ctrl-C.
+
+    >>> serve([Path("tiles")], "127.0.0.1", 0, browser=False, mpp=None)
+    Traceback (most recent call last):
+    ldm.errors.UserError: there is nothing at tiles; give images, slides, OME-Zarr, or folders of them.
+    """
     gallery = Gallery(find(paths), mpp)
     for message in gallery.skipped:
         print(f"left out: {message}", file=sys.stderr)
@@ -246,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
             number, *place = (int(part) for part in match.groups() if part is not None)
             if number < len(gallery.sources):
                 pixels = gallery.tile(number, *place) if place else gallery.thumbnail(number)
-                return None if pixels is None else (jpeg(pixels), "image/jpeg")
+                return None if pixels is None else (_jpeg(pixels), "image/jpeg")
         return None
 
     def _send(self, status: HTTPStatus, body: bytes, kind: str = "text/plain; charset=utf-8") -> None:
