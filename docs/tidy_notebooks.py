@@ -1,4 +1,4 @@
-"""Joins what a cell printed in pieces, as running a notebook keeps it: `make notebooks SAVE=1` does this at its end."""
+"""Joins what a cell printed in pieces, and drops times and versions: `make notebooks SAVE=1` does this at its end."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def main(paths: list[str]) -> None:
         for cell in notebook.cells:
             if cell.cell_type == "code":
                 cell.outputs = joined(cell.outputs)
+                cell.metadata.pop("execution", None)  # when it ran
+        notebook.metadata["language_info"] = {"name": "python"}
         nbformat.write(notebook, path)
 
 
