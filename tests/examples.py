@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,6 +20,8 @@ from ldm.data.tile_store import TileStore
 from ldm.diffusion.denoiser import Cond
 from ldm.diffusion.schedules import karras_sigmas
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.metrics.measure import Measure
+from ldm.report.page import Report, Section
 from ldm.rng import sample_noise
 
 EVERYWHERE = {"torch": torch, "np": np, "pd": pd, "Path": Path, "Image": Image, "ldm": ldm}
@@ -60,6 +63,11 @@ def tiny_model() -> LatentDiffusion:
     return model.eval().requires_grad_(False)
 
 
+def _report(fid: float) -> dict[str, Any]:
+    figure = Measure("fid", "FID", fid, fid - 1, fid + 1, better="lower")
+    return Report("An evaluation", {}, sections=[Section("distances", "Distance", measures=[figure])]).as_dict()
+
+
 BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     # the ideal denoiser of pixels from a standard normal distribution; one whose image is its condition's vector (B,1)
     "denoiser": lambda request: _ideal,
@@ -78,6 +86,8 @@ BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     # the folders of the models that come with the toolkit, and of checkpoints as other projects published theirs
     "models": lambda request: ROOT / "data/models",
     "published": lambda request: request.getfixturevalue("oracle"),
+    # the JSON of two evaluations: FID 10 and 14, each ± 1
+    "reports": lambda request: (_report(10.0), _report(14.0)),
     # a diffusion model, see `tiny_model`
     "model": lambda request: tiny_model(),
     # a tile (256,256,3) uint8

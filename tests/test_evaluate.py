@@ -172,7 +172,7 @@ def test_two_reports_are_compared(world, evaluated):
     output = run("--compare", evaluated[0], world / "flat-report" / "report.json", "--out", world / "comparison")
     assert re.search(r"FID .*B is worse", output)
     assert output.count("B is worse") >= 2
-    assert "50 and 20 images" in output
+    assert "50 and 20 generated images" in output
     assert "note: not valid: FID, FD∞ (50 images, 3072 dimensions" in output
     page = (world / "comparison" / "comparison.html").read_text()
     assert "B is worse" in page

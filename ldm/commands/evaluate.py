@@ -21,7 +21,7 @@ from ldm.metrics.intervals import choose_unit, groups_of
 from ldm.report import sections as ask
 from ldm.report.compare import compare_lines, compare_page, compared, read_report
 from ldm.report.page import Report
-from ldm.report.sets import Extractors, Source, known_of, of_conditions, parse_weights
+from ldm.report.sets import Extractors, Source, of_conditions, parse_weights
 
 FEWEST = 8  # images of a set that a distance needs
 
@@ -171,7 +171,7 @@ def sections_of(
         few = len(each) < FEWEST
         if few and role != "train" and "real" in features:
             raise UserError(f"{each.name} has {len(each)} {role} images; distances need {FEWEST} at least.")
-        report.sets[role] = report.sets.get(role, {}) | known_of(each)
+        report.sets[role] = report.sets.get(role, {}) | each.about.get("data", {})
         check_alike(generated, each)
     about = {key: value for key, value in generated.about.items() if key not in ("data", "tool", "version")}
     report.extractors[ask.extractor_of(generated)] = about

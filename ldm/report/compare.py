@@ -6,16 +6,49 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
-from ldm.metrics.measure import HIGHER, LOWER
-from ldm.report.page import IDENTITY, KIND, document, number
+from ldm.metrics.measure import LOWER
+from ldm.report.page import IDENTITY, KIND, arrow, document, interval, number
+
+SAYS = {  # what a difference says -> in words, its colour
+    "better": ("B is better", "#5f9e6e"),
+    "worse": ("B is worse", "#b3261e"),
+    "differs": ("they differ", "#d9822b"),
+    "same": ("no difference shown", "#9aa0a6"),
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A figure that two reports have.
+
+    a, b: the figure in each report's JSON. difference: of b and a. low, high: its 95% interval, None where a figure has
+    none. better: lower, higher or "". says: a key of SAYS, "" without an interval.
+    """
+
+    section: str
+    extractor: str
+    title: str
+    better: str
+    a: Mapping[str, Any]
+    b: Mapping[str, Any]
+    difference: float
+    low: float | None = None
+    high: float | None = None
+    says: str = ""
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """The JSON of an evaluation, or its folder. UserError where it is none."""
+    """The JSON of an evaluation, or its folder. UserError where it is none.
+
+    >>> _ = Path("report.json").write_text('{"kind": "histoldm evaluation", "title": "A"}')
+    >>> read_report(Path("."))["title"]
+    'A'
+    """
     path = path / "report.json" if path.is_dir() else path
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -37,10 +70,14 @@ def _by_key(report: Mapping[str, Any]) -> dict[tuple[str, str, str], tuple[dict[
     }
 
 
-def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of figures that both reports have, and warnings where they are not of the same real data or extractor.
+def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Difference], list[str]]:
+    """The figures that both reports have, and warnings where they are not of the same real data or extractor.
 
     A difference counts where the intervals of the two, added in quadrature, leave 0 out.
+
+    >>> rows, warnings = compared(*reports)
+    >>> rows[0].difference, (rows[0].low, rows[0].high), rows[0].says
+    (4.0, (2.5858, 5.4142), 'worse')
     """
     warnings = []
     of = [report["sets"].get("real") or report["sets"].get("paired", {}) for report in (a, b)]
@@ -55,86 +92,91 @@ def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[dict[str,
             warnings.append(f"the extractor {name} differs in weights or resizing: its figures cannot be compared.")
     counts = [report["sets"].get("generated", {}).get("count") for report in (a, b)]
     if counts[0] != counts[1]:
-        warnings.append(f"generated: {counts[0]} and {counts[1]} images: FID falls with their number; FD∞, KID "
-                        "and CMMD can be compared.")  # fmt: skip
+        warnings.append(
+            f"the reports are of {counts[0]} and {counts[1]} generated images: FID falls with their number; FD∞, KID "
+            "and CMMD can be compared."
+        )
     known = [_by_key(report) for report in (a, b)]
     rows, invalid = [], {}
     for key, (section, one) in known[0].items():
-        if key not in known[1]:
+        _, other = known[1].get(key, ({}, {"value": None}))
+        if one["value"] is None or other["value"] is None:
             continue
-        other = known[1][key][1]
-        values = [each["value"] for each in (one, other)]
-        if None in values:
-            continue
-        row = {"section": section["title"], "extractor": key[1], "title": one["title"], "better": one.get("better", ""),
-               "a": one, "b": other, "difference": values[1] - values[0]}  # fmt: skip
-        if all("low" in each for each in (one, other)):
-            half = math.hypot(*((each["high"] - each["low"]) / 2 for each in (one, other)))
-            row |= {"low": row["difference"] - half, "high": row["difference"] + half}
-            counts = abs(row["difference"]) > half
-            better = (row["difference"] < 0) == (row["better"] == LOWER)
-            row["says"] = (
-                ("better" if better else "worse") if counts and row["better"] else "differs" if counts else "same"
-            )
-        rows.append(row)
+        rows.append(_difference(section["title"], key[1], one, other))
         if why := one.get("invalid") or other.get("invalid"):
-            invalid.setdefault(why, []).append(row["title"])
+            invalid.setdefault(why, []).append(one["title"])
     warnings += [f"not valid: {', '.join(titles)} ({why})." for why, titles in invalid.items()]
     if not rows:
         raise UserError("the two reports have no figure in common; evaluate both with the same --features.")
     return rows, warnings
 
 
+def _difference(section: str, extractor: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
+    better, difference = a.get("better", ""), b["value"] - a["value"]
+    row = Difference(section, extractor, a["title"], better, a, b, difference)
+    if "low" not in a or "low" not in b:
+        return row
+    half = math.hypot(*((each["high"] - each["low"]) / 2 for each in (a, b)))
+    says = "same"
+    if abs(difference) > half:
+        says = "differs" if not better else "better" if (difference < 0) == (better == LOWER) else "worse"
+    return replace(row, low=difference - half, high=difference + half, says=says)
+
+
 def compare_page(
-    a: Mapping[str, Any], b: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], warnings: list[str]
+    a: Mapping[str, Any], b: Mapping[str, Any], rows: Sequence[Difference], warnings: Sequence[str]
 ) -> str:
-    """Two reports side by side."""
-    words = {"better": "B is better", "worse": "B is worse", "differs": "they differ", "same": "no difference shown"}
-    colours = {"better": "#5f9e6e", "worse": "#b3261e", "differs": "#d9822b", "same": "#9aa0a6"}
+    """Two reports side by side, as an HTML page.
+
+    >>> "B is worse" in compare_page(*reports, *compared(*reports))
+    True
+    """
     body = ""
     if warnings:
         listed = "".join(f"<li>{html.escape(text)}</li>" for text in warnings)
         body += f'<section><h2>Before you compare</h2><ul class="warn">{listed}</ul></section>'
-    titles = list(dict.fromkeys((row["section"], row["extractor"]) for row in rows))
-    for title, extractor in titles:
-        cells = []
-        for row in rows:
-            if (row["section"], row["extractor"]) != (title, extractor):
-                continue
-            ends = [
-                f"{number(row[s].get('low'))} – {number(row[s].get('high'))}" if "low" in row[s] else "" for s in "ab"
-            ]
-            range_of = f"{number(row['low'])} – {number(row['high'])}" if "low" in row else ""
-            said = row.get("says", "")
-            dot = f'<i class="dot" style="background:{colours[said]}"></i>{words[said]}' if said else ""
-            arrow_of = {LOWER: " ↓", HIGHER: " ↑"}.get(row["better"], "")
-            cells.append(
-                f'<tr><th scope="row">{html.escape(row["title"])}{arrow_of}</th>'
-                + "".join(
-                    f'<td class="n v">{number(row[s]["value"])}</td><td class="n q">{e}</td>'
-                    for s, e in zip("ab", ends)
-                )
-                + f'<td class="n v">{number(row["difference"])}</td><td class="n q">{range_of}</td><td>{dot}</td></tr>'
-            )
+    head = "<thead><tr><th>figure<th>A<th><th>B<th><th>B − A<th>95%<th></tr></thead>"
+    for (title, extractor), own in _by_section(rows).items():
         of = f" <small>{html.escape(extractor)}</small>" if extractor else ""
-        head = "<thead><tr><th>figure<th>A<th><th>B<th><th>B − A<th>95%<th></tr></thead>"
-        table = f'<div class="scroll"><table>{head}<tbody>{"".join(cells)}</tbody></table></div>'
+        cells = "".join(map(_table_row, own))
+        table = f'<div class="scroll"><table>{head}<tbody>{cells}</tbody></table></div>'
         body += f"<section><h2>{html.escape(title)}{of}</h2>{table}</section>"
     names = [f"{each['title']} ({each['date']})" for each in (a, b)]
     return document("Two evaluations compared", f"A: {html.escape(names[0])}<br>B: {html.escape(names[1])}", body)
 
 
-def compare_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows, for a terminal."""
-    said = {"better": "B is better", "worse": "B is worse", "differs": "they differ", "same": "no difference shown"}
-    width = max(len(row["title"]) for row in rows)
-    found, title = [], None
+def _by_section(rows: Sequence[Difference]) -> dict[tuple[str, str], list[Difference]]:
+    found: dict[tuple[str, str], list[Difference]] = {}
     for row in rows:
-        of = row["section"] + (f" ({row['extractor']})" if row["extractor"] else "")
-        if of != title:
-            found.append(of)
-            title = of
-        values = f"{number(row['a']['value']):>9} {number(row['b']['value']):>9} {number(row['difference']):>9}"
-        ends = f"   95% {number(row['low'])} to {number(row['high'])}: {said[row['says']]}" if "low" in row else ""
-        found.append(f"  {row['title']:<{width}}  {values}{ends}")
+        found.setdefault((row.section, row.extractor), []).append(row)
+    return found
+
+
+def _table_row(row: Difference) -> str:
+    cells = f'<th scope="row">{html.escape(row.title)}{arrow(row.better)}</th>'
+    for value, low, high in (
+        *((each["value"], each.get("low"), each.get("high")) for each in (row.a, row.b)),
+        (row.difference, row.low, row.high),
+    ):
+        cells += f'<td class="n v">{number(value)}</td><td class="n q">{interval(low, high)}</td>'
+    words, colour = SAYS.get(row.says, ("", ""))
+    dot = f'<i class="dot" style="background:{colour}"></i>{words}' if words else ""
+    return f"<tr>{cells}<td>{dot}</td></tr>"
+
+
+def compare_lines(rows: Sequence[Difference]) -> list[str]:
+    r"""The rows, for a terminal.
+
+    >>> print(*compare_lines(compared(*reports)[0]), sep="\n")
+    Distance
+      FID         10        14         4   95% 2.586 to 5.414: B is worse
+    """
+    width = max(len(row.title) for row in rows)
+    found = []
+    for (title, extractor), own in _by_section(rows).items():
+        found.append(f"{title} ({extractor})" if extractor else title)
+        for row in own:
+            values = " ".join(f"{number(value):>9}" for value in (row.a["value"], row.b["value"], row.difference))
+            ends = f"   95% {number(row.low)} to {number(row.high)}: {SAYS[row.says][0]}" if row.says else ""
+            found.append(f"  {row.title:<{width}}  {values}{ends}")
     return found

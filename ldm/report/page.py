@@ -101,7 +101,11 @@ def _plain(value: Any) -> Any:
 
 
 def number(value: float | None) -> str:
-    """Four digits that count, without an exponent where it can be."""
+    """Four digits that count, without an exponent where it can be.
+
+    >>> number(0.012345), number(1234.5), number(1.2e-5), number(None)
+    ('0.0123', '1234', '1.20e-05', '–')
+    """
     if value is None or not math.isfinite(value):
         return "–"
     if float(value).is_integer() and abs(value) < 1e6:
@@ -109,6 +113,24 @@ def number(value: float | None) -> str:
     if 1e-3 <= abs(value) < 1e5:
         return f"{value:.{min(4, max(0, 3 - math.floor(math.log10(abs(value)))))}f}"
     return f"{value:.2e}"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Both ends of an interval, "" where there is none.
+
+    >>> interval(9.5, 11), interval(None, None)
+    ('9.500 – 11', '')
+    """
+    return "" if low is None else f"{number(low)} – {number(high)}"
+
+
+def arrow(better: str) -> str:
+    """Which way a figure gets better, after its title.
+
+    >>> arrow("lower"), arrow("higher"), arrow("")
+    (' ↓', ' ↑', '')
+    """
+    return {LOWER: " ↓", HIGHER: " ↑"}.get(better, "")
 
 
 # --- HTML -------------------------------------------------------------------------------------------------------------
@@ -157,6 +179,11 @@ HEADLINES = ("fid", "fd_infinity", "kid", "cmmd", "precision", "recall", "covera
 
 
 def document(title: str, lead: str, body: str) -> str:
+    """A page that needs no other file: its head, its title, a line `lead` and the HTML of its `body`.
+
+    >>> document("Evaluation", "30 November", "<p>FID 10</p>")[-70:]
+    '>Evaluation</h1><p>30 November</p></header><p>FID 10</p></main></html>'
+    """
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>{html.escape(title)}</title><style>{STYLE}</style><main><header><h1>{html.escape(title)}</h1>"
@@ -197,17 +224,13 @@ def _headlines(report: Report) -> str:
     for name in HEADLINES:
         if name in shown:
             each, extractor = shown[name]
-            ends = f"<i>{number(each.low)} – {number(each.high)}</i>" if each.low is not None else ""
+            ends = f"<i>{interval(each.low, each.high)}</i>" if each.low is not None else ""
             kind = "tile invalid" if each.invalid else "tile"
-            label = f"{each.title}{_arrow(each)}"
+            label = f"{each.title}{arrow(each.better)}"
             of = f"<em>{html.escape(extractor)}</em>" if extractor else ""
             label = f"<span>{html.escape(label)}</span>{of}"
             tiles.append(f'<div class="{kind}">{label}<b>{number(each.value)}</b>{ends}</div>')
     return f'<div class="tiles">{"".join(tiles[:8])}</div>' if tiles else ""
-
-
-def _arrow(each: Measure) -> str:
-    return {LOWER: " ↓", HIGHER: " ↑"}.get(each.better, "")
 
 
 def _section_html(section: Section) -> str:
@@ -234,12 +257,11 @@ def _section_html(section: Section) -> str:
 def _measure_table(measures: Sequence[Measure]) -> str:
     rows = []
     for each in measures:
-        ends = f"{number(each.low)} – {number(each.high)}" if each.low is not None else ""
         why = f'<span class="why">not valid: {html.escape(each.invalid)}</span>' if each.invalid else ""
         rows.append(
             f'<tr{" class=invalid" if each.invalid else ""}>'
-            f'<th scope="row">{html.escape(each.title)}{_arrow(each)}</th>'
-            f'<td class="n v">{number(each.value)}</td><td class="n">{ends}</td>'
+            f'<th scope="row">{html.escape(each.title)}{arrow(each.better)}</th>'
+            f'<td class="n v">{number(each.value)}</td><td class="n">{interval(each.low, each.high)}</td>'
             f'<td class="q">{html.escape(each.note)}{why}</td></tr>'
         )
     head = "<thead><tr><th>figure<th>value<th>95% interval<th>what it is</tr></thead>"

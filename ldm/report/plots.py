@@ -36,7 +36,12 @@ def _svg(figure: plt.Figure) -> str:
 
 
 def scatter(generated: np.ndarray, real: np.ndarray, seed: int = 0) -> str:
-    """Both sets of features on the first two principal components of the real ones."""
+    """Both sets of features on the first two principal components of the real ones.
+
+    >>> svg = scatter(generated, real)
+    >>> svg[:4], svg.count("<use ") > len(generated) + len(real)                    # a mark for each image
+    ('<svg', True)
+    """
     rng = np.random.default_rng(seed)
     generated, real = (x[rng.permutation(len(x))[:SHOWN]].astype(np.float64) for x in (generated, real))
     mean = real.mean(0)
@@ -51,7 +56,12 @@ def scatter(generated: np.ndarray, real: np.ndarray, seed: int = 0) -> str:
 
 
 def size_line(inverse: np.ndarray, values: np.ndarray, at_infinity: float, count: int) -> str:
-    """FID by 1/f, and the line to infinitely many images. count: images of the smaller set."""
+    """FID by 1/f, and the line to infinitely many images. count: images of the smaller set.
+
+    >>> inverse = np.array([1.0, 2.0, 4.0])
+    >>> "FD∞ 10" in size_line(inverse, 10 + 3 * inverse, 10.0, count=400)
+    True
+    """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4.2, 3.2))
         axes.scatter(inverse, values, s=12, color=REAL, alpha=0.7, lw=0)
@@ -66,7 +76,14 @@ def size_line(inverse: np.ndarray, values: np.ndarray, at_infinity: float, count
 
 
 def distance_histogram(found: Memorisation) -> str:
-    """Distances to the nearest training image, of generated and of held-out images."""
+    """Distances to the nearest training image, of generated and of held-out images.
+
+    >>> from ldm.encoders.feature_files import FeatureSet
+    >>> from ldm.metrics.memorisation import memorisation
+    >>> sets = [FeatureSet(x, pd.DataFrame({"name": range(len(x))})) for x in (generated, real[:100], real[100:])]
+    >>> "5% of held-out" in distance_histogram(memorisation(*sets))
+    True
+    """
     generated, held_out = found.generated.distance[:, 0], found.held_out.distance[:, 0]
     high = max(np.quantile(generated, 0.99), np.quantile(held_out, 0.99), 1e-6)
     bins = np.linspace(0, high, 31)
@@ -84,7 +101,13 @@ def distance_histogram(found: Memorisation) -> str:
 
 
 def reliability(found: Calibration) -> str:
-    """Mean target over mean score of each bin, and how many images are in it."""
+    """Mean target over mean score of each bin, and how many images are in it.
+
+    >>> from ldm.metrics.conditional import calibration
+    >>> found = calibration(pd.DataFrame({"score": [0.1, 0.2, 0.7, 0.9], "target": [0, 0, 1, 1]}))
+    >>> "mean target" in reliability(found)
+    True
+    """
     known = ~np.isnan(found.centre)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(3.6, 3.2))
@@ -98,7 +121,13 @@ def reliability(found: Calibration) -> str:
 
 
 def bars(measures: Sequence[Measure], label: str) -> str:
-    """Figures with their intervals, one below the other."""
+    """Figures with their intervals, one below the other.
+
+    >>> from ldm.metrics.measure import Measure
+    >>> svg = bars([Measure("fid_LUAD", "FID, class LUAD", 21.0, 18.0, 25.0)], "FID")
+    >>> "FID, class LUAD" in svg
+    True
+    """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(5.2, 0.6 + 0.32 * len(measures)))
         for place, each in enumerate(measures):
@@ -112,7 +141,13 @@ def bars(measures: Sequence[Measure], label: str) -> str:
 
 
 def tone_map(found: Tone) -> str:
-    """The mean colour of tissue in each window."""
+    """The mean colour of tissue in each window.
+
+    >>> from ldm.images.slides import open_slide
+    >>> from ldm.metrics.large_images import tone
+    >>> "<image " in tone_map(tone(open_slide(slide_path), 512))
+    True
+    """
     glass = np.isnan(found.colours[..., 0])
     colours = lab2rgb(np.where(glass[..., None], [100.0, 0, 0], found.colours))
     with plt.rc_context(STYLE):
@@ -123,7 +158,12 @@ def tone_map(found: Tone) -> str:
 
 
 def lag_map(found: Repetition) -> str:
-    """Autocorrelation of window features by lag."""
+    """Autocorrelation of window features by lag.
+
+    >>> from ldm.metrics.large_images import repetition
+    >>> "windows across" in lag_map(repetition(real[:100, :4].reshape(10, 10, 4)))
+    True
+    """
     rows, cols = (side // 2 for side in found.map.shape)
     limit = max(float(np.nanmax(np.abs(np.where(np.isfinite(found.map), found.map, 0)))), 1e-6)
     with plt.rc_context(STYLE):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from torch import Tensor
 
 from ldm.data.cohort import patient_of
 from ldm.data.collection import read_table
@@ -33,7 +35,13 @@ def _evenly(count: int, most: int) -> np.ndarray:
 
 
 def samples(sets: dict[str, ImageSet]) -> Section:
-    """Grids of each set, evenly chosen."""
+    """Some images of each set, evenly chosen. sets: by role, `generated`, `real` or `train`.
+
+    >>> from ldm.data.image_sets import open_images
+    >>> section = samples({"generated": open_images(cells)})
+    >>> section.pictures[0][1]
+    'SYNTHETIC: 16 of 48 images.'
+    """
     section = Section("samples", "Samples", "Evenly chosen. Generated images are SYNTHETIC.")
     titles = {"generated": "SYNTHETIC", "real": "Real", "train": "Training"}
     for role, images in sets.items():
@@ -44,7 +52,15 @@ def samples(sets: dict[str, ImageSet]) -> Section:
 
 
 def distances(generated: FeatureSet, real: FeatureSet, groups: Groups, device: str, seed: int) -> Section:
-    """FID, FD∞, KID, CMMD, precision, recall, density, coverage."""
+    """How far generated images are from real ones: FID, FD∞, KID, CMMD, precision, recall, density and coverage.
+
+    groups: whose the images of the two sets are, (N,) each, for intervals; None draws image by image.
+
+    >>> sets = [FeatureSet(x, pd.DataFrame({"name": range(len(x))})) for x in (generated, real)]
+    >>> section = distances(*sets, (None, None), "cpu", seed=0)
+    >>> [(each.name, each.value) for each in section.measures[:3]]
+    [('fid', 1.46), ('fd_infinity', 0.71), ('kid', 0.17)]
+    """
     x, y, dim = generated.values, real.values, generated.values.shape[1]
     rng = np.random.default_rng(seed)
     few = conditional.few_images(len(x), len(y), dim)
@@ -80,6 +96,11 @@ def distances(generated: FeatureSet, real: FeatureSet, groups: Groups, device: s
 
 
 def extractor_of(features: FeatureSet) -> str:
+    """The name of what made the features.
+
+    >>> extractor_of(FeatureSet(real, pd.DataFrame(index=range(300)), {"extractor": "inception"}))
+    'inception'
+    """
     return str(features.about.get("extractor", "features"))
 
 
@@ -87,7 +108,14 @@ def following(
     generated: FeatureSet, conditions: FeatureSet, known: np.ndarray, groups: np.ndarray | None,
     pictures: tuple[ImageSet, ImageSet] | None, seed: int,
 ) -> Section:  # fmt: skip
-    """Whether generated images show the tile whose features conditioned them. known: those that have one."""
+    """Whether generated images show the tile whose features conditioned them. known: those that have one.
+
+    >>> table = pd.DataFrame({"name": range(8), "slide": "a", "row": range(8)})
+    >>> tiles = FeatureSet(real[:8], table)
+    >>> section = following(FeatureSet(tiles.values + 0.1, table), tiles, np.arange(8), None, None, seed=0)
+    >>> section.verdict
+    ('good', 'Images follow their conditions: the interval of the margin leaves 0 out.')
+    """
     which = conditions.table.groupby(["slide", "row"], sort=False).ngroup().to_numpy()
     tiles_of = np.unique(which, return_index=True)[1]  # several images may be of one tile
     found = conditional.following(generated.values[known], conditions.values[tiles_of], which)
@@ -117,6 +145,13 @@ def following(
 def classes(
     generated: FeatureSet, real: FeatureSet, column: str, groups: Groups, seed: int
 ) -> tuple[Section, list[str]]:
+    """FID within each class of `column` that both sets have, and warnings of the others.
+
+    >>> sets = [FeatureSet(x, pd.DataFrame({"cancer": ["LUAD", "LUSC"] * (len(x) // 2)})) for x in (generated, real)]
+    >>> section, warnings = classes(*sets, "cancer", (None, None), seed=0)
+    >>> [each.title for each in section.measures]
+    ['FID, cancer LUAD', 'FID, cancer LUSC']
+    """
     measures, warnings = conditional.per_class(generated, real, column, groups, seed=seed)
     section = Section(
         "classes", f"FID by {column}", "Each against the real images of its own.", extractor_of(generated), measures,
@@ -126,7 +161,13 @@ def classes(
 
 
 def captions(features: FeatureSet, extractor: Extractor, groups: np.ndarray | None, seed: int) -> Section:
-    """CLIP score of images and the text that they were generated from."""
+    """The CLIP score of images with the texts that they were generated from, of the column `text`.
+
+    >>> extractor = Extractor("clip", 4, lambda images: images, words=lambda texts: np.eye(4)[: len(texts)])
+    >>> made = FeatureSet(np.eye(4), pd.DataFrame({"text": ["a nerve", "fat", "muscle", "skin"]}))
+    >>> captions(made, extractor, None, seed=0).measures[0].value
+    100.0
+    """
     which, texts = pd.factorize(features.table["text"].astype(str))
     measures = conditional.clip_score(features.values, extractor.words(list(texts)), groups, which, seed=seed)
     return Section("captions", "Do images show their captions?", f"{len(texts)} captions of {len(which)} images.",
@@ -136,7 +177,14 @@ def captions(features: FeatureSet, extractor: Extractor, groups: np.ndarray | No
 def memorised(
     sets: tuple[FeatureSet, FeatureSet, FeatureSet], groups: Groups, images: dict[str, ImageSet], device: str, seed: int
 ) -> Section:
-    """Whether generated images copy training images. sets: generated, held-out real, training."""
+    """Whether generated images copy training images.
+
+    sets: features of generated, held-out real and training images; images: those that can be shown, by role.
+
+    >>> sets = [FeatureSet(x, pd.DataFrame({"name": range(len(x))})) for x in (real[:40] + 0.01, generated, real)]
+    >>> memorised(tuple(sets), (None, None), {}, "cpu", seed=0).verdict[0]
+    'bad'
+    """
     generated, real, train = sets
     found = memorisation.memorisation(generated, real, train, groups, device, seed=seed)
     kind = {"memorises": "bad", "nearer": "fair", "no sign": "good"}[found.verdict]
@@ -176,7 +224,15 @@ def _nearest(name: str, found: memorisation.Nearest, images: ImageSet, train: Im
 
 
 def canvas(image: Slide, role: str, tile: int, window: int, extractor: Extractor | None) -> Section:
-    """Seams, tone and repetition of one large image."""
+    """The seams, tone and repetition of one large image, in windows of so many pixels.
+
+    role: generated or real. tile: pixels of the tiles that it was made of. extractor: of windows; without one the
+    repetition is left out.
+
+    >>> section = canvas(Slide.of_pixels(np.tile(tile, (4, 4, 1))), "generated", 256, 256, None)
+    >>> {each.name: each.value for each in section.measures}
+    {'seams': 4.2742, 'seams_like': 3.3608, 'tone_drift': 0.0}
+    """
     tones = large_images.tone(image, window)
     measures = large_images.seam_measures(image, tile) + large_images.tone_measures(tones)
     section = Section(
@@ -226,7 +282,13 @@ def _whole_picture(image: Slide, side: int) -> np.ndarray:
 
 
 def whole_distance(generated: Slide, real: Slide, extractor: Extractor, side: int = 1024) -> Section:
-    """The distance of the features of two whole images, each reduced to one view."""
+    """The distance of two whole images, each reduced to one view of at most `side` px.
+
+    >>> from ldm.encoders.extractors import load_extractor
+    >>> image = Slide.of_pixels(tile)
+    >>> whole_distance(image, image, load_extractor("pixels")).measures[0].value
+    0.0
+    """
     features = [extractor(_whole_picture(image, side)[None])[0] for image in (generated, real)]
     cosine = float(conditional.cosines(features[0][None], features[1][None])[0, 0])
     measures = [Measure("whole_distance", "distance of the whole images", 1 - cosine, better=LOWER,
@@ -235,9 +297,24 @@ def whole_distance(generated: Slide, real: Slide, extractor: Extractor, side: in
 
 
 def paired(
-    generated: Path, real: Path, stains: str, perceptual: Any, device: str, seed: int
+    generated: Path,
+    real: Path,
+    stains: str,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None,
+    device: str,
+    seed: int,
 ) -> tuple[Section, list[str]]:
-    """Reconstruction or translation: images of the same names in two folders."""
+    """How alike images of the same names in two folders are: reconstructions, translations; and warnings.
+
+    stains: `he` or `hd`, which are compared one by one. perceptual: LPIPS, None leaves it out.
+
+    >>> for folder, image in {"new": tile // 2, "old": tile}.items():
+    ...     Path(folder).mkdir()
+    ...     Image.fromarray(image[:64, :64]).save(f"{folder}/a.png")
+    >>> section, warnings = paired(Path("new"), Path("old"), "he", None, "cpu", seed=0)
+    >>> section.measures[0].title, section.measures[0].value
+    ('PSNR', 10.0378)
+    """
     of = images_by_name(generated), images_by_name(real)
     names, warnings = pairs.pair_up(*of)
     files = [(of[0][name], of[1][name]) for name in names]
@@ -258,7 +335,12 @@ def paired(
 
 
 def known_of_files(path: Path) -> dict[str, Any]:
-    """What a report tells of a folder of images by name, or of one file: their contents' SHA-256."""
+    """What a report tells of a folder of images by name, or of one file: their contents' SHA-256.
+
+    >>> about = known_of_files(cells)
+    >>> about["count"], len(about["files_sha256"])
+    (48, 64)
+    """
     files = images_by_name(path)
     words = "".join(f"{name} {sha256(files[name])}\n" for name in sorted(files))
     digest = hashlib.sha256(words.encode()).hexdigest()
@@ -266,7 +348,12 @@ def known_of_files(path: Path) -> dict[str, Any]:
 
 
 def scores(path: Path, seed: int) -> Section:
-    """The calibration of an ensemble's scores, of a table."""
+    """Whether the scores of an ensemble, in a table with `score` and `target`, are calibrated.
+
+    >>> pd.DataFrame({"score": [0.1, 0.2, 0.7, 0.9], "target": [0, 0, 1, 1]}).to_csv("scores.csv", index=False)
+    >>> {each.name: each.value for each in scores(Path("scores.csv"), seed=0).measures}
+    {'calibration_error': 0.1750, 'brier': 0.0375, 'score_bias': -0.0250, 'auroc': 1.0}
+    """
     table = read_table(path)
     groups = next((table[unit].to_numpy(str) for unit in ("patient", "slide") if unit in table), None)
     found = conditional.calibration(table, groups, seed=seed)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +50,12 @@ class Extractors:
 
 
 def encoder_of(name: str) -> str:
-    """An encoder of the repository's data/models by its bare name, else the name itself."""
+    """An encoder of the repository's data/models by its bare name, else the name itself.
+
+    >>> Path("data/models/demo-encoder").mkdir(parents=True)
+    >>> encoder_of("demo-encoder"), encoder_of("inception")
+    ('data/models/demo-encoder', 'inception')
+    """
     shipped = MODELS / name
     return str(shipped) if name not in REGISTRY and not Path(name).is_dir() and shipped.is_dir() else name
 
@@ -126,6 +130,12 @@ def of_conditions(
     """The features of the tiles that generated images were conditioned on, and which images those are.
 
     None where the list does not name two tiles (slide, row) of that cohort.
+
+    >>> made = FeatureSet(real[:2], pd.DataFrame({"slide": store.slide, "row": [3, 7]}))
+    >>> source = Source("conditions", store.path, {})
+    >>> tiles, known = of_conditions(made, source, "pixels", Extractors({}, "cpu", "clean"), Path("out"))
+    >>> tiles.values.shape, known
+    ((2, 3072), array([0, 1]))
     """
     table = generated.table
     if not source.has_stores or not {"slide", "row"} <= set(table):
@@ -154,7 +164,12 @@ def of_conditions(
 
 
 def parse_weights(texts: list[str], names: list[str]) -> dict[str, Path]:
-    """`name=path`, or a path where one extractor is asked for."""
+    """`name=path`, or a path where one extractor is asked for.
+
+    >>> Path("weights.pt").touch()
+    >>> parse_weights(["inception=weights.pt"], ["inception", "clip"])
+    {'inception': PosixPath('weights.pt')}
+    """
     found: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
@@ -166,8 +181,3 @@ def parse_weights(texts: list[str], names: list[str]) -> dict[str, Path]:
             raise UserError(f"there are no weights at {path}, given by --weights.")
         found[name] = Path(path)
     return found
-
-
-def known_of(features: FeatureSet) -> dict[str, Any]:
-    """What a report tells of a set."""
-    return dict(features.about.get("data", {}))
