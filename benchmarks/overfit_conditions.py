@@ -37,7 +37,8 @@ from ldm.data.volumes import Volume, cut_slice, to_tile, windowed
 from ldm.encoders.encoder import load_encoder
 from ldm.errors import UserError, run_command
 from ldm.images import sheets
-from ldm.images.slides import TissueMask, open_slide
+from ldm.images.slides import open_slide
+from ldm.images.tissue import TissueMask
 from ldm.images.write import save_png
 
 if TYPE_CHECKING:

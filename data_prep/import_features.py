@@ -46,7 +46,8 @@ from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError
 from ldm.images.kinds import images_in
-from ldm.images.slides import TissueMask, open_image, open_slide
+from ldm.images.slides import open_image, open_slide
+from ldm.images.tissue import TissueMask
 
 _PLACE = re.compile(r"\((\d+)\s*,\s*(\d+)\)|(?:^|[_-])x?_?(\d+)[_-]y?_?(\d+)$", re.IGNORECASE)
 Missing = choices("Missing", ("error", "drop"))

@@ -43,7 +43,7 @@ from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_t
 from ldm.errors import UserError, suggest
 from ldm.files import sha256
 from ldm.images.kinds import ENDINGS, images_in
-from ldm.images.slides import read_gray_values
+from ldm.images.plain import read_gray_values
 
 AXIS = AXES | {str(number): number for number in AXES.values()}  # by name or number
 Axis = choices("Axis", AXIS)

@@ -45,7 +45,8 @@ from ldm.data.tile_store import TileStore, TileStoreWriter
 from ldm.errors import UserError
 from ldm.files import whole
 from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
-from ldm.images.slides import Slide, TissueMask, open_slide
+from ldm.images.slides import Slide, open_slide
+from ldm.images.tissue import TissueMask
 from ldm.requests.parse import parse_integers
 
 # what is taken when a folder is given

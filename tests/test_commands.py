@@ -161,7 +161,7 @@ def test_features_of_another_dimension_or_encoder_are_refused(world, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--out", "image.jpg"], "must end in"),
+        (["--out", "image.gif"], "must end in"),
         (["--out", "image.png", "--region", "1,2,3"], "x,y,width,height"),
         (["--out", "image.png", "--region", "1,2,1024,1024"], "lattice"),
         (["--out", "image.png", "--size", "100"], "width,height"),

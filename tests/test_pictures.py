@@ -44,7 +44,7 @@ def zarr_gray(path):
     axes = [{"name": name, "type": "space", "unit": "nanometer"} for name in "zyx"]
     datasets = [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1, 250, 250]}]}]
     zarr.create_group(str(path), attributes={"multiscales": [{"axes": axes, "datasets": datasets}]}, zarr_format=2)
-    zarr.create_array(str(path / "0"), data=np.stack([GRAY, 255 - GRAY]), zarr_format=2)
+    zarr.create_array(str(path / "0"), data=GRAY[None], zarr_format=2)
 
 
 # name -> how it is written, its pixels, whether it is gray
@@ -92,6 +92,10 @@ def test_every_command_reads_the_same_pixels(kind):
     assert np.array_equal(np.concatenate(list(open_image(path).bands())), pixels)
 
 
+def stack(path):
+    tifffile.imwrite(path, np.stack([GRAY] * 5), photometric="minisblack")
+
+
 def deep_tiff(path):
     tifffile.imwrite(path, GRAY.astype(np.uint16), photometric="minisblack")
 
@@ -108,8 +112,8 @@ def outside(path):
     ("name", "write", "message"),
     [
         ("a.png", lambda path: Image.fromarray(GRAY.astype(np.uint16)).save(path), "more than 8 bits"),
-        ("a.tif", deep_tiff, "uint16; RGB and gray images of 8 bits are read"),
-        ("a.tif", lambda path: tifffile.imwrite(path, np.stack([GRAY] * 5), photometric="minisblack"), "QYX|ZYX|IYX"),
+        ("a.tif", deep_tiff, "more than 8 bits"),
+        ("a.tif", stack, "holds a stack, [QZI]YX"),
         ("a.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(300)), "cannot be read|not a slide"),
         ("a.jpg", lambda path: path.write_text("<html>"), "holds text"),
         ("a.zarr", outside, "lies outside of it"),
@@ -122,11 +126,17 @@ def test_what_no_command_reads_is_one_message(tmp_path, name, write, message):
             read(tmp_path / name)
 
 
-def test_a_scale_of_ones_own_goes_before_that_of_the_file(tmp_path):
+def test_a_scale_given_by_hand_is_for_files_that_say_none(tmp_path):
     save_bigtiff(tmp_path / "a.tif", COLOUR, 0.5, {})
-    assert Picture.of_file(tmp_path / "a.tif").mpp == pytest.approx(0.5, rel=1e-3)
     picture = Picture.of_file(tmp_path / "a.tif", mpp=0.25)
-    assert (picture.mpp, picture.suffix, picture.name) == (0.25, ".tif", "a")
+    assert picture.mpp == pytest.approx(0.5, rel=1e-3)
+    assert (picture.suffix, picture.name) == (".tif", "a")
+    image = open_image(tmp_path / "a.tif", mpp=0.25)
+    told = "its TIFF resolution tag says 0.5 um per pixel, which holds; the 0.25 given is for files that say none"
+    assert image.notes == (told,)
+    Image.fromarray(COLOUR).save(tmp_path / "b.png")
+    image = open_image(tmp_path / "b.png", mpp=0.25)
+    assert (image.mpp, image.mpp_source, image.notes) == (0.25, "given by hand", ())
     assert Picture.of_file(tmp_path / "b.ome.zarr").name == "b"
 
 

@@ -17,7 +17,8 @@ from data_prep.tile_slides import find_slides, main, tile_slide
 from ldm.data.cohort import patient_of, split_of
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
-from ldm.images.slides import TissueMask, open_slide
+from ldm.images.slides import open_slide
+from ldm.images.tissue import TissueMask
 
 
 @pytest.fixture(params=[0, 4])

@@ -32,7 +32,8 @@ from ldm.data.volumes import Volume, cut_slice, in_plane, to_tile, windowed
 from ldm.errors import UserError
 from ldm.files import whole
 from ldm.images.pictures import Picture
-from ldm.images.slides import TissueMask, open_image, open_slide
+from ldm.images.slides import open_image, open_slide
+from ldm.images.tissue import TissueMask
 from ldm.tables.captions import read_captions, square
 
 SIZE = 64  # px of all images

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from ldm.commands.outputs import kept_images, provenance
@@ -20,8 +19,9 @@ from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError
 from ldm.files import writable_folder, write_text
+from ldm.images.pictures import Picture
 from ldm.images.sheets import contact_sheet
-from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, to_uint8
+from ldm.images.write import SCALED, SUFFIXES, save_image, save_png, to_uint8
 from ldm.requests.sampling import AskedSampler
 from ldm.requests.tiles import AskedTiles, check_encoder, evenly, feature_dim, is_store, pick_feature, requested_tiles
 from ldm.sampling.canvas import large_image
@@ -31,7 +31,6 @@ from ldm.sampling.tiles import sample
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
-IMAGE_SUFFIXES = (".png", ".tif", ".tiff", ".ome.zarr")
 SHEET_TILES = 64
 FAR = 0.15  # relative difference of extent that tiles of model and store may have
 
@@ -79,7 +78,7 @@ def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sa
     writer.writerows({"file": p.name, **row, "seed": chosen.seed, "index": i} for i, (p, row) in enumerate(rows))
     write_text(out / "tiles.csv", table.getvalue())
     shown = evenly(len(paths), SHEET_TILES)
-    made = np.stack([np.asarray(Image.open(paths[i]).convert("RGB")) for i in shown])
+    made = np.stack([Picture.of_file(paths[i]).pixels() for i in shown])
     sheet = contact_sheet(made, None if tiles.real is None else np.stack([tiles.real(int(i)) for i in shown]))
     save_png(out / "contact_sheet.png", sheet, provenance(model_path, model, "see tiles.csv", about))
     print(f"wrote {len(paths) - len(kept)} tiles to {out}, kept {len(kept)}; with tiles.csv and contact_sheet.png")
@@ -92,8 +91,8 @@ def generate_large_image(
 ) -> None:  # fmt: skip
     """`histoldm large-image`: one image of any size, written in every format asked for. size: (height, width)."""
     for out in outs:
-        if not str(out).endswith(IMAGE_SUFFIXES):
-            raise UserError(f"--out must end in {', '.join(IMAGE_SUFFIXES)}; got {out}.")
+        if not str(out).endswith(SUFFIXES):
+            raise UserError(f"--out must end in {', '.join(SUFFIXES)}; got {out}.")
         writable_folder(out.parent)
     model = load_model(model_path, device)
     chosen = sampler.loaded(model)
@@ -119,7 +118,7 @@ def generate_large_image(
             raise UserError(f"--region goes with a tile store; {features} is a file of features.")
         grid, _ = read_features(features, dim=feature_dim(model)).grid()
     mpp = mpp or model.metadata.get("mpp")
-    if mpp is None and any(out.suffix != ".png" for out in outs):
+    if mpp is None and any(str(out).endswith(SCALED) for out in outs):
         raise UserError("the model does not know its micrometres per pixel; give --mpp for a TIFF or OME-Zarr.")
     image = large_image(model, grid, size, chosen, windows, given, background)
     image, condition = to_uint8(image)[0], " ".join([condition, *conditions])
@@ -127,12 +126,7 @@ def generate_large_image(
     place |= {"size": f"{image.shape[1]}x{image.shape[0]}"}
     text = provenance(model_path, model, condition, about | place)
     for out in outs:
-        if out.suffix == ".png":
-            save_png(out, image, text)
-        elif out.suffix == ".zarr":
-            save_ome_zarr(out, image, mpp, text)
-        else:
-            save_bigtiff(out, image, mpp, text)
+        save_image(out, image, text, mpp)
         print(f"wrote {out} ({image.shape[1]} x {image.shape[0]} px)")
 
 

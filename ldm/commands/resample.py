@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -202,7 +201,7 @@ def _finish(out: Path, log: Log, tiles: Requests, seed: int, begin: dict[str, An
         with whole(out / LIST) as part:
             pd.DataFrame(listed).to_csv(part, index=False)
         shown = [kept[i] for i in evenly(len(kept), SHOWN)]
-        images = [np.asarray(Image.open(_name(out, row["index"])).convert("RGB")) for row in shown]
+        images = [Picture.of_file(_name(out, row["index"])).pixels() for row in shown]
         sheet = contact_sheet(images, labels=[f"{r['kept_by']:.3f}" for r in shown], most=256)
         save_png(out / "contact_sheet.png", sheet, sheet_text)
     acceptance = [round(v, 5) for v in proportion(len(kept), len(log.rows))]

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,6 +22,7 @@ from ldm.data.collection import read_pictures
 from ldm.data.tile_store import holds_stores
 from ldm.errors import UserError
 from ldm.files import sha256, writable_folder, write_text
+from ldm.images.pictures import Picture
 from ldm.images.write import save_animation, save_png, to_uint8
 from ldm.requests.sampling import AskedSampler
 from ldm.requests.tiles import AskedTiles, requested_tiles
@@ -118,7 +118,7 @@ def write_sequences(
     write_list(out, paths, sweep, names, scores)
     shown = np.stack(
         [
-            np.stack([np.asarray(Image.open(paths[i, k]).convert("RGB")) for k in range(len(sweep.values))])
+            np.stack([Picture.of_file(paths[i, k]).pixels() for k in range(len(sweep.values))])
             for i in range(min(len(names), SHOWN))
         ]
     )                                                                           # (S,N,H,W,3)
@@ -197,7 +197,7 @@ def scored(judge: Any, paths: Mapping[tuple[int, int], Path], positions: int, de
     found = []
     files = list(paths.values())
     for start in range(0, len(files), 64):
-        pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files[start : start + 64]])
+        pixels = np.stack([Picture.of_file(path).pixels() for path in files[start : start + 64]])
         images = torch.from_numpy(pixels).movedim(-1, 1).float().to(device) / 127.5 - 1
         found.append(judge(images).cpu().numpy())
     return np.concatenate(found).reshape(-1, positions)

@@ -24,7 +24,7 @@ from ldm.errors import UserError
 from ldm.files import writable_folder, write_text
 from ldm.images.pictures import Picture
 from ldm.images.sheets import coloured, difference, labelled_sheet
-from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, to_uint8
+from ldm.images.write import save_image, save_png, to_uint8
 from ldm.requests.edits import Target
 from ldm.requests.sampling import AskedSampler
 from ldm.requests.spec import Plan
@@ -91,7 +91,8 @@ def translate_pictures(
                 for plan, i, result in zip(own, rows, results):
                     output = place[i, plan.targets[k].label]
                     if output.path not in kept:
-                        _save(output, to_uint8(result), _mpp(pictures[i], inversion.enlarge))
+                        mpp = _mpp(pictures[i], inversion.enlarge)
+                        save_image(output.path, to_uint8(result), output.text, mpp)
                         bar.update()
             steps.write(used)
     _write_list(out, pictures, outputs, chosen.seed)
@@ -202,15 +203,6 @@ class _Steps:
                 for picture, plan, image in zip(self.pictures, self.plans, images):
                     name = f"{picture.name}__{plan.targets[k].label}__step{step:03d}.png"
                     save_png(self.out / "intermediates" / name, image, {"step": step, **settings})
-
-
-def _save(output: Output, image: np.ndarray, mpp: float | None) -> None:
-    if output.path.suffix == ".png":
-        save_png(output.path, image, output.text)
-    elif output.path.suffix == ".zarr":
-        save_ome_zarr(output.path, image, mpp, output.text)
-    else:
-        save_bigtiff(output.path, image, mpp, output.text)
 
 
 def _write_list(out: Path, pictures: Sequence[Picture], outputs: Sequence[Output], seed: int) -> None:

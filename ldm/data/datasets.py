@@ -22,7 +22,8 @@ from ldm.data import dihedral as d4
 from ldm.data.conditions import TileConditions, index_rows
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, suggest
-from ldm.images.slides import TissueMask, open_slide
+from ldm.images.slides import open_slide
+from ldm.images.tissue import TissueMask
 from ldm.rng import fold
 
 Key = int | tuple[int, int]

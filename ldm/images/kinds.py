@@ -5,9 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ldm.images.dicom import one_per_series
+
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # without a scale; decoded whole
+_PLAIN = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8")
 SLIDES = (".tif", ".tiff", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".czi", ".dcm")
 ENDINGS = " ".join((*PLAIN, *SLIDES, ".ome.zarr"))
+
+
+def is_plain(path: Path) -> bool:
+    """Whether a file begins as PNG, JPEG, BMP, WebP or GIF do, whatever its name ends in.
+
+    >>> is_plain(slide_path)
+    False
+    """
+    with path.open("rb") as file:
+        head = file.read(12)
+    return head.startswith(_PLAIN) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
 
 
 def is_image(path: Path) -> bool:
@@ -38,6 +52,8 @@ def is_ome_zarr(path: Path) -> bool:
 def images_in(folder: Path, subfolders: bool = False) -> list[Path]:
     """The images of a folder, and maybe of those in it, sorted; nothing whose name begins with a point.
 
+    Of a DICOM series the one file that stands for the slide, see `ldm.images.dicom`.
+
     >>> [path.name for path in images_in(slide_path.parent)]
     ['CMU-1-Small-Region.svs']
     """
@@ -49,4 +65,4 @@ def images_in(folder: Path, subfolders: bool = False) -> list[Path]:
             found.append(path)
         elif subfolders and path.is_dir() and path.suffix != ".zarr":
             found += images_in(path, True)
-    return found
+    return one_per_series(found)

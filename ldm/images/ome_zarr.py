@@ -1,4 +1,4 @@
-"""Reads OME-Zarr images."""
+"""Reads OME-Zarr images, 0.4 and 0.5."""
 
 from __future__ import annotations
 
@@ -10,44 +10,54 @@ import numpy as np
 import zarr
 
 from ldm.errors import UserError
+from ldm.images.colour import converter, on_white, refuse_channels, refuse_deep, refuse_stack, says_rgb
+from ldm.images.scale import Scale, physical_scale
+from ldm.images.source import Source
 
-TO_MICROMETRES = {"micrometer": 1.0, "nanometer": 1e-3, "millimeter": 1e3, "centimeter": 1e4}
 
+def open_ome_zarr(path: Path) -> Source:
+    """An OME-Zarr image of 8 bits: gray, RGB, or RGB with opacity.
 
-class OmeZarr:
-    """An OME-Zarr image (0.5; 0.4 too) of 8 bits and 1, 3 or 4 channels; of further axes, such as t and z, the first.
-
-    Attributes:
-        levels: (width, height) of each, the finest first. channels: how many. mpp: micrometres per pixel of the finest,
-            0 where its axes have no unit of length.
     Raises:
-        UserError: no OME-Zarr image, or one of another kind.
+        UserError: no OME-Zarr image, more than 8 bits, channels that are no colours, several planes or times.
+
+    >>> from ldm.images.write import save_ome_zarr
+    >>> open_ome_zarr(save_ome_zarr("a.ome.zarr", tile, 0.5, {})).scale
+    Scale(mpp=0.5, origin='OME-Zarr axes', notes=())
     """
+    try:
+        attributes = zarr.open_group(str(path), mode="r").attrs.asdict()
+        told = attributes.get("ome", attributes)
+        image = told["multiscales"][0]
+        axes = [axis["name"] if isinstance(axis, dict) else axis for axis in image["axes"]]
+        arrays = [_array(path, str(dataset["path"])) for dataset in image["datasets"]]
+        shape, kind = arrays[0].shape, arrays[0].dtype
+        channels = shape[axes.index("c")] if "c" in axes else 1
+        levels = [tuple(int(array.shape[axes.index(axis)]) for axis in "xy") for array in arrays]
+        names, colours = _channels(told)
+        scale = _scale(path, image, axes)
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is no OME-Zarr image, a Zarr group whose `multiscales` name arrays in it ({error})"
+        ) from None
+    if any(shape[i] > 1 for i, axis in enumerate(axes) if axis not in "xyc"):
+        raise refuse_stack(path, f"{''.join(axes).upper()} {shape}")
+    if kind != np.uint8:
+        raise refuse_deep(path)
+    if channels not in (1, 3, 4) or (channels > 1 and not says_rgb(names, colours)):
+        raise refuse_channels(path, channels, names)
+    gray, _ = converter("L")
 
-    def __init__(self, path: Path) -> None:
-        try:
-            attributes = zarr.open_group(str(path), mode="r").attrs.asdict()
-            image = attributes.get("ome", attributes)["multiscales"][0]
-            self._axes = [axis["name"] if isinstance(axis, dict) else axis for axis in image["axes"]]
-            self._arrays = [_array(path, str(dataset["path"])) for dataset in image["datasets"]]
-            shape, kind = self._arrays[0].shape, self._arrays[0].dtype
-            self.channels = shape[self._axes.index("c")] if "c" in self._axes else 1
-            self.levels = [tuple(array.shape[self._axes.index(axis)] for axis in "xy") for array in self._arrays]
-            self.mpp = _mpp(image, self._axes)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path} is no OME-Zarr image, a Zarr group whose `multiscales` name arrays in it ({error})"
-            ) from None
-        if kind != np.uint8 or self.channels not in (1, 3, 4):
-            held = f"{''.join(self._axes)} {shape} {kind}"
-            raise UserError(f"{path} holds {held}; images of 8 bits and of 1, 3 or 4 channels are read")
-
-    def read(self, level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
-        """A part of a level, in its pixels: (h,w,channels) uint8."""
+    def read(level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         window = {"x": slice(x, x + w), "y": slice(y, y + h), "c": slice(None)}
-        block = np.asarray(self._arrays[level][tuple(window.get(axis, 0) for axis in self._axes)])
-        kept = [axis for axis in self._axes if axis in window]
-        return np.moveaxis(block, [kept.index("y"), kept.index("x")], [0, 1]).reshape(h, w, -1)
+        block = np.asarray(arrays[level][tuple(window.get(axis, 0) for axis in axes)])
+        kept = [axis for axis in axes if axis in window]
+        pixels = np.moveaxis(block, [kept.index("y"), kept.index("x")], [0, 1]).reshape(h, w, -1)
+        return gray(pixels) if channels == 1 else on_white(pixels[..., :3], pixels[..., 3:].min(-1, initial=255))
+
+    return Source(levels, read, scale, gray=channels == 1)
 
 
 def _array(path: Path, name: str) -> zarr.Array:
@@ -56,14 +66,21 @@ def _array(path: Path, name: str) -> zarr.Array:
     return zarr.open_array(str(path / name), mode="r")
 
 
-def _mpp(image: dict[str, Any], axes: Sequence[str]) -> float:
-    scales = dict.fromkeys("xy", 1.0)
+def _channels(told: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Names and colours of the channels, "" where unknown."""
+    channels = told.get("omero", {}).get("channels", [])
+    return tuple([str(channel.get(key, "")) for channel in channels] for key in ("label", "color"))
+
+
+def _scale(path: Path, image: dict[str, Any], axes: Sequence[str]) -> Scale:
+    """Of the finest level: its own scale times that of all levels, in the unit of its axes."""
+    sides = dict.fromkeys("xy", 1.0)
     for step in _scales(image):
-        for axis in scales:
-            scales[axis] *= float(step["scale"][axes.index(axis)])
+        for axis in sides:
+            sides[axis] *= float(step["scale"][axes.index(axis)])
     units = {axis["name"]: axis.get("unit") for axis in image["axes"] if isinstance(axis, dict)}
-    known = [scales[axis] * TO_MICROMETRES[units[axis]] for axis in scales if units.get(axis) in TO_MICROMETRES]
-    return float(np.mean(known)) if known else 0.0
+    known = [axis for axis in sides if units.get(axis)]
+    return physical_scale(path, tuple(sides[a] for a in known), tuple(units[a] for a in known), "OME-Zarr axes")
 
 
 def _scales(image: dict[str, Any]) -> Iterator[dict[str, Any]]:

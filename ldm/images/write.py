@@ -1,4 +1,4 @@
-"""Writes generated images: PNG, moving pictures, pyramidal BigTIFF for OpenSlide and QuPath, OME-Zarr.
+"""Writes generated images by their ending: PNG, JPEG, pyramidal BigTIFF for OpenSlide and QuPath, OME-Zarr; and films.
 
 Each bears the mark of `ldm.images.marks`. Files are written beside their place and renamed when they are whole. The
 pyramids take any array that can be sliced, such as a zarr array or a memory map larger than memory.
@@ -25,18 +25,69 @@ from ldm.files import tool_version, whole
 from ldm.images.marks import DESCRIPTION, KEY, mark_of, mark_text
 
 TILE = 256
+SCALED = (".tif", ".tiff", ".ome.zarr")  # formats that say their micrometres per pixel
+SUFFIXES = (".png", ".jpg", ".jpeg", *SCALED)
 _BLOCK = 2048  # rows and columns of the finer level that are halved at once
 
 
 def to_uint8(image: torch.Tensor) -> np.ndarray:
-    """(3 or 1, H, W) in [-1, 1] -> (H, W, 3) uint8; a batch (B, 3 or 1, H, W) -> (B, H, W, 3)."""
+    """(3 or 1, H, W) in [-1, 1] -> (H, W, 3) uint8; a batch (B, 3 or 1, H, W) -> (B, H, W, 3).
+
+    >>> to_uint8(torch.tensor([-1.0, 0.0, 1.0]).view(1, 1, 3))[0, :, 0].tolist()
+    [0, 128, 255]
+    """
     image = image.expand(*image.shape[:-3], 3, *image.shape[-2:])
     scaled = image.detach().float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return scaled.movedim(-3, -1).cpu().numpy()
 
 
+def save_image(path: Path | str, image: Any, metadata: Mapping[str, Any], mpp: float | None = None) -> Path:
+    """Write image (H, W, 3) uint8 with its mark, as what its name ends in (SUFFIXES).
+
+    mpp: micrometres per pixel, which the formats SCALED need.
+
+    >>> from ldm.images.pictures import Picture
+    >>> for name in ("a.png", "a.jpg", "a.tif", "a.ome.zarr"):
+    ...     written = Picture.of_file(save_image(name, tile, {"seed": 3}, 0.5))
+    ...     print(written.size, written.mpp, written.mark()["seed"])
+    (256, 256) None 3
+    (256, 256) None 3
+    (256, 256) 0.5 3
+    (256, 256) 0.5 3
+    """
+    path = Path(path)
+    if not path.name.endswith(SUFFIXES):
+        raise UserError(f"images are written as {', '.join(SUFFIXES)}; got {path}.")
+    if path.suffix in (".jpg", ".jpeg"):
+        return save_jpeg(path, image, metadata)
+    if not path.name.endswith(SCALED):
+        return save_png(path, image, metadata)
+    if mpp is None:
+        raise UserError(f"{path} is to say its micrometres per pixel, which are unknown; write a PNG, or give them.")
+    return (save_ome_zarr if path.suffix == ".zarr" else save_bigtiff)(path, image, mpp, metadata)
+
+
+def save_jpeg(path: Path | str, image: np.ndarray, metadata: Mapping[str, Any], quality: int = 95) -> Path:
+    """Write image (H, W, 3) uint8 with its mark in the comment and the EXIF description. quality: 1..100.
+
+    >>> from ldm.images.marks import read_mark
+    >>> read_mark(save_jpeg("a.jpg", tile, {"seed": 3}))["seed"]
+    3
+    """
+    _check(image)
+    text, exif = mark_text(metadata), Image.Exif()
+    exif[DESCRIPTION] = text
+    about = {"comment": text.encode(), "exif": exif, "quality": quality, "subsampling": 0}
+    return _whole(path, lambda part: Image.fromarray(np.asarray(image)).save(part, "JPEG", **about))
+
+
 def save_png(path: Path | str, image: np.ndarray, metadata: Mapping[str, Any]) -> Path:
-    """Write image (H, W, 3) uint8 with its mark: the metadata (model, seed, ...) and that it is synthetic."""
+    """Write image (H, W, 3) uint8 with its mark: the metadata (model, seed, ...) and that it is synthetic.
+
+    >>> from ldm.images.marks import read_mark
+    >>> read_mark(save_png("a.png", tile, {"seed": 3}))["seed"]
+    3
+    """
     _check(image)
     info = _png_info(metadata)
     return _whole(path, lambda part: Image.fromarray(np.asarray(image)).save(part, "PNG", pnginfo=info))
@@ -52,7 +103,12 @@ def _png_info(metadata: Mapping[str, Any]) -> PngInfo:
 def save_animation(
     path: Path | str, frames: Sequence[np.ndarray], metadata: Mapping[str, Any], seconds: float = 0.4
 ) -> Path:
-    """Write frames (H, W, 3) uint8 as a moving picture without end, with its mark: .gif, .webp, or .png (an APNG)."""
+    """Write frames (H, W, 3) uint8 as a moving picture without end, with its mark: .gif, .webp, or .png (an APNG).
+
+    >>> with Image.open(save_animation("a.gif", [tile, 255 - tile], {"seed": 3})) as film:
+    ...     film.n_frames
+    2
+    """
     for frame in frames:
         _check(frame)
     kinds = {".gif": "GIF", ".webp": "WEBP", ".png": "PNG"}
@@ -67,7 +123,12 @@ def save_animation(
 
 
 def save_real_png(path: Path | str, image: np.ndarray) -> Path:
-    """Write image (H, W, 3) uint8 that was not generated, without a word about it."""
+    """Write image (H, W, 3) uint8 that was not generated, without a word about it.
+
+    >>> from ldm.images.marks import read_mark
+    >>> read_mark(save_real_png("a.png", tile))
+    {}
+    """
     _check(image)
     return _whole(path, lambda part: Image.fromarray(np.asarray(image)).save(part, "PNG"))
 
@@ -82,6 +143,10 @@ def save_bigtiff(path: Path | str, image: Any, mpp: float, metadata: Mapping[str
         mpp: micrometres per pixel.
         metadata: model, seed, condition, ...: goes into ImageDescription.
         quality: of the JPEG tiles, 1..100.
+
+    >>> from ldm.images.slides import open_image
+    >>> open_image(save_bigtiff("a.tif", tile, 0.5, {"seed": 3}))
+    Slide('a.tif', 256 x 256 px at 0.5 um/px)
     """
     _check(image)
     _check_mpp(mpp)
@@ -113,7 +178,12 @@ def save_bigtiff(path: Path | str, image: Any, mpp: float, metadata: Mapping[str
 
 
 def save_ome_zarr(path: Path | str, image: Any, mpp: float, metadata: Mapping[str, Any]) -> Path:
-    """Write an OME-Zarr 0.5 multiscale image: a folder, axes c, y, x in micrometres. Arguments as in `save_bigtiff`."""
+    """Write an OME-Zarr 0.5 multiscale image: a folder, axes c, y, x in micrometres. Arguments as in `save_bigtiff`.
+
+    >>> from ldm.images.slides import open_image
+    >>> open_image(save_ome_zarr("a.ome.zarr", tile, 0.5, {"seed": 3}))
+    Slide('a.ome.zarr', 256 x 256 px at 0.5 um/px)
+    """
     _check(image)
     _check_mpp(mpp)
 

@@ -1,9 +1,11 @@
-"""Finds out before any work starts whether a TIFF file (SVS, OME-TIFF, ...) was cut short."""
+"""Finds out before any work starts whether a file is empty, holds text, or is a TIFF (SVS, ...) that was cut short."""
 
 from __future__ import annotations
 
 import struct
 from pathlib import Path
+
+from ldm.errors import UserError
 
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _OFFSETS, _COUNTS = (273, 324), (279, 325)  # strips, tiles
@@ -11,10 +13,38 @@ _NDPI_TAG = 65420  # NDPI keeps the high half of its offsets elsewhere: OpenSlid
 _MAX_DIRECTORIES = 4096
 
 
+def refuse_damaged(path: Path) -> None:
+    """UserError for empty files, text files and TIFF files that point beyond their end.
+
+    >>> _ = Path("a.tif").write_text("404: not found")
+    >>> refuse_damaged(Path("a.tif"))
+    Traceback (most recent call last):
+    ldm.errors.UserError: a.tif holds text, not an image; it begins with '404: not found'
+    """
+    try:
+        head = path.open("rb").read(512)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if not head:
+        raise UserError(f"{path} is empty (0 bytes); copy it again from its source")
+    lists = path.suffix.lower() in (".vms", ".vmu")  # Hamamatsu's text files that name the images of a slide
+    if not lists and b"\0" not in head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        start = head.decode().split("\n")[0][:60]
+        raise UserError(f"{path} holds text, not an image; it begins with '{start}'")
+    if missing := missing_bytes(path):
+        raise UserError(
+            f"{path} was cut short at {path.stat().st_size} bytes ({missing}); copy it again from its source"
+        )
+
+
 def missing_bytes(path: Path | str) -> str:
     """What the TIFF at `path` points to beyond its end, in words; "" when nothing is missing or it is no TIFF.
 
     Walks the chain of directories and checks each one's tag values, strips and tiles against the size of the file.
+
+    >>> _ = Path("cut.svs").write_bytes(slide_path.read_bytes()[:-1000])
+    >>> missing_bytes(slide_path), missing_bytes("cut.svs")
+    ('', 'directory 3 should be at byte 1938212')
     """
     path = Path(path)
     size = path.stat().st_size

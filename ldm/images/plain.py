@@ -1,0 +1,107 @@
+"""Reads plain images by Pillow: PNG, JPEG, BMP, WebP, whatever else it knows; decoded whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image
+
+from ldm.errors import UserError
+from ldm.images.colour import CHANNELS, Convert, converter, on_white, refuse_deep
+from ldm.images.damage import refuse_damaged
+from ldm.images.source import Source, upright
+
+_DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of more than 8 bits
+_GRAY = ("1", "L", "LA", "La")
+_BASE = {mode: mode for mode in CHANNELS} | {"1": "L", "LA": "L", "La": "L", "RGBX": "RGB"}  # others become RGB
+
+
+def open_plain(path: Path) -> Source | None:
+    """An image that Pillow knows; None of others. Its header alone is read until pixels are asked for.
+
+    Raises:
+        UserError: more than 8 bits, damaged, too large to be decoded whole.
+
+    >>> Image.new("LA", (4, 6)).save("a.png")
+    >>> open_plain(Path("a.png")).read(0, 0, 0, 1, 1).tolist()
+    [[[255, 255, 255]]]
+    """
+    try:
+        with Image.open(path) as image:
+            size, mode, orientation, deep = image.size, image.mode, _orientation(image), _is_deep(image)
+            convert, told = converter(_BASE.get(mode, "RGB"), image.info.get("icc_profile"))
+    except Image.DecompressionBombError as error:
+        raise UserError(f"{path} is too large for a plain image: {error}; convert it to a pyramidal TIFF") from None
+    except Image.UnidentifiedImageError:
+        return None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _damaged(path, error) from None
+    if deep:
+        raise refuse_deep(path)
+    pixels = _pixels(path, convert)
+
+    def read(level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        return pixels()[y : y + h, x : x + w]
+
+    return upright(Source([size], read, gray=mode in _GRAY, notes=(told,) * bool(told)), orientation)
+
+
+def read_gray_values(path: Path) -> np.ndarray:
+    """A plain image as (H,W) gray values of the kind that its file holds, uint8 or deeper; of colours the luminance.
+
+    >>> Image.fromarray(np.full((4, 6), 4000, np.uint16)).save("deep.png")
+    >>> read_gray_values(Path("deep.png")).dtype
+    dtype('uint16')
+    """
+    refuse_damaged(path)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image if image.mode in _DEEP else image.convert("L"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _damaged(path, error) from None
+
+
+def _pixels(path: Path, convert: Convert) -> Callable[[], np.ndarray]:
+    @lru_cache(maxsize=1)
+    def pixels() -> np.ndarray:
+        try:
+            with Image.open(path) as image:
+                return _rgb(image, convert)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise _damaged(path, error) from None
+
+    return pixels
+
+
+def _rgb(image: Image.Image, convert: Convert) -> np.ndarray:
+    opacity = None
+    if image.has_transparency_data:
+        image = image.convert("LA" if image.mode in ("LA", "La") else "RGBA")
+        opacity = np.asarray(image.getchannel("A"))
+    base = _BASE.get(image.mode, "RGB")
+    pixels = np.asarray(image.convert(base) if image.mode != base else image)
+    rgb = convert(pixels[..., None] if pixels.ndim == 2 else pixels)
+    return rgb if opacity is None else on_white(rgb, opacity)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """By the mode, or by the layout of the file where Pillow would drop the lower bits of 16, as of PNG and TIFF."""
+    if image.mode in _DEEP:
+        return True
+    layouts = [tile[3] for tile in getattr(image, "tile", ())]
+    raw = [layout[0] if isinstance(layout, tuple) else layout for layout in layouts]
+    return any(isinstance(layout, str) and ("16" in layout or "32" in layout) for layout in raw)
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF numbers them, 1 is upright; Pillow turns TIFF itself, and a PNG's is not looked for behind its pixels."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):
+        return 1
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} cannot be read ({error}): it is damaged or was cut short")

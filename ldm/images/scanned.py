@@ -1,0 +1,56 @@
+"""Reads what scanners write, by OpenSlide: SVS, NDPI, MRXS, SCN, BIF, CZI, DICOM and their like."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import openslide
+
+from ldm.errors import UserError
+from ldm.images.colour import on_white
+from ldm.images.dicom import why_no_slide
+from ldm.images.scale import scale_of
+from ldm.images.source import Source
+
+
+def open_scanned(path: Path) -> Source | None:
+    """A slide of a scanner; None where OpenSlide knows no vendor of it, or takes it for a TIFF of no vendor.
+
+    An ICC profile is told and not applied: encoders and published features are of the pixels as scanners store them.
+
+    Raises:
+        UserError: OpenSlide's own reason, where it knows the vendor and cannot open the file.
+
+    >>> open_scanned(slide_path).scale
+    Scale(mpp=0.499, origin='header (aperio)', notes=())
+    """
+    vendor = openslide.OpenSlide.detect_format(str(path))
+    if vendor in (None, "generic-tiff"):
+        if reason := why_no_slide(path):
+            raise UserError(f"{path} {reason}")
+        return None
+    try:
+        file = openslide.OpenSlide(str(path))
+    except openslide.OpenSlideError as error:
+        raise UserError(f"OpenSlide cannot open {path}, a slide of the format {vendor}: {error}") from None
+    properties, factors = file.properties, file.level_downsamples
+
+    def read(level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
+        corner = (round(x * factors[level]), round(y * factors[level]))
+        pixels = np.asarray(file.read_region(corner, level, (w, h)))
+        return on_white(pixels[..., :3], pixels[..., 3])
+
+    x, y = (_number(properties.get(name)) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y))
+    power = _number(properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
+    scale = scale_of(path, x, y, f"header ({vendor})")
+    notes = ("its ICC profile is not applied",) if "openslide.icc-size" in properties else ()
+    patient = (properties.get("dicom.PatientID") or "").strip() or None
+    return Source(list(file.level_dimensions), read, scale, power, patient=patient, notes=notes)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None

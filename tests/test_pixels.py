@@ -1,0 +1,302 @@
+"""Pixels and their scale as users' files hold them: the same for every kind of file, or a refusal with its reason."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import tifffile
+import zarr
+from PIL import Image, ImageCms
+
+from ldm.errors import UserError
+from ldm.images.slides import open_image, open_slide
+from ldm.images.write import save_bigtiff
+
+MARK, CENTRE, GLASS = (64, 20, 128), (200, 90, 160), (245, 245, 245)
+PLACES = ((50, 50), (128, 128), (5, 5))  # x, y of the three in `tissue`
+
+
+def tissue(side: int = 256) -> np.ndarray:
+    """Pink on glass, with a violet mark on its upper left, so that neither turning nor mirroring goes unseen."""
+    image = np.full((side, side, 3), GLASS, np.uint8)
+    eighth = side // 8
+    image[eighth:-eighth, eighth:-eighth] = CENTRE
+    image[eighth : 2 * eighth, eighth : 2 * eighth] = MARK
+    return image
+
+
+TISSUE = tissue()
+OPACITY = np.zeros((256, 256), np.uint8)
+OPACITY[32:224, 32:224] = 255
+TILED = {"tile": (64, 64), "compression": "zlib"}
+
+
+def colours(path: Path) -> list[list[int]]:
+    """The mark, the centre and the corner as they are read."""
+    image = open_image(path)
+    return [image.read(x, y, 1, 1)[0, 0].tolist() for x, y in PLACES]
+
+
+def write(path: Path, pixels: np.ndarray, **how) -> Path:
+    tifffile.imwrite(path, pixels, **{"photometric": "rgb", "metadata": None, **how})
+    return path
+
+
+def ome(path: Path, pixels: np.ndarray = TISSUE, axes: str = "YXS", size=None, unit=None, **how) -> Path:
+    """An OME-TIFF as QuPath, bfconvert and tifffile write it. size: PhysicalSizeX and Y."""
+    metadata = {"axes": axes} | how.pop("about", {})
+    for axis, own in zip("XY", size or ()):
+        metadata |= {f"PhysicalSize{axis}": own} | ({f"PhysicalSize{axis}Unit": unit} if unit else {})
+    with tifffile.TiffWriter(path, ome=True) as file:
+        levels = how.pop("levels", 0)
+        file.write(pixels, metadata=metadata, subifds=levels, **{"photometric": "rgb", **how})
+        for level in range(levels):
+            step = 2 ** (level + 1)
+            file.write(pixels[::step, ::step], subfiletype=1, **{"photometric": "rgb", **how})
+    return path
+
+
+def lab(path: Path, **how) -> Path:
+    profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+    image = ImageCms.profileToProfile(Image.fromarray(TISSUE), *profiles, outputMode="LAB")
+    pixels = np.asarray(image)  # a* and b* are signed, as in a TIFF
+    return write(path, pixels, photometric="cielab", **how)
+
+
+def cmyk(path: Path, **how) -> Path:
+    return write(path, np.asarray(Image.fromarray(TISSUE).convert("CMYK")), photometric="separated", **how)
+
+
+@pytest.mark.parametrize("make", [cmyk, lab])
+@pytest.mark.parametrize("how", [{}, TILED], ids=["strips", "tiles"])
+def test_colour_models(tmp_path, make, how):
+    assert np.abs(np.subtract(colours(make(tmp_path / "a.tif", **how)), [MARK, CENTRE, GLASS])).max() <= 2
+
+
+def test_cmyk_of_jpeg_is_that_of_tiff(tmp_path):
+    Image.fromarray(TISSUE).convert("CMYK").save(tmp_path / "a.jpg", quality=95)
+    assert np.abs(np.subtract(colours(tmp_path / "a.jpg"), [MARK, CENTRE, GLASS])).max() <= 6
+
+
+@pytest.mark.parametrize("how", [{}, TILED], ids=["strips", "tiles"])
+@pytest.mark.parametrize("kind", ["unassalpha", "assocalpha"])
+def test_transparent_is_white(tmp_path, how, kind):
+    pixels = np.dstack([TISSUE * (OPACITY[..., None] > 0), OPACITY])
+    path = write(tmp_path / "a.tif", pixels, extrasamples=[kind], **how)
+    assert colours(path) == [list(MARK), list(CENTRE), [255, 255, 255]]
+    gray = np.dstack([TISSUE[..., 0] * (OPACITY > 0), OPACITY])
+    write(tmp_path / "b.tif", gray, photometric="minisblack", extrasamples=[kind], planarconfig="contig", **how)
+    assert colours(tmp_path / "b.tif") == [[64] * 3, [200] * 3, [255] * 3]
+    pixels = np.dstack([np.zeros_like(TISSUE), np.full_like(OPACITY, 51)])
+    write(tmp_path / "c.tif", pixels, extrasamples=[kind], **how)
+    assert open_image(tmp_path / "c.tif").read(0, 0, 1, 1).tolist() == [[[204, 204, 204]]]
+    Image.fromarray(pixels).save(tmp_path / "c.png")
+    assert open_image(tmp_path / "c.png").read(0, 0, 1, 1).tolist() == [[[204, 204, 204]]]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_that_of_exif(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = TISSUE[:200]
+    turns = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.swapaxes(0, 1),
+             6: np.rot90(upright), 7: upright[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(upright, -1)}  # fmt: skip
+    stored = np.ascontiguousarray(turns[orientation])
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    Image.fromarray(stored).save(tmp_path / "b.tif", exif=exif)
+    tag = [(274, 3, 1, orientation, True)]
+    write(tmp_path / "c.tif", stored, extratags=tag, **TILED)
+    write(tmp_path / "d.tif", np.moveaxis(stored, -1, 0).copy(), planarconfig="separate", extratags=tag, **TILED)
+    for name in ("a.png", "b.tif", "c.tif", "d.tif"):
+        image = open_image(tmp_path / name)
+        assert image.dimensions == (256, 200)
+        assert np.array_equal(image.read(0, 0, 256, 200), upright), name
+        assert np.array_equal(image.read(20, 70, 90, 33), upright[70:103, 20:110]), name
+
+
+def test_more_than_8_bits_are_refused_everywhere(tmp_path):
+    deep, gray = TISSUE.astype(np.uint16) * 16, TISSUE[..., 0].astype(np.uint16) * 16  # values of 12 bits
+    write(tmp_path / "a.tif", deep)
+    write(tmp_path / "b.tif", deep, **TILED)
+    write(tmp_path / "c.tif", gray, photometric="minisblack", **TILED)
+    write(tmp_path / "d.tif", gray.astype(np.float32), photometric="minisblack")
+    (tmp_path / "e.png").write_bytes(imagecodecs.png_encode(deep))
+    Image.fromarray(gray).save(tmp_path / "f.png")
+    (tmp_path / "g.png").write_bytes(imagecodecs.png_encode(np.dstack([gray, gray])))
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match="has more than 8 bits per sample, and 8 are read"):
+            open_image(path)
+
+
+def test_fewer_bits(tmp_path):
+    levels = (TISSUE[..., 0] // 64).astype(np.uint8)  # 0..3
+    write(tmp_path / "a.tif", levels, photometric="minisblack", bitspersample=2)
+    assert colours(tmp_path / "a.tif") == [[85] * 3, [255] * 3, [255] * 3]
+    write(tmp_path / "b.tif", TISSUE[..., 1] > 50, photometric="minisblack")
+    assert colours(tmp_path / "b.tif") == [[0] * 3, [255] * 3, [255] * 3]
+    Image.fromarray(TISSUE[..., 1] > 50).save(tmp_path / "c.tif", compression="group4")
+    assert colours(tmp_path / "c.tif") == [[0] * 3, [255] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.bmp"])
+def test_palettes(tmp_path, name):
+    Image.fromarray(TISSUE).quantize(4).save(tmp_path / name)
+    assert colours(tmp_path / name) == [list(MARK), list(CENTRE), list(GLASS)]
+
+
+def test_an_icc_profile_is_applied_and_told(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()  # not of RGB: told, not applied
+    Image.fromarray(TISSUE).save(tmp_path / "a.png", icc_profile=profile)
+    assert colours(tmp_path / "a.png") == [list(MARK), list(CENTRE), list(GLASS)]
+    assert "its ICC profile cannot be applied" in open_image(tmp_path / "a.png").notes[0]
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    write(tmp_path / "b.tif", TISSUE, iccprofile=srgb)
+    assert (colours(tmp_path / "b.tif"), open_image(tmp_path / "b.tif").notes) == (colours(tmp_path / "a.png"), ())
+    swapped = swapped_profile(srgb)
+    Image.fromarray(TISSUE).save(tmp_path / "c.png", icc_profile=swapped)
+    write(tmp_path / "d.tif", TISSUE, iccprofile=swapped, **TILED)
+    want = [[b, g, r] for r, g, b in (MARK, CENTRE, GLASS)]
+    for name in ("c.png", "d.tif"):
+        assert np.abs(np.subtract(colours(tmp_path / name), want)).max() <= 3
+        assert open_image(tmp_path / name).notes == ("its colours are converted to sRGB from its ICC profile 'BGR'",)
+
+
+def swapped_profile(srgb: bytes) -> bytes:
+    """sRGB's profile whose red and blue have changed places."""
+    data = bytearray(srgb)
+    count = int.from_bytes(data[128:132], "big")
+    entries = {bytes(data[at : at + 4]): at for at in range(132, 132 + 12 * count, 12)}
+    red, blue = entries[b"rXYZ"], entries[b"bXYZ"]
+    data[red : red + 4], data[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    at = entries[b"desc"]
+    start, size = (int.from_bytes(data[at + k : at + k + 4], "big") for k in (4, 8))
+    name = "BGR".ljust((size - 28) // 2).encode("utf-16-be")
+    data[start + 28 : start + 28 + len(name)] = name
+    return bytes(data)
+
+
+def test_channels_that_are_no_colours(tmp_path):
+    stack = np.moveaxis(TISSUE, -1, 0).copy()
+    names = {"Channel": {"Name": ["DAPI", "CD8", "PanCK"]}}
+    plain = {"photometric": "minisblack", "axes": "CYX", "about": names}
+    ome(tmp_path / "a.ome.tif", stack, **plain, **TILED)
+    ome(tmp_path / "b.ome.tif", stack.astype(np.uint16), **plain)
+    path = tmp_path / "c.zarr"
+    channels = [{"label": name, "color": "FFFFFF"} for name in names["Channel"]["Name"]]
+    about = {"multiscales": [{"axes": ["c", "y", "x"], "datasets": [{"path": "0"}]}], "omero": {"channels": channels}}
+    zarr.create_group(str(path), attributes={"ome": about})
+    zarr.create_array(str(path / "0"), data=stack)
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match=r"3 channels \(DAPI, CD8, PanCK\) that are no colours, as of fluorescence"):
+            open_image(path)
+    write(tmp_path / "d.tif", np.dstack([TISSUE, OPACITY, OPACITY]), extrasamples=[0, 0])
+    with pytest.raises(UserError, match="holds 5 channels that are no colours"):
+        open_image(tmp_path / "d.tif")
+    write(tmp_path / "e.tif", np.dstack([TISSUE, OPACITY]), extrasamples=[0])
+    assert colours(tmp_path / "e.tif") == [list(MARK), list(CENTRE), list(GLASS)]
+    assert open_image(tmp_path / "e.tif").notes == (
+        "its channel 4 is left out: the file does not say that it is opacity",
+    )
+
+
+PLANES = np.moveaxis(TISSUE, -1, 0).copy()
+MICRON = {"size": (0.25, 0.25), "unit": "µm"}
+
+
+@pytest.mark.parametrize(
+    ("make", "mpp", "levels"),
+    [
+        (lambda p: ome(p, **MICRON, levels=1, **TILED), 0.25, 2),
+        (lambda p: ome(p, **MICRON, resolution=(1200, 1200), resolutionunit="INCH", **TILED), 0.25, 1),
+        (lambda p: ome(p, PLANES, "SYX", planarconfig="SEPARATE", **MICRON, **TILED), 0.25, 1),
+        (lambda p: ome(p, PLANES, "SYX", planarconfig="SEPARATE", **MICRON), 0.25, 1),
+        (lambda p: ome(p, size=(250, 250), unit="nm"), 0.25, 1),
+        (lambda p: ome(p, size=(0.25, 0.25)), 0.25, 1),  # micrometres where no unit is given
+        (lambda p: ome(p, size=(2.5e-7, 2.5e-7), unit="m"), 0.25, 1),
+        (lambda p: ome(p, size=(1, 1), unit="pixel"), 0, 1),
+    ],
+    ids=["subifds", "beside-1200-dpi", "planar-tiles", "planar-strips", "nm", "no-unit", "m", "pixel"],
+)
+def test_ome_tiff(tmp_path, make, mpp, levels):
+    image = open_image(make(tmp_path / "a.ome.tif"))
+    assert image.mpp == pytest.approx(mpp)
+    assert image.mpp_source == ("OME-XML" if mpp else "")
+    assert len(image._levels) == levels
+    assert colours(tmp_path / "a.ome.tif") == [list(MARK), list(CENTRE), list(GLASS)]
+    if levels == 2:
+        assert np.array_equal(image.read(0, 0, 256, 256, (128, 128)), TISSUE[::2, ::2])
+
+
+@pytest.mark.parametrize(
+    ("resolution", "unit", "mpp"),
+    [
+        *[((dpi, dpi), "INCH", 0) for dpi in (72, 96, 300, 600, 1200, 2400)],
+        *[((dpi / 2.54, dpi / 2.54), "CENTIMETER", 0) for dpi in (72, 300, 600, 1200)],
+        ((4, 4), "NONE", 0),
+        ((40000, 40000), "CENTIMETER", 0.25),
+        ((101600, 101600), "INCH", 0.25),
+        ((1000, 1000), "CENTIMETER", 10.0),
+    ],
+)
+@pytest.mark.parametrize("how", [{}, TILED], ids=["strips", "tiles"])
+def test_resolution_tags(tmp_path, resolution, unit, mpp, how):
+    path = write(tmp_path / "a.tif", TISSUE, resolution=resolution, resolutionunit=unit, **how)
+    image = open_image(path)
+    assert image.mpp == pytest.approx(mpp)
+    assert image.mpp_source == ("TIFF resolution tag" if mpp else "")
+
+
+def test_imagej_unit(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", TISSUE[None, None], imagej=True, resolution=(4, 4), metadata={"unit": "um"})
+    assert open_image(tmp_path / "a.tif").mpp == pytest.approx(0.25)
+
+
+def test_impossible_sizes_are_told(tmp_path):
+    with pytest.raises(UserError, match=r"in 'pixel', which is no unit of length\); pass --slide-mpp"):
+        open_slide(ome(tmp_path / "a.ome.tif", size=(1, 1), unit="pixel"))
+    with pytest.raises(UserError, match="says 250 um per pixel, which no slide has"):
+        open_slide(ome(tmp_path / "b.ome.tif", size=(250, 250), unit="µm"))
+    with pytest.raises(UserError, match=r"pixels of 0.25 x 0.5 um \(OME-XML\), which are not square"):
+        open_image(ome(tmp_path / "c.ome.tif", size=(0.25, 0.5), unit="µm"))
+    write(tmp_path / "d.tif", TISSUE, resolution=(40000, 20000), resolutionunit="CENTIMETER", **TILED)
+    with pytest.raises(UserError, match="not square"):
+        open_image(tmp_path / "d.tif")
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+@pytest.mark.parametrize(("unit", "step"), [("nanometer", 250), ("micrometer", 0.25), ("millimeter", 0.00025)])
+def test_ome_zarr_scales(tmp_path, version, unit, step):
+    path = tmp_path / "a.zarr"
+    axes = [{"name": "c", "type": "channel"}, *({"name": a, "type": "space", "unit": unit} for a in "yx")]
+    scales = [[{"type": "scale", "scale": [1.0, 2.0**k, 2.0**k]}] for k in (0, 1)]
+    datasets = [{"path": str(k), "coordinateTransformations": scale} for k, scale in enumerate(scales)]
+    whole = [{"type": "scale", "scale": [1, step, step]}]
+    about = {"multiscales": [{"axes": axes, "datasets": datasets, "coordinateTransformations": whole}]}
+    kind = {"zarr_format": 2 if version == "0.4" else 3}
+    about = about if version == "0.4" else {"ome": {"version": version, **about}}
+    zarr.create_group(str(path), attributes=about, **kind)
+    for k in (0, 1):
+        zarr.create_array(str(path / str(k)), data=PLANES[:, :: k + 1, :: k + 1], **kind)
+    image = open_image(path)
+    assert (image.mpp, image.mpp_source, len(image._levels)) == (pytest.approx(0.25), "OME-Zarr axes", 2)
+    assert np.array_equal(image.read(0, 0, 256, 256, (128, 128)), TISSUE[::2, ::2])
+
+
+def test_parts_that_a_file_leaves_out_are_white(tmp_path):
+    tiles = [TISSUE[:64, :64], None, None, None]
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(iter(tiles), shape=(128, 128, 3), dtype=np.uint8, tile=(64, 64), photometric="rgb", metadata=None)
+    image = open_image(tmp_path / "a.tif").read(0, 0, 128, 128)
+    assert np.array_equal(image[:64, :64], TISSUE[:64, :64])
+    assert (image[64:] == 255).all()
+
+
+def test_levels_in_a_chain_are_read(tmp_path):
+    save_bigtiff(tmp_path / "a.tif", np.tile(TISSUE, (4, 4, 1)), 0.5, {}, quality=95)
+    image = open_image(tmp_path / "a.tif")
+    assert [width for width, _ in image._levels] == [1024, 512, 256]
+    coarse = image.read(0, 0, 1024, 1024, (256, 256)).astype(int)
+    assert np.abs(coarse - np.tile(tissue(64), (4, 4, 1))).mean() < 3
