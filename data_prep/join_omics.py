@@ -19,14 +19,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import pandas as pd
-
 from data_prep.options import LicenceOption, choices, inputs, taken
 from ldm.cli.script import script
 from ldm.data.cohort import merge_index, read_index
-from ldm.data.omics import DUPLICATES, LEVELS, join_keys, join_omics, told
+from ldm.data.omics import DUPLICATES, join_omics, told
+from ldm.data.sample_keys import LEVELS, join_keys
 from ldm.errors import UserError, suggest
-from ldm.tables.genes import ORIENTATIONS, UNITS, text_table
+from ldm.tables.genes import ORIENTATIONS, UNITS
+from ldm.tables.text import as_values, read_table
 
 Level = choices("Level", LEVELS)
 Orientation = choices("Orientation", ORIENTATIONS)
@@ -45,7 +45,7 @@ def join_labels(
     Raises:
         UserError: an unknown column, a sample with two values, no slide in the table.
     """
-    labels, frame, index = Path(labels), text_table(Path(labels)), read_index(cohort)
+    labels, frame, index = Path(labels), read_table(labels), read_index(cohort)
     for column in columns:
         if column not in frame.columns:
             raise UserError(f"{labels} has no column '{column}'{suggest(column, frame.columns)}")
@@ -53,9 +53,10 @@ def join_labels(
             raise UserError(f"'{column}' is a column that every cohort has; rename the one in {labels}.")
     if not columns:
         raise UserError(f"name the --columns of {labels} to take: {', '.join(frame.columns[1:])}.")
-    frame, columns = frame.dropna(subset=[frame.columns[0]]), list(dict.fromkeys(columns))
+    rows, columns = len(frame), list(dict.fromkeys(columns))
+    frame = frame.dropna(subset=[frame.columns[0]])
     if frame.empty:
-        raise UserError(f"{labels} has no rows; give a table with a row for each sample or patient.")
+        raise UserError(f"{labels} has no rows that name a sample or patient in the column {frame.columns[0]}.")
     ids, key, _, how = join_keys(index, [frame.iloc[:, 0].tolist()], level, samples)
     sample_of = {slide: key(name) for slide, name in ids.items() if name}
     known = frame[columns].set_axis(frame.iloc[:, 0].map(key))
@@ -72,14 +73,16 @@ def join_labels(
             "sample a slide is of."
         )
     table = index[["slide", "row"]].copy()
-    lines = [f"labels: {labels.name}; joined by {how}"]
+    lines = [f"labels: {labels.name}, {rows} rows; {len(known)} samples or patients have slides; joined by {how}"]
+    if rows > len(frame):
+        lines.append(f"  rows that name no sample, left out: {rows - len(frame)}")
     for column in columns:
-        values = known[column]
-        numbers = pd.to_numeric(values, errors="coerce")
-        values = numbers if (numbers.notna() | values.isna()).all() else values
+        values = as_values(known[column], labels)
         table[column] = table["slide"].map({slide: values[sample] for slide, sample in joined.items()})
         counts = table.drop_duplicates("slide")[column].value_counts()
-        lines.append(f"  {column}: {told([f'{name} {count}' for name, count in counts.items()])}")
+        unknown = len(joined) - int(counts.sum())
+        told_unknown = f"; unknown for {unknown} of the slides joined" if unknown else ""
+        lines.append(f"  {column}: {told([f'{name} {count}' for name, count in counts.items()])}{told_unknown}")
     merge_index(cohort, table)
     others = [slide for slide in ids if slide not in joined]
     return "\n".join([*lines, f"  slides joined: {told(list(joined))}", f"  slides not joined: {told(others)}"])
@@ -110,6 +113,10 @@ def main(
         Orientation, inputs("--orient", help="What a row of the tables is: a sample, or a gene.")
     ] = Orientation.auto,
     unit: Annotated[Unit, inputs("--unit", help="Unit of the expression; `unit` lies in 0..1 already.")] = Unit.auto,
+    layer: Annotated[
+        str | None,
+        inputs("--layer", help="Matrix of an .h5ad file: X, raw or a layer (default: X; raw where X is scaled)."),
+    ] = None,
     licence: LicenceOption = "",
     columns: Annotated[
         list[str] | None, taken("--columns", help="Columns of --labels to take: one or several.")
@@ -139,7 +146,7 @@ def main(
         reports = join_omics(
             cohort, mutation, expression, genes=genes, gene_list=gene_list, top_variable=top_variable,
             level=level.value, orient=orient.value, unit=unit.value, samples=samples, duplicates=duplicates.value,
-            scaler=scaler, licence=licence,
+            scaler=scaler, licence=licence, layer=layer,
         )  # fmt: skip
         print(*reports.values(), sep="\n")
     if labels is not None:

@@ -7,11 +7,21 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 
+from tqdm import tqdm
+
 LISTED = 25  # most names that a message lists
 
 
 class UserError(ValueError):
     """A mistake in what the user gave. The message says what was given, what is allowed and what to do."""
+
+
+def note(text: str) -> None:
+    """Tell the user, on stderr, what the result may suffer from and what can be done; work goes on.
+
+    >>> note("3 rows are empty and left out")
+    """
+    tqdm.write(f"note: {text}", file=sys.stderr)
 
 
 def suggest(given: str, known: Iterable[str]) -> str:

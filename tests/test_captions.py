@@ -61,7 +61,8 @@ def rows(path: Path, **options) -> list[tuple[str, str, str]]:
         ('path,Text,modality\nimage/0.png,12" film, left,CT\n', ('12" film, left', "CT"), "unquoted"),
         ('path,Text,modality\nimage/0.png,"two\nlines",CT\n', ("two\nlines", "CT"), "CSV"),
         ("id;caption;Modality;filename\n7;a, b;OCT;image/0.png\n", ("a, b", "OCT"), "CSV"),
-        ("filename\treport\r\nimage\\0.png\ta\r\n", ("a", ""), "CSV"),
+        ("filename\treport\r\nimage\\0.png\ta\r\n", ("a", ""), "tab-separated"),
+        ('filename\treport\nimage/0.png\t"12" film\n', ('"12" film', ""), "tab-separated"),
         ("\ufeffpath,Text\nimage/0.png,caf\u00e9 cr\u00e8me\u2028spots\n\n", ("café crème\u2028spots", ""), "CSV"),
     ],
 )  # fmt: skip
@@ -116,7 +117,7 @@ def test_wrong_counts_of_a_csv_with_other_columns(folder):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"", "is empty"), (b"path,Text\n", "no rows"), ("path,Text\na,é".encode("latin-1"), "UTF-8")],
+    [(b"", "is empty"), (b"path,Text\n", "no rows"), (b"path\x00\x01Text", "no text"), (b"PK\x03\x04", "Excel")],
 )
 def test_files_that_are_no_table(tmp_path, content, message):
     (tmp_path / "t.csv").write_bytes(content)

@@ -363,7 +363,7 @@ def test_a_table_is_read_field_by_field(model, tmp_path):
     path.write_text("class, score\nLUAD,0.5\nLUSC,1\n")
     assert requested_tiles(model, AskedTiles(table=path)).values == {"class": ["LUAD", "LUSC"], "score": [0.5, 1.0]}
     for text, message in (
-        ("class,score\nLUAD,0.5,x\n", "row 2 has 3 fields"), ("class,score\nLUAD,\n", "row 2 has no score"),
+        ("class,score\nLUAD,0.5,x\n", "line 2 has 3 cells"), ("class,score\nLUAD,\n", "row 2 has no score"),
         ("", "has no rows"), ("class,class\nLUAD,LUAD\n", "given twice"),
     ):  # fmt: skip
         path.write_text(text)

@@ -9,6 +9,7 @@ from typing import Any
 from ldm.conditioners.compose import ConditionerSet
 from ldm.convert import convert, export_as, load_model
 from ldm.errors import UserError
+from ldm.tables.text import read_text
 
 
 def describe_model(model_path: Path) -> None:
@@ -49,10 +50,7 @@ def convert_model(source: Path, out: Path, asked: Mapping[str, Any], form: str |
 
 def class_names(text: str) -> list[str]:
     """Names of "a,b,c", or of a file that holds one a line."""
-    try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the names in {text}: {getattr(error, 'strerror', None) or error}.") from error
+    lines = read_text(text, "--classes").splitlines() if Path(text).is_file() else text.split(",")
     names = [line.strip() for line in lines if line.strip()]
     if len(set(names)) < len(names) or not names:
         raise UserError(f"--classes takes different names, a,b,c, or a file of them; got '{text[:80]}'.")

@@ -32,6 +32,7 @@ from ldm.scorers.calibration import proportion
 from ldm.scorers.data import to_range
 from ldm.scorers.ensemble import Scorer, load_scorer
 from ldm.scorers.select import merit
+from ldm.tables.text import read_table
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -182,7 +183,8 @@ def _held(out: Path, begin: dict[str, Any], usual: Mapping[str, Any]) -> dict[in
     before = json.loads((out / SETTINGS).read_text())
     if differ := differing({name: before[name] for name in before if name not in RESULTS}, begin, usual):
         raise UserError(f"{out} holds tiles of other settings ({', '.join(differ)} differ); give another --out.")
-    rows = pd.read_csv(out / ATTEMPTS).to_dict("records") if (out / ATTEMPTS).is_file() else []
+    table = out / ATTEMPTS
+    rows = read_table(table, numbers=True, missing=("",)).to_dict("records") if table.is_file() else []
     held = {row["index"]: row for row in rows if not row["kept"] or _name(out, row["index"]).is_file()}
     for path in out.glob("[0-9]*.png"):  # made after the attempts were last noted
         if int(path.stem) not in held:

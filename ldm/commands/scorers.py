@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from ldm.data.collection import joined
 from ldm.errors import UserError, some
@@ -19,6 +18,7 @@ from ldm.scorers.ensemble import Ensemble
 from ldm.scorers.labelled import Labelled, read_labelled
 from ldm.scorers.ratings import is_rating_table, read_ratings
 from ldm.scorers.training import BEST_OF, TEST_SCORES, Recipe, folds_of, train_scorer
+from ldm.tables.text import read_table
 
 ARMS = ("real", "synthetic", "both")
 
@@ -92,7 +92,7 @@ def utility(
         held = np.arange(len(data)) >= len(data) - len(tested)
         print(f"{arm}: trained on {len(data) - len(tested)} images")
         train_scorer(data, out / arm, recipe, device, bf16, held)
-        table = pd.read_csv(out / arm / TEST_SCORES)
+        table = read_table(out / arm / TEST_SCORES, numbers=True)
         columns = [f"p_{name}" for name in own.task.classes] if own.task.kind == "classes" else "score"
         scores[arm] = table[columns].to_numpy()
     found = compared(tested, scores)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError, some, suggest
-from ldm.tables.gene_lists import read_genes, read_text, repeated
+from ldm.tables.gene_lists import read_genes, repeated
+from ldm.tables.text import read_text
 
 KINDS = ("mutation", "expression")
 UNKNOWN = ("unknown", "nan", "na", "")

@@ -21,6 +21,7 @@ from ldm.data.tile_store import TileStore, holds_stores, open_cohort
 from ldm.errors import UserError, some, suggest
 from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
 from ldm.images.pictures import Picture
+from ldm.tables.text import read_table
 
 LIST, SHEET = "tiles.csv", "contact_sheet"  # what `histoldm sample` writes beside its tiles
 LISTS = (LIST, "sequences.csv", "translations.csv")  # of `sample`, `filter`, `resample`; `sequence`; `translate`
@@ -202,30 +203,10 @@ def list_of(folder: Path) -> Path | None:
 
 def _listed(path: Path, mpp: float | None) -> Pictures:
     """The output of `histoldm sample`, `sequence` or `translate`, with the columns of its list."""
-    table = read_table(path)
+    table = read_table(path, numbers=True, missing=("",))
     if "file" not in table:
         raise UserError(f"{path} has no column 'file'; it lists the images of its folder.")
     paths = [path.parent / str(name) for name in table["file"]]
     if missing := [file.name for file in paths if not file.is_file()]:
         raise UserError(f"{path} lists {len(missing)} images that are not there: {some(missing, 5)}")
     return pictures_of_files(paths, table.to_dict("records"), str(path.parent), mpp)
-
-
-def read_table(path: Path, text: bool = False) -> pd.DataFrame:
-    r"""A CSV, or a TSV by its ending. text: all values as they stand there, "" where there is none.
-
-    UserError where it cannot be read or has no rows.
-
-    >>> _ = Path("labels.tsv").write_text("file\tgrade\na.png\t2\nb.png\t3\n")
-    >>> read_table(Path("labels.tsv"))["grade"].tolist()
-    [2, 3]
-    """
-    as_text = {"dtype": str, "keep_default_na": False} if text else {}
-    try:
-        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", skipinitialspace=True, **as_text)
-    except (OSError, UnicodeDecodeError, pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        reason = getattr(error, "strerror", None) or str(error).strip()
-        raise UserError(f"cannot read the table {path}: {reason}.") from error
-    if table.empty:
-        raise UserError(f"{path} has no rows.")
-    return table.rename(columns=lambda name: str(name).strip())

@@ -21,8 +21,10 @@ import numpy as np
 import pandas as pd
 
 from ldm.data.cohort import merge_index, read_index
+from ldm.data.sample_keys import join_keys, kept_samples, mapped, one_row_each
 from ldm.errors import UserError, some, suggest
 from ldm.files import sha256, whole, write_text
+from ldm.tables.gene_dates import dates_among
 from ldm.tables.gene_lists import Scaler, read_genes, read_scaler
 from ldm.tables.genes import (
     QUANTILES,
@@ -31,13 +33,10 @@ from ldm.tables.genes import (
     are_ids,
     barcode,
     gene_ranges,
-    named_by_spreadsheet,
     read_gene_table,
-    text_table,
     to_log2,
 )
 
-LEVELS = ("auto", "patient", "sample")
 DUPLICATES = ("error", "first", "mean")
 _SHOWN = 10
 
@@ -61,6 +60,7 @@ class JoinReport:
     unknown_genes: list[str] = field(default_factory=list)  # that --genes does not know
     lacking_genes: list[str] = field(default_factory=list)  # of --gene-list or --scaler
     nameless_genes: list[str] = field(default_factory=list)
+    dated_genes: list[str] = field(default_factory=list)  # that a spreadsheet turned into dates
     empty_genes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -77,6 +77,7 @@ class JoinReport:
             "more than once in the table, made one": self.merged,
             "genes that --genes does not know (ids of them are left out)": self.unknown_genes,
             "genes asked for that the table lacks, unknown in every sample": self.lacking_genes,
+            "genes whose names a spreadsheet turned into dates, left out; correct them": self.dated_genes,
             "genes without a symbol, left out": self.nameless_genes,
             "genes without a known value, left out": self.empty_genes,
         }.items():
@@ -107,6 +108,7 @@ def join_omics(
     duplicates: str = "error",
     scaler: Path | str | None = None,
     licence: str = "",
+    layer: str | None = None,
 ) -> dict[str, JoinReport]:
     """Join tables of mutations and expression to the slides of a cohort, and write them beside it.
 
@@ -122,7 +124,7 @@ def join_omics(
             (of mutations: mutated in either).
         scaler: omics/expression.json of another cohort, or a model folder: the expression gets its genes, in their
             order, and is scaled by its ranges; else by those of the training samples.
-        licence: of the tables; recorded.
+        licence: of the tables; recorded. layer: the matrix of tables that are h5ad files, see `read_gene_table`.
     Raises:
         UserError: whatever cannot be joined or read without guessing; nothing is written then.
     """
@@ -141,8 +143,8 @@ def join_omics(
     ranges = None if scaler is None else read_scaler(scaler)
     known = {*slides.index, *(Path(slide).stem for slide in slides.index), *slides["patient"].astype(str)}
     if samples is not None:
-        known |= {name for name in _mapped(slides, index, samples).values() if name}
-    tables = {source: read_gene_table(path, source, orient, known, names) for source, path in paths.items()}
+        known |= {name for name in mapped(slides, index, samples).values() if name}
+    tables = {source: read_gene_table(path, source, orient, known, names, layer) for source, path in paths.items()}
     ids, key, level, how = join_keys(index, [table.samples for table in tables.values()], level, samples)
     sample_of = {slide: key(name) if name else None for slide, name in ids.items()}
     held_out = index[index["split"].isin(["val", "test"])]["slide"].unique()
@@ -155,7 +157,7 @@ def join_omics(
         for source, path in paths.items()
     }
     joined = {source: set(frame.index) for source, (frame, _, _) in made.items()}
-    kept = _kept_samples(Path(cohort), index, sample_of, joined)
+    kept = kept_samples(Path(cohort), index, sample_of, joined)
     folder = Path(cohort) / "omics"
     folder.mkdir(exist_ok=True)
     for source, (frame, about, report) in made.items():
@@ -299,16 +301,22 @@ class _Join:
                 f"{self.path} names genes by ids, as {table.genes[0]}, and models name them by symbols: give --genes, "
                 "a table with a column of these ids and a column `symbol`."
             )
-        symbols: list[str] = []
-        for gene, found in zip(table.genes, names.of(table.genes) if names else table.genes):
-            symbol = gene if found is None and not ids else found or ""
-            symbols.append("" if named_by_spreadsheet([symbol]) else symbol)
-            if found is None:
+        named = [
+            (gene, found, gene if found is None and not ids else found or "")
+            for gene, found in zip(table.genes, names.of(table.genes) if names else table.genes)
+        ]
+        dates, symbols = dates_among([symbol for _, _, symbol in named]), []
+        for gene, found, symbol in named:
+            symbols.append("" if symbol in dates else symbol)
+            if symbol in dates:
+                report.dated_genes.append(dates[symbol])
+            elif found is None:
                 report.unknown_genes.append(gene)
             elif not symbols[-1]:
                 report.nameless_genes.append(gene or "?")
         if not any(symbols):
-            raise UserError(f"{names.path} knows no gene of {self.path}, which are called {table.genes[0]}, ...")
+            whose = f"{names.path} knows no gene" if names else "no name of a gene is left"
+            raise UserError(f"{whose} of {self.path}, which are called {table.genes[0]}, ...")
         groups = defaultdict(list)
         for column, symbol in enumerate(symbols):
             groups[symbol].append(column)
@@ -372,115 +380,10 @@ class _Join:
         return frame
 
 
-def one_row_each(index: pd.DataFrame) -> pd.DataFrame:
-    """The index's first row of every slide, by slide."""
-    return index.drop_duplicates("slide").set_index("slide")
-
-
-def join_keys(
-    index: pd.DataFrame, tables: Sequence[Sequence[str]], level: str = "auto", samples: str | None = None
-) -> tuple[dict[str, str | None], Callable[[str], str | None], str, str]:
-    """How slides meet the samples that tables name.
-
-    Returns: slide -> the name by which it is looked for, name -> the part of it that joins, the level, and how all this
-    was decided.
-    """
-    slides = one_row_each(index)
-    ids, by = _slide_ids(slides, tables, None if samples is None else _mapped(slides, index, samples))
-    level, key, why = _level(ids, tables, level)
-    return ids, key, level, f"{why}; {by}"
-
-
-def _slide_ids(
-    slides: pd.DataFrame, tables: Sequence[Sequence[str]], mapped: Mapping[str, str | None] | None
-) -> tuple[dict[str, str | None], str]:
-    """The name by which each slide is looked for in the tables, and where it is from."""
-    if mapped is not None:
-        return dict(mapped), "samples as --samples names them"
-    patients = slides["patient"].astype(str)
-    if any(barcode(name) for name in [*slides.index, *patients]):
-        named = {s: s if barcode(s) else patients[s] if barcode(patients[s]) else None for s in slides.index}
-        return named, "TCGA barcodes"
-    found = {name for table in tables for name in table}
-    choices = {
-        "names of slides": {slide: slide for slide in slides.index},
-        "names of slides without their ending": {slide: Path(slide).stem for slide in slides.index},
-        "patients": patients.to_dict(),
-    }
-    by = max(choices, key=lambda name: sum(sample in found for sample in choices[name].values()))
-    return choices[by], by
-
-
-def _mapped(slides: pd.DataFrame, index: pd.DataFrame, samples: str) -> dict[str, str | None]:
-    """Slide -> sample, of a column of the index or of a CSV with columns slide, sample."""
-    if samples in index.columns:
-        several = index.groupby("slide")[samples].nunique()
-        if (several > 1).any():
-            raise UserError(f"'{samples}' differs between tiles of {several.idxmax()}; a slide has one sample.")
-        values = slides[samples]
-        return {slide: None if pd.isna(values[slide]) else str(values[slide]) for slide in slides.index}
-    path = Path(samples)
-    if not path.is_file():
-        raise UserError(
-            f"--samples is a column of the index or a CSV file; '{samples}' is neither{suggest(samples, index.columns)}"
-        )
-    frame = text_table(path)
-    if not {"slide", "sample"} <= set(frame.columns):
-        raise UserError(f"{path} needs the columns slide and sample; it has {', '.join(frame.columns)}.")
-    if frame["slide"].duplicated().any():
-        raise UserError(f"{path} names the slide {frame['slide'][frame['slide'].duplicated()].iloc[0]} twice.")
-    given = dict(zip(frame["slide"], frame["sample"].where(frame["sample"].notna(), None)))
-    return {slide: given.get(slide, given.get(Path(slide).stem)) or None for slide in slides.index}
-
-
-def _level(
-    ids: Mapping[str, str | None], tables: Sequence[Sequence[str]], level: str
-) -> tuple[str, Callable[[str], str | None], str]:
-    """The level, how names become join keys at it, and why it is that one."""
-    names = [name for name in ids.values() if name]
-    if not (any(map(barcode, names)) and all(any(map(barcode, table)) for table in tables)):
-        if level != "auto":
-            raise UserError(f"--level {level} is a part of TCGA barcodes, which the slides or the tables do not have.")
-        return "name", lambda name: name, "names as they are"
-    everything = (name for source in (names, *tables) for name in source)
-    short = next((name for name in everything if (found := barcode(name)) and found[1] is None), None)
-    why = "as told"
-    if level == "auto":
-        level = "sample" if short is None else "patient"
-        why = "all barcodes have a sample" if short is None else f"{short} names no sample"
-    part = LEVELS.index(level) - 1
-    how = f"{level} (the first {'12' if level == 'patient' else '15'} characters; {why})"
-    return level, lambda name: (barcode(name) or (None, None))[part], how
-
-
-def _kept_samples(
-    cohort: Path, index: pd.DataFrame, sample_of: Mapping[str, str | None], joined: Mapping[str, set[str]]
-) -> dict[str, str]:
-    """Samples of slides that have none now, by which tables of earlier runs know them.
-
-    joined: source -> samples of the tables that are joined now. UserError if slides would get other samples than those
-    tables know them by, or rows of the new tables that are not theirs.
-    """
-    kept: dict[str, str] = {}
-    if "sample" not in index:
-        return kept
-    now = set().union(*joined.values())
-    for path in sorted((cohort / "omics").glob("*.parquet")):
-        if path.stem in joined:
-            continue
-        known = set(pd.read_parquet(path, columns=[]).index)
-        for slide, sample in one_row_each(index)["sample"].items():
-            if sample not in known or sample_of[slide] == sample:
-                continue
-            if sample_of[slide] is not None or sample in now:
-                raise UserError(
-                    f"{path} knows {slide} as {sample}, and it would become {sample_of[slide] or 'no sample'}. Give "
-                    "both tables in one command, or the same --level and --samples as then."
-                )
-            kept[slide] = sample
-    return kept
-
-
 def told(names: Sequence[str], shown: int = _SHOWN) -> str:
-    """How many names, and the first of them."""
+    """How many names, and the first of them.
+
+    >>> told(["a", "b", "c"], shown=2), told([])
+    ('3 (a, b, ...)', 'none')
+    """
     return f"{len(names)} ({some(names, shown)})" if names else "none"

@@ -12,7 +12,6 @@ import pandas as pd
 from torch import Tensor
 
 from ldm.data.cohort import patient_of
-from ldm.data.collection import read_table
 from ldm.data.image_sets import TCGA, ImageSet, images_by_name
 from ldm.encoders.extractors import Extractor
 from ldm.encoders.feature_files import FeatureSet
@@ -23,6 +22,7 @@ from ldm.metrics import conditional, frechet, kernels, large_images, manifold, m
 from ldm.metrics.measure import LOWER, Measure, measure_of
 from ldm.report import plots
 from ldm.report.page import Section
+from ldm.tables.text import read_table
 
 Groups = tuple[np.ndarray | None, np.ndarray | None]
 PAIRWISE = 10_000  # images of a set that kernels and neighbours are measured on
@@ -354,7 +354,7 @@ def scores(path: Path, seed: int) -> Section:
     >>> {each.name: each.value for each in scores(Path("scores.csv"), seed=0).measures}
     {'calibration_error': 0.1750, 'brier': 0.0375, 'score_bias': -0.0250, 'auroc': 1.0}
     """
-    table = read_table(path)
+    table = read_table(path, numbers=True)
     groups = next((table[unit].to_numpy(str) for unit in ("patient", "slide") if unit in table), None)
     found = conditional.calibration(table, groups, seed=seed)
     return Section("scores", "Are scores calibrated?", f"{len(table)} scores of {path.name}.", measures=found.measures,

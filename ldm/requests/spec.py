@@ -20,7 +20,6 @@ The class of a source is the beginning of the file's name, up to two underscores
 
 from __future__ import annotations
 
-import csv
 import io
 import pickle
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +33,7 @@ from ldm.conditioners.base import Conditioner
 from ldm.conditioners.compose import keys_of, known_key, parse_conditions
 from ldm.errors import UserError, some, suggest
 from ldm.requests.edits import Target, completed, edited, gene_values, parse_edits, safe
+from ldm.tables.text import read_table
 
 OWN = ("default", "files")
 ENTRY = ("source", "targets", "edits")
@@ -275,12 +275,8 @@ def read_pairs(
     >>> read_pairs(Path("pairs.csv"), conditioner, ["a.png"], lambda name: {"class": "COAD"})
     {'a.png': Plan(source={'class': 'COAD'}, targets=[Target(label='HNSC', values={'class': 'HNSC'})])}
     """
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the table {path}: {error}.") from error
-    if not rows or "file" not in rows[0]:
+    rows = read_table(path, missing=("",)).fillna("").to_dict("records")
+    if "file" not in rows[0]:
         raise UserError(f"{path} is a table with a column `file`, and source.<condition> and target.<condition> ones.")
     for column in rows[0]:
         if column not in ("file", "label") and not str(column).startswith(("source.", "target.")):
@@ -291,9 +287,9 @@ def read_pairs(
         values: dict[str, dict[str, Any]] = {"source": {}, "target": {}}
         for column, text in row.items():
             side, _, name = str(column).partition(".")
-            if side in values and (text or "").strip():
+            if side in values and text:
                 key = known_key(conditioner, name)
-                values[side][key] = conditioner.parse(key, text.strip())
+                values[side][key] = conditioner.parse(key, text)
         if not values["target"]:
             raise UserError(f"{path}: row {number} has no target.")
         words = "_".join(f"{row[c]}" for c in row if str(c).startswith("target.") and row[c])

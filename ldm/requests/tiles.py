@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, suggest
 from ldm.images.write import to_uint8
+from ldm.tables.text import read_table
 
 if TYPE_CHECKING:
     from ldm.conditioners.base import Conditioner
@@ -120,27 +120,15 @@ def requested_tiles(model: LatentDiffusion, asked: AskedTiles) -> Requests:
 def _of_table(conditioner: Conditioner | None, path: Path, fixed: dict[str, Any], count: int | None) -> Requests:
     if conditioner is None:
         raise UserError("the model is unconditional; it takes no table.")
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [line for line in csv.reader(file, delimiter="\t" if path.suffix == ".tsv" else ",") if line]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read the table of conditions {path}: {error}.") from error
-    if len(lines) < 2:
-        raise UserError(f"{path} has no rows; its first line names conditions, each further line is a tile.")
-    header, lines = [name.strip() for name in lines[0]], lines[1:]
-    for number, line in enumerate(lines, 2):
-        if len(line) != len(header):
-            raise UserError(
-                f"{path}: row {number} has {len(line)} fields, the header {len(header)}; put values with commas in "
-                "quotes."
-            )
+    table = read_table(path, missing=("",)).fillna("")
+    header, lines = list(table.columns), table.to_numpy().tolist()
     rows = evenly(len(lines), count)
     values: dict[str, Any] = {}
     for column, name in enumerate(header):
         key = known_key(conditioner, name)
         if key in values or key in fixed:
             raise UserError(f"{path}: '{name}' is given twice, in two columns or by --condition too.")
-        texts = [lines[row][column].strip() for row in rows]
+        texts = [lines[row][column] for row in rows]
         if "" in texts:
             raise UserError(f"{path}: row {int(rows[texts.index('')]) + 2} has no {name}; fill it in.")
         values[key] = [conditioner.parse(key, text) for text in texts]

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ldm.data.collection import Pictures, list_of, pictures_of_files, read_pictures, read_table
+from ldm.data.collection import Pictures, list_of, pictures_of_files, read_pictures
 from ldm.data.tile_store import holds_stores
 from ldm.errors import UserError, some, suggest
 from ldm.scorers.calibration import KINDS
+from ldm.tables.text import read_table
 
 GRADES = 5  # bins of grades of which there are many
 PATIENTS = ("patient", "group", "case", "slide")  # columns that say whose an image is, the surest first
@@ -149,7 +150,7 @@ def _of_subfolders(path: Path) -> Pictures:
 
 
 def _of_table(path: Path) -> Pictures:
-    table = read_table(path)
+    table = read_table(path, numbers=True)
     column = next((name for name in ("path", "file", "filename", "image") if name in table), None)
     if column is None:
         raise UserError(f"{path} has no column of image files{suggest('path', ['path', 'file', 'filename', 'image'])}")

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ldm.data.collection import Pictures, pictures_of_files, read_table
+from ldm.data.collection import Pictures, pictures_of_files
 from ldm.errors import UserError, some
 from ldm.files import sha256, whole, writable_folder, write_text
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, save_real_png
 from ldm.rng import fold
 from ldm.scorers.labelled import Labelled, Task, groups_of, targets_of
+from ldm.tables.text import read_table
 
 TABLE, ABOUT = "ratings.csv", "ratings.json"
 PAGE = 48  # images of a sheet
@@ -91,7 +92,7 @@ def read_ratings(path: Path, skip_unrated: bool = False) -> Labelled:
     not the ones that were handed out.
     """
     told = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
-    table, known = read_table(path, text=True), {entry["number"]: entry for entry in told["images"]}
+    table, known = read_table(path, missing=("",)).fillna(""), {entry["number"]: entry for entry in told["images"]}
     if lacking := {"number", "rating"} - set(table):
         raise UserError(f"{path} has no column {', '.join(sorted(lacking))}; it was written with number and rating.")
     ratings: dict[int, str] = {}

@@ -20,6 +20,7 @@ import pandas as pd
 from ldm.errors import UserError, suggest
 from ldm.images.kinds import ENDINGS, images_in
 from ldm.images.slides import open_image
+from ldm.tables.text import read_table, read_text
 
 UNDECIDED = "undecided"  # the class of a cell whose annotators did not agree
 _SLIDERUNNER = {
@@ -151,13 +152,11 @@ def read_midog(path: Path | str) -> list[Cell]:
         UserError: no such file, no JSON, another layout, boxes that are not corners.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no annotation file at {path}")
     try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"there is no annotation file at {path}") from None
-    except OSError as error:
-        raise UserError(f"cannot read the annotation file {path}: {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
         raise UserError(f"{path} is no JSON file ({error})") from None
     parts = ("images", "annotations", "categories")
     if lacking := [part for part in parts if not isinstance(content, dict) or part not in content]:
@@ -239,14 +238,11 @@ def _vote_table(path: Path) -> pd.DataFrame:
     """The table, its first column as index, texts stripped."""
     if not path.is_file():
         raise UserError(f"there is no table of votes at {path}")
-    try:
-        table = pd.read_csv(path, dtype=str, index_col=0)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no CSV table: {error}") from None
-    table.index = table.index.astype(str).str.strip()
+    table = read_table(path)
+    table = table.dropna(subset=[table.columns[0]]).set_index(table.columns[0])
     if table.index.has_duplicates:
         raise UserError(f"{path} lists {table.index[table.index.duplicated()][0]} twice")
-    return table.apply(lambda column: column.str.strip()).replace("", pd.NA)
+    return table
 
 
 def _voters(table: pd.DataFrame, known: set[str], annotators: Sequence[str], path: Path | str | None) -> list[str]:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError, suggest
 from ldm.images.pictures import Picture
+from ldm.tables.text import Record, cells_of, is_missing, read_text, records
 
 # names by which columns are found, in any case
 KNOWN = {
@@ -77,23 +78,17 @@ def read_captions(
         path_column, text_column, modality_column: names of columns, in any case; by default those of KNOWN are found.
         patient_column: who the image is of, where the table says so.
     Raises:
-        UserError: no such file, no text in UTF-8, no such columns, no rows.
+        UserError: no such file, no text, no such columns, no rows.
     """
     path = Path(path)
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not text in UTF-8 ({error.reason}, byte {error.start}); save it as such") from None
-    except OSError as error:
-        raise UserError(f"cannot read the caption table {path}: {error.strerror}") from None
-    lines = content.split("\n")
+    lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
     if not lines[0].strip():
         raise UserError(f"{path} is empty or begins with an empty line; the first line names its columns")
-    delimiter = max(",;\t", key=lines[0].count)
-    header = [name.strip() for name in next(csv.reader(lines[:1], delimiter=delimiter, skipinitialspace=True))]
+    delimiter = "\t" if "\t" in lines[0] else max(",;", key=lines[0].count)
+    header = [name.strip() for name in cells_of(lines[0], delimiter)]
     given = {"path": path_column, "text": text_column, "modality": modality_column, "patient": patient_column}
     places = {kind: _place(path, header, kind, name) for kind, name in given.items()}
-    rows = _quoted(lines, delimiter, len(header))
+    rows = _whole(lines, delimiter, len(header))
     plain = list(places.values())[: len(header)] == list(range(len(header))) and 2 <= len(header) <= 3
     if rows is None and delimiter == "," and plain:
         last = ", the modality last" if len(header) > 2 else ""
@@ -101,7 +96,8 @@ def read_captions(
         found = _unquoted(table, lines, len(header))
     else:
         named = ", ".join(f"{kind} in '{header[place]}'" for kind, place in places.items() if place is not None)
-        table = CaptionTable(path, f"CSV with {len(header)} columns: {named}")
+        kind = "tab-separated" if delimiter == "\t" else "CSV"
+        table = CaptionTable(path, f"{kind} with {len(header)} columns: {named}")
         found = iter(rows) if rows is not None else _counted(table, lines, delimiter, len(header))
     _collect(table, found, places, Path(images) if images else path.parent, of_files)
     if not (table.captions or table.problems):
@@ -127,55 +123,50 @@ def _place(path: Path, header: Sequence[str], kind: str, given: str | None) -> i
     return None
 
 
-def _quoted(lines: Sequence[str], delimiter: str, count: int) -> list[tuple[int, list[str]]] | None:
-    """(line, fields) of all rows if the whole file is CSV with `count` fields in each row, else None."""
-    reader = csv.reader(_ended(lines), delimiter=delimiter, skipinitialspace=True, strict=True)
-    rows, line = [], 1
-    try:
-        for fields in reader:
-            if fields and len(fields) != count:
-                return None
-            if fields:
-                rows.append((line, fields))
-            line = reader.line_num + 1
-    except csv.Error:
-        return None
-    return rows[1:]
+def _whole(lines: Sequence[str], delimiter: str, count: int) -> list[Record] | None:
+    """All rows under the header if each has `count` cells, read without quotes or with them; else None."""
+    for quoted in (False, True):
+        try:
+            rows = list(records(_ended(lines), delimiter, quoted))[1:]
+        except csv.Error:
+            continue
+        if all(len(row.cells) == count for row in rows):
+            return rows
+    return None
 
 
-def _unquoted(table: CaptionTable, lines: Sequence[str], count: int) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of lines that are path, caption, perhaps modality; a line that is proper CSV is read as such."""
+def _unquoted(table: CaptionTable, lines: Sequence[str], count: int) -> Iterator[Record]:
+    """Lines that are path, caption, perhaps modality; a line that is proper CSV is read as such."""
     for number, line in enumerate(lines[1:], 2):
         if not line.strip():
             continue
         try:
-            fields = next(csv.reader([line], skipinitialspace=True, strict=True))
+            cells = next(records([line], ",", True)).cells
         except csv.Error:
-            fields = []
-        if len(fields) == count:
-            yield number, fields
+            cells = []
+        if len(cells) == count:
+            yield Record(number, cells)
             continue
         parts = line.split(",")
         if len(parts) < count:
             table.problems.append((number, f"{_fields(len(parts))}, expected {count}"))
             continue
         last = len(parts) - (count - 2)
-        yield number, [parts[0], ",".join(parts[1:last]), *parts[last:]]
+        yield Record(number, [parts[0], ",".join(parts[1:last]), *parts[last:]])
 
 
-def _counted(
-    table: CaptionTable, lines: Sequence[str], delimiter: str, count: int
-) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields) of the rows of a CSV that have `count` fields; the others are problems."""
-    reader = csv.reader(_ended(lines), delimiter=delimiter, skipinitialspace=True)
-    next(reader)
-    line = reader.line_num + 1
-    for fields in reader:
-        if fields and len(fields) != count:
-            table.problems.append((line, f"{_fields(len(fields))}, expected {count}; captions with commas need quotes"))
-        elif fields:
-            yield line, fields
-        line = reader.line_num + 1
+def _counted(table: CaptionTable, lines: Sequence[str], delimiter: str, count: int) -> Iterator[Record]:
+    """The rows of a table that have `count` cells; the others are problems."""
+    try:
+        rows = list(records(_ended(lines), delimiter, delimiter != "\t"))[1:]
+    except csv.Error:
+        rows = list(records(_ended(lines), delimiter, False))[1:]
+    for row in rows:
+        if len(row.cells) == count:
+            yield row
+        else:
+            told = f"{_fields(len(row.cells))}, expected {count}; captions with commas need quotes"
+            table.problems.append((row.line, told))
 
 
 def _ended(lines: Sequence[str]) -> Iterator[str]:
@@ -187,7 +178,7 @@ def _fields(count: int) -> str:
 
 
 def _collect(
-    table: CaptionTable, rows: Iterator[tuple[int, list[str]]], places: dict[str, int | None], folder: Path,
+    table: CaptionTable, rows: Iterator[Record], places: dict[str, int | None], folder: Path,
     of_files: bool,
 ) -> None:  # fmt: skip
     seen: dict[tuple[str, str], int] = {}
@@ -197,7 +188,7 @@ def _collect(
         image = folder / name  # an absolute path stays one
         if not name:
             reason = "no image path"
-        elif not text:
+        elif is_missing(text):
             reason = f"the caption of {name} is empty"
         elif (name, text) in seen:
             reason = f"{name} with the same caption stands in line {seen[name, text]} already"

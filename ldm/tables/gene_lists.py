@@ -13,6 +13,8 @@ import numpy as np
 import yaml
 
 from ldm.errors import UserError, some
+from ldm.tables.gene_dates import dates_among
+from ldm.tables.text import read_text
 
 _SHOWN = 8
 
@@ -21,7 +23,12 @@ def read_genes(genes: Sequence[str] | str | Path, what: str) -> tuple[str, ...]:
     """Names of genes: a list of them, a text file of one per line, or a cohort's omics/<source>.json.
 
     Raises:
-        UserError: an unreadable file, fewer than two genes, a gene twice.
+        UserError: an unreadable file, fewer than two genes, a gene twice, names that are dates.
+
+    >>> _ = Path("genes.txt").write_text("TP53")
+    >>> read_genes("genes.txt", "genes")
+    Traceback (most recent call last):
+    ldm.errors.UserError: `genes` (genes.txt) names two or more genes; got TP53.
     """
     source = ""
     if isinstance(genes, (str, Path)):
@@ -36,22 +43,22 @@ def read_genes(genes: Sequence[str] | str | Path, what: str) -> tuple[str, ...]:
     names = tuple(str(name) for name in genes)
     if len(names) < 2:
         raise UserError(f"`{what}`{source} names two or more genes; got {', '.join(names) or 'none'}.")
+    if dates := dates_among(names):
+        raise UserError(
+            f"`{what}`{source} has names that a spreadsheet turned into dates: {some(list(dates.values()), _SHOWN)}; "
+            "write the genes' names."
+        )
     if len(set(names)) < len(names):
         raise UserError(f"`{what}`{source} has {some(repeated(names), _SHOWN)} twice.")
     return names
 
 
-def read_text(path: str | Path, what: str) -> str:
-    """A text file; UserError naming the option `what` if it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read `{what}` from {path}: {reason}.") from error
-
-
 def repeated(names: Iterable[str]) -> list[str]:
-    """The names that are there more than once."""
+    """The names that are there more than once.
+
+    >>> repeated(["TP53", "EGFR", "TP53"])
+    ['TP53']
+    """
     return [name for name, count in Counter(names).items() if count > 1]
 
 
@@ -70,6 +77,11 @@ def read_scaler(path: Path | str) -> Scaler:
 
     Raises:
         UserError: an unreadable file, no ranges in it, ranges that are not those of its genes.
+
+    >>> told = {"genes": ["TP53", "EGFR"], "scaler": {"low": [0, 1], "high": [5, 9]}}
+    >>> _ = Path("expression.json").write_text(json.dumps(told))
+    >>> read_scaler("expression.json").high.tolist()
+    [5.0, 9.0]
     """
     path = Path(path)
     file = path / "config.yaml" if path.is_dir() else path

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
 import re
-import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pandas as pd
-from scipy.sparse import csc_matrix, csr_matrix
 from tqdm import tqdm
 
-from ldm.errors import UserError
+from ldm.errors import UserError, note
+from ldm.tables.h5ad import read_h5ad
+from ldm.tables.text import (
+    Form,
+    as_values,
+    find_form,
+    read_chunks,
+    read_table,
+    tell_rows,
+    text_columns,
+    without_placeholders,
+)
 
 ORIENTATIONS = ("auto", "samples", "genes")
 UNITS = ("auto", "log2", "unit", "counts")
@@ -29,10 +35,8 @@ NON_SILENT = frozenset(
     "splice_site translation_start_site de_novo_start_inframe de_novo_start_outofframe start_codon_snp start_codon_del "
     "start_codon_ins stop_codon_del stop_codon_ins".split()
 )
-_MISSING = ["", "NA", "NaN", "nan", "null", "NULL", "None", "N/A", "[Not Available]"]
 _SYMBOL = re.compile(r"[A-Z][A-Z0-9]+(?:[-.][A-Z0-9]+)*|C\d+orf\d+")
 _ID = re.compile(r"\d+|ENSG\d+(\.\d+)?")
-_DATE = re.compile(r"\d{1,2}-(Mar|Sep|Dec)|(Mar|Sep|Dec)-\d{1,2}")  # MARCH1, SEPT2, DEC1 after a spreadsheet
 _GENE_COLUMNS = ("hugo_symbol", "entrez_gene_id", "cytoband")
 _SYMBOL_COLUMNS = ("symbol", "hugo_symbol", "gene_symbol", "gene_name", "gene")
 _CHUNK = 1000
@@ -54,7 +58,7 @@ class GeneNames:
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        frame = text_table(self.path)
+        frame = read_table(self.path)
         named = {name.lower(): name for name in frame.columns}
         symbol = next((named[name] for name in _SYMBOL_COLUMNS if name in named), None)
         if symbol is None:
@@ -85,7 +89,11 @@ class GeneNames:
 
 
 def barcode(name: str) -> tuple[str, str | None] | None:
-    """Patient (12 characters) and sample (15, or None) of the TCGA barcode that `name` begins with; None if none."""
+    """Patient (12 characters) and sample (15, or None) of the TCGA barcode that `name` begins with; None if none.
+
+    >>> barcode("TCGA-CR-7395-01Z-00-DX1.svs"), barcode("tcga.cr.7395"), barcode("CMU-1.svs")
+    (('TCGA-CR-7395', 'TCGA-CR-7395-01'), ('TCGA-CR-7395', None), None)
+    """
     found = TCGA.match(name)
     if not found:
         return None
@@ -94,9 +102,10 @@ def barcode(name: str) -> tuple[str, str | None] | None:
 
 
 def read_gene_table(
-    path: Path | str, kind: str, orient: str = "auto", samples: Collection[str] = (), names: GeneNames | None = None
-) -> GeneTable:
-    """Read a table of mutations or expression.
+    path: Path | str, kind: str, orient: str = "auto", samples: Collection[str] = (), names: GeneNames | None = None,
+    layer: str | None = None,
+) -> GeneTable:  # fmt: skip
+    r"""Read a table of mutations or expression.
 
     Args:
         path: .csv, .tsv, .txt (also .gz), .parquet or .h5ad. A matrix of samples x genes or genes x samples whose first
@@ -104,28 +113,38 @@ def read_gene_table(
             mutations. Leading lines that start with # are skipped.
         kind: mutation or expression. orient: what the rows are (samples, genes), or auto.
         samples: names by which samples are known. names: symbols of gene ids.
+        layer: the matrix of an h5ad file, see `ldm.tables.h5ad.read_h5ad`.
     Raises:
         UserError: an unreadable file, cells that are no numbers, an orientation that the names contradict.
+
+    >>> _ = Path("t.csv").write_text("gene,p_1,p_2\nTP53,1,0\nEGFR,0,\n")
+    >>> table = read_gene_table("t.csv", "mutation", samples=["p_1"])
+    >>> table.samples, table.genes, table.values.tolist()
+    (['p_1', 'p_2'], ['TP53', 'EGFR'], [[1.0, 0.0], [0.0, nan]])
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no table at {path}.")
-    suffix = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
-    if suffix == ".h5ad":
-        rows, columns, values, ids = *_read_h5ad(path), None
+    if path.suffix == ".h5ad":
+        rows, columns, values, said = read_h5ad(path, layer)
     else:
-        header = _parquet_header(path) if suffix == ".parquet" else _header(path)[0]
+        parquet = _parquet(path) if path.suffix == ".parquet" else None
+        form = find_form(path) if parquet is None else None
+        header = form.header if parquet is None else parquet.columns.tolist()
+        if len(header) < 2:
+            raise UserError(f"{path} is no table of columns separated by tabs or commas; it begins '{header[0][:60]}'.")
+        said = f"{len(parquet)} rows of {len(header)} columns" if form is None else form.words
         low = [name.lower() for name in header]
         if {"hugo_symbol", "tumor_sample_barcode"} <= set(low):
             if kind != "mutation":
                 raise UserError(f"{path} is a list of mutations (MAF); give it as --mutation.")
-            return _from_maf(path, suffix)
+            return _from_maf(path, read_table(path) if parquet is None else without_placeholders(parquet))
         text = [i for i, name in enumerate(low) if name in _GENE_COLUMNS] or [0]
-        ids, columns, values = (_read_parquet if suffix == ".parquet" else _read_text)(path, text)
+        ids, columns, values = _read_text(form, text) if parquet is None else _read_parquet(path, parquet, text)
         if len(low) > len(text) and low[text[0]] in _GENE_COLUMNS:
-            return _from_cbioportal(path, ids, columns, values, orient)
+            return _from_cbioportal(path, ids, columns, values, orient, said)
         rows = ids.iloc[:, 0].fillna("").tolist()
-    flip, reason = _orientation(path, rows, columns, orient, set(samples), names, suffix == ".h5ad")
+    flip, reason = _orientation(path, rows, columns, orient, set(samples), names, path.suffix == ".h5ad")
     if flip:
         rows, columns, values = columns, rows, values.T
     genes = [gene.partition("|") for gene in columns]  # TP53|7157
@@ -134,25 +153,29 @@ def read_gene_table(
         ["" if gene[0] == "?" else gene[0] for gene in genes],
         [gene[2] if gene[2].isdigit() else None for gene in genes],
         np.ascontiguousarray(values),
-        f"{'columns' if flip else 'rows'} are samples ({reason})",
+        f"{'columns' if flip else 'rows'} are samples ({reason}); {said}",
     )
 
 
-def named_by_spreadsheet(genes: Sequence[str]) -> list[str]:
-    """Names that a spreadsheet has turned into dates, as 2-Sep."""
-    return [gene for gene in genes if _DATE.fullmatch(gene)]
-
-
 def are_ids(genes: Sequence[str]) -> bool:
-    """Whether most genes are Entrez or Ensembl ids and not symbols."""
-    return np.mean([bool(_ID.fullmatch(gene)) for gene in genes]) > 0.5
+    """Whether most genes are Entrez or Ensembl ids and not symbols.
+
+    >>> are_ids(["7157", "ENSG00000141510.16", "TP53"]), are_ids(["TP53", "EGFR"])
+    (True, False)
+    """
+    return bool(np.mean([bool(_ID.fullmatch(gene)) for gene in genes]) > 0.5)
 
 
 def to_log2(values: np.ndarray, unit: str, name: str) -> tuple[np.ndarray, str, str]:
     """Expression (S,G) in log2 (or in [0, 1] as it is), its unit, and what was found and done.
 
     Raises:
-        UserError: values that cannot be of that unit: negative counts, logs of logs, numbers too large for logs.
+        UserError: values that cannot be of that unit: negative counts, logs of logs, numbers too large for logs,
+            z-scores.
+
+    >>> values, unit, told = to_log2(np.array([[0.0, 7.0], [63.0, 1.0]]), "auto", "t.csv")
+    >>> values.tolist(), unit, told
+    ([[0.0, 3.0], [6.0, 1.0]], 'counts', '0 .. 63, counts, made log2(x + 1) (detected)')
     """
     known = values[~np.isnan(values)]
     if not len(known) or not np.isfinite(known).all():
@@ -160,6 +183,12 @@ def to_log2(values: np.ndarray, unit: str, name: str) -> tuple[np.ndarray, str, 
     low, high, whole_numbers = float(known.min()), float(known.max()), bool((known == np.round(known)).all())
     says, told = f"{name} has values from {low:g} to {high:g}", unit != "auto"
     if unit == "auto":
+        if _are_z_scores(values):
+            raise UserError(
+                f"{says}, and most genes have a mean of 0 and a deviation of 1: they look like z-scores, which cannot "
+                "be compared with expression elsewhere. Give the table from before, as of an h5ad by --layer; or say "
+                "--unit log2 to take them as they are."
+            )
         counts = low >= 0 and (high > LARGEST_LOG2 or (whole_numbers and high > 1))
         unit = "unit" if low >= 0 and high <= 1 else "counts" if counts else "log2"
     if unit == "unit" and not 0 <= low <= high <= 1:
@@ -183,8 +212,22 @@ def to_log2(values: np.ndarray, unit: str, name: str) -> tuple[np.ndarray, str, 
     return values, unit, f"{low:g} .. {high:g}, {done}{'' if told else ' (detected)'}"
 
 
+def _are_z_scores(values: np.ndarray) -> bool:
+    """Whether genes of values (S,G) have been shifted to a mean of 0 and scaled to a deviation of 1."""
+    if len(values) < 5:
+        return False
+    frame = pd.DataFrame(values)
+    mean, deviation = frame.mean().abs(), frame.std()
+    return bool(((mean < 0.05) & ((deviation - 1).abs() < 0.15)).mean() > 0.5)
+
+
 def gene_ranges(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Robust low and high (G,) of values (S,G). A gene that never differs lies in the middle of its range."""
+    """Robust low and high (G,) of values (S,G). A gene that never differs lies in the middle of its range.
+
+    >>> low, high = gene_ranges(np.array([[0.0, 5.0], [10.0, 5.0]]))
+    >>> low.tolist(), high.tolist()
+    ([0.1, 4.5], [9.9, 5.5])
+    """
     frame = pd.DataFrame(values)
     low, high = (frame.quantile(q).fillna(0.5).to_numpy(np.float64) for q in QUANTILES)
     same = high <= low
@@ -233,111 +276,65 @@ def _orientation(
 
 
 def _from_cbioportal(
-    path: Path, ids: pd.DataFrame, columns: list[str], values: np.ndarray, orient: str
+    path: Path, ids: pd.DataFrame, columns: list[str], values: np.ndarray, orient: str, said: str
 ) -> GeneTable:
     if orient == "samples":
         raise UserError(f"{path} has a gene in each row (column {ids.columns[0]}); --orient samples does not fit it.")
     by = {name.lower(): ids[name].fillna("") for name in ids.columns}
     entrez = [value or None for value in by.get("entrez_gene_id", pd.Series([""] * len(ids)))]
     genes = by.get("hugo_symbol", by.get("entrez_gene_id")).tolist()
-    layout = f"columns are samples (cBioPortal's layout: {', '.join(ids.columns)})"
+    layout = f"columns are samples (cBioPortal's layout: {', '.join(ids.columns)}); {said}"
     genes = [gene or (number or "") for gene, number in zip(genes, entrez)]
     return GeneTable(columns, genes, entrez, np.ascontiguousarray(values.T), layout)
 
 
-def _from_maf(path: Path, suffix: str) -> GeneTable:
+def _from_maf(path: Path, frame: pd.DataFrame) -> GeneTable:
     """Mutations as 0 and 1 of a list of them; samples with silent ones only have 0 everywhere."""
-    frame = pd.read_parquet(path).astype(str) if suffix == ".parquet" else text_table(path)
     by = {name.lower(): name for name in frame.columns}
     if "variant_classification" not in by:
         raise UserError(f"{path} has no column Variant_Classification, so silent mutations cannot be left out.")
-    frame = frame.dropna(subset=[by["tumor_sample_barcode"], by["hugo_symbol"]])
-    change = frame[by["variant_classification"]].str.lower()
-    acts = change.isin(NON_SILENT)
+    rows, change = len(frame), by["variant_classification"]
+    frame = frame.dropna(subset=[by["tumor_sample_barcode"], by["hugo_symbol"], change])
+    acts = frame[change].str.lower().isin(NON_SILENT)
+    silent = ", ".join(f"{count} {name}" for name, count in frame[change][~acts].value_counts().items())
     if not acts.any():
-        raise UserError(f"{path} has silent mutations only: {', '.join(sorted(set(change.dropna())))}.")
+        raise UserError(f"{path} has silent mutations only: {silent or 'no row says its kind'}.")
+    if rows > len(frame):
+        note(f"{path}: {rows - len(frame)} of {rows} mutations name no sample, no gene or no kind, and are left out.")
     samples = list(dict.fromkeys(frame[by["tumor_sample_barcode"]]))
     genes = sorted(set(frame[by["hugo_symbol"]][acts]))
     values = np.zeros((len(samples), len(genes)), np.float32)
-    rows = pd.Index(samples).get_indexer(frame[by["tumor_sample_barcode"]][acts])
-    values[rows, pd.Index(genes).get_indexer(frame[by["hugo_symbol"]][acts])] = 1
+    places = pd.Index(samples).get_indexer(frame[by["tumor_sample_barcode"]][acts])
+    values[places, pd.Index(genes).get_indexer(frame[by["hugo_symbol"]][acts])] = 1
     entrez: dict[str, str] = {}
     if "entrez_gene_id" in by:
-        entrez = dict(zip(frame[by["hugo_symbol"]], frame[by["entrez_gene_id"]].fillna("")))
-    layout = f"a list of mutations (MAF), {acts.sum()} of {len(frame)} not silent"
+        numbers = ["" if pd.isna(number) else str(number) for number in frame[by["entrez_gene_id"]]]
+        entrez = dict(zip(frame[by["hugo_symbol"]], numbers))
+    left = f" (left out: {silent})" if silent else ""
+    layout = f"a list of mutations (MAF), {rows} rows, {acts.sum()} of them not silent{left}"
     return GeneTable(samples, genes, [entrez.get(gene) or None for gene in genes], values, layout)
 
 
-def _header(path: Path) -> tuple[list[str], int, str]:
-    """Column names, the line that holds them, and the separator of a text table."""
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8-sig", newline="") as stream:
-            lines = enumerate(stream)
-            number, line = next(((n, text) for n, text in lines if text.strip() and text[0] != "#"), (0, ""))
-            after = stream.readline()
-    except (OSError, UnicodeDecodeError, EOFError) as error:
-        raise UserError(f"cannot read {path}: {error}.") from error
-    separator = "\t" if "\t" in line else max(",;", key=line.count)
-    header, first = (next(csv.reader([text.rstrip("\r\n")], delimiter=separator), []) for text in (line, after))
-    if len(first) == len(header) + 1 and first[-1]:  # R's write.table leaves out the name of the row names
-        header = ["", *header]
-    if len(header) < 2:
-        raise UserError(f"{path} is no table of columns separated by tabs or commas; it begins '{line.strip()[:60]}'.")
-    return [name.strip() for name in header], number, separator
-
-
-def text_table(path: Path) -> pd.DataFrame:
-    """A whole table as text, by its column names. UserError: two of one name, rows longer than the header."""
-    header, number, separator = _header(path)
-    if twice := [name for name in dict.fromkeys(header) if name and header.count(name) > 1]:
-        raise UserError(f"{path} has {header.count(twice[0])} columns called '{twice[0]}'; rename them.")
-    try:
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # rows longer than the header
-            frame = _pandas(path, header, number, separator, dtype=str)
-    except pd.errors.ParserWarning as error:
-        raise UserError(
-            f"{path} has rows with more cells than its header has columns; values with a '{separator}' in them need "
-            "quotes."
-        ) from error
-    return frame.set_axis(header, axis=1)
-
-
-def _pandas(path: Path, header: list[str], number: int, separator: str, **options):
-    try:
-        return pd.read_csv(
-            path, sep=separator, header=None, names=range(len(header)), skiprows=number + 1, index_col=False,
-            na_values=_MISSING, keep_default_na=False, encoding="utf-8-sig", **options,
-        )  # fmt: skip
-    except (ValueError, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}.") from error
-
-
-def _read_text(path: Path, text: list[int]) -> tuple[pd.DataFrame, list[str], np.ndarray]:
+def _read_text(form: Form, text: list[int]) -> tuple[pd.DataFrame, list[str], np.ndarray]:
     """Text columns, names of the other columns, and their values (rows, columns) float32."""
-    header, number, separator = _header(path)
+    path, header = form.path, form.header
     others = [i for i in range(len(header)) if i not in text]
-    ids, values = [], []
-    try:
-        with (
-            warnings.catch_warnings(action="error", category=pd.errors.ParserWarning),  # rows longer than the header
-            _pandas(path, header, number, separator, dtype=dict.fromkeys(text, str), chunksize=_CHUNK) as chunks,
-            tqdm(desc=f"reading {path.name}", unit="row", leave=False) as bar,
-        ):
-            for chunk in chunks:
-                ids.append(chunk[text])
-                values.append(_numbers(path, chunk[others].set_axis([header[i] for i in others], axis=1)))
-                bar.update(len(chunk))
-    except (pd.errors.ParserError, pd.errors.ParserWarning) as error:
-        raise UserError(f"cannot read {path}: {error}.") from error
-    if not sum(map(len, ids)):
-        raise UserError(f"{path} has no rows.")
+    ids, values, rows, empty = [], [], 0, 0
+    with tqdm(desc=f"reading {path.name}", total=form.rows, unit="row", leave=False) as bar:
+        for chunk in read_chunks(form, text, _CHUNK):
+            bare = chunk.isna().all(axis=1)
+            rows, empty = rows + len(chunk), empty + int(bare.sum())
+            chunk = chunk[~bare] if bare.any() else chunk
+            ids.append(chunk[text])
+            named = chunk[others].set_axis([header[i] for i in others], axis=1)
+            values.append(_numbers(path, named, form.separator))
+            bar.update(len(chunk))
+    if rows != form.rows:
+        raise UserError(f"{path} has {form.rows} rows, and {rows} could be read; save it as tab-separated text.")
+    tell_rows(form, empty)
     names = pd.concat(ids, ignore_index=True).set_axis([header[i] for i in text], axis=1)
-    return names.apply(lambda column: column.str.strip()), [header[i] for i in others], np.concatenate(values)
-
-
-def _parquet_header(path: Path) -> list[str]:
-    return _parquet(path).columns.tolist()
+    names = without_placeholders(names.apply(lambda column: column.str.strip()))
+    return names, [header[i] for i in others], np.concatenate(values)
 
 
 def _parquet(path: Path) -> pd.DataFrame:
@@ -350,46 +347,24 @@ def _parquet(path: Path) -> pd.DataFrame:
     return frame.rename(columns=str)
 
 
-def _read_parquet(path: Path, text: list[int]) -> tuple[pd.DataFrame, list[str], np.ndarray]:
-    frame = _parquet(path)
+def _read_parquet(path: Path, frame: pd.DataFrame, text: list[int]) -> tuple[pd.DataFrame, list[str], np.ndarray]:
     ids = frame.iloc[:, text].astype(object)
     rest = frame.drop(columns=ids.columns)
     return ids.where(ids.isna(), ids.astype(str)), rest.columns.tolist(), _numbers(path, rest)
 
 
-def _read_h5ad(path: Path) -> tuple[list[str], list[str], np.ndarray]:
-    """Samples, genes and X of an AnnData file, dense or sparse. The package itself would hold pandas below 3."""
-    try:
-        with h5py.File(path) as file:
-            names = [file[axis][_text(file[axis].attrs["_index"])].asstr()[:].tolist() for axis in ("obs", "var")]
-            x = file["X"]
-            if isinstance(x, h5py.Dataset):
-                values = x[:]
-            else:
-                make = {"csr_matrix": csr_matrix, "csc_matrix": csc_matrix}[_text(x.attrs["encoding-type"])]
-                values = make((x["data"][:], x["indices"][:], x["indptr"][:]), tuple(x.attrs["shape"])).toarray()
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"cannot read {path} as h5ad: {error}.") from error
-    return names[0], names[1], values.astype(np.float32)
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
-
-
-def _numbers(path: Path, frame: pd.DataFrame) -> np.ndarray:
+def _numbers(path: Path, frame: pd.DataFrame, separator: str = ",") -> np.ndarray:
     """Values (rows, columns) float32; UserError naming a cell that is no number."""
-    texts = [i for i, kind in enumerate(frame.dtypes) if not pd.api.types.is_numeric_dtype(kind)]
-    for i in texts:
-        column = frame.iloc[:, i]
-        numbers = pd.to_numeric(column, errors="coerce")
-        wrong = column[numbers.isna() & column.notna()]
-        if len(wrong):
+    for i in text_columns(frame):
+        column = without_placeholders(frame.iloc[:, [i]]).iloc[:, 0]
+        numbers = as_values(column, path, separator)
+        if not pd.api.types.is_numeric_dtype(numbers) and column.notna().any():
+            wrong = column[pd.to_numeric(column, errors="coerce").isna() & column.notna()]
             raise UserError(
                 f"{path} has '{wrong.iloc[0]}' in the column {frame.columns[i]}, where numbers belong; an unknown "
                 "value is an empty cell or NA."
             )
-        frame.isetitem(i, numbers)
+        frame.isetitem(i, pd.to_numeric(numbers))
     return frame.to_numpy(np.float32, na_value=np.nan)
 
 
