@@ -364,7 +364,7 @@ def test_a_table_is_read_field_by_field(model, tmp_path):
     assert requested_tiles(model, AskedTiles(table=path)).values == {"class": ["LUAD", "LUSC"], "score": [0.5, 1.0]}
     for text, message in (
         ("class,score\nLUAD,0.5,x\n", "line 2 has 3 cells"), ("class,score\nLUAD,\n", "row 2 has no score"),
-        ("", "has no rows"), ("class,class\nLUAD,LUAD\n", "given twice"),
+        ("", "has no rows"), ("class,class\nLUAD,LUAD\n", "2 columns called 'class'"),
     ):  # fmt: skip
         path.write_text(text)
         with pytest.raises(UserError, match=message):

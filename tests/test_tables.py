@@ -97,6 +97,9 @@ def test_cells_of_several_lines_and_quotes_need_quotes(tmp_path, capsys):
     (tmp_path / "t.csv").write_text("id,text\na,x\nb,y,z\n")
     with pytest.raises(UserError, match=r"line 3 has 3 cells, the header 2: .* need quotes"):
         read_table(tmp_path / "t.csv")
+    (tmp_path / "t.tsv").write_text("id\ttext\na\tx\ty\nb\tz\n")  # the first row has one too many
+    with pytest.raises(UserError, match="line 2 has 3 cells, the header 2"):
+        read_table(tmp_path / "t.tsv")
     (tmp_path / "t.csv").write_text("id,text,more\na,x,1\nb\n")
     assert read_table(tmp_path / "t.csv")["text"].isna().tolist() == [False, True]
     assert "1 rows with fewer cells than its header (the first is line 3)" in capsys.readouterr().err

@@ -186,6 +186,8 @@ def find_form(path: Path | str) -> Form:
         encoding = _encoding(path)
         start, header, separator = _header(path, encoding)
         raw = _counted(path, encoding, start, separator, len(header), False)
+        if raw.short and header[0] == "":  # a row with one cell too many, and no table of R's
+            raw = _counted(path, encoding, start, separator, len(header := header[1:]), False)
         found = raw
         if raw.short or raw.long or raw.width > len(header):
             quoted = _counted(path, encoding, start, separator, len(header), True)
@@ -238,7 +240,8 @@ def _header(path: Path, encoding: str) -> tuple[int, list[str], str]:
         line = header.lstrip("# ")
     separator = "\t" if "\t" in line else max(",;", key=line.count)
     header, first = (cells_of(text, separator) for text in (line, after))
-    if len(first) == len(header) + 1 and first[-1]:  # R's write.table leaves out the name of the row names
+    if separator == "\t" and len(first) == len(header) + 1 and first[-1]:
+        # R's write.table leaves out the name of the row names
         header = ["", *header]
     return number + 1, [name.strip() for name in header], separator
 
