@@ -40,6 +40,7 @@ from data_prep.options import (
 )
 from ldm.cli.script import script
 from ldm.data import dihedral
+from ldm.data.extent import scale_differs, tell
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.devices import pick_device
 from ldm.errors import UserError
@@ -98,7 +99,7 @@ def encode_latents(
         UserError: no model folder, tiles that the first stage cannot halve often enough, latents made otherwise before,
             values beyond float16.
     """
-    from ldm.model_folder import load_first_stage
+    from ldm.model_folder import load_first_stage, read_model_folder
 
     folder = Path(first_stage_folder)
     name = name or folder.resolve().name
@@ -112,6 +113,8 @@ def encode_latents(
             raise UserError(
                 f"{store.path} has tiles of {store.tile_size} px; first stage {folder} takes multiples of {factor} px"
             )
+    _, trained = read_model_folder(folder)
+    tell([scale_differs({str(store.path): store.mpp for store in stores}, trained, str(folder))])
     attrs = latent_attrs(folder, first_stage, with_dihedral, precision)
     variants = dihedral.COUNT if with_dihedral else 1
     measured = []

@@ -41,12 +41,13 @@ from data_prep.options import (
 from data_prep.tile_slides import find_slides, tell_splits, update_index
 from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, merge_index, read_index, write_store
+from ldm.data.extent import tell_scales
 from ldm.data.features import Places, SlideFiles, files_of, find_slide_files, nearest_tiles
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError
 from ldm.images.kinds import images_in
-from ldm.images.slides import open_image, open_slide
+from ldm.images.slides import GIVEN, open_image, open_slide
 from ldm.images.tissue import TissueMask
 
 _PLACE = re.compile(r"\((\d+)\s*,\s*(\d+)\)|(?:^|[_-])x?_?(\d+)[_-]y?_?(\d+)$", re.IGNORECASE)
@@ -275,7 +276,8 @@ def cut(
                 "file of another slide?"
             )
         print(f"{path.name}: {len(rows)} pictures; {len(places.coords) - len(rows)} places of the file have none")
-        coords, mpp, magnification, level0, labels = folder.coords, slide_mpp, None, None, {}
+        coords, mpp, level0, labels = folder.coords, slide_mpp, None, {}
+        about = {"magnification": None, "mpp_source": GIVEN if slide_mpp else ""}
 
         def read(i: int) -> np.ndarray:
             return folder.read(i, tile_size)
@@ -294,7 +296,7 @@ def cut(
                 f"{files.source} has coordinates up to {tuple(coords.max(0).tolist())}, but {path} is {level0[0]} x "
                 f"{level0[1]} px; is it the file of another slide?"
             )
-        mpp, magnification = slide.mpp, slide.magnification
+        mpp, about = slide.mpp, slide.about
         labels = {"tissue": TissueMask(slide).fraction(coords, extent).astype(np.float32)}
 
         def read(i: int) -> np.ndarray:
@@ -302,7 +304,7 @@ def cut(
 
     downsample = extent / tile_size
     attrs = {
-        "slide": path.name, "mpp": None if mpp is None else mpp * downsample, "magnification": magnification,
+        "slide": path.name, "mpp": None if mpp is None else mpp * downsample, **about,
         "tile_size": tile_size, "stride": max(1, round((places.step or _gap(places.coords) or extent) / downsample)),
         "level0_size": None if level0 is None else list(level0), "downsample": downsample, "licence": licence,
         "coords_sha256": hashlib.sha256(np.ascontiguousarray(coords).tobytes()).hexdigest(),
@@ -408,6 +410,8 @@ def main(
         )  # fmt: skip
     features = f" with features/{name}" if name else ""
     print(f"{sum(map(len, stores))} tiles{features} in {number(len(stores), 'store')}")
+    if slides:
+        print("\n".join(tell_scales(stores)))
 
 
 if __name__ == "__main__":

@@ -51,8 +51,10 @@ from ldm.data.cohort import (
     tell_validation,
     write_store,
 )
+from ldm.data.extent import tell_scales
+from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
-from ldm.images.slides import Slide, open_slide
+from ldm.images.slides import Slide, open_image, open_slide
 from ldm.tables.annotations import Cell, find_files, read_crops, read_midog, read_sliderunner
 from ldm.tables.votes import LABELS, class_called, distribution, scores_of, without_surplus
 
@@ -194,7 +196,7 @@ def cut_slides(
         def image(i: int, slide=slide, own=own, downsample=downsample) -> np.ndarray:
             return cut_cell(slide, own[i].x, own[i].y, size, downsample)
 
-        about = {"slide": name, "mpp": slide.mpp * downsample, "magnification": slide.magnification}
+        about = {"slide": name, "mpp": slide.mpp * downsample, **slide.about}
         about |= {"tile_size": size, "level0_size": list(slide.dimensions), "downsample": downsample}
         _write(out, paths[name].stem, image, coords, own, {**attrs, **about})
         written.append(rows.assign(row=range(len(rows))))
@@ -212,6 +214,9 @@ def cut_crops(
     slide_mpp: float | None,
 ) -> pd.DataFrame:
     """Write the middle of each crop into one store; the table of what was written, with the column `file`."""
+    own = [cells[i] for i in table["cell"]]
+    first = open_image(folder / own[0].slide, slide_mpp)
+    slide_mpp = first.mpp or None
     if mpp is not None and slide_mpp is None:
         raise UserError("--mpp needs the resolution of the crops, which their files do not say: give it by --slide-mpp")
     downsample = mpp / slide_mpp if mpp else 1.0
@@ -220,7 +225,6 @@ def cut_crops(
             f"the crops have {slide_mpp:g} µm per pixel; cells of {mpp:g} would be blown up. Give an mpp of at least "
             f"{slide_mpp:g}"
         )
-    own = [cells[i] for i in table["cell"]]
     extent = math.ceil(size * downsample)
     for cell in own:
         if min(cell.x, cell.y) * 2 < extent:
@@ -230,9 +234,10 @@ def cut_crops(
             )
 
     def image(i: int) -> np.ndarray:
-        return cut_cell(open_slide(folder / own[i].slide, slide_mpp or 1.0), own[i].x, own[i].y, size, downsample)
+        return cut_cell(open_image(folder / own[i].slide), own[i].x, own[i].y, size, downsample)
 
     attrs = {**attrs, "tile_size": size, "mpp": slide_mpp * downsample if slide_mpp else None, "downsample": downsample}
+    attrs |= first.about
     name = folder.resolve().name
     _write(out, name, image, np.zeros((len(own), 2), np.int32), own, attrs)
     known = [cell.patient or _UNKNOWN for cell in own]
@@ -354,12 +359,15 @@ def prepare(
     attrs = {"licence": licence, "score": {"positive": positive, "labels": labels}}
     if source != "crops":
         index, mirrored = cut_slides(present, table, paths, out, attrs, size, mpp, slide_mpp)
+        names = {paths[name].stem for name in table["slide"]}
+        scales = tell_scales([TileStore.open(out / "slides" / f"{name}.zarr") for name in sorted(names)])
     else:
-        index = cut_crops(present, table, Path(crops), out, attrs, size, mpp, slide_mpp)
+        index, scales = cut_crops(present, table, Path(crops), out, attrs, size, mpp, slide_mpp), []
         if (index["patient"] == _UNKNOWN).any():
             notes.append("patients are unknown: crops were split one by one, so a patient may be in several splits")
     merge_index(out, index.drop(columns="cell"))
-    return "\n".join([report(cells, index, positive, missing, outside, mirrored), *(f"note: {note}" for note in notes)])
+    told = report(cells, index, positive, missing, outside, mirrored)
+    return "\n".join([told, *scales, *(f"note: {note}" for note in notes)])
 
 
 def _nothing_left(scores: Sequence[float | None], positive: str) -> str:

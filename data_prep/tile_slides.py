@@ -39,11 +39,13 @@ from data_prep.options import (
     taken,
 )
 from ldm.cli.script import script
-from ldm.data.cohort import check_fractions, choose_splits, counted, patient_of, tell_validation
+from ldm.data.cohort import check_fractions, choose_splits, counted, owner_of, tell_validation
+from ldm.data.extent import tell_scales
 from ldm.data.shards import WriterLock
-from ldm.data.tile_store import TileStore, TileStoreWriter
+from ldm.data.tile_store import TOLD, TileStore, TileStoreWriter
 from ldm.errors import UserError
 from ldm.files import whole
+from ldm.images.dicom import one_per_series
 from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
 from ldm.images.slides import Slide, open_slide
 from ldm.images.tissue import TissueMask
@@ -80,7 +82,7 @@ def tile_slide(
         min_tissue: least tissue fraction of a tile, 0..1; at 0 all tiles are kept.
         keep_background: fraction of the other tiles that is kept, so that models know glass too.
         licence: recorded in the store.
-        slide_mpp: micrometres per level-0 pixel, where the header lacks it or is wrong.
+        slide_mpp: micrometres per level-0 pixel, where the header lacks it.
         seed: picks the background tiles.
         workers: threads that read the slide; None is up to 8.
     Raises:
@@ -106,7 +108,7 @@ def tile_slide(
         "slide": path.name,
         "slide_bytes": path.stat().st_size,
         "mpp": mpp,
-        "magnification": slide.magnification,
+        **slide.about,
         "tile_size": tile_size,
         "stride": stride,
         "level0_size": list(slide.dimensions),
@@ -117,7 +119,7 @@ def tile_slide(
     store = Path(out) / "slides" / f"{path.stem}.zarr"
     if (store / "zarr.json").exists():
         before = TileStore.open(store, allow_incomplete=True).attrs
-        if before["complete"] and all(before.get(name) == value for name, value in attrs.items()):
+        if before["complete"] and all(before.get(name) == attrs[name] for name in attrs.keys() - {*TOLD}):
             return store
     coords, tissue = _choose(slide, extent, stride * downsample, min_tissue, keep_background, seed)
 
@@ -198,13 +200,13 @@ def update_index(
         old = pd.read_parquet(path) if path.exists() else pd.DataFrame({"slide": [], "patient": [], "split": []})
         found = [TileStore.open(p, allow_incomplete=True) for p in sorted((cohort / "slides").glob("*.zarr"))]
         stores = [store for store in found if store.attrs["complete"]]
-        patients = [patient_of(store.slide) for store in stores if store.slide not in holdout]
+        patients = [owner_of(store) for store in stores if store.slide not in holdout]
         late = bool(validation) and "val" not in set(old["split"])
         by_patient = choose_splits(patients, validation, test, old[old["split"] != "train"] if late else old)
         tables = []
         for store in stores:
             known = old[old["slide"] == store.slide]
-            split: str | np.ndarray = by_patient.get(patient_of(store.slide), "train")
+            split: str | np.ndarray = by_patient.get(owner_of(store), "train")
             if box := holdout.get(store.slide):
                 split = held_out(store.coords, store.tile_size * store.downsample, box)
                 if "val" not in split:
@@ -224,7 +226,7 @@ def update_index(
             x, y = store.coords.T
             columns = {"slide": store.slide, "row": np.arange(len(store)), "x": x, "y": y}
             labels = {name: store.labels(name) for name in store.label_names}
-            owner = {"patient": patient_of(store.slide), "split": split}
+            owner = {"patient": owner_of(store), "split": split}
             tables.append(pd.DataFrame(columns | labels | owner))
         if tables:
             with whole(path) as part:
@@ -240,10 +242,14 @@ def tell_splits(path: Path, validation: float | None, test: float, instead: str)
 
 
 def find_slides(paths: Sequence[Path | str]) -> list[Path]:
-    """Files given, and slide files of folders given. UserError for none, or for two that would get the same store."""
+    """Files given, and slide files of folders given; of a DICOM series one.
+
+    UserError for none, or for two that would get the same store.
+    """
     slides: list[Path] = []
     for p in map(Path, paths):
         slides += images_in(p) if p.is_dir() and not is_ome_zarr(p) else [p]
+    slides = one_per_series(slides)
     if not slides:
         raise UserError(f"no slide found in {', '.join(map(str, paths))}; slides end in {ENDINGS}")
     stems: dict[str, Path] = {}
@@ -292,23 +298,24 @@ def main(
             f"--holdout is a box of one slide, and there are {len(found)}; use --validation and --test, which hold out "
             "patients"
         )
-    failures, tiles = [], 0
+    failures, stores = [], []
     for path in found:
         try:
             store = tile_slide(
                 path, out, mpp=mpp, tile_size=tile_size, stride=stride, min_tissue=min_tissue,
                 keep_background=keep_background, licence=licence, slide_mpp=slide_mpp, seed=seed, workers=workers,
             )  # fmt: skip
-            tiles += len(TileStore.open(store))
+            stores.append(TileStore.open(store))
         except UserError as error:
             if len(found) == 1:
                 raise
             failures.append(str(error))
             tqdm.write(f"error: {error}", file=sys.stderr)
-    if len(failures) < len(found):
+    if stores:
         path = update_index(out, validation, test, {found[0].name: box} if box else None)
-        stores = number(len(found) - len(failures), "store")
-        print(f"{tiles} tiles in {stores} in {out / 'slides'}; table of all tiles: {path}")
+        where = f"{number(len(stores), 'store')} in {out / 'slides'}"
+        print(f"{sum(map(len, stores))} tiles in {where}; table of all tiles: {path}")
+        print("\n".join(tell_scales(stores)))
         instead = f"To hold out a region of a slide, delete {path} and give this command again with --holdout."
         print(tell_splits(path, 0.0 if box else validation, test, instead))
     if failures:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from ldm.commands.outputs import kept_images, provenance
 from ldm.conditioners.compose import parse_conditions
 from ldm.convert import load_model, weights_of
+from ldm.data.extent import extent_differs, tell
 from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
 SHEET_TILES = 64
-FAR = 0.15  # relative difference of extent that tiles of model and store may have
 
 
 def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sampler: AskedSampler) -> None:
@@ -45,6 +45,8 @@ def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sa
     tiles = requested_tiles(model, asked)
     if tiles.absent:
         print(f"{asked.features} has no {', '.join(tiles.absent)}: unknown to the model")
+    if asked.features is not None and is_store(asked.features):
+        tell(extent_differs(store, model.metadata) for store in open_cohort(asked.features))
     chosen = sampler.loaded(model)
     about = sampler.record(chosen, model, "sample") | {"model_sha256": weights_of(model_path)}
     about |= {"mpp": model.metadata["mpp"]} if model.metadata.get("mpp") else {}
@@ -132,14 +134,9 @@ def generate_large_image(
 
 def checked_mpp(model: LatentDiffusion, store: TileStore) -> float | None:
     """The model's micrometres per pixel, or the store's where it does not know; UserError if their tiles differ."""
-    own, side = model.metadata.get("mpp"), model.metadata.get("tile_size")
-    if own and side and store.mpp and abs(store.tile_size * store.mpp / (side * own) - 1) > FAR:
-        raise UserError(
-            f"tiles of {store.path} cover {store.tile_size * store.mpp:.0f} um ({store.tile_size} px at "
-            f"{store.mpp:.3g} um/px), those that the model was trained on {side * own:.0f} um ({side} px at {own:.3g} "
-            "um/px). Tile the slide as the model's were, or give --mpp if this is what you want."
-        )
-    return own or store.mpp
+    if differs := extent_differs(store, model.metadata):
+        raise UserError(f"{differs}. Tile the slide as the model's were, or give --mpp if this is what you want.")
+    return model.metadata.get("mpp") or store.mpp
 
 
 def glass(store: TileStore, feature: str) -> np.ndarray | None:

@@ -45,7 +45,8 @@ class AskedReal:
     """Real images that sequences start from.
 
     Attributes:
-        images: a file, a folder or a tile store. mpp: micrometres per pixel of files, whose middle is taken.
+        images: a file, a folder or a tile store. mpp: micrometres per pixel of files that do not say it; of files, the
+            middle is taken.
         where, count: which of them; count is that of all sequences where there are no images.
         source: conditions as name=value, in place of a store's own. strength: of the inversion.
     """
@@ -177,13 +178,12 @@ def read_real(model: LatentDiffusion, real: AskedReal) -> tuple[Tensor | None, M
     else:
         if real.where:
             raise UserError(f"--where selects tiles of a store; {path} is none.")
-        extent, mpp, wanted = side, real.mpp, model.metadata.get("mpp")
-        if mpp is not None:
-            if not wanted:
-                raise UserError("the model does not know its micrometres per pixel; cut the images to its size.")
-            extent = side * (wanted / mpp)  # of a tile, in the images' pixels
-        pictures = list(read_pictures(path, subfolders=False))[: real.count]
-        pixels = np.stack([picture.part(extent).pixels((side, side)) for picture in pictures])
+        wanted = model.metadata.get("mpp")
+        if real.mpp is not None and not wanted:
+            raise UserError("the model does not know its micrometres per pixel; cut the images to its size.")
+        pictures = list(read_pictures(path, subfolders=False, mpp=real.mpp))[: real.count]
+        extents = [side if real.mpp is None else side * (wanted / own.mpp) for own in pictures]  # in the images' pixels
+        pixels = np.stack([own.part(extent).pixels((side, side)) for own, extent in zip(pictures, extents)])
         names = [picture.file for picture in pictures]
     starts = torch.from_numpy(pixels).movedim(-1, 1).float() / 127.5 - 1
     if model.image_channels == 1:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from ldm.commands.outputs import kept_images, provenance
 from ldm.convert import load_model, weights_of
+from ldm.data.extent import scale_differs, tell
 from ldm.errors import UserError
 from ldm.files import writable_folder, write_text
 from ldm.images.pictures import Picture
@@ -65,6 +66,8 @@ def translate_pictures(
     usual = Inversion(enlarge=inversion.enlarge).settled(model)
     for picture in pictures:
         _check_picture(model, picture, inversion.enlarge or 1)
+    mpps = {picture.file: _mpp(picture, inversion.enlarge) for picture in pictures}
+    tell([scale_differs(mpps, model.metadata, str(model_path))])
     used = sampler.record(chosen, model, inversion.task) | changed(inversion, usual)
     used |= {"model_sha256": weights_of(model_path)}
     outputs = _outputs(model_path, model, pictures, plans, out, inversion.enlarge, used)

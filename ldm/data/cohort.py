@@ -28,8 +28,21 @@ _BATCH = 64
 
 
 def patient_of(slide: str) -> str:
-    """The patient a slide belongs to: the TCGA barcode's first 12 characters, or the file name without its ending."""
+    """The patient a slide belongs to: the TCGA barcode's first 12 characters, or the file name without its ending.
+
+    >>> patient_of("TCGA-CR-7395-01A-01-TS1.svs"), patient_of("a.svs")
+    ('TCGA-CR-7395', 'a')
+    """
     return slide[:12] if re.match(r"TCGA-\w{2}-\w{4}", slide) else Path(slide).stem
+
+
+def owner_of(store: TileStore) -> str:
+    """The patient of a store's slide: whom its file names, as DICOM does, else `patient_of` its name.
+
+    >>> owner_of(store)
+    'CMU-1-Small-Region'
+    """
+    return str(store.attrs.get("patient") or patient_of(store.slide))
 
 
 def split_of(patient: str, validation: float, test: float) -> str:
@@ -118,7 +131,12 @@ def split_table(
 
 
 def check_fractions(validation: float | None, test: float) -> None:
-    """UserError unless these fractions of the patients can be in the splits val and test."""
+    """UserError unless these fractions of the patients can be in the splits val and test.
+
+    >>> check_fractions(0.5, 0.6)
+    Traceback (most recent call last):
+    ldm.errors.UserError: --validation and --test are fractions from 0 to 1 that sum to 1 at most; got 0.5 and 0.6
+    """
     asked = VALIDATION if validation is None else validation
     if not (asked >= 0 and test >= 0 and asked + test <= 1):
         raise UserError(
@@ -127,7 +145,11 @@ def check_fractions(validation: float | None, test: float) -> None:
 
 
 def counted(values: Iterable[str]) -> str:
-    """How often each value is there, the most frequent first: "3 train, 1 val"."""
+    """How often each value is there, the most frequent first: "3 train, 1 val".
+
+    >>> counted(["val", "train", "train"])
+    '2 train, 1 val'
+    """
     return ", ".join(f"{count} {name}" for name, count in Counter(values).most_common())
 
 
@@ -152,6 +174,9 @@ def write_store(
         labels: name -> (count,) numbers.
     Raises:
         UserError: the folder cannot be written, or holds a store of the same name made otherwise.
+
+    >>> write_store("cohort", "cells", lambda i: tile, 2, attrs={"tile_size": 256})
+    TileStore('cohort/slides/cells.zarr', 2 tiles of 256 px at None um/px)
     """
     labels = labels or {}
     coords = np.zeros((count, 2), np.int32) if coords is None else np.asarray(coords, np.int32)
@@ -175,7 +200,13 @@ def write_store(
 
 
 def read_index(cohort: Path | str) -> pd.DataFrame:
-    """The table of all tiles of a cohort. UserError where there is none."""
+    """The table of all tiles of a cohort. UserError where there is none.
+
+    >>> store = write_store("cohort", "cells", lambda i: tile, 2, attrs={"tile_size": 256})
+    >>> _ = merge_index("cohort", pd.DataFrame({"slide": "cells", "row": [0, 1]}))
+    >>> list(read_index("cohort"))
+    ['slide', 'row', 'x', 'y', 'patient', 'split']
+    """
     path = Path(cohort) / "index.parquet"
     if not path.is_file():
         raise UserError(f"there is no table of tiles at {path}; the data_prep commands write one with the tiles.")
@@ -191,6 +222,11 @@ def merge_index(cohort: Path | str, table: pd.DataFrame) -> Path:
     Raises:
         UserError: the same slide and row twice, a slide without a store, a row that its store does not have, a column
             that would hold text and numbers.
+
+    >>> store = write_store("cohort", "cells", lambda i: tile, 2, attrs={"tile_size": 256})
+    >>> _ = merge_index("cohort", pd.DataFrame({"slide": "cells", "row": [0, 1], "grade": ["low", "high"]}))
+    >>> read_index("cohort")["grade"].tolist()
+    ['low', 'high']
     """
     cohort = Path(cohort)
     path = cohort / "index.parquet"
@@ -214,7 +250,7 @@ def merge_index(cohort: Path | str, table: pd.DataFrame) -> Path:
             corners = stores[slide].coords[merged.loc[of_slide, "row"].astype(int)]  # (n, 2)
             merged.loc[of_slide, ["x", "y"]] = corners
         merged = merged.astype({"row": int, "x": int, "y": int})
-        slides = merged["slide"].map(patient_of)
+        slides = merged["slide"].map(lambda slide: owner_of(stores[slide]) if slide in stores else patient_of(slide))
         merged["patient"] = merged["patient"].fillna(slides) if "patient" in merged else slides
         merged["split"] = merged["split"].fillna("train") if "split" in merged else "train"
         first = [*keys, "x", "y", "patient", "split"]

@@ -27,6 +27,7 @@ from ldm.images.kinds import is_ome_zarr
 from ldm.images.pictures import Picture
 from ldm.images.slides import Slide
 
+TOLD = ("version", "mpp_source", "notes")  # attributes that are no settings: a store may have others and be the same
 GROUPS = ("features", "latents", "labels")
 
 
@@ -34,8 +35,9 @@ class TileStore:
     """A finished tile store, read-only. Arrays open at first use, once per process, so it may travel to workers.
 
     Attributes:
-        attrs: what the store says of itself: version, slide, mpp, magnification, tile_size, stride, level0_size (w, h),
-            downsample (level-0 pixels per tile pixel), tissue (settings), licence, count, rows, complete.
+        attrs: what the store says of itself: version, slide, mpp, mpp_source (where the slide's are from),
+            magnification, tile_size, stride, level0_size (w, h), downsample (level-0 pixels per tile pixel), tissue
+            (settings), licence, count, rows, complete.
         path: the `.zarr` folder.
     """
 
@@ -324,7 +326,7 @@ class TileStoreWriter:
         if (path / "zarr.json").exists():
             before = TileStore.open(path, allow_incomplete=True).attrs
             differ = sorted(k for k in attrs.keys() | before.keys() if attrs.get(k) != before.get(k))
-            differ = [k for k in differ if k not in ("rows", "complete", "version")]
+            differ = [k for k in differ if k not in ("rows", "complete", *TOLD)]
             if differ:
                 changes = ", ".join(f"{k} was {before.get(k)!r}, now {attrs.get(k)!r}" for k in differ)
                 raise UserError(

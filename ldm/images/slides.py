@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +26,7 @@ from ldm.images.source import Source
 from ldm.images.tiff import open_tiff
 
 _BLOCK = 4096
-_GIVEN = "given by hand"  # the origin of a scale that no file says
+GIVEN = "given by hand"  # the origin of a scale that no file says
 
 
 class Slide:
@@ -51,7 +52,7 @@ class Slide:
             source.read,
         )
         said = source.scale
-        self.mpp, self.mpp_source = (said.mpp, said.origin) if said.mpp or not mpp else (mpp, _GIVEN)
+        self.mpp, self.mpp_source = (said.mpp, said.origin) if said.mpp or not mpp else (mpp, GIVEN)
         self.notes = source.notes + said.notes
         if mpp and said.mpp and abs(said.mpp / mpp - 1) > 0.01:
             held = f"its {said.origin} says {said.mpp:g} um per pixel, which holds"
@@ -65,6 +66,17 @@ class Slide:
 
     def __repr__(self) -> str:
         return f"Slide({self.path.name!r}, {self.dimensions[0]} x {self.dimensions[1]} px at {self.mpp:g} um/px)"
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a tile store records of it: magnification, mpp_source, and, where there are any, patient and notes.
+
+        >>> open_image(slide_path).about
+        {'magnification': 20.0, 'mpp_source': 'header (aperio)'}
+        """
+        known = {"patient": self.patient, "notes": list(self.notes)}
+        about = {"magnification": self.magnification, "mpp_source": self.mpp_source}
+        return about | {name: value for name, value in known.items() if value}
 
     def _best_level(self, downsample: float) -> tuple[int, float]:
         """The coarsest level that is not coarser than asked, and its own downsample."""
