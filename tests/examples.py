@@ -23,6 +23,8 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.metrics.measure import Measure
 from ldm.report.page import Report, Section
 from ldm.rng import sample_noise
+from ldm.scorers.ensemble import Ensemble, View
+from ldm.scorers.labelled import Task, read_labelled
 
 EVERYWHERE = {"torch": torch, "np": np, "pd": pd, "Path": Path, "Image": Image, "ldm": ldm}
 
@@ -63,6 +65,14 @@ def tiny_model() -> LatentDiffusion:
     return model.eval().requires_grad_(False)
 
 
+@cache
+def _scorer() -> Ensemble:
+    torch.manual_seed(0)
+    task = Task("binary", "class", ("Normal", "Atypical"))
+    scorer = Ensemble(task, View(16), "resnet10t", 2, {"channels": [8, 8, 16, 16], "stem_width": 8}, name="cells")
+    return scorer.eval().requires_grad_(False)
+
+
 def _report(fid: float) -> dict[str, Any]:
     figure = Measure("fid", "FID", fid, fid - 1, fid + 1, better="lower")
     return Report("An evaluation", {}, sections=[Section("distances", "Distance", measures=[figure])]).as_dict()
@@ -86,6 +96,9 @@ BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     # the folders of the models that come with the toolkit, and of checkpoints as other projects published theirs
     "models": lambda request: ROOT / "data/models",
     "published": lambda request: request.getfixturevalue("oracle"),
+    # the cells as labelled images, atypical or not; a scorer of two networks that learnt nothing
+    "labelled": lambda request: read_labelled(ROOT / "data/samples/cells", positive="Atypical"),
+    "scorer": lambda request: _scorer(),
     # the JSON of two evaluations: FID 10 and 14, each ± 1
     "reports": lambda request: (_report(10.0), _report(14.0)),
     # a diffusion model, see `tiny_model`

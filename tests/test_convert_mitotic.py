@@ -286,7 +286,7 @@ def test_scorers_that_are_none(tmp_path):
     torch.save({"model_state_dict": {"fc.weight": torch.zeros(2, 512)}}, tmp_path / "net.pt")
     with pytest.raises(UserError, match=r"net.pt is no ResNet-34 with one output: conv1.weight is missing"):
         load_scorer([tmp_path / "net.pt"])
-    with pytest.raises(UserError, match="a list of checkpoints, published are three"):
+    with pytest.raises(UserError, match="all published checkpoints, which are three"):
         load_scorer(tmp_path / "net.pt")
     with pytest.raises(UserError, match="does not exist"):
         load_scorer([tmp_path / "other.pt"])

@@ -149,9 +149,9 @@ def test_what_images_are_kept_by():
     mean = np.array([[0.7, 0.2, 0.1], [0.5, 0.4, 0.1]])
     np.testing.assert_allclose(merit(classes, mean, pictures, matches="class"), [0.7, 0.4])
     np.testing.assert_allclose(merit(classes, mean, pictures, "c"), [0.1, 0.1])
-    with pytest.raises(UserError, match=r"which class is to be kept\? --class.*Known: a, b, c"):
+    with pytest.raises(UserError, match=r"say which class to keep: --class.*Known: a, b, c"):
         merit(classes, mean, pictures)
-    with pytest.raises(UserError, match=r"--matches score: '0.5' is no class"):
+    with pytest.raises(UserError, match=r"--matches takes .* classes; 'score' has '0.5'"):
         merit(classes, mean, pictures, matches="score")
     graded = Task("graded", "score", (), 0.0, 2.0)
     np.testing.assert_allclose(merit(graded, np.array([0.5, 0.4]), pictures, matches="score"), [1.0, 0.7])

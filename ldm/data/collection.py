@@ -98,6 +98,18 @@ class Pictures:
         """The images at these places."""
         return replace(self, items=[self.items[int(row)] for row in rows])
 
+    def chosen(self, where: Mapping[str, Any]) -> Pictures:
+        """The images of which the list beside them says so, `{"split": "test"}`. UserError where there is none."""
+        found = self
+        for name, value in where.items():
+            told = found.column(name)
+            rows = [i for i, own in enumerate(told) if str(own) == str(value)]
+            if not rows:
+                known = suggest(str(value), set(map(str, told)))
+                raise UserError(f"no image of {self.source} has {name}={value}{known}")
+            found = found.take(rows)
+        return found
+
     def told(self, about: Sequence[Mapping[str, Any]]) -> Pictures:
         """The same images, of which other things are known."""
         return replace(self, items=[replace(picture, about=own) for picture, own in zip(self.items, about)])
@@ -133,13 +145,7 @@ def read_pictures(
         pictures = pictures_of_files(files, [{"file": str(p.relative_to(path))} for p in files], str(path), mpp)
     else:
         pictures = pictures_of_files([path], [{"file": path.name}], str(path), mpp)
-    for name, value in (where or {}).items():
-        told = pictures.column(name)
-        rows = [i for i, own in enumerate(told) if str(own) == str(value)]
-        if not rows:
-            raise UserError(f"no image of {path} has {name}={value}{suggest(str(value), set(map(str, told)))}")
-        pictures = pictures.take(rows)
-    return pictures
+    return pictures.chosen(where or {})
 
 
 def joined(first: Pictures, second: Pictures) -> Pictures:

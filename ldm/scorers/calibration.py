@@ -17,7 +17,11 @@ KINDS = ("binary", "graded", "classes")
 
 
 def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the ROC curve of scores (N,) for positive (N,) bool: the Mann-Whitney statistic; NaN for one class."""
+    """Area under the ROC curve of scores (N,) for positive (N,) bool: the Mann-Whitney statistic; NaN for one class.
+
+    >>> auroc(np.array([0.9, 0.8, 0.3, 0.1, 0.4]), np.array([True, True, True, False, False]))  # 5 of 6 pairs
+    0.8333
+    """
     positive = np.asarray(positive, bool)
     count, rest = int(positive.sum()), int((~positive).sum())
     if not count or not rest:
@@ -26,7 +30,11 @@ def auroc(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of (N,) and (N,), ties averaged; NaN where one is constant."""
+    """Spearman's rank correlation of (N,) and (N,), ties averaged; NaN where one is constant.
+
+    >>> spearman(np.array([1, 2, 3, 4]), np.array([1, 3, 2, 9]))
+    0.8
+    """
     a, b = rankdata(a), rankdata(b)
     spread = a.std() * b.std()
     return float(((a - a.mean()) * (b - b.mean())).mean() / spread) if spread else float("nan")
@@ -36,6 +44,9 @@ def calibration_error(scores: np.ndarray, targets: np.ndarray, bins: int = BINS)
     """Expected calibration error (Guo et al. 2017, eq. 3) of scores (N,) in [0,1] for targets (N,) in [0,1].
 
     Bins hold equally many scores.
+
+    >>> calibration_error(np.array([0.1, 0.2, 0.7, 0.9]), np.array([0, 0, 1, 1]), bins=2)
+    0.175
     """
     order = np.argsort(scores, kind="stable")
     parts = np.array_split(order, min(bins, len(order)))
@@ -49,6 +60,9 @@ def measures(kind: str, scores: np.ndarray, targets: np.ndarray) -> dict[str, fl
     graded: scores and targets (N,) in [0,1]: spearman, auroc (of targets at or above 0.5), mae, ece.
     classes: scores (N,K), targets (N,) of 0..K-1: auroc (mean of each class against the rest), balanced_accuracy, nll,
         ece (of the most likely class).
+
+    >>> measures("binary", np.array([0.1, 0.2, 0.7, 0.9]), np.array([0, 0, 1, 1]))
+    {'auroc': 1.0, 'balanced_accuracy': 1.0, 'brier': 0.0375, 'ece': 0.175}
     """
     if kind == "binary":
         sides = [(scores >= 0.5)[targets == 1], (scores < 0.5)[targets == 0]]
@@ -80,6 +94,10 @@ def with_intervals(
 
     The interval is the middle 95% of the measure over draws of whole groups (N,) with replacement (percentile
     bootstrap). Draws in which it is not defined, such as of one class, are left out.
+
+    >>> scores, groups = np.array([0.2, 0.4, 0.6, 0.8]), np.array(["P1", "P1", "P2", "P2"])
+    >>> with_intervals(lambda rows: {"mean": scores[rows].mean()}, groups)
+    {'mean': [0.5, 0.3, 0.7]}
     """
     names, member = np.unique(groups, return_inverse=True)
     rows = [np.flatnonzero(member == k) for k in range(len(names))]
@@ -99,9 +117,13 @@ def with_intervals(
 
 
 def proportion(passed: int, tried: int) -> tuple[float, float, float]:
-    """passed / tried with its 95% interval (Wilson 1927)."""
+    """passed / tried with its 95% interval (Wilson 1927).
+
+    >>> proportion(8, 10)
+    (0.8, 0.4902, 0.9433)
+    """
     if not 0 <= passed <= tried or not tried:
-        raise UserError(f"{passed} of {tried} is no proportion")
+        raise UserError(f"a proportion is of 1 or more, and none to all of them pass; got {passed} of {tried}.")
     z = float(norm.ppf(0.975))
     share, weight = passed / tried, 1 + z**2 / tried
     middle = (share + z**2 / (2 * tried)) / weight
@@ -113,7 +135,12 @@ def fit_temperature(kind: str, logits: np.ndarray, targets: np.ndarray) -> tuple
     """Temperature and offsets that make logits (N,) or (N,K) most likely: logits / temperature + offset.
 
     One temperature (Guo et al. 2017, section 4.2); the offsets, one for each output, undo the class frequencies that a
-    balanced training has shown. targets as in `figures`.
+    balanced training has shown. targets as in `measures`.
+
+    >>> logits = np.array([-4.0, -4.0, 4.0, 4.0] * 10)                              # sure of all
+    >>> temperature, offset = fit_temperature("binary", logits, np.array([0, 0, 1, 0] * 10))
+    >>> calibrated("binary", np.array([4.0]), temperature, offset)                  # of which half were right
+    array([0.50])
     """
     logits = np.asarray(logits, np.float64)
     count = 1 if kind != "classes" else logits.shape[1]
@@ -130,6 +157,10 @@ def fit_temperature(kind: str, logits: np.ndarray, targets: np.ndarray) -> tuple
 
 
 def calibrated(kind: str, logits: np.ndarray, temperature: float, offset: list[float]) -> np.ndarray:
-    """Scores in [0,1], shaped as the logits, (..., K) for classes."""
+    """Scores in [0,1], shaped as the logits, (..., K) for classes.
+
+    >>> calibrated("binary", np.array([-2.0, 0.0, 2.0]), temperature=2.0, offset=[0.0])
+    array([0.2689, 0.5       , 0.7311])
+    """
     scaled = logits / temperature + (offset[0] if kind != "classes" else np.asarray(offset))
     return expit(scaled) if kind != "classes" else np.exp(log_softmax(scaled, axis=-1))

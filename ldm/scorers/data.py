@@ -21,7 +21,11 @@ from ldm.scorers.ensemble import View
 
 
 def to_range(images: np.ndarray | Tensor) -> Tensor:
-    """uint8 of any shape -> float in [-1,1]."""
+    """uint8 of any shape -> float in [-1,1].
+
+    >>> to_range(np.array([0, 255], np.uint8))
+    tensor([-1.,  1.])
+    """
     return (images if isinstance(images, Tensor) else torch.tensor(images)).float() / 127.5 - 1
 
 
@@ -29,6 +33,10 @@ def prepared(pictures: Pictures, size: int, folder: Path, progress: bool = True)
     """All images as a network sees them, (N,3,size,size) uint8 mapped from a file in `folder`, and their sides in px.
 
     The file is read again when the same images are asked for. UserError names an image that cannot be read.
+
+    >>> images, sides = prepared(labelled.pictures, 16, Path("work"), progress=False)
+    >>> images.shape, sides
+    ((48, 3, 16, 16), {128})
     """
     folder.mkdir(exist_ok=True)
     path, told, shape = folder / "images.npy", folder / "images.json", (len(pictures), 3, size, size)
@@ -50,12 +58,21 @@ def prepared(pictures: Pictures, size: int, folder: Path, progress: bool = True)
 
 
 def digest(words: Iterable[str]) -> str:
-    """SHA-256 of words in their order."""
+    """SHA-256 of words in their order.
+
+    >>> digest(["a.png", "b.png"])[:12]
+    '1baca9d47fd8'
+    """
     return hashlib.sha256("\n".join(words).encode()).hexdigest()
 
 
 def identity(images: np.ndarray, words: Iterable[str]) -> str:
-    """SHA-256 of images (N,...) uint8 and of what is said of them."""
+    """SHA-256 of images (N,...) uint8 and of what is said of them.
+
+    >>> images = np.zeros((2, 3, 8, 8), np.uint8)
+    >>> identity(images, ["a", "b"]) == identity(images + 1, ["a", "b"])
+    False
+    """
     known = hashlib.sha256(digest(words).encode())
     for start in range(0, len(images), 256):
         known.update(np.ascontiguousarray(images[start : start + 256]).tobytes())
@@ -63,7 +80,12 @@ def identity(images: np.ndarray, words: Iterable[str]) -> str:
 
 
 def view_of(pictures: Pictures, images: np.ndarray, rows: np.ndarray, sides: set[int]) -> View:
-    """How networks see images (N,3,S,S) uint8: normalised by mean and deviation of those at `rows`."""
+    """How networks see images (N,3,S,S) uint8: normalised by mean and deviation of those at `rows`.
+
+    >>> view = view_of(labelled.pictures, np.full((48, 3, 16, 16), 128, np.uint8), np.arange(48), {128})
+    >>> view.size, view.mean, view.tile_size
+    (16, (0.5020, 0.5020, 0.5020), 128)
+    """
     some = images[rows[:4096]] / np.float32(255)
     mean, std = some.mean((0, 2, 3)), np.maximum(some.std((0, 2, 3)), 0.01)
     mean, std = (tuple(round(float(v), 5) for v in values) for values in (mean, std))
@@ -71,7 +93,12 @@ def view_of(pictures: Pictures, images: np.ndarray, rows: np.ndarray, sides: set
 
 
 def balanced_order(strata: np.ndarray, seed: int) -> np.ndarray:
-    """(N,) places: every stratum equally often, each passed through before one of its images comes again."""
+    """(N,) places: every stratum equally often, each passed through before one of its images comes again.
+
+    >>> strata = np.array([0, 0, 0, 0, 0, 0, 1, 1])
+    >>> np.bincount(strata[balanced_order(strata, seed=0)])
+    array([4, 4])
+    """
     rng = np.random.default_rng(seed)
     kinds, member = np.unique(strata, return_inverse=True)
     each = -(-len(strata) // len(kinds))
@@ -87,6 +114,11 @@ def augmented(images: Tensor, colour: float, shift: int, rng: torch.Generator) -
 
     colour: strength of the change of density; shift: largest shift, px. Pixels are not interpolated, so a sharp image
     stays sharp.
+
+    >>> images = torch.rand(2, 3, 16, 16)
+    >>> turned = augmented(images, colour=0.0, shift=0, rng=torch.Generator().manual_seed(0))
+    >>> torch.equal(turned, images), torch.equal(turned.flatten(1).sort().values, images.flatten(1).sort().values)
+    (False, True)
     """
     count, side = len(images), images.shape[-1]
     turns = torch.randint(dihedral.COUNT, (count,), generator=rng).tolist()

@@ -106,7 +106,11 @@ class Scorer(nn.Module):
 
 
 def make_network(arch: str, outputs: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """An untrained timm classifier. UserError for a name that timm does not have; nothing is downloaded."""
+    """An untrained timm classifier. UserError for a name that timm does not have; nothing is downloaded.
+
+    >>> make_network("resnet10t", 3).eval()(torch.zeros(1, 3, 32, 32)).shape
+    torch.Size([1, 3])
+    """
     if not timm.is_model(arch):
         raise UserError(f"timm has no network '{arch}'{suggest(arch, timm.list_models())}")
     try:
@@ -146,7 +150,13 @@ class Ensemble(Scorer):
 
 
 def logits_of(network: nn.Module, seen: Tensor, views: int) -> Tensor:
-    """(B,outputs): mean over the first `views` of the eight orientations of network inputs (B,3,S,S)."""
+    """(B,outputs): mean over the first `views` of the eight orientations of network inputs (B,3,S,S).
+
+    >>> seen, network = torch.randn(2, 3, 16, 16), scorer.networks[0]
+    >>> turned = logits_of(network, seen.rot90(1, (-2, -1)), 8)
+    >>> (turned - logits_of(network, seen, 8)).abs().max() < 1e-5                   # whichever way up an image is
+    tensor(True)
+    """
     return sum(network(dihedral.apply(seen, k)).float() for k in range(views)) / views
 
 
@@ -154,6 +164,9 @@ def save_scorer(folder: Path | str, scorer: Ensemble, half: bool = False) -> Pat
     """Write a scorer folder: weights first, config.yaml last, so that one with a config is whole.
 
     half: weights in float16, which `load_scorer` reads back as float32.
+
+    >>> sorted(path.name for path in save_scorer("cells", scorer).iterdir())
+    ['config.yaml', 'member-0.safetensors', 'member-1.safetensors']
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -180,13 +193,19 @@ def load_scorer(source: str | Path | Sequence[str | Path], device: str | torch.d
     """A scorer, ready to score: a scorer folder, or the ensemble of published networks in a list of checkpoints.
 
     UserError: no path, a folder that is none, a file that cannot be read or is of another network.
+
+    >>> loaded, images = load_scorer(save_scorer("cells", scorer)), torch.zeros(1, 3, 64, 64)
+    >>> torch.equal(loaded(images), scorer(images)), loaded.members(images).shape
+    (True, torch.Size([1, 2]))
     """
     if isinstance(source, str | Path) or (len(source) == 1 and Path(source[0]).is_dir()):
         folder = Path(source if isinstance(source, str | Path) else source[0])
         scorer = _of_folder(folder)
         files = [folder / CONFIG, *(folder / MEMBER.format(k) for k in range(scorer.count))]
     elif not source:
-        raise UserError("a scorer is a folder, or a list of checkpoints, published are three; got none.")
+        raise UserError(
+            "a scorer is a folder that `histoldm train-scorer` wrote, or a list of published checkpoints; got none."
+        )
     else:
         scorer, files = _of_checkpoints(source), list(map(Path, source))
     scorer.identity = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
@@ -195,7 +214,7 @@ def load_scorer(source: str | Path | Sequence[str | Path], device: str | torch.d
 
 def _of_folder(folder: Path) -> Ensemble:
     if folder.is_file():
-        raise UserError(f"{folder} is one file; a scorer is a folder, or a list of checkpoints, published are three.")
+        raise UserError(f"{folder} is one file; give a scorer's folder, or all published checkpoints, which are three.")
     if not (folder / CONFIG).is_file():
         state = "is no scorer: it has no config.yaml" if folder.is_dir() else "does not exist"
         raise UserError(f"the scorer {folder} {state}. `histoldm train-scorer --out FOLDER` makes one.")

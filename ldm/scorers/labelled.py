@@ -40,7 +40,7 @@ class Task:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise UserError(f"the kind of a scorer is {', '.join(KINDS)}; got '{self.kind}'")
+            raise UserError(f"the kind of a scorer is one of {', '.join(KINDS)}; got '{self.kind}'.")
 
     @property
     def outputs(self) -> int:
@@ -112,6 +112,9 @@ def read_labelled(
         task: the labels are to fit that task, of other images.
     Raises:
         UserError: one class only, labels missing or of no use, images that are not there.
+
+    >>> read_labelled(cells, positive="Atypical").counts()
+    {'Normal': 24, 'Atypical': 24}
     """
     path = Path(path)
     if path.is_dir() and list_of(path) is None and not holds_stores(path):
@@ -121,11 +124,7 @@ def read_labelled(
         pictures = _of_table(path)
     else:
         pictures = read_pictures(path)
-    for name, value in (where or {}).items():
-        rows = [i for i, own in enumerate(pictures.column(name)) if str(own) == str(value)]
-        if not rows:
-            raise UserError(f"no image of {path} has {name}={value}; other values are there")
-        pictures = pictures.take(rows)
+    pictures = pictures.chosen(where or {})
     columns = set(pictures.about[0])
     if label is None:
         label = next((name for name in LABELS if name in columns), None)
@@ -165,7 +164,7 @@ def _of_table(path: Path) -> Pictures:
 
 
 def _task_of(values: Sequence[Any], label: str, kind: str | None, positive: str | None, path: Path | str) -> Task:
-    """What labels ask for. UserError: one class only, or a kind that they are not."""
+    """The task that labels set. UserError: they are all the same, or not of the `kind` that is asked for."""
     known = sorted(set(values), key=lambda value: (isinstance(value, str), value))
     if len(known) < 2:
         raise UserError(f"all {len(values)} images of {path} have the {label} {known[0]}; a scorer learns from two.")
@@ -173,7 +172,8 @@ def _task_of(values: Sequence[Any], label: str, kind: str | None, positive: str 
     kind = kind or ("graded" if numbers and set(known) != {0, 1} else "binary" if len(known) == 2 else "classes")
     if kind == "graded":
         if not numbers:
-            raise UserError(f"the {label} of {path} is no number: {some([str(v) for v in known], 5)}; --kind classes.")
+            listed = some([str(value) for value in known], 5)
+            raise UserError(f"the {label} of {path} is not a number ({listed}); give --kind classes.")
         return Task(kind, label, (), float(known[0]), float(known[-1]))
     names = [f"{value:g}" if isinstance(value, (int, float)) else str(value) for value in known]
     if kind == "binary":
@@ -188,7 +188,11 @@ def _task_of(values: Sequence[Any], label: str, kind: str | None, positive: str 
 
 
 def targets_of(values: Sequence[Any], task: Task, pictures: Pictures) -> np.ndarray:
-    """(N,) float targets of a task, see `Labelled`. UserError names the images whose labels are none of it."""
+    """(N,) float targets of a task, see `Labelled`. UserError names the images whose labels are none of it.
+
+    >>> targets_of(["Normal", "Atypical"], labelled.task, labelled.pictures)
+    array([0., 1.])
+    """
     if task.kind == "graded":
         numbers = pd.to_numeric(pd.Series(list(values)), errors="coerce").to_numpy(float)
         wrong = ~((numbers >= task.low - 1e-9) & (numbers <= task.high + 1e-9))
@@ -210,7 +214,12 @@ def targets_of(values: Sequence[Any], task: Task, pictures: Pictures) -> np.ndar
 
 
 def groups_of(pictures: Pictures, patient: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
-    """(N,) names of groups, and a note where images are split one by one."""
+    """(N,) names of groups, and a note where images are split one by one.
+
+    >>> groups, notes = groups_of(labelled.pictures, None)
+    >>> groups[0], notes
+    ('Atypical/1007.png', ('nothing says whose the images are: they are split one by one',))
+    """
     column = patient or next((name for name in PATIENTS if name in pictures.about[0]), None)
     alone = np.array([pictures.name(i) for i in range(len(pictures))], dtype=object)
     if column is None:
@@ -228,6 +237,10 @@ def split_groups(strata: np.ndarray, groups: np.ndarray, parts: Sequence[float],
     stratum (N,).
 
     Groups in an order that a hash of the seed gives, the large ones first, go where they are missed most.
+
+    >>> groups = np.array(["P1", "P1", "P2", "P2", "P3", "P3", "P4", "P4"])
+    >>> split_groups(np.array([0, 1] * 4), groups, (0.75, 0.25))
+    array([0, 0, 0, 0, 0, 0, 1, 1])
     """
     names, member = np.unique(groups, return_inverse=True)
     kinds, stratum = np.unique(strata, return_inverse=True)
@@ -249,7 +262,13 @@ def split_groups(strata: np.ndarray, groups: np.ndarray, parts: Sequence[float],
 
 
 def check_splits(data: Labelled, part: np.ndarray, count: int, what: str) -> None:
-    """UserError unless every part 0..count-1 holds at least two classes (or different grades)."""
+    """UserError unless every part 0..count-1 holds at least two classes (or different grades).
+
+    >>> check_splits(labelled, np.where(labelled.targets == 1, 0, 1), 2, "a training and a test part")
+    Traceback (most recent call last):
+        ...
+    ldm.errors.UserError: the 48 images of ... in 48 groups cannot be split into a training and a test part that ...
+    """
     for k in range(count):
         held = np.unique(data.targets[part == k])
         if len(held) < 2:

@@ -30,13 +30,17 @@ MOST = 256  # px of an image on a sheet
 
 
 def parse_scale(text: str) -> list[str]:
-    """The ratings of a scale: "1-5" is 1, 2, 3, 4, 5; "bad,good" two names, the last of them the good one."""
+    """The ratings of a scale: "1-5" is 1, 2, 3, 4, 5; "bad,good" two names, the last of them the good one.
+
+    >>> parse_scale("1-5"), parse_scale("bad, good")
+    (['1', '2', '3', '4', '5'], ['bad', 'good'])
+    """
     low, dash, high = text.partition("-")
     if dash and low.strip().isdigit() and high.strip().isdigit() and int(low) < int(high) <= int(low) + 100:
         return [str(value) for value in range(int(low), int(high) + 1)]
     names = [name.strip() for name in text.split(",")]
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
-        raise UserError(f"--scale takes grades, 1-5, or names from bad to good, bad,good; got '{text}'.")
+        raise UserError(f"--scale takes grades, as 1-5, or names from bad to good, as bad,good; got '{text}'.")
     return names
 
 
@@ -44,6 +48,11 @@ def write_rating_folder(pictures: Pictures, out: Path, count: int, scale: Sequen
     """Write a rating folder of at most `count` images, drawn at random, in random order; returns how many.
 
     UserError: `out` holds ratings already, or other files.
+
+    >>> write_rating_folder(labelled.pictures, Path("rating"), 4, parse_scale("1-5"), seed=0)
+    4
+    >>> sorted(path.name for path in Path("rating").iterdir())
+    ['contact_sheet_01.png', 'images', 'ratings.csv', 'ratings.json']
     """
     if (out / TABLE).is_file():
         raise UserError(f"{out / TABLE} is there already and may hold ratings; choose another --out.")
@@ -81,7 +90,12 @@ def write_rating_folder(pictures: Pictures, out: Path, count: int, scale: Sequen
 
 
 def is_rating_table(path: Path) -> bool:
-    """Whether a table lies in a rating folder."""
+    """Whether a table lies in a rating folder.
+
+    >>> _ = write_rating_folder(labelled.pictures, Path("rating"), 4, ["bad", "good"], seed=0)
+    >>> is_rating_table(Path("rating/ratings.csv"))
+    True
+    """
     return path.suffix.lower() == ".csv" and (path.parent / ABOUT).is_file()
 
 
@@ -90,6 +104,12 @@ def read_ratings(path: Path, skip_unrated: bool = False) -> Labelled:
 
     UserError names the rows that are missing, not rated, rated outside the scale or given twice, and images that are
     not the ones that were handed out.
+
+    >>> _ = write_rating_folder(labelled.pictures, Path("rating"), 4, parse_scale("1-5"), seed=0)
+    >>> table = pd.read_csv("rating/ratings.csv").assign(rating=[1, 5, 3, 4])
+    >>> table.to_csv("rating/ratings.csv", index=False)
+    >>> read_ratings(Path("rating/ratings.csv")).targets
+    array([0.  , 1.  , 0.5 , 0.75])
     """
     told = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
     table, known = read_table(path, missing=("",)).fillna(""), {entry["number"]: entry for entry in told["images"]}

@@ -30,6 +30,10 @@ def score_pictures(
 
     work: a file that holds what a stopped run has scored.
     UserError: images of another extent than the scorer's, none that can be read.
+
+    >>> pictures = labelled.pictures.take([0, 1, 2])
+    >>> score_pictures(scorer, pictures, progress=False).shape
+    (3, 2)
     """
     names = digest([scorer.identity, *pictures.words()])
     tail = (scorer.count, scorer.task.outputs) if scorer.task.kind == "classes" else (scorer.count,)
@@ -79,7 +83,11 @@ def _score_rows(
 
 
 def places(pictures: Pictures) -> pd.DataFrame:
-    """Which image each row of a table is of: file, or slide and row."""
+    """Which image each row of a table is of: file, or slide and row.
+
+    >>> places(labelled.pictures.take([0, 1]))["file"].tolist()
+    ['Atypical/1007.png', 'Atypical/1283.png']
+    """
     keys = ["file"] if pictures.about and "file" in pictures.about[0] else ["slide", "row"]
     return pd.DataFrame({key: [own[key] for own in pictures.about] for key in keys})
 
@@ -88,6 +96,12 @@ def score_table(task: Task, scores: np.ndarray, pictures: Pictures) -> pd.DataFr
     """Scores (N,M) or (N,M,K) as a table: file or slide and row, label, score, the networks' own, of classes each.
 
     score is the mean: a probability of the positive class, a grade, or the probability of the label, the likeliest.
+
+    >>> scores = np.array([[0.1, 0.3], [0.8, 0.9]])                                 # of two networks
+    >>> score_table(labelled.task, scores, labelled.pictures.take([0, 1]))
+                    file     label  score  score_0  score_1
+    0  Atypical/1007.png    Normal   0.20      0.1      0.3
+    1  Atypical/1283.png  Atypical   0.85      0.8      0.9
     """
     mean = scores.mean(1)
     table = places(pictures)
@@ -116,6 +130,10 @@ def merit(
 
     class_name: the probability of that class. matches: a column of the images' list; of a class, the probability of
     the class it names; of a grade, 1 - |score - value| / (high - low), so 1 where the score is what the column says.
+
+    >>> pictures = labelled.pictures.take([0, 1])
+    >>> merit(labelled.task, np.array([0.2, 0.9]), pictures, "Normal", None)
+    array([0.8, 0.1])
     """
     if class_name is not None and matches is not None:
         raise UserError("--class and --matches exclude each other; give one.")
@@ -126,20 +144,22 @@ def merit(
             return mean
         values = pd.to_numeric(pd.Series(pictures.column(matches)), errors="coerce").to_numpy(float)
         if np.isnan(values).any():
-            raise UserError(f"--matches {matches}: it is no number for {pictures.name(int(np.isnan(values).argmax()))}")
+            first = pictures.name(int(np.isnan(values).argmax()))
+            raise UserError(f"--matches takes a column of numbers; '{matches}' has none for {first}.")
         return 1 - np.abs(mean - values) / (task.high - task.low)
     each = np.stack([1 - mean, mean], 1) if task.kind == "binary" else mean  # (N,K)
     if matches is not None:
         names = [f"{v:g}" if isinstance(v, (int, float)) else str(v) for v in pictures.column(matches)]
         if unknown := sorted(set(names) - set(task.classes)):
-            raise UserError(f"--matches {matches}: '{unknown[0]}' is no class{suggest(unknown[0], task.classes)}")
+            known = suggest(unknown[0], task.classes)
+            raise UserError(f"--matches takes a column of the scorer's classes; '{matches}' has '{unknown[0]}'{known}")
         return each[np.arange(len(each)), [task.classes.index(name) for name in names]]
     if class_name is None:
         if task.kind == "classes":
-            raise UserError(f"which class is to be kept? --class{suggest('', task.classes)} Or --matches COLUMN.")
+            raise UserError(f"say which class to keep: --class{suggest('', task.classes)} Or give --matches COLUMN.")
         return mean
     if class_name not in task.classes:
-        raise UserError(f"--class {class_name} is no class{suggest(class_name, task.classes)}")
+        raise UserError(f"the scorer has no class '{class_name}'{suggest(class_name, task.classes)}")
     return each[:, task.classes.index(class_name)]
 
 
@@ -150,6 +170,9 @@ def chosen(
 
     above: least value, under "" of all, else of a value of `by`. top: the best fraction, of each value of `by` (N,).
     UserError: nothing passes, a value of `by` without a threshold.
+
+    >>> chosen(np.array([0.1, 0.8, 0.9, np.nan]), {}, 0.5, None, "tiles")
+    array([False,  True,  True, False])
     """
     if bool(above) == (top is not None):
         raise UserError("give either a least score, --above, or a best fraction, --top.")

@@ -120,6 +120,12 @@ def train_scorer(
     half: keep weights in float16; the figures of the test are of these.
     Returns the scorer, ready to score.
     UserError: too few groups or classes, an image that cannot be read, `out` holding something else.
+
+    >>> some = labelled.take(np.arange(4, 44))
+    >>> tiny = {"channels": [8, 8, 16, 16], "stem_width": 8}
+    >>> scorer = train_scorer(some, "cells", Recipe(kwargs=tiny, size=16, members=2, epochs=1), progress=False)
+    >>> scorer(torch.zeros(3, 3, 16, 16)).shape, sorted(scorer.about["figures"])
+    (torch.Size([3]), ['test', 'validation'])
     """
     out = Path(out)
     folds = folds_of(data, recipe, test)
@@ -160,7 +166,11 @@ def train_scorer(
 
 
 def folds_of(data: Labelled, recipe: Recipe, test: np.ndarray | None = None) -> np.ndarray:
-    """(N,) int: the member that each image validates, -1 for the test. UserError if a part would hold one class."""
+    """(N,) int: the member that each image validates, -1 for the test. UserError if a part would hold one class.
+
+    >>> np.bincount(folds_of(labelled, Recipe(members=4)) + 1)                      # the test, four folds
+    array([10, 10, 10, 10,  8])
+    """
     if test is None:
         parts = (1 - recipe.test, recipe.test)
         test = split_groups(data.strata, data.groups, parts, fold(recipe.seed, 1)) == 1
@@ -219,9 +229,7 @@ def _member(run: Run, member: int) -> np.ndarray:
         for name, part in parts.items():
             part.load_state_dict(held[name])
     name, words = BEST_OF[run.kind], f"member {member + 1}/{recipe.members}"
-    with tqdm(
-        total=recipe.epochs, initial=now["epoch"], desc=words, unit="epoch", disable=not run.progress
-    ) as bar:  # fmt: skip
+    with tqdm(total=recipe.epochs, initial=now["epoch"], desc=words, unit="epoch", disable=not run.progress) as bar:
         while now["epoch"] < recipe.epochs and now["epoch"] - now["best_epoch"] < recipe.patience:
             epoch = now["epoch"] = now["epoch"] + 1
             loss = _epoch(run, network, optimizer, schedule, train, (member, epoch))
@@ -258,9 +266,13 @@ def _warm_cosine(optimizer: torch.optim.Optimizer, total: int) -> torch.optim.lr
 
 
 def _epoch(
-    run: Run, network: nn.Module, optimizer: torch.optim.Optimizer, schedule: Any, train: np.ndarray,
+    run: Run,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    train: np.ndarray,
     where: tuple[int, int],
-) -> float:  # fmt: skip
+) -> float:
     """One epoch in which every class, or bin of grades, is shown equally often; the mean loss."""
     recipe, losses = run.recipe, []
     network.train()
@@ -296,7 +308,11 @@ def _loss_of(kind: str, logits: Tensor, targets: Tensor) -> Tensor:
 def network_logits(
     network: nn.Module, images: np.ndarray, view: View, views: int, device: str, bf16: bool = False
 ) -> np.ndarray:
-    """Logits (n,outputs) of images (n,3,S,S) uint8."""
+    """Logits (n,outputs) of images (n,3,S,S) uint8.
+
+    >>> network_logits(scorer.networks[0], np.zeros((5, 3, 16, 16), np.uint8), scorer.view, 1, "cpu").shape
+    (5, 1)
+    """
     network.eval()
     found = []
     for start in range(0, len(images), 128):
@@ -307,7 +323,14 @@ def network_logits(
 
 
 def begin_with(network: nn.Module, path: str | Path) -> None:
-    """Give a network the weights of a local file; its last layer may differ. UserError where others do not fit."""
+    """Give a network the weights of a local file; its last layer may differ. UserError where others do not fit.
+
+    >>> network, other = make_network("resnet10t", 1), make_network("resnet10t", 1000)
+    >>> torch.save(other.state_dict(), "imagenet.pt")
+    >>> begin_with(network, "imagenet.pt")
+    >>> torch.equal(network.layer1[0].conv1.weight, other.layer1[0].conv1.weight)
+    True
+    """
     state, wanted = state_dict_of(read_checkpoint(path), path), network.state_dict()
     fits = {name: value for name, value in state.items() if name in wanted and value.shape == wanted[name].shape}
     lost = [name for name in wanted if name not in fits and not name.startswith(HEADS)]
