@@ -71,9 +71,13 @@ def prompts_of(store: TileStore, embedder: TextEmbedder, text_column: str, modal
 
 @torch.inference_mode()
 def encode(
-    stores: Sequence[TileStore], embedder: TextEmbedder, name: str, text_column: str = "text",
-    modality_column: str = "modality", batch_size: int = 64,
-) -> int:  # fmt: skip
+    stores: Sequence[TileStore],
+    embedder: TextEmbedder,
+    name: str,
+    text_column: str = "text",
+    modality_column: str = "modality",
+    batch_size: int = 64,
+) -> int:
     """Write `features/<name>` into the stores; everything is checked first. Returns how many captions were cut."""
     if batch_size < 1:
         raise UserError(f"a batch has at least 1 caption; got a batch size of {batch_size}")
@@ -138,10 +142,21 @@ def main(
     device: DeviceOption = "auto",
 ) -> None:
     stores = open_cohort(store)
-    embedder = TextEmbedder(
-        model, str(weights) if weights else None, tokenizer, chunks=chunks, layout=layout.value,
-        mask_padding=mask_padding, pad=pad.value, layer=layer.value, prompt=prompt,
-    ).to(pick_device(device)).eval()  # fmt: skip
+    embedder = (
+        TextEmbedder(
+            model,
+            str(weights) if weights else None,
+            tokenizer,
+            chunks=chunks,
+            layout=layout.value,
+            mask_padding=mask_padding,
+            pad=pad.value,
+            layer=layer.value,
+            prompt=prompt,
+        )
+        .to(pick_device(device))
+        .eval()
+    )
     name = name or embedder.source.name
     cut = encode(stores, embedder, name, text_column, modality_column, batch_size)
     total = sum(map(len, stores))

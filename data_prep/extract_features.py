@@ -117,8 +117,11 @@ def extract(
     encoder = load_encoder(encoder_name, weights, device)
     encoder = encoder.to(memory_format=torch.channels_last)
     if spec.non_commercial:
-        print(f"note: encoder '{spec.name}' is licensed for non-commercial use ({spec.licence}); so are its features "
-              "and the models conditioned on them. The licence is recorded in the store.", file=sys.stderr)  # fmt: skip
+        print(
+            f"note: encoder '{spec.name}' is licensed for non-commercial use ({spec.licence}); so are its features "
+            "and the models conditioned on them. The licence is recorded in the store.",
+            file=sys.stderr,
+        )
     attrs = feature_attrs(spec, encoder.weights_path) | {"dihedral": with_dihedral}
     variants = dihedral.COUNT if with_dihedral else 1
     shape = (variants, spec.dim) if with_dihedral else (spec.dim,)
@@ -130,8 +133,10 @@ def extract(
                     features = encode_tiles(encoder, tiles, device, PRECISIONS[precision], variants)
                     rows = features.numpy().astype(np.float16)
                     if not np.isfinite(rows).all():
-                        raise UserError(f"encoder '{spec.name}' gives values that float16 cannot hold in {store.path}; "
-                                        "try --precision fp32")  # fmt: skip
+                        raise UserError(
+                            f"encoder '{spec.name}' gives values that float16 cannot hold in {store.path}; "
+                            "try --precision fp32"
+                        )
                     writer.append(rows)
                     bar.update(len(rows))
     return spec.name

@@ -45,9 +45,14 @@ Resize = choices("Resize", RESIZES)
 
 
 def import_table(
-    table: CaptionTable, out: Path | str, size: int = 256, resize: str = "shorter", validation: float | None = None,
-    test: float = 0.0, licence: str = "",
-) -> tuple[pd.DataFrame, str]:  # fmt: skip
+    table: CaptionTable,
+    out: Path | str,
+    size: int = 256,
+    resize: str = "shorter",
+    validation: float | None = None,
+    test: float = 0.0,
+    licence: str = "",
+) -> tuple[pd.DataFrame, str]:
     """Write the images of a table as the store `slides/<table>.zarr` of `out`, and their captions into its index.
 
     Args:
@@ -61,9 +66,12 @@ def import_table(
     captions, name = table.captions, table.path.stem
     listed = json.dumps([[caption.path, caption.image.stat().st_size] for caption in captions])
     attrs = {
-        "tile_size": size, "resize": resize, "licence": licence, "table": table.path.name,
+        "tile_size": size,
+        "resize": resize,
+        "licence": licence,
+        "table": table.path.name,
         "images_sha256": hashlib.sha256(listed.encode()).hexdigest(),
-    }  # fmt: skip
+    }
 
     def image(i: int) -> np.ndarray:
         return square(Picture.of_file(captions[i].image).pixels(), size, resize)

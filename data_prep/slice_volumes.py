@@ -160,11 +160,19 @@ def slice_subject(out: Path | str, subject: str, volumes: Mapping[str, Volume], 
             return to_tile(windowed(cut_slice(voxels, axis, slices[i]), low, high), settings.size, plane)
 
         attrs = {
-            "tile_size": settings.size, "subject": subject, "modality": modality, "slices": slices, "axis": axis,
-            "spacing_mm": [extent / settings.size] * 2, "slice_spacing_mm": first.spacing[axis], "window": [low, high],
-            "percentiles": None if settings.window else list(settings.percentiles), "source": volume.path.name,
-            "source_sha256": sha256(volume.path), "licence": settings.licence,
-        }  # fmt: skip
+            "tile_size": settings.size,
+            "subject": subject,
+            "modality": modality,
+            "slices": slices,
+            "axis": axis,
+            "spacing_mm": [extent / settings.size] * 2,
+            "slice_spacing_mm": first.spacing[axis],
+            "window": [low, high],
+            "percentiles": None if settings.window else list(settings.percentiles),
+            "source": volume.path.name,
+            "source_sha256": sha256(volume.path),
+            "licence": settings.licence,
+        }
         name = f"{subject}_{modality}"
         write_store(out, name, image, len(slices), attrs=attrs, desc=name)
         rows = {"slide": name, "row": range(len(slices)), "subject": subject, "modality": modality, "slice": slices}
@@ -245,10 +253,14 @@ def slice_images(out: Path | str, folders: Mapping[str, Path], settings: Setting
 
         listed = "\n".join(f"{path.name} {sha256(path)}" for path in tqdm(paths, desc="checking", leave=False))
         attrs = {
-            "tile_size": settings.size, "modality": modality, "spacing_mm": None, "licence": settings.licence,
-            "window": list(settings.window) if settings.window else None, "source": folder.name,
+            "tile_size": settings.size,
+            "modality": modality,
+            "spacing_mm": None,
+            "licence": settings.licence,
+            "window": list(settings.window) if settings.window else None,
+            "source": folder.name,
             "source_sha256": hashlib.sha256(listed.encode()).hexdigest(),
-        }  # fmt: skip
+        }
         name = f"{folder.resolve().name}_{modality}"
         write_store(out, name, image, len(paths), attrs=attrs, desc=name)
         rows = {"slide": name, "row": range(len(paths)), "subject": names, "modality": modality, "slice": 0}
@@ -361,9 +373,15 @@ def main(
         except re.error as error:
             raise UserError(f"--patient '{patient}' is no regular expression: {error}") from None
     settings = Settings(
-        AXIS[axis], interval(int, between, "--range"), least, interval(float, window, "--window"),
-        (low, high), size, licence, patient,
-    )  # fmt: skip
+        AXIS[axis],
+        interval(int, between, "--range"),
+        least,
+        interval(float, window, "--window"),
+        (low, high),
+        size,
+        licence,
+        patient,
+    )
     if images:
         folders = assignments(images, "--images", "modality=folder, as t1=slices/T1")
         table, left_out = slice_images(out, {name: Path(folder) for name, folder in folders.items()}, settings)

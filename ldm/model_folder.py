@@ -38,9 +38,13 @@ PREFIX = {"network": "model.", "first stage": "first_stage_model.", "conditioner
 
 
 def write_model_folder(
-    folder: str | Path, node: Mapping[str, Any], state: Mapping[str, Tensor], metadata: Mapping[str, Any],
-    dtype: torch.dtype | None = None, files: Mapping[str, str] | None = None,
-) -> Path:  # fmt: skip
+    folder: str | Path,
+    node: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    dtype: torch.dtype | None = None,
+    files: Mapping[str, str] | None = None,
+) -> Path:
     """Write a model folder whole or not at all; an existing model folder there is replaced, but for its card.
 
     files: name -> text of further files, which the node names as "./name".
@@ -177,9 +181,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LatentDi
 
 
 def loaded(
-    node: Mapping[str, Any], metadata: dict[str, Any], state: Mapping[str, Tensor], path: Path,
+    node: Mapping[str, Any],
+    metadata: dict[str, Any],
+    state: Mapping[str, Tensor],
+    path: Path,
     device: str | torch.device,
-) -> LatentDiffusion:  # fmt: skip
+) -> LatentDiffusion:
     """The model of a node with its weights, ready to sample from.
 
     >>> node, metadata = read_model_folder(models / "demo-ssl")

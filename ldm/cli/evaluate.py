@@ -114,7 +114,25 @@ def evaluate(
         return
     selected = parse_where(where or []), parse_where(train_where or [])
     asked = Asked(
-        out, generated, real, train, conditions, pairs, scores, *selected, features or [], weights or [], resize.value,
-        by.value if by else None, class_column, crop, tile, image_size, stains.value, lpips, seed, title,
-    )  # fmt: skip
+        out,
+        generated,
+        real,
+        train,
+        conditions,
+        pairs,
+        scores,
+        *selected,
+        features or [],
+        weights or [],
+        resize.value,
+        by.value if by else None,
+        class_column,
+        crop,
+        tile,
+        image_size,
+        stains.value,
+        lpips,
+        seed,
+        title,
+    )
     run(asked, pick_device(device))

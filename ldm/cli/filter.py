@@ -149,10 +149,21 @@ def train_scorer(
     from ldm.commands.scorers import train
 
     recipe = _recipe(
-        arch_arg, weights, arch=arch, size=size, members=members, test=test, epochs=epochs,
-        patience=patience, batch_size=batch_size, learning_rate=learning_rate, colour=colour, shift=shift, views=views,
+        arch_arg,
+        weights,
+        arch=arch,
+        size=size,
+        members=members,
+        test=test,
+        epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        colour=colour,
+        shift=shift,
+        views=views,
         seed=seed,
-    )  # fmt: skip
+    )
     asked = {"label": label, "kind": kind.value if kind else None, "positive": positive, "patient": patient}
     asked |= {"where": parse_where(where or []), "skip_unrated": skip_unrated, "crop": crop}
     train(data, out, asked, recipe, pick_device(device), precision is Precision.bf16, licence, half)
@@ -314,9 +325,20 @@ def utility(
     from ldm.commands.scorers import utility as run
 
     recipe = _recipe(
-        arch_arg, weights, arch=arch, size=size, members=members, test=test, epochs=epochs,
-        patience=patience, batch_size=batch_size, learning_rate=learning_rate, colour=colour, shift=shift, seed=seed,
-    )  # fmt: skip
+        arch_arg,
+        weights,
+        arch=arch,
+        size=size,
+        members=members,
+        test=test,
+        epochs=epochs,
+        patience=patience,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        colour=colour,
+        shift=shift,
+        seed=seed,
+    )
     asked = {"label": label, "kind": kind.value if kind else None, "positive": positive, "patient": patient}
     asked["crop"] = crop
     bf16 = precision is Precision.bf16

@@ -90,6 +90,15 @@ def large_image(
 
     wide = parse_integers(size, 2, "--size", "width,height")
     generate_large_image(
-        model, features, out, feature, parse_integers(region, 4, "--region", "x,y,width,height"),
-        wide and wide[::-1], mpp, condition or [], pick_device(device), sampler, windows,
-    )  # fmt: skip
+        model,
+        features,
+        out,
+        feature,
+        parse_integers(region, 4, "--region", "x,y,width,height"),
+        wide and wide[::-1],
+        mpp,
+        condition or [],
+        pick_device(device),
+        sampler,
+        windows,
+    )

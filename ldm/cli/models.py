@@ -88,7 +88,16 @@ def convert(
     """
     from ldm.commands.models import convert_model
 
-    asked = {"config": config, "raw_weights": raw_weights, "classes": classes, "mutation_genes": mutation_genes,
-             "expression_genes": expression_genes, "base": base, "allow_target": allow_target, "encoder": encoder,
-             "mpp": mpp, "licence": licence}  # fmt: skip
+    asked = {
+        "config": config,
+        "raw_weights": raw_weights,
+        "classes": classes,
+        "mutation_genes": mutation_genes,
+        "expression_genes": expression_genes,
+        "base": base,
+        "allow_target": allow_target,
+        "encoder": encoder,
+        "mpp": mpp,
+        "licence": licence,
+    }
     convert_model(source, out, asked, to.value if to else None, half)

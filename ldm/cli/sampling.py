@@ -40,8 +40,10 @@ def settings(*tasks: Task, **defaults: str) -> Callable[[Command], Command]:
 
     def give(command: Command) -> Command:
         hints = typing.get_type_hints(command, include_extras=True)
-        own = {name: each.replace(kind=each.KEYWORD_ONLY, annotation=hints[name])
-               for name, each in inspect.signature(command).parameters.items()}  # fmt: skip
+        own = {
+            name: each.replace(kind=each.KEYWORD_ONLY, annotation=hints[name])
+            for name, each in inspect.signature(command).parameters.items()
+        }
         carriers = {name: own.pop(name).annotation for name in [*own] if own[name].annotation in CARRIERS}
         parameters = [*own.values()]
         for kind in carriers.values():
@@ -101,10 +103,16 @@ def _options(carrier: type, told: Mapping[str, str]) -> list[inspect.Parameter]:
         option = f"--{each.name.replace('_', '-')}"
         parameters.append(
             _option(
-                each.name, kind | None if optional else kind, default, option, words, PANELS[carrier],
-                told.get(each.name), **limits,
+                each.name,
+                kind | None if optional else kind,
+                default,
+                option,
+                words,
+                PANELS[carrier],
+                told.get(each.name),
+                **limits,
             )
-        )  # fmt: skip
+        )
     return parameters
 
 

@@ -103,10 +103,23 @@ def translate(
     from ldm.requests.translations import AskedTranslations
 
     asked = AskedTranslations(
-        parse_integers(region, 4, "--region", "x,y,width,height"), mpp, parse_where(where or []), count,
-        source or [], target or [], edit or [], spec, table, class_of_name, mutation_table, expression_table,
-        encoder, features, target_features, map_features,
-    )  # fmt: skip
+        parse_integers(region, 4, "--region", "x,y,width,height"),
+        mpp,
+        parse_where(where or []),
+        count,
+        source or [],
+        target or [],
+        edit or [],
+        spec,
+        table,
+        class_of_name,
+        mutation_table,
+        expression_table,
+        encoder,
+        features,
+        target_features,
+        map_features,
+    )
     translate_pictures(
         model, images, out, pick_device(device), asked, sampler, inversion, save_intermediates, differences
     )

@@ -108,8 +108,9 @@ def compare_sets(asked: Asked, report: Report, extractors: Extractors, device: s
     }
     sources = {
         role: Source(role, path, where, asked.crop, asked.image_size)
-        for role, (path, where) in given.items() if path is not None
-    }  # fmt: skip
+        for role, (path, where) in given.items()
+        if path is not None
+    }
     images = {role: source.images for role, source in sources.items() if not source.is_file_of_features}
     report.warnings += [text for each in images.values() for text in each.warnings]
     check_sizes(sources)
@@ -156,9 +157,14 @@ def check_sizes(sources: dict[str, Source]) -> None:
 
 
 def sections_of(
-    name: str, sources: dict[str, Source], images: dict[str, Any], asked: Asked, report: Report,
-    extractors: Extractors, device: str,
-) -> list[Any]:  # fmt: skip
+    name: str,
+    sources: dict[str, Source],
+    images: dict[str, Any],
+    asked: Asked,
+    report: Report,
+    extractors: Extractors,
+    device: str,
+) -> list[Any]:
     """What one extractor's features say."""
     out, seed = asked.out, asked.seed
     features = {role: source.features(name, extractors, out) for role, source in sources.items()}
@@ -221,9 +227,14 @@ def warn_few(generated: FeatureSet, real: FeatureSet, report: Report) -> None:
 
 
 def follow(
-    name: str, sources: dict[str, Source], features: dict[str, FeatureSet], images: dict[str, Any], asked: Asked,
-    extractors: Extractors, groups: Any,
-) -> list[Any]:  # fmt: skip
+    name: str,
+    sources: dict[str, Source],
+    features: dict[str, FeatureSet],
+    images: dict[str, Any],
+    asked: Asked,
+    extractors: Extractors,
+    groups: Any,
+) -> list[Any]:
     """Whether images follow the tiles that conditioned them, where the list beside them names those."""
     candidates = [asked.conditions] if asked.conditions else [asked.real, asked.train]
     for path in candidates:

@@ -29,9 +29,15 @@ SETTINGS, SCORES, PARTIAL = "filter.json", "scores.csv", ".scores.partial.npz"
 
 
 def score_images(
-    scorer: Sequence[Path], images: Path, out: Path, device: str, batch_size: int, crop: int | None,
-    where: Mapping[str, str], target: str | None = None,
-) -> None:  # fmt: skip
+    scorer: Sequence[Path],
+    images: Path,
+    out: Path,
+    device: str,
+    batch_size: int,
+    crop: int | None,
+    where: Mapping[str, str],
+    target: str | None = None,
+) -> None:
     """`histoldm score`: a table of what the networks say of each image.
 
     target: a column of the images' list that says what each shall be; it goes into the table as `target`, of classes
@@ -85,9 +91,19 @@ def parse_above(texts: Sequence[str]) -> dict[str, float]:
 
 
 def filter_images(
-    scorer: Sequence[Path], images: Path, out: Path, device: str, batch_size: int, crop: int | None,
-    above: Sequence[str], top: float | None, class_name: str | None, matches: str | None, by: str | None, link: bool,
-) -> None:  # fmt: skip
+    scorer: Sequence[Path],
+    images: Path,
+    out: Path,
+    device: str,
+    batch_size: int,
+    crop: int | None,
+    above: Sequence[str],
+    top: float | None,
+    class_name: str | None,
+    matches: str | None,
+    by: str | None,
+    link: bool,
+) -> None:
     """`histoldm filter`: a folder of the images that pass, with their list, all scores and contact sheets."""
     network, pictures = load_scorer(scorer, device), read_pictures(images).middle(crop)
     if out.resolve() == images.resolve():

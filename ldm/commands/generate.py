@@ -87,10 +87,18 @@ def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sa
 
 
 def generate_large_image(
-    model_path: Path, features: Path, outs: Sequence[Path], feature: str | None, region: tuple[int, ...] | None,
-    size: tuple[int, int] | None, mpp: float | None, conditions: Sequence[str], device: str, sampler: AskedSampler,
+    model_path: Path,
+    features: Path,
+    outs: Sequence[Path],
+    feature: str | None,
+    region: tuple[int, ...] | None,
+    size: tuple[int, int] | None,
+    mpp: float | None,
+    conditions: Sequence[str],
+    device: str,
+    sampler: AskedSampler,
     windows: Windows,
-) -> None:  # fmt: skip
+) -> None:
     """`histoldm large-image`: one image of any size, written in every format asked for. size: (height, width)."""
     for out in outs:
         if not str(out).endswith(SUFFIXES):

@@ -75,9 +75,18 @@ class Log:
 
 
 def resample(
-    model_path: Path, scorer: Sequence[Path], out: Path, device: str, asked: AskedTiles, until: int,
-    max_attempts: int, above: Sequence[str], class_name: str | None, matches: str | None, sampler: AskedSampler,
-) -> None:  # fmt: skip
+    model_path: Path,
+    scorer: Sequence[Path],
+    out: Path,
+    device: str,
+    asked: AskedTiles,
+    until: int,
+    max_attempts: int,
+    above: Sequence[str],
+    class_name: str | None,
+    matches: str | None,
+    sampler: AskedSampler,
+) -> None:
     """`histoldm resample`: `until` tiles of each request that pass, their list, a contact sheet and all attempts.
 
     A stopped run goes on, also with a larger `max_attempts`. UserError if
@@ -139,9 +148,13 @@ def resample(
 
 
 def judged(
-    network: Scorer, images: torch.Tensor, tiles: Requests, requests: Sequence[int], class_name: str | None,
+    network: Scorer,
+    images: torch.Tensor,
+    tiles: Requests,
+    requests: Sequence[int],
+    class_name: str | None,
     matches: str | None,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+) -> tuple[np.ndarray, np.ndarray]:
     """Scores (n,) and what is kept by (n,), of images (n,3,H,W) in [-1,1] made for these requests.
 
     The scores are of the images as their files hold them.

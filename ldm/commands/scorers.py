@@ -41,9 +41,15 @@ def _read(data: Path, skip_unrated: bool, asked: Mapping[str, Any]) -> Labelled:
 
 
 def train(
-    data: Path, out: Path, asked: Mapping[str, Any], recipe: Recipe, device: str, bf16: bool, licence: str,
+    data: Path,
+    out: Path,
+    asked: Mapping[str, Any],
+    recipe: Recipe,
+    device: str,
+    bf16: bool,
+    licence: str,
     half: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """`histoldm train-scorer`: a scorer folder of labelled images."""
     images = labelled(data, **asked)
     counts = ", ".join(f"{count} {name}" for name, count in images.counts().items())
@@ -69,9 +75,15 @@ def report(scorer: Ensemble) -> list[str]:
 
 
 def utility(
-    real: Path, synthetic: Path, out: Path, asked: Mapping[str, Any], recipe: Recipe, device: str, bf16: bool,
+    real: Path,
+    synthetic: Path,
+    out: Path,
+    asked: Mapping[str, Any],
+    recipe: Recipe,
+    device: str,
+    bf16: bool,
     held_out: Mapping[str, str],
-) -> None:  # fmt: skip
+) -> None:
     """`histoldm utility`: what synthetic images are worth for training a classifier.
 
     Three ensembles of one recipe learn from the real images, from the synthetic ones and from both, and are tested on
@@ -130,9 +142,12 @@ def together(*parts: Labelled) -> Labelled:
     whole = parts[0]
     for part in parts[1:]:
         whole = Labelled(
-            joined(whole.pictures, part.pictures), whole.task, np.concatenate([whole.targets, part.targets]),
-            np.concatenate([whole.groups, part.groups]), tuple(dict.fromkeys(whole.notes + part.notes)),
-        )  # fmt: skip
+            joined(whole.pictures, part.pictures),
+            whole.task,
+            np.concatenate([whole.targets, part.targets]),
+            np.concatenate([whole.groups, part.groups]),
+            tuple(dict.fromkeys(whole.notes + part.notes)),
+        )
     return whole
 
 

@@ -60,9 +60,16 @@ class AskedReal:
 
 
 def write_sequences(
-    model_path: Path, out: Path, device: str, vary: str, fixed: Sequence[str], scorer: Path | None, animation: str,
-    real: AskedReal, sampler: AskedSampler,
-) -> None:  # fmt: skip
+    model_path: Path,
+    out: Path,
+    device: str,
+    vary: str,
+    fixed: Sequence[str],
+    scorer: Path | None,
+    animation: str,
+    real: AskedReal,
+    sampler: AskedSampler,
+) -> None:
     """`histoldm sequence`: a PNG for every image, sequences.csv, a grid and a moving picture.
 
     Images are written as they are made; those that an interrupted run of the same settings left are kept.
@@ -108,7 +115,7 @@ def write_sequences(
             else:
                 own = {name: value[part] if len(value) > 1 else value for name, value in sources.items()}
                 made = sweep_images(model, starts[part], own, conditions, chosen, real.strength)
-            pixels = to_uint8(made)                                             # (rows,N,H,W,3)
+            pixels = to_uint8(made)  # (rows,N,H,W,3)
             for i, k in missing:
                 save_png(paths[i, k], pixels[i - first, k], texts[paths[i, k]])
             bar.update(len(missing))
@@ -122,7 +129,7 @@ def write_sequences(
             np.stack([Picture.of_file(paths[i, k]).pixels() for k in range(len(sweep.values))])
             for i in range(min(len(names), SHOWN))
         ]
-    )                                                                           # (S,N,H,W,3)
+    )  # (S,N,H,W,3)
     first_images = None if starts is None else to_uint8(starts[: len(shown)])
     label = f"{sweep.name} {sweep.part}".strip()
     save_png(out / "grid.png", sheet(shown, sweep.values, label, scores, first_images), summary)

@@ -52,9 +52,13 @@ def _grid(rows: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
 
 
 def curve(
-    width: int, centres: Sequence[float], values: Sequence[float], label: str, scores: np.ndarray | None,
+    width: int,
+    centres: Sequence[float],
+    values: Sequence[float],
+    label: str,
+    scores: np.ndarray | None,
     at: int | None = None,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """The scorer's curve of every sequence (S,N) and their mean over the condition's values, whose places are `centres`
     (px): (CURVE,width,3); without scores the values alone. at: the value to mark."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

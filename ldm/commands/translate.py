@@ -51,9 +51,16 @@ class Output:
 
 
 def translate_pictures(
-    model_path: Path, images: Path, out: Path, device: str, asked: AskedTranslations, sampler: AskedSampler,
-    inversion: Inversion, intermediates: int = 0, differences: bool | None = None,
-) -> None:  # fmt: skip
+    model_path: Path,
+    images: Path,
+    out: Path,
+    device: str,
+    asked: AskedTranslations,
+    sampler: AskedSampler,
+    inversion: Inversion,
+    intermediates: int = 0,
+    differences: bool | None = None,
+) -> None:
     """`histoldm translate`: an image for every target of every image, translations.csv, and a sheet for each image.
 
     Images are written as they are made; those that a run of the same settings left are kept, those of others are an
@@ -143,9 +150,14 @@ def _words(values: Mapping[str, Any]) -> str:
 
 
 def _outputs(
-    model_path: Path, model: LatentDiffusion, pictures: Sequence[Picture], plans: Sequence[Plan], out: Path,
-    enlarge: int | None, settings: dict[str, Any],
-) -> list[Output]:  # fmt: skip
+    model_path: Path,
+    model: LatentDiffusion,
+    pictures: Sequence[Picture],
+    plans: Sequence[Plan],
+    out: Path,
+    enlarge: int | None,
+    settings: dict[str, Any],
+) -> list[Output]:
     outputs = []
     for i, (picture, plan) in enumerate(zip(pictures, plans)):
         for target in plan.targets:
@@ -159,9 +171,13 @@ def _outputs(
 
 
 def _groups(
-    pictures: Sequence[Picture], plans: Sequence[Plan], outputs: Sequence[Output], kept: set[Path], batch_size: int,
+    pictures: Sequence[Picture],
+    plans: Sequence[Plan],
+    outputs: Sequence[Output],
+    kept: set[Path],
+    batch_size: int,
     side: int,
-) -> list[list[int]]:  # fmt: skip
+) -> list[list[int]]:
     """Pictures that still lack an output, in batches of those of one size with targets alike; larger ones than a tile
     of `side` px one by one."""
     missing = dict.fromkeys(output.picture for output in outputs if output.path not in kept)
@@ -214,16 +230,29 @@ def _write_list(out: Path, pictures: Sequence[Picture], outputs: Sequence[Output
     writer.writerow(["file", "source_image", "target", "source_condition", "target_condition", "seed", "index"])
     for output in outputs:
         about = output.text
-        writer.writerow([output.path.name, pictures[output.picture].file, output.target.label,
-                         about["source_condition"], about["condition"], seed, output.picture])  # fmt: skip
+        writer.writerow(
+            [
+                output.path.name,
+                pictures[output.picture].file,
+                output.target.label,
+                about["source_condition"],
+                about["condition"],
+                seed,
+                output.picture,
+            ]
+        )
     write_text(out / "translations.csv", table.getvalue())
 
 
 @torch.no_grad()
 def _show(
-    model: LatentDiffusion, picture: Picture, outputs: Sequence[Output], out: Path, differ: bool,
+    model: LatentDiffusion,
+    picture: Picture,
+    outputs: Sequence[Output],
+    out: Path,
+    differ: bool,
     settings: Mapping[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """The sheet of one image and, if wanted, a map of what changed in each of its translations."""
     if max(picture.size) > SHOWN:
         return
@@ -243,8 +272,11 @@ def _show(
         maps = [("changes", np.full_like(before, 255))]
         for output, change in zip(outputs, changes):
             shown = coloured(change, most)
-            save_png(out / "differences" / f"{picture.name}__{output.target.label}.png", shown,
-                     {**about, "target": output.target.label, "brightest": f"{most:.1f} grey levels"})  # fmt: skip
+            save_png(
+                out / "differences" / f"{picture.name}__{output.target.label}.png",
+                shown,
+                {**about, "target": output.target.label, "brightest": f"{most:.1f} grey levels"},
+            )
             maps.append((f"mean {change.mean():.1f} grey levels", shown))
         rows.append(maps)
     save_png(out / "sheets" / f"{picture.name}.png", labelled_sheet(rows), about)

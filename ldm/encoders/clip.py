@@ -62,9 +62,11 @@ def load_clip(name: str, config: Mapping[str, Any], weights: Path, device: str =
         if part not in config:
             raise UserError(f"the CLIP model '{name}' has no {part} in its config, so its image tower is unknown.")
     network = CLIP(
-        config["embed_dim"], dict(config["vision_cfg"]), dict(config["text_cfg"]),
+        config["embed_dim"],
+        dict(config["vision_cfg"]),
+        dict(config["text_cfg"]),
         quick_gelu=bool(config.get("quick_gelu")),
-    )  # fmt: skip
+    )
     state = state_dict_of(read_checkpoint(weights), weights)
     try:
         state = _from_transformers(state) if is_transformers(state) and "visual.proj" not in state else state
@@ -96,7 +98,9 @@ def load_clip(name: str, config: Mapping[str, Any], weights: Path, device: str =
             return torch.cat([network.encode_text(ids, normalize=True).cpu() for ids in parts]).numpy()
 
     about = {
-        "extractor": f"clip:{name}", "weights_sha256": sha256(weights), "resize": f"bicubic to {side} px",
+        "extractor": f"clip:{name}",
+        "weights_sha256": sha256(weights),
+        "resize": f"bicubic to {side} px",
         "licence": licence,
-    }  # fmt: skip
+    }
     return Extractor(f"clip:{name}", config["embed_dim"], features, about, device, words)

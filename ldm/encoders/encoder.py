@@ -232,8 +232,11 @@ def load_weights(encoder: Encoder, path: Path) -> None:
     expected = encoder.model.state_dict()
     state = trunk_weights(state, encoder.model)
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    misfit = [f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}" for k, v in expected.items()
-              if k in state and state[k].shape != v.shape]  # fmt: skip
+    misfit = [
+        f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in state and state[k].shape != v.shape
+    ]
     if spec.standardise:
         missing += sorted(set(STANDARDISATION) - stored.keys())
         misfit += [f"{k} {tuple(v.shape)}, not ({spec.dim},)" for k, v in stored.items() if v.shape != (spec.dim,)]

@@ -70,9 +70,11 @@ def load_extractor(
     if name == "inception":
         network = inception.load_inception(weights, resize, device)
         about = {
-            "extractor": "inception", "weights_sha256": sha256(network.weights_path), "resize": resize,
+            "extractor": "inception",
+            "weights_sha256": sha256(network.weights_path),
+            "resize": resize,
             "licence": inception.LICENCE,
-        }  # fmt: skip
+        }
         return Extractor(name, inception.DIM, network, about, device)
     if name == "pixels":
         about = {"extractor": name, "resize": f"mean to {PIXELS} px"}
@@ -82,7 +84,9 @@ def load_extractor(
         raise UserError(f"'{name}' is no extractor and no encoder folder{suggest(name, known)}")
     encoder = load_encoder(name, weights, device)
     about = {
-        "extractor": encoder.name, "weights_sha256": sha256(encoder.weights_path),
-        "preprocessing": encoder.spec.preprocessing(), "licence": encoder.licence,
-    }  # fmt: skip
+        "extractor": encoder.name,
+        "weights_sha256": sha256(encoder.weights_path),
+        "preprocessing": encoder.spec.preprocessing(),
+        "licence": encoder.licence,
+    }
     return Extractor(encoder.name, encoder.dim, lambda images: encoder(to_signed(images)), about, device)

@@ -220,10 +220,16 @@ def features_of_stores(path: Path, feature: str, where: Mapping[str, Any] | None
         values[rows] = own[table["row"].to_numpy(int)[rows]]
     attrs = dict(next(iter(arrays.values())).attrs)
     data = {
-        "path": path.name, "kind": "features of stores", "count": len(table), "mpp": pictures.mpp,
-        "where": dict(where or {}), "licence": pictures.licence, "features_sha256": _sha256_of(values),
-        "slides": int(table["slide"].nunique()), "patients": int(table["patient"].nunique()),
-    }  # fmt: skip
+        "path": path.name,
+        "kind": "features of stores",
+        "count": len(table),
+        "mpp": pictures.mpp,
+        "where": dict(where or {}),
+        "licence": pictures.licence,
+        "features_sha256": _sha256_of(values),
+        "slides": int(table["slide"].nunique()),
+        "patients": int(table["patient"].nunique()),
+    }
     if "split" in table:
         data["splits"] = {str(name): int(n) for name, n in table["split"].value_counts().items()}
     about = {"extractor": attrs.get("encoder", feature), "dim": values.shape[1], "data": data}

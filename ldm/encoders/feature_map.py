@@ -72,9 +72,17 @@ class Transport(nn.Module):
 
 
 def fit_transport(
-    source: Tensor, target: Tensor, paired: bool, steps: int = 2000, batch_size: int = 128, width: int = 512,
-    learning_rate: float = 1e-3, seed: int = 0, device: str = "cpu", progress: bool = True,
-) -> Transport:  # fmt: skip
+    source: Tensor,
+    target: Tensor,
+    paired: bool,
+    steps: int = 2000,
+    batch_size: int = 128,
+    width: int = 512,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: bool = True,
+) -> Transport:
     """Train a `Transport` of features source (N,D0) to target (M,D1); paired: row i of both is the same place.
 
     UserError: too few features, unequal numbers of pairs, spaces of different size without pairs.

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ldm.errors import UserError, suggest
 from ldm.interop import targets
 from ldm.interop.checkpoint import state_dict_of
-from ldm.interop.clip_config import tower_config
+from ldm.interop.compvis_conditions import CONDITIONER, Published, blank, class_embedder, compose, read_conditioner
 from ldm.interop.converted import Converted
 from ldm.interop.diffusers_folder import base_model, replace_part
 from ldm.interop.diffusers_names import to_convolutions
-from ldm.interop.text_names import to_open_clip
 
-NETWORK, FIRST_STAGE, CONDITIONER = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
+NETWORK, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 AVERAGE = "model_ema."
 SCHEDULE = (
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
@@ -56,9 +53,15 @@ def _is_network(names: Iterable[str]) -> bool:
 
 
 def read_compvis(
-    path: Path, content: Any, *, config: str | Path | None = None, raw_weights: bool = False,
-    classes: Sequence[str] | None = None, allow_target: Iterable[str] = (), base: str | Path | None = None,
-) -> Converted:  # fmt: skip
+    path: Path,
+    content: Any,
+    *,
+    config: str | Path | None = None,
+    raw_weights: bool = False,
+    classes: Sequence[str] | None = None,
+    allow_target: Iterable[str] = (),
+    base: str | Path | None = None,
+) -> Converted:
     """A diffusion model or a first stage with its project YAML, or a network alone.
 
     classes: names of the classes; of the magnifications, where the model is conditioned on these.
@@ -89,9 +92,15 @@ def read_compvis(
 
 
 def read_by(
-    node: Mapping[str, Any], project: str, path: Path, state: Mapping[str, Tensor], found: Converted,
-    raw_weights: bool = False, classes: Sequence[str] | None = None, allow_target: Iterable[str] = (),
-) -> None:  # fmt: skip
+    node: Mapping[str, Any],
+    project: str,
+    path: Path,
+    state: Mapping[str, Tensor],
+    found: Converted,
+    raw_weights: bool = False,
+    classes: Sequence[str] | None = None,
+    allow_target: Iterable[str] = (),
+) -> None:
     """Fill `found` from the tensors of a checkpoint by the model node of a project, which messages call `project`.
 
     >>> read_by({"target": "ldm.models.autoencoder.VQModle"}, "a.yaml", Path("a.ckpt"), {}, Converted({}, {}))
@@ -135,9 +144,14 @@ class _Rest:
 
 
 def _read_diffusion(
-    node: Mapping[str, Any], rest: _Rest, found: Converted, path: Path, raw_weights: bool,
-    classes: Sequence[str] | None, allow: Iterable[str],
-) -> None:  # fmt: skip
+    node: Mapping[str, Any],
+    rest: _Rest,
+    found: Converted,
+    path: Path,
+    raw_weights: bool,
+    classes: Sequence[str] | None,
+    allow: Iterable[str],
+) -> None:
     given = node["params"]
     params = targets.diffusion_params(given, found.notes)
     if "unet_config" not in given:
@@ -145,8 +159,10 @@ def _read_diffusion(
     unet = targets.unet_node(given["unet_config"], allow, given.get("image_size"))
     if targets.DIFFUSION_TARGETS[node["target"]]:
         channels = given.get("channels", 3)
-        first_stage = {"target": targets.FIRST_STAGES["ldm.models.autoencoder.IdentityFirstStage"],
-                       "params": {"channels": channels}}  # fmt: skip
+        first_stage = {
+            "target": targets.FIRST_STAGES["ldm.models.autoencoder.IdentityFirstStage"],
+            "params": {"channels": channels},
+        }
     else:
         first_stage = targets.first_stage_node(given.get("first_stage_config"), allow)
     _read_schedule(rest, found)
@@ -163,21 +179,21 @@ def _read_diffusion(
     label = unet["params"].pop("num_classes", None)
     if label is not None:
         weights = {"embedding.weight": network.pop("diffusion_model.label_emb.weight")}
-        published = targets.Conditioning(
-            "class", {"target": targets.CLASS_EMBEDDER, "params": {"dim": weights["embedding.weight"].shape[1],
-                                                                   "acts": "vector"}}, {"rows": label})  # fmt: skip
-        members["class"] = class_embedder(published, weights, classes, found.notes, has_null=False)
+        own = {"dim": weights["embedding.weight"].shape[1], "acts": "vector"}
+        told = targets.Conditioning("class", {"target": targets.CLASS_EMBEDDER, "params": own}, {"rows": label})
+        members["class"] = class_embedder(Published(told, weights, classes, found, path), has_null=False)
     found.state |= to_convolutions({"model." + name: value for name, value in network.items()})
     if not targets.DIFFUSION_TARGETS[node["target"]]:
         told = targets.conditioning(given, allow)
         weights = rest.take(CONDITIONER)
         if told is not None:
-            members[_member(told)] = _READ[told.kind](told, weights, classes, found, path)
+            name, member = read_conditioner(Published(told, weights, classes, found, path))
+            members[name] = member
         elif weights:
             raise UserError(f"{path} holds a conditioner (cond_stage_model.*), the config says none.")
     if given.get("conditioning_key") == "hybrid":
         channels = unet["params"]["in_channels"] - unet["params"]["out_channels"]
-        members["map"] = (targets.hybrid_map(channels), _blank(channels))
+        members["map"] = (targets.hybrid_map(channels), blank(channels))
     if classes is not None and not members.keys() & {"class", "grid"}:
         _none_for("classes", classes)
     cond_stage = compose(members, found.state)
@@ -269,163 +285,6 @@ def _read_scale(rest: _Rest, found: Converted, params: dict[str, Any]) -> None:
         found.notes.append(f"scale_factor is the checkpoint's {value:g}; the config says {told:g}")
     params["scale_factor"] = value
     found.unused["scale_factor"] = "stands in the config of the model folder"
-
-
-# --- conditioners: published node and weights -> node and weights, by our names ---------------------------------
-
-Member = tuple[dict[str, Any], dict[str, Tensor]]
-
-
-def class_embedder(
-    told: targets.Conditioning, weights: dict[str, Tensor], classes: Sequence[str] | None, notes: list[str],
-    has_null: bool | None = None,
-) -> Member:  # fmt: skip
-    """A ClassEmbedder of an embedding's weights.
-
-    has_null: whether the last embedding is the unconditional one; None is told by the number of names. A model without
-    has a null of zeros in its place.
-
-    >>> told = targets.Conditioning("class", {"target": targets.CLASS_EMBEDDER, "params": {"dim": 4}})
-    >>> node, weights = class_embedder(told, {"embedding.weight": torch.ones(3, 4)}, ["LUAD", "COAD"], [])
-    >>> node["params"]["classes"], weights["embedding.weight"].shape
-    (['LUAD', 'COAD'], torch.Size([3, 4]))
-    """
-    weight = weights.get("embedding.weight")
-    if weight is None or set(weights) != {"embedding.weight"}:
-        raise UserError(f"a class condition has one tensor, embedding.weight; got {', '.join(weights) or 'none'}.")
-    rows, told_by_names = len(weight), has_null is None
-    if told.published.get("rows", rows) != rows:
-        raise UserError(f"the config says {told.published['rows']} classes, the checkpoint has embeddings of {rows}.")
-    if told_by_names:
-        has_null = classes is None or len(classes) == rows - 1
-    count = rows - has_null
-    if classes is not None and len(classes) != count:
-        allowed = f"{rows - 1} (without the unconditional one, the last) or {rows}" if told_by_names else str(count)
-        raise UserError(f"the model has {rows} class embeddings; give {allowed} names, got {len(classes)}.")
-    if classes is None:
-        last = "; the last of its embeddings is taken as the unconditional one" if has_null else ""
-        notes.append(f"the classes have no names: they are 0 to {count - 1}{last}. --classes names them")
-    if not has_null:
-        notes.append("the model was not trained without a class: sample it with guidance scale 1")
-        weight = torch.cat([weight, torch.zeros_like(weight[:1])])
-    params = {
-        "classes": [str(name) for name in (classes if classes is not None else range(count))],
-        **told.node["params"],
-        "dropout": 0.1 if has_null else 0.0,
-    }
-    return {"target": told.node["target"], "params": params}, {"embedding.weight": weight}
-
-
-def _class(told: Any, weights: dict[str, Tensor], classes: Sequence[str] | None, found: Converted, _: Path) -> Member:
-    return class_embedder(told, weights, classes, found.notes)
-
-
-def _same(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, path: Path) -> Member:
-    return told.node, weights
-
-
-def _grid(told: Any, weights: dict[str, Tensor], classes: Sequence[str] | None, found: Converted, _: Path) -> Member:
-    levels = told.published["levels"]
-    if classes is not None and len(classes) != levels:
-        raise UserError(f"the model has {levels} magnifications; --classes gives {len(classes)} names.")
-    if classes is None:
-        found.notes.append(f"the magnifications have no names: they are 0 to {levels - 1}. --classes names them")
-    params = {**told.node["params"], "magnifications": list(classes) if classes is not None else levels}
-    return {"target": told.node["target"], "params": params}, weights
-
-
-def _rescaler(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, _: Path) -> Member:
-    return told.node, weights | _blank(told.node["params"]["in_channels"])
-
-
-def _clip(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, path: Path) -> Member:
-    positions = [name for name in weights if name.endswith("position_ids")]
-    for name in positions:
-        found.unused[CONDITIONER + name] = "0, 1, 2, ..."
-        del weights[name]
-    tower = to_open_clip(weights)
-    merged = 2 * sum("attn.in_proj" in name for name in tower)  # query, key and value are one tensor
-    if len(weights) != len(tower) + merged:
-        raise UserError("the checkpoint's text tower holds tensors that a CLIP text tower does not have.")
-    text, source = tower_config(tower, told.published["version"], path)
-    found.files["text_model.json"] = text
-    found.notes.append(f"heads and activation of the text tower are those of {source}")
-    asks = "does not look" if told.node["params"]["mask_padding"] else "looks"
-    found.notes.append(f"the text tower {asks} at padding, as the published code whose config this is")
-    params = {"model": "./text_model.json", **told.node["params"]}
-    return {"target": told.node["target"], "params": params}, {f"tower.{name}": value for name, value in tower.items()}
-
-
-def _open_clip(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, path: Path) -> Member:
-    tower = {name.removeprefix("model."): value for name, value in weights.items()}
-    for name in [name for name in tower if name in ("text_projection", "logit_scale", "attn_mask")]:
-        found.unused[f"{CONDITIONER}model.{name}"] = "a part of CLIP beyond the text tower's token features"
-        del tower[name]
-    text, source = tower_config(tower, told.published["version"], path, quick_gelu=False)
-    found.files["text_model.json"] = text
-    found.notes.append(f"heads and activation of the text tower are those of {source}")
-    if told.node["params"]["layer"] == "penultimate":
-        last = f"transformer.resblocks.{json.loads(text)['text_cfg']['layers'] - 1}."
-        for name in [name for name in tower if name.startswith(last)]:
-            found.unused[f"{CONDITIONER}model.{name}"] = "the text tower's last block, which the model does not use"
-            del tower[name]
-    params = {"model": "./text_model.json", **told.node["params"]}
-    return {"target": told.node["target"], "params": params}, {f"tower.{name}": value for name, value in tower.items()}
-
-
-def _bert(told: Any, weights: dict[str, Tensor], classes: Any, found: Converted, path: Path) -> Member:
-    words = path.with_name("tokenizer.json")
-    if not words.is_file():
-        raise UserError(
-            f"the model reads text by the words of bert-base-uncased, which its checkpoint does not hold: put its "
-            f"tokenizer.json (https://huggingface.co/google-bert/bert-base-uncased, Apache-2.0) into {path.parent}."
-        )
-    for name in [name for name in weights if name.startswith("transformer.to_logits.")]:
-        found.unused[CONDITIONER + name] = "predicts words, which conditioning does not"
-        del weights[name]
-    about = {"name": "bert-embedder", "licence": "that of the model"}
-    found.files["text_model.json"] = json.dumps({**about, **told.published}, indent=2)
-    found.files["tokenizer.json"] = words.read_text(encoding="utf-8")
-    params = {"model": "./text_model.json", "tokenizer": "./tokenizer.json", **told.node["params"]}
-    tower = {"tower." + name.removeprefix("transformer."): value for name, value in weights.items()}
-    return {"target": told.node["target"], "params": params}, tower
-
-
-_READ: dict[str, Callable[..., Member]] = {
-    "allowed": _same, "same": _same, "class": _class, "grid": _grid, "rescaler": _rescaler, "clip": _clip,
-    "open_clip": _open_clip, "bert": _bert,
-}  # fmt: skip
-
-
-def compose(members: Mapping[str, Member], state: dict[str, Tensor]) -> dict[str, Any] | None:
-    """The node of one conditioner or of a set of them; their weights go to `state`.
-
-    >>> state = {}
-    >>> node = compose({"class": ({"target": targets.CLASS_EMBEDDER}, {"embedding.weight": torch.ones(3, 4)})}, state)
-    >>> node["target"], list(state)
-    ('ldm.conditioners.class_token.ClassEmbedder', ['cond_stage_model.embedding.weight'])
-    """
-    if not members:
-        return None
-    if len(members) == 1:
-        ((node, weights),) = members.values()
-        state |= {CONDITIONER + name: value for name, value in weights.items()}
-        return node
-    for member, (_, weights) in members.items():
-        state |= {f"{CONDITIONER}members.{member}.{name}": value for name, value in weights.items()}
-    return {
-        "target": targets.CONDITIONER_SET,
-        "params": {"conditioners": {name: node for name, (node, _) in members.items()}},
-    }
-
-
-def _member(told: targets.Conditioning) -> str:
-    names = {"class": "class", "grid": "grid", "rescaler": "map", "clip": "text", "open_clip": "text", "bert": "text"}
-    return names.get(told.kind, "condition")
-
-
-def _blank(channels: int) -> dict[str, Tensor]:
-    return {"blank": torch.zeros(1, channels, 1, 1)}
 
 
 def _none_for(option: str, value: Any) -> None:

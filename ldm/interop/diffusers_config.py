@@ -173,9 +173,13 @@ def schedule_params(config: Mapping[str, Any], where: str, notes: list[str]) -> 
 
 
 def _settings(
-    config: Mapping[str, Any], defaults: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]],
-    silent: set[str], where: str, notes: list[str],
-) -> dict[str, Any]:  # fmt: skip
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    fixed: Mapping[str, tuple[Any, ...]],
+    silent: set[str],
+    where: str,
+    notes: list[str],
+) -> dict[str, Any]:
     """A network's settings with diffusers' defaults. UserError for one that its counterpart here does not have."""
     for name, allowed in fixed.items():
         value = config.get(name, allowed[0])

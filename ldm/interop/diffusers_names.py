@@ -28,9 +28,12 @@ def unet_modules(attention: Sequence[bool], blocks: int) -> dict[str, str]:
     'input_blocks.1.1.proj_in'
     """
     names = {
-        "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2", "conv_norm_out": "out.0", "conv_out": "out.2",
-    }  # fmt: skip
+        "conv_in": "input_blocks.0.0",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
     _add(names, "mid_block.resnets.0", "middle_block.0", UNET_RESNET)
     _add(names, "mid_block.attentions.0", "middle_block.1", UNET_ATTENTION)
     _add(names, "mid_block.resnets.1", "middle_block.2", UNET_RESNET)

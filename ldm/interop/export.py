@@ -231,9 +231,13 @@ def _tokenizer_files(tokens: int, pad: str) -> dict[str, str]:
     bos, eos = ENDS
     ends = {"bos_token": bos, "eos_token": eos, "unk_token": eos, "pad_token": pad}
     config = {
-        "add_prefix_space": False, "do_lower_case": True, "errors": "replace", "model_max_length": tokens,
-        "tokenizer_class": "CLIPTokenizer", **ends,
-    }  # fmt: skip
+        "add_prefix_space": False,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": tokens,
+        "tokenizer_class": "CLIPTokenizer",
+        **ends,
+    }
     return {
         "vocab.json": json.dumps(clip_vocabulary(), ensure_ascii=False),
         "merges.txt": "\n".join(["#version: 0.2", *(" ".join(pair) for pair in sorted(ranks, key=ranks.get)), ""]),

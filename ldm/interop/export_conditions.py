@@ -110,17 +110,25 @@ def _class(node: Mapping[str, Any], p: dict[str, Any], own: dict[str, Tensor], m
 
 
 def _patch(node: Mapping[str, Any], p: dict[str, Any], own: dict[str, Tensor], model: Converted) -> Told:
-    params = {"patch_ssl_key": "feat_patch", "patch_embed_dim": p["embed_dim"],
-              "target_dim": p.get("context_dim", 512), "normalize_ssl": p.get("normalize", True)}  # fmt: skip
+    params = {
+        "patch_ssl_key": "feat_patch",
+        "patch_embed_dim": p["embed_dim"],
+        "target_dim": p.get("context_dim", 512),
+        "normalize_ssl": p.get("normalize", True),
+    }
     return Told("PatchEmbedder", params, "hybrid", own)
 
 
 def _ssl(node: Mapping[str, Any], p: dict[str, Any], own: dict[str, Tensor], model: Converted) -> Told:
     if p.get("context_dim", 512) != 512:
         raise lacks(FORM, f"an SSLEmbedder of context_dim {p['context_dim']} (it has 512)")
-    params = {"patch_ssl_key": "feat_20x", "region_ssl_key": "feat_5x", "patch_embed_dim": p.get("embed_dim", 384),
-              "region_embed_dim": p.get("region_embed_dim", 768),
-              "normalize_ssl": p.get("normalize", True)}  # fmt: skip
+    params = {
+        "patch_ssl_key": "feat_20x",
+        "region_ssl_key": "feat_5x",
+        "patch_embed_dim": p.get("embed_dim", 384),
+        "region_embed_dim": p.get("region_embed_dim", 768),
+        "normalize_ssl": p.get("normalize", True),
+    }
     return Told("SSLEmbedder", params, "hybrid", own)
 
 
@@ -128,11 +136,17 @@ def _grid(node: Mapping[str, Any], p: dict[str, Any], own: dict[str, Tensor], mo
     levels = p.get("magnifications", 8)
     names = [] if isinstance(levels, int) else list(map(str, levels))
     params = {
-        "feat_key": "ssl_feat", "mag_key": "mag", "num_layers": p.get("depth", 12), "num_heads": p.get("heads", 8),
-        "input_channels": p.get("embed_dim", 1024), "hidden_channels": p.get("hidden", 512),
-        "vit_mlp_dim": p.get("mlp", 2048), "output_channels": p.get("context_dim", 512),
-        "mag_levels": len(names) or levels, "p_uncond": p.get("dropout", 0.1),
-    }  # fmt: skip
+        "feat_key": "ssl_feat",
+        "mag_key": "mag",
+        "num_layers": p.get("depth", 12),
+        "num_heads": p.get("heads", 8),
+        "input_channels": p.get("embed_dim", 1024),
+        "hidden_channels": p.get("hidden", 512),
+        "vit_mlp_dim": p.get("mlp", 2048),
+        "output_channels": p.get("context_dim", 512),
+        "mag_levels": len(names) or levels,
+        "p_uncond": p.get("dropout", 0.1),
+    }
     notes = [f"names of magnifications do not go along: {','.join(names)}"] if names else []
     if not p.get("standardize", True):
         notes.append("features go in as they are: ZoomLDM's data loader standardises them, leave that out")
@@ -145,9 +159,14 @@ def _map(node: Mapping[str, Any], p: dict[str, Any], own: dict[str, Tensor], mod
     key = p.get("key", "map")
     if _is_free_map(node):
         return Told(key=key, acts="concat")
-    params = {"n_stages": p.get("stages", 1), "method": p.get("method", "bilinear"),
-              "multiplier": p.get("multiplier", 0.5), "in_channels": p["in_channels"],
-              "out_channels": p.get("out_channels"), "bias": p.get("bias", False)}  # fmt: skip
+    params = {
+        "n_stages": p.get("stages", 1),
+        "method": p.get("method", "bilinear"),
+        "multiplier": p.get("multiplier", 0.5),
+        "in_channels": p["in_channels"],
+        "out_channels": p.get("out_channels"),
+        "bias": p.get("bias", False),
+    }
     return Told("SpatialRescaler", params, key, own, "concat")
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ldm.errors import UserError, suggest
 from ldm.interop import targets
 from ldm.interop.checkpoint import state_dict_of
-from ldm.interop.compvis import class_embedder, compose
+from ldm.interop.compvis_conditions import Published, class_embedder, compose
 from ldm.interop.converted import Converted
 
 CLASSIFIER = "ldm.networks.encoder_unet.EncoderUNetModel"
@@ -58,9 +58,14 @@ def is_guided(path: Path, content: Any) -> bool:
 
 
 def read_guided(
-    path: Path, content: Any, *, config: str | Path | None = None, classes: Sequence[str] | None = None,
-    mutation_genes: str | Path | None = None, expression_genes: str | Path | None = None,
-) -> Converted:  # fmt: skip
+    path: Path,
+    content: Any,
+    *,
+    config: str | Path | None = None,
+    classes: Sequence[str] | None = None,
+    mutation_genes: str | Path | None = None,
+    expression_genes: str | Path | None = None,
+) -> Converted:
     """A class-conditional or omics UNet as a diffusion model on pixels; a classifier as the network that it is.
 
     config: YAML of the flags it was trained with. classes, mutation_genes, expression_genes: names, by embedding.
@@ -110,7 +115,7 @@ def read_guided(
         names = classes if classes is not None else _mapped(flags.get("class_mapping"), rows)
         told = {"dim": 4 * unet["model_channels"], "acts": "vector"}
         told = targets.Conditioning("class", {"target": targets.CLASS_EMBEDDER, "params": told})
-        members["class"] = class_embedder(told, label, names, found.notes, has_null=False)
+        members["class"] = class_embedder(Published(told, label, names, found, path), has_null=False)
     elif classes is not None:
         raise UserError("the model has no classes to name; leave --classes out.")
     genes = {name: weights.pop(name) for name in list(weights) if name.startswith(tuple(GENES))}
@@ -229,8 +234,12 @@ def _classifier(
 
 def _pool(state: Mapping[str, Tensor]) -> tuple[str, str]:
     """A classifier's kind of pool, and the name of its last weight."""
-    for pool, last, dims in (("attention", "out.2.c_proj.weight", 3), ("adaptive", "out.3.weight", 4),
-                             ("spatial_v2", "out.3.weight", 2), ("spatial", "out.2.weight", 2)):  # fmt: skip
+    for pool, last, dims in (
+        ("attention", "out.2.c_proj.weight", 3),
+        ("adaptive", "out.3.weight", 4),
+        ("spatial_v2", "out.3.weight", 2),
+        ("spatial", "out.2.weight", 2),
+    ):
         if last in state and state[last].ndim == dims:
             return pool, last
     raise UserError("the network has no way up (output_blocks) and is no classifier of guided-diffusion either.")
@@ -282,8 +291,18 @@ def _check_flags(flags: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
         told, own = bool(flags["learn_sigma"]), shape["out_channels"] == 2 * shape["in_channels"]
         if told != own:
             raise UserError(f"the flags say learn_sigma {told}, the network has {shape['out_channels']} outputs.")
-    for name in ("num_channels", "model_channels", "num_res_blocks", "channel_mult", "attention_resolutions",
-                 "use_scale_shift_norm", "resblock_updown", "image_size", "in_channels", "out_channels"):  # fmt: skip
+    for name in (
+        "num_channels",
+        "model_channels",
+        "num_res_blocks",
+        "channel_mult",
+        "attention_resolutions",
+        "use_scale_shift_norm",
+        "resblock_updown",
+        "image_size",
+        "in_channels",
+        "out_channels",
+    ):
         own = shape.get(same.get(name, name))
         told = flags.get(name)
         if told is None or own is None or told == [] or (name == "resblock_updown" and len(shape["channel_mult"]) == 1):

@@ -85,10 +85,14 @@ def read_midiffusion(
         network = {
             "target": "ldm.networks.lmi.LMIUNet",
             "params": {
-                "patch": model["geo_patch_sz"], "bins": model["geo_patch_sz"] ** 3, "sigma": float(model["MIsigma"]),
-                "normalized": model["MInormalization"], "unit": True, "unet": network,
+                "patch": model["geo_patch_sz"],
+                "bins": model["geo_patch_sz"] ** 3,
+                "sigma": float(model["MIsigma"]),
+                "normalized": model["MInormalization"],
+                "unit": True,
+                "unet": network,
             },
-        }  # fmt: skip
+        }
         found.notes.append("images in [0, 1] and no clipping on the way, as published: sample at guidance scale 1")
     prefix = "model.diffusion_model." + ("unet." if guided else "")
     found.state = {prefix + name: value for name, value in weights.items()}
@@ -200,8 +204,13 @@ def _ddpm(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[st
             mults.append(len(last) // ch)
         while f"down.0.block.{blocks}.conv1.weight" in weights:
             blocks += 1
-        own = {"in_channels": in_channels, "out_ch": len(weights["conv_out.weight"]), "ch": ch, "ch_mult": mults,
-               "num_res_blocks": blocks}  # fmt: skip
+        own = {
+            "in_channels": in_channels,
+            "out_ch": len(weights["conv_out.weight"]),
+            "ch": ch,
+            "ch_mult": mults,
+            "num_res_blocks": blocks,
+        }
     except (KeyError, ValueError) as error:
         raise UserError(f"the weights are of no whole DDPM UNet: they lack {error}.") from error
     model, side = settings["model"], settings["data"]["image_size"]
@@ -226,16 +235,23 @@ def _adm(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str
     if "middle_block.0.in_layers.0.weight" not in weights:
         raise UserError("the weights are of no whole guided-diffusion UNet: they lack its middle_block.")
     own, model = unet_shape(weights), settings["model"]
-    names = {"in_channels": "in_channels", "num_in_channels": "in_channels", "ch": "model_channels",
-             "num_channels": "model_channels", "num_res_blocks": "num_res_blocks"}  # fmt: skip
+    names = {
+        "in_channels": "in_channels",
+        "num_in_channels": "in_channels",
+        "ch": "model_channels",
+        "num_channels": "model_channels",
+        "num_res_blocks": "num_res_blocks",
+    }
     _check(own, model, names)
     return {
         "target": "ldm.networks.unet.UNetModel",
         "params": {
-            **own, "image_size": settings["data"]["image_size"], **heads_of(model),
+            **own,
+            "image_size": settings["data"]["image_size"],
+            **heads_of(model),
             "use_new_attention_order": model["use_new_attention_order"],
         },
-    }  # fmt: skip
+    }
 
 
 def _check(own: Mapping[str, Any], told: Mapping[str, Any], names: Mapping[str, str]) -> None:

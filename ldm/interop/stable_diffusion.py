@@ -12,7 +12,8 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.interop import targets
 from ldm.interop.checkpoint import state_dict_of
-from ldm.interop.compvis import CONDITIONER, FIRST_STAGE, NETWORK, read_by, read_compvis
+from ldm.interop.compvis import FIRST_STAGE, NETWORK, read_by, read_compvis
+from ldm.interop.compvis_conditions import CONDITIONER
 from ldm.interop.converted import Converted
 from ldm.interop.text_names import is_transformers, left_out
 

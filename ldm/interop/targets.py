@@ -42,8 +42,16 @@ DIFFUSION_KEPT = (
     "linear_start", "linear_end", "timesteps", "beta_schedule", "cosine_s", "parameterization", "loss_type",
     "scale_factor", "scale_by_std",
 )  # fmt: skip
-DIFFUSION_READ = ("unet_config", "first_stage_config", "cond_stage_config", "conditioning_key", "concat_mode",
-                  "image_size", "channels", "cond_stage_key")  # fmt: skip
+DIFFUSION_READ = (
+    "unet_config",
+    "first_stage_config",
+    "cond_stage_config",
+    "conditioning_key",
+    "concat_mode",
+    "image_size",
+    "channels",
+    "cond_stage_key",
+)
 DIFFUSION_LEFT = (
     "base_learning_rate", "num_timesteps_cond", "log_every_t", "first_stage_key", "cond_stage_trainable",
     "cond_stage_forward", "monitor", "use_ema", "track_fid", "fid_path", "x_feat_extracted", "scheduler_config",
@@ -267,9 +275,21 @@ def _ssl(given: Mapping[str, Any], params: Mapping[str, Any]) -> Conditioning:
 
 def _grid(last_norm: bool) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Conditioning]:
     def translate(given: Mapping[str, Any], params: Mapping[str, Any]) -> Conditioning:
-        known = ("feat_key", "mag_key", "input_channels", "hidden_channels", "vit_mlp_dim", "output_channels",
-                 "seq_length", "mag_levels", "num_layers", "num_heads", "p_uncond", "ckpt_path",
-                 "ignore_keys")  # fmt: skip
+        known = (
+            "feat_key",
+            "mag_key",
+            "input_channels",
+            "hidden_channels",
+            "vit_mlp_dim",
+            "output_channels",
+            "seq_length",
+            "mag_levels",
+            "num_layers",
+            "num_heads",
+            "p_uncond",
+            "ckpt_path",
+            "ignore_keys",
+        )
         _known(given, "EmbeddingViT2", known)
         if given.get("seq_length", 64) != 64:
             raise UserError(f"cond_stage_config: seq_length is 64 in every published model; got {given['seq_length']}.")
@@ -319,9 +339,13 @@ def _bert_text(given: Mapping[str, Any], params: Mapping[str, Any]) -> Condition
     if not given.get("use_tokenizer", True):
         raise UserError("cond_stage_config: the model reads tokens that are no words (use_tokenizer false): no text.")
     config = {
-        "token_transformer": True, "width": given["n_embed"], "layers": given["n_layer"], "heads": 8,
-        "vocab_size": given.get("vocab_size", 30522), "context_length": given.get("max_seq_len", 77),
-    }  # fmt: skip
+        "token_transformer": True,
+        "width": given["n_embed"],
+        "layers": given["n_layer"],
+        "heads": 8,
+        "vocab_size": given.get("vocab_size", 30522),
+        "context_length": given.get("max_seq_len", 77),
+    }
     return Conditioning("bert", {"target": TEXT_EMBEDDER, "params": {"mask_padding": False}}, {"text_cfg": config})
 
 

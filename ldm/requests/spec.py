@@ -191,9 +191,13 @@ def _check_names(path: Path, wanted: Sequence[str] | Mapping[str, Any], names: S
 
 
 def _of_mmdm(
-    path: Path, modifications: Mapping[str, Any], listed: Sequence[str] | None, conditioner: Conditioner,
-    names: Sequence[str], own: Callable[[str], Mapping[str, Any]],
-) -> dict[str, Plan]:  # fmt: skip
+    path: Path,
+    modifications: Mapping[str, Any],
+    listed: Sequence[str] | None,
+    conditioner: Conditioner,
+    names: Sequence[str],
+    own: Callable[[str], Mapping[str, Any]],
+) -> dict[str, Plan]:
     default, custom = modifications.get("default"), modifications.get("custom") or {}
     _check_names(path, [*custom, *(listed or [])], names)
     plans = {}

@@ -150,9 +150,13 @@ def _of_file(
 
 
 def _of_store(
-    model: LatentDiffusion, path: Path, feature: str | None, where: Mapping[str, str], fixed: dict[str, Any],
+    model: LatentDiffusion,
+    path: Path,
+    feature: str | None,
+    where: Mapping[str, str],
+    fixed: dict[str, Any],
     count: int | None,
-) -> Requests:  # fmt: skip
+) -> Requests:
     from ldm.data.datasets import TileDataset
 
     stores = open_cohort(path)

@@ -160,9 +160,12 @@ def _check_values(conditioner: Conditioner | None, plans: Sequence[Plan]) -> Non
 
 def _check_flags(conditioner: Conditioner | None, asked: AskedTranslations) -> None:
     flags = {
-        "--source": asked.source, "--target": asked.targets, "--edit": asked.edits,
-        "--target-features": asked.target_features, "--map-features": asked.map_features,
-    }  # fmt: skip
+        "--source": asked.source,
+        "--target": asked.targets,
+        "--edit": asked.edits,
+        "--target-features": asked.target_features,
+        "--map-features": asked.map_features,
+    }
     given = [name for name, value in flags.items() if value]
     if asked.spec is not None and asked.table is not None:
         raise UserError("give a specification (--spec) or a table of pairs (--table), not both.")
@@ -209,8 +212,10 @@ def _add_genes(
             values[genes.index(gene)] = table.values[row, column]
         own.setdefault(keys[0], values)
     if len(missing) == len(pictures):
-        raise UserError(f"{path} has no sample of these images; it knows {some(table.samples, 3)}, the images are "
-                        f"{some(missing, 3)}.")  # fmt: skip
+        raise UserError(
+            f"{path} has no sample of these images; it knows {some(table.samples, 3)}, the images are "
+            f"{some(missing, 3)}."
+        )
 
 
 def _with_features(
