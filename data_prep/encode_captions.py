@@ -18,10 +18,9 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
-import torch
 import typer
 from tqdm import tqdm
 
@@ -36,14 +35,13 @@ from data_prep.options import (
     output,
 )
 from ldm.cli.script import script
-from ldm.conditioners.text import PADS, TextEmbedder
-from ldm.conditioners.text_tokens import LAYOUTS
-from ldm.conditioners.text_towers import LAYERS
-from ldm.data.conditions import index_rows
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.devices import pick_device
-from ldm.encoders.text_models import REGISTRY
+from ldm.encoders.text_registry import LAYERS, LAYOUTS, PADS, REGISTRY
 from ldm.errors import UserError, suggest
+
+if TYPE_CHECKING:
+    from ldm.conditioners.text import TextEmbedder
 
 tower = partial(typer.Option, rich_help_panel="Text model")
 Layout = choices("Layout", LAYOUTS)
@@ -53,6 +51,8 @@ Layer = choices("Layer", LAYERS)
 
 def prompts_of(store: TileStore, embedder: TextEmbedder, text_column: str, modality_column: str) -> list[str]:
     """What the tower reads for every tile of a store. UserError where a tile has no caption."""
+    from ldm.data.conditions import index_rows
+
     index = index_rows(store)
     columns = {embedder.keys[0]: text_column}
     if embedder.modality_key:
@@ -69,7 +69,6 @@ def prompts_of(store: TileStore, embedder: TextEmbedder, text_column: str, modal
     return embedder.prompts({key: index[column].tolist() for key, column in columns.items()})
 
 
-@torch.inference_mode()
 def encode(
     stores: Sequence[TileStore],
     embedder: TextEmbedder,
@@ -79,6 +78,8 @@ def encode(
     batch_size: int = 64,
 ) -> int:
     """Write `features/<name>` into the stores; everything is checked first. Returns how many captions were cut."""
+    import torch
+
     if batch_size < 1:
         raise UserError(f"a batch has at least 1 caption; got a batch size of {batch_size}")
     embedder.check_data({})
@@ -93,7 +94,8 @@ def encode(
             with ArrayWriter(store.path, f"features/{name}", shape, "f2", attrs) as writer:
                 bar.update(writer.rows)
                 for start in range(writer.rows, len(texts), batch_size):
-                    features = embedder.encode(*embedder.tokens(texts[start : start + batch_size]))
+                    with torch.inference_mode():
+                        features = embedder.encode(*embedder.tokens(texts[start : start + batch_size]))
                     rows = features.float().cpu().numpy().astype(np.float16)
                     if not np.isfinite(rows).all():
                         raise UserError(
@@ -141,22 +143,13 @@ def main(
     batch_size: BatchOption = 64,
     device: DeviceOption = "auto",
 ) -> None:
+    from ldm.conditioners.text import TextEmbedder
+
     stores = open_cohort(store)
-    embedder = (
-        TextEmbedder(
-            model,
-            str(weights) if weights else None,
-            tokenizer,
-            chunks=chunks,
-            layout=layout.value,
-            mask_padding=mask_padding,
-            pad=pad.value,
-            layer=layer.value,
-            prompt=prompt,
-        )
-        .to(pick_device(device))
-        .eval()
-    )
+    asked = {"chunks": chunks, "layout": layout.value, "mask_padding": mask_padding, "pad": pad.value}
+    asked |= {"layer": layer.value, "prompt": prompt}
+    embedder = TextEmbedder(model, str(weights) if weights else None, tokenizer, **asked)
+    embedder = embedder.to(pick_device(device)).eval()
     name = name or embedder.source.name
     cut = encode(stores, embedder, name, text_column, modality_column, batch_size)
     total = sum(map(len, stores))

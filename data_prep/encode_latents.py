@@ -18,15 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
 import zarr
-from torch import nn
 from tqdm import tqdm
 
-from data_prep.extract_features import PRECISIONS, read_batches
+from data_prep.extract_features import each_variant, read_batches
 from data_prep.options import (
     BatchOption,
     DeviceOption,
@@ -46,6 +44,9 @@ from ldm.devices import pick_device
 from ldm.errors import UserError
 from ldm.files import sha256
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 def moments(array: zarr.Array) -> tuple[int, float, float]:
     """Count, mean and mean square of all values of an array, read shard by shard."""
@@ -64,18 +65,6 @@ def spread(parts: Sequence[tuple[int, float, float]]) -> float:
     counts, means, squares = map(np.asarray, zip(*parts))
     mean = np.average(means, weights=counts)
     return float(np.sqrt(max(np.average(squares, weights=counts) - mean**2, 0)))
-
-
-@torch.inference_mode()
-def encode_tiles(first_stage: nn.Module, tiles: np.ndarray, device: str, precision: str, variants: int) -> np.ndarray:
-    """tiles (B,T,T,3) uint8 -> latents (B,C,h,w), or with 8 variants (B,8,C,h,w), float16."""
-    images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)  # (B,3,T,T)
-    parts = []
-    for k in range(variants):
-        x = dihedral.apply(images, k).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32"):
-            parts.append(first_stage.latent(x).float().cpu())  # (B,C,h,w)
-    return (torch.stack(parts, 1) if variants > 1 else parts[0]).numpy().astype(np.float16)
 
 
 def encode_latents(
@@ -99,6 +88,8 @@ def encode_latents(
         UserError: no model folder, tiles that the first stage cannot halve often enough, latents made otherwise before,
             values beyond float16.
     """
+    import torch
+
     from ldm.model_folder import load_first_stage, read_model_folder
 
     folder = Path(first_stage_folder)
@@ -125,7 +116,7 @@ def encode_latents(
             with ArrayWriter(store.path, f"latents/{name}", shape, "f2", attrs) as writer:
                 bar.update(writer.rows)
                 for tiles in read_batches(store, writer.rows, batch_size):
-                    rows = encode_tiles(first_stage, tiles, device, precision, variants)
+                    rows = each_variant(first_stage.latent, tiles, device, precision, variants).astype(np.float16)
                     if not np.isfinite(rows).all():
                         raise UserError(f"float16 cannot hold the latents that {folder} gives in {store.path}")
                     writer.append(rows)

@@ -15,14 +15,12 @@ Examples:
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data_prep.options import (
@@ -40,12 +38,14 @@ from ldm.cli.script import script
 from ldm.data import dihedral
 from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
 from ldm.devices import pick_device
-from ldm.encoders.encoder import Encoder, find_encoder, load_encoder
 from ldm.encoders.registry import REGISTRY, EncoderSpec
 from ldm.errors import UserError
 from ldm.files import sha256
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
 FAR = 0.15  # relative difference of resolution that an encoder is trusted with
 
 
@@ -83,14 +83,26 @@ def read_batches(store: TileStore, start: int, batch_size: int) -> Iterator[np.n
             yield pending.result()
 
 
-@torch.inference_mode()
-def encode_tiles(encoder: Encoder, tiles: np.ndarray, device: str, precision: torch.dtype, variants: int) -> Tensor:
-    """tiles (B,T,T,3) uint8 -> features (B,D) float32, or of the first `variants` dihedral variants, (B,variants,D)."""
+def each_variant(
+    network: Callable[[Tensor], Tensor], tiles: np.ndarray, device: str, precision: str, variants: int
+) -> np.ndarray:
+    """What a network makes of tiles (B,T,T,3) uint8, (B,...) float32, or of their first dihedral variants, (B,V,...).
+
+    network: images (B,3,T,T) in [-1, 1] -> (B,...). precision: of its arithmetic, fp32, bf16 or fp16.
+
+    >>> tiles = np.zeros((2, 8, 8, 3), np.uint8)
+    >>> each_variant(lambda images: images.mean((2, 3)), tiles, "cpu", "fp32", variants=8).shape
+    (2, 8, 3)
+    """
+    import torch
+
+    kinds = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    kind, autocast = kinds[precision], precision != "fp32"
     images = torch.from_numpy(tiles).to(device).permute(0, 3, 1, 2).float().div(127.5).sub(1)  # (B,3,T,T)
-    images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(torch.device(device).type, precision, enabled=precision is not torch.float32):
-        parts = [encoder(dihedral.apply(images, k)) for k in range(variants)]
-    return torch.stack(parts, 1).float().cpu() if variants > 1 else parts[0].float().cpu()
+    with torch.inference_mode(), torch.autocast(torch.device(device).type, kind, enabled=autocast):
+        turned = (dihedral.apply(images, k).contiguous(memory_format=torch.channels_last) for k in range(variants))
+        parts = [network(x).float().cpu() for x in turned]
+    return (torch.stack(parts, 1) if variants > 1 else parts[0]).numpy()
 
 
 def extract(
@@ -107,6 +119,10 @@ def extract(
 
     Raises UserError: unknown encoder, missing weights, a store of another resolution, features made otherwise before.
     """
+    import torch
+
+    from ldm.encoders.encoder import find_encoder, load_encoder
+
     device = pick_device(device)
     if batch_size < 1:
         raise UserError(f"a batch has at least 1 tile; got a batch size of {batch_size}")
@@ -130,8 +146,7 @@ def extract(
             with ArrayWriter(store.path, f"features/{spec.name}", shape, "f2", attrs) as writer:
                 bar.update(writer.rows)
                 for tiles in read_batches(store, writer.rows, batch_size):
-                    features = encode_tiles(encoder, tiles, device, PRECISIONS[precision], variants)
-                    rows = features.numpy().astype(np.float16)
+                    rows = each_variant(encoder, tiles, device, precision, variants).astype(np.float16)
                     if not np.isfinite(rows).all():
                         raise UserError(
                             f"encoder '{spec.name}' gives values that float16 cannot hold in {store.path}; "

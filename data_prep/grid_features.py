@@ -27,8 +27,6 @@ from typing import Annotated
 
 import numpy as np
 import pandas as pd
-import torch
-import torch.nn.functional as F
 from einops import pack, rearrange, unpack
 from tqdm import tqdm
 
@@ -161,8 +159,11 @@ def _grids(values: np.ndarray, side: int, largest: int) -> np.ndarray:
     """Cells (b,k*k,D) -> (b,D,k,k), or (b,k*k,8,D) of all orientations -> (b,8,D,k,k) with the cells turned as well."""
     grids = rearrange(values, "b (row col) ... d -> b ... d row col", row=side)
     if side > largest:
+        import torch
+        from torch.nn.functional import adaptive_avg_pool2d
+
         flat, shape = pack([torch.from_numpy(np.ascontiguousarray(grids))], "* d row col")
-        grids = unpack(F.adaptive_avg_pool2d(flat, largest), shape, "* d row col")[0].numpy()
+        grids = unpack(adaptive_avg_pool2d(flat, largest), shape, "* d row col")[0].numpy()
     if values.ndim == 4:
         grids = np.stack([dihedral.apply(grids[:, variant], variant) for variant in range(dihedral.COUNT)], 1)
     return grids

@@ -174,9 +174,15 @@ def _kept(each: Match, cohort: Path) -> TileStore:
     own = {k: v for k, v in store.attrs.items() if k not in ("version", "count", "rows", "complete")}
     labels = {name: store.labels(name)[kept] for name in store.label_names}
     new = write_store(
-        cohort, store.path.stem, lambda i: store.tile(int(kept[i])), len(kept), attrs=own, labels=labels,
-        coords=store.coords[kept], desc=f"keeping {store.path.stem}",
-    )  # fmt: skip
+        cohort,
+        store.path.stem,
+        lambda i: store.tile(int(kept[i])),
+        len(kept),
+        attrs=own,
+        labels=labels,
+        coords=store.coords[kept],
+        desc=f"keeping {store.path.stem}",
+    )
     index = store.path.parent.parent / "index.parquet"
     if index.is_file():
         table = read_index(index.parent)
@@ -247,9 +253,17 @@ def is_picture_folder(path: Path) -> bool:
 
 
 def cut(
-    path: Path, files: SlideFiles, out: Path, name: str | None, *, tile_size: int | None = None,
-    patch_size: float | None = None, licence: str = "", slide_mpp: float | None = None, encoder_licence: str = "",
-) -> TileStore:  # fmt: skip
+    path: Path,
+    files: SlideFiles,
+    out: Path,
+    name: str | None,
+    *,
+    tile_size: int | None = None,
+    patch_size: float | None = None,
+    licence: str = "",
+    slide_mpp: float | None = None,
+    encoder_licence: str = "",
+) -> TileStore:
     """Cut the tiles of a slide where its files say, and write their features.
 
     Args:
@@ -304,11 +318,16 @@ def cut(
 
     downsample = extent / tile_size
     attrs = {
-        "slide": path.name, "mpp": None if mpp is None else mpp * downsample, **about,
-        "tile_size": tile_size, "stride": max(1, round((places.step or _gap(places.coords) or extent) / downsample)),
-        "level0_size": None if level0 is None else list(level0), "downsample": downsample, "licence": licence,
+        "slide": path.name,
+        "mpp": None if mpp is None else mpp * downsample,
+        **about,
+        "tile_size": tile_size,
+        "stride": max(1, round((places.step or _gap(places.coords) or extent) / downsample)),
+        "level0_size": None if level0 is None else list(level0),
+        "downsample": downsample,
+        "licence": licence,
         "coords_sha256": hashlib.sha256(np.ascontiguousarray(coords).tobytes()).hexdigest(),
-    }  # fmt: skip
+    }
     if path.is_file():
         attrs["slide_bytes"] = path.stat().st_size
     stem = path.name if path.is_dir() else path.stem
@@ -332,9 +351,14 @@ def slide_paths(paths: Sequence[Path]) -> list[Path]:
 
 
 def cut_all(
-    slides: Sequence[Path], found: dict[str, SlideFiles], out: Path, name: str | None, validation: float | None,
-    test: float, **settings: str | float | None,
-) -> list[TileStore]:  # fmt: skip
+    slides: Sequence[Path],
+    found: dict[str, SlideFiles],
+    out: Path,
+    name: str | None,
+    validation: float | None,
+    test: float,
+    **settings: str | float | None,
+) -> list[TileStore]:
     """Cut all slides that have files, each with the settings of `cut`. UserError if one of them cannot be cut."""
     paths, stores, failures = slide_paths(slides), [], []
     for path, files in zip(paths, pair([path.name if path.is_dir() else path.stem for path in paths], found)):
@@ -405,9 +429,18 @@ def main(
         if out is None:
             raise UserError("--slides needs --out, the cohort folder to write")
         stores = cut_all(
-            slides, found, out, name, validation, test, tile_size=tile_size, patch_size=patch_size, licence=licence,
-            slide_mpp=slide_mpp, encoder_licence=encoder_licence,
-        )  # fmt: skip
+            slides,
+            found,
+            out,
+            name,
+            validation,
+            test,
+            tile_size=tile_size,
+            patch_size=patch_size,
+            licence=licence,
+            slide_mpp=slide_mpp,
+            encoder_licence=encoder_licence,
+        )
     features = f" with features/{name}" if name else ""
     print(f"{sum(map(len, stores))} tiles{features} in {number(len(stores), 'store')}")
     if slides:

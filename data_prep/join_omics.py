@@ -144,10 +144,21 @@ def main(
         raise UserError("--columns are of a table of --labels; give it too.")
     if mutation is not None or expression is not None or labels is None:
         reports = join_omics(
-            cohort, mutation, expression, genes=genes, gene_list=gene_list, top_variable=top_variable,
-            level=level.value, orient=orient.value, unit=unit.value, samples=samples, duplicates=duplicates.value,
-            scaler=scaler, licence=licence, layer=layer,
-        )  # fmt: skip
+            cohort,
+            mutation,
+            expression,
+            genes=genes,
+            gene_list=gene_list,
+            top_variable=top_variable,
+            level=level.value,
+            orient=orient.value,
+            unit=unit.value,
+            samples=samples,
+            duplicates=duplicates.value,
+            scaler=scaler,
+            licence=licence,
+            layer=layer,
+        )
         print(*reports.values(), sep="\n")
     if labels is not None:
         print(join_labels(cohort, labels, columns or [], level.value, samples))

@@ -302,9 +302,18 @@ def main(
     for path in found:
         try:
             store = tile_slide(
-                path, out, mpp=mpp, tile_size=tile_size, stride=stride, min_tissue=min_tissue,
-                keep_background=keep_background, licence=licence, slide_mpp=slide_mpp, seed=seed, workers=workers,
-            )  # fmt: skip
+                path,
+                out,
+                mpp=mpp,
+                tile_size=tile_size,
+                stride=stride,
+                min_tissue=min_tissue,
+                keep_background=keep_background,
+                licence=licence,
+                slide_mpp=slide_mpp,
+                seed=seed,
+                workers=workers,
+            )
             stores.append(TileStore.open(store))
         except UserError as error:
             if len(found) == 1:

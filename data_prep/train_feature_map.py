@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 
 from data_prep.options import DeviceOption, inputs, output
@@ -26,7 +25,6 @@ from ldm.cli.script import script
 from ldm.data.features import read_features
 from ldm.data.tile_store import open_cohort
 from ldm.devices import pick_device
-from ldm.encoders.feature_map import fit_transport, save_transport
 from ldm.errors import UserError
 from ldm.files import writable_folder
 
@@ -65,6 +63,10 @@ def train(
     Raises:
         UserError: unreadable features, unequally many pairs, see also `ldm.encoders.feature_map.fit_transport`.
     """
+    import torch
+
+    from ldm.encoders.feature_map import fit_transport, save_transport
+
     (a, of_source), (b, of_target) = read_set(source, source_feature), read_set(target, target_feature)
     writable_folder(out.parent)
     settings = {"paired": paired, "steps": steps, "seed": seed}

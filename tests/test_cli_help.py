@@ -92,6 +92,14 @@ def test_help_of_a_script_shows_its_options_whole_and_an_example(module, monkeyp
     assert [line for line in block.splitlines() if line.strip() not in lines] == []  # none is wrapped
 
 
+def test_help_of_the_scripts_that_prepare_data_does_not_wait_for_torch():
+    names = [module for module in MODULES if module.startswith("data_prep.")]
+    ask = f"import sys, importlib\nfor name in {names}: importlib.import_module(name)\nprint('torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert len(names) == 11
+    assert said == "False\n"
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_each_option_of_a_script_is_told_in_a_sentence_and_stands_in_a_panel(module):
     for param in script_of(module).command.params:

@@ -267,7 +267,7 @@ def test_latents_of_a_store(store: Path, tmp_path: Path, monkeypatch: pytest.Mon
     stores = [TileStore.open(store)]
 
     calls = 0
-    original = latents_command.encode_tiles
+    original = latents_command.each_variant
 
     def interrupted(*arguments: object) -> np.ndarray:
         nonlocal calls
@@ -276,7 +276,7 @@ def test_latents_of_a_store(store: Path, tmp_path: Path, monkeypatch: pytest.Mon
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(latents_command, "encode_tiles", interrupted)
+    monkeypatch.setattr(latents_command, "each_variant", interrupted)
     with pytest.raises(KeyboardInterrupt):
         encode_latents(stores, folder, with_dihedral=True, batch_size=20, device="cpu")
     assert "pool" not in stores[0].latent_names

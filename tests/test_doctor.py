@@ -8,7 +8,7 @@ import pytest
 
 from ldm.commands import doctor
 from ldm.encoders.registry import REGISTRY as ENCODERS
-from ldm.encoders.text_models import REGISTRY as TEXTS
+from ldm.encoders.text_registry import REGISTRY as TEXTS
 
 
 def run(monkeypatch, *words: str) -> int:

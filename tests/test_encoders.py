@@ -263,7 +263,7 @@ def test_dihedral_features_are_those_of_the_turned_tiles(store, demo):
 
 
 def test_features_go_on_after_an_interruption(store, demo, monkeypatch):
-    encode, calls = extract_features.encode_tiles, []
+    encode, calls = extract_features.each_variant, []
 
     def stop_later(*arguments):
         calls.append(1)
@@ -271,7 +271,7 @@ def test_features_go_on_after_an_interruption(store, demo, monkeypatch):
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(extract_features, "encode_tiles", stop_later)
+    monkeypatch.setattr(extract_features, "each_variant", stop_later)
     with pytest.raises(KeyboardInterrupt):
         extract_features.extract([TileStore.open(store)], DEMO, batch_size=2, device="cpu")
     assert TileStore.open(store).feature_names == []

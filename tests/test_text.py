@@ -13,7 +13,7 @@ from ldm.conditioners.compose import ConditionerSet, conditions_given
 from ldm.conditioners.text import TextEmbedder
 from ldm.conditioners.text_tokens import lay_out
 from ldm.config import instantiate_from_config, load_config, validate
-from ldm.encoders.text_models import REGISTRY
+from ldm.encoders.text_registry import REGISTRY
 from ldm.errors import UserError
 from ldm.interop.text_names import is_transformers, open_clip_config, to_open_clip
 from ldm.training.run import CALLBACKS

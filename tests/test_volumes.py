@@ -16,8 +16,9 @@ from data_prep import slice_volumes
 from data_prep.slice_volumes import main
 from ldm.data import dihedral
 from ldm.data.cohort import read_index
+from ldm.data.pairs import PairDataset
 from ldm.data.tile_store import TileStore
-from ldm.data.volumes import PairDataset, Volume, cut_slice, to_tile
+from ldm.data.volumes import Volume, cut_slice, to_tile
 from ldm.errors import UserError, run_command
 
 SHAPE = (12, 10, 8)

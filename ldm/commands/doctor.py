@@ -155,8 +155,7 @@ def main_memory() -> tuple[int, int] | None:
 
 def encoder_weights() -> Iterator[Finding]:
     """Tile encoders that are known by name (`ldm.encoders.registry`)."""
-    from ldm.encoders.encoder import weights_home
-    from ldm.encoders.registry import REGISTRY
+    from ldm.encoders.registry import REGISTRY, weights_home
 
     for spec in REGISTRY.values():
         path = weights_home() / spec.name / spec.file
@@ -164,9 +163,9 @@ def encoder_weights() -> Iterator[Finding]:
 
 
 def text_weights() -> Iterator[Finding]:
-    """Text models that are known by name (`ldm.encoders.text_models`)."""
-    from ldm.encoders.encoder import weights_home
-    from ldm.encoders.text_models import REGISTRY
+    """Text models that are known by name (`ldm.encoders.text_registry`)."""
+    from ldm.encoders.registry import weights_home
+    from ldm.encoders.text_registry import REGISTRY
 
     for model in REGISTRY.values():
         folder = weights_home() / model.name
@@ -190,7 +189,7 @@ def metric_weights() -> Iterator[Finding]:
 
     from ldm.autoencoder.perceptual import BACKBONES
     from ldm.encoders import inception
-    from ldm.encoders.encoder import weights_home
+    from ldm.encoders.registry import weights_home
 
     path = weights_home() / "inception" / inception.FILE
     yield _file("Metrics and losses", "Inception (FID)", path, inception.SOURCE, inception.LICENCE)
@@ -208,7 +207,7 @@ def _file(group: str, name: str, path: Path, source: str, licence: str) -> Findi
 
 def folders() -> Iterator[Finding]:
     """Whether the folders that commands write to can be written, and how much room they have."""
-    from ldm.encoders.encoder import weights_home
+    from ldm.encoders.registry import weights_home
 
     for name, path in (("here", Path.cwd()), ("weights", weights_home()), ("temporary", Path(tempfile.gettempdir()))):
         there = next(parent for parent in (path, *path.parents) if parent.exists())

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ldm.conditioners.base import About, Conditioner, as_list, where_kept
-from ldm.conditioners.text_tokens import LAYOUTS, ClipWords, FileWords, capacity, lay_out
+from ldm.conditioners.text_tokens import ClipWords, FileWords, capacity, lay_out
 from ldm.conditioners.text_towers import build_tower, tower_sha256
 from ldm.encoders.text_models import find_tower
+from ldm.encoders.text_registry import LAYOUTS, PADS
 from ldm.errors import UserError
-
-PADS = ("eos", "zero")
 
 
 class TextEmbedder(Conditioner):
@@ -23,7 +22,7 @@ class TextEmbedder(Conditioner):
 
     Reads batch[key]: captions (list of B), or their features (B,L,D) cached by `data_prep.encode_captions`; and, where
     the prompt names it, batch[modality_key] (list of B). L is chunks times the tower's context length, 77 for CLIP. The
-    tower's weights are part of the model; the towers known by name are in `ldm.encoders.text_models`.
+    tower's weights are part of the model; the towers known by name are in `ldm.encoders.text_registry`.
 
     Args:
         model: a name of that registry, a local folder (open_clip_config.json or transformers' config.json, weights), a

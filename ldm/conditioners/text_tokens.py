@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ldm.errors import UserError
 
-LAYOUTS = ("joint", "separate")
-
 
 class ClipWords:
     """CLIP's byte-pair words, whose vocabulary open_clip brings along."""

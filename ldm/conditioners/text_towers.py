@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ldm.conditioners.text_transformer import TokenTransformer
 from ldm.encoders.text_models import TOKEN_TRANSFORMER, TowerSource, read_config
+from ldm.encoders.text_registry import LAYERS
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.text_names import is_transformers, to_open_clip
 
-LAYERS = ("last", "penultimate")
 # of open_clip's text settings: those that shape the tower, and those of the pooling after it, which is not used
 SHAPE = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value"}
 POOLING = {"pool_type", "proj_type", "proj_bias", "pad_id", "eos_id", "output_tokens", "final_ln_after_pool"}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
-Array = TypeVar("Array", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:
+    import torch
+
+Array = TypeVar("Array", np.ndarray, "torch.Tensor")
 
 COUNT = 8
 
@@ -26,8 +28,6 @@ def apply(x: Array, k: int) -> Array:
     """
     if not 0 <= k < COUNT:
         raise ValueError(f"a dihedral variant is 0..7, got {k}")
-    if isinstance(x, torch.Tensor):
-        x = x.flip(-1) if k >= 4 else x
-        return torch.rot90(x, k % 4, (-2, -1))
-    x = np.flip(x, -1) if k >= 4 else x
-    return np.rot90(x, k % 4, (-2, -1))
+    if isinstance(x, np.ndarray):
+        return np.rot90(np.flip(x, -1) if k >= 4 else x, k % 4, (-2, -1))
+    return (x.flip(-1) if k >= 4 else x).rot90(k % 4, (-2, -1))

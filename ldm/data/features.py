@@ -9,7 +9,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import torch
 
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
@@ -130,6 +129,8 @@ def _places(file: h5py.File) -> Places | None:
 
 
 def _from_pt(path: Path) -> Features:
+    import torch
+
     content = torch.load(path, map_location="cpu", weights_only=True)
     coords = None
     if isinstance(content, dict):

@@ -1,19 +1,14 @@
-"""Slices of volumes: reading NIfTI, cutting slices to square tiles, and pairs of modalities of the same place."""
+"""Slices of volumes: reading NIfTI, and cutting slices to square tiles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from einops import repeat
 from PIL import Image
-from torch.utils.data import Dataset
 
-from ldm.data.cohort import read_index
-from ldm.data.datasets import Key, TileDataset
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS orientation: right, anterior, superior
 FOREGROUND = 0.05  # of the window: what is brighter belongs to the body
@@ -116,78 +111,3 @@ def to_tile(image: np.ndarray, size: int, spacing: tuple[float, float] = (1.0, 1
     top, left = (size - height) // 2, (size - width) // 2
     tile[top : top + height, left : left + width] = resized
     return repeat(np.rint(tile * 255).astype(np.uint8), "h w -> h w 3")
-
-
-class PairDataset(Dataset):
-    """Slices of one modality with the same slices of another, matched by subject and slice number.
-
-    Items: `image` (C,H,W), the target, and `source` (C,H,W), both in [-1, 1] and turned alike; `subject`, `slice`, and
-    what tiles have anyway (of the target). Asked for as those of `ldm.data.datasets.TileDataset`.
-
-    Args:
-        cohort: folder that `data_prep.slice_volumes` wrote.
-        source, target: modalities.
-        gray: one channel, else three.
-        where: keeps targets, as `TileDataset`'s. dihedral: show each pair in a random one of eight orientations.
-    Raises:
-        UserError: a modality that is not there, two slices of one name, no pair left.
-    """
-
-    def __init__(
-        self,
-        cohort: str,
-        source: str,
-        target: str,
-        gray: bool = True,
-        where: Mapping[str, Any] | None = None,
-        dihedral: bool = False,
-    ) -> None:
-        index = read_index(cohort)
-        if missing := {"subject", "modality", "slice"} - set(index):
-            raise UserError(
-                f"the tiles of {cohort} have no {', '.join(sorted(missing))}; make pairs with "
-                "`python -m data_prep.slice_volumes`."
-            )
-        for modality in (source, target):
-            if modality not in (known := index["modality"].dropna().unique()):
-                raise UserError(f"{cohort} has no modality '{modality}'{suggest(modality, known)}")
-        named = {"subject": "subject", "slice": "slice"}
-
-        def tiles(modality: str, chosen: Mapping[str, Any]) -> TileDataset:
-            chosen = {**chosen, "modality": modality}
-            return TileDataset(cohort, where=chosen, conditions=named, gray=gray, dihedral=dihedral)
-
-        self.source, self.target = source, target
-        self.targets, self.sources = tiles(target, where or {}), tiles(source, {})
-        places: dict[tuple[str, int], int] = {}
-        for place, key in enumerate(_places(self.sources)):
-            if key in places:
-                raise UserError(f"{cohort} has slice {key[1]} of {key[0]} in {source} twice; delete one of the stores.")
-            places[key] = place
-        pairs = [(i, places[key]) for i, key in enumerate(_places(self.targets)) if key in places]
-        if not pairs:
-            raise UserError(
-                f"{cohort} has {len(self.targets)} slices of {target}, and for none a slice of {source} of the same "
-                "subject and number."
-            )
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, key: Key) -> dict[str, Any]:
-        index, *draw = key if isinstance(key, tuple) else (key,)
-        target, source = self.pairs[int(index)]
-        item = self.targets[(target, *draw)] if draw else self.targets[target]
-        other = self.sources[(source, *draw)] if draw else self.sources[source]
-        return item | {"source": other["image"]}
-
-    @property
-    def metadata(self) -> dict[str, Any]:
-        """What a model trained on these pairs must remember."""
-        known = {key: value for key, value in self.targets.metadata.items() if key != "conditions"}
-        return known | {"source_modality": self.source, "target_modality": self.target}
-
-
-def _places(tiles: TileDataset) -> list[tuple[str, int]]:
-    return list(zip(tiles.values("subject").tolist(), tiles.values("slice").astype(int).tolist()))

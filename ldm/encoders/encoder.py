@@ -11,7 +11,6 @@ Nothing is downloaded. Weights of published encoders (`encoder_registry.py`) are
 from __future__ import annotations
 
 import argparse
-import os
 import pickle
 import re
 from dataclasses import fields
@@ -30,7 +29,7 @@ from timm.layers import SwiGLUPacked, to_2tuple
 from timm.models import swin_transformer
 from torch import Tensor, nn
 
-from ldm.encoders.registry import REGISTRY, EncoderSpec
+from ldm.encoders.registry import REGISTRY, EncoderSpec, weights_home
 from ldm.errors import UserError, suggest
 
 # keys of checkpoints that are no part of the trunk: heads of training, masks of iBOT and DINOv2
@@ -185,17 +184,6 @@ def find_encoder(name_or_folder: str | Path, weights: str | Path | None = None) 
             f"(weights=, --weights; $HISTOLDM_WEIGHTS replaces {weights_home()})."
         )
     return spec, path
-
-
-def weights_home() -> Path:
-    """The folder that holds one folder of weights per published encoder.
-
-    >>> from unittest.mock import patch
-    >>> with patch.dict(os.environ, HISTOLDM_WEIGHTS="/scratch/weights"):
-    ...     print(weights_home())
-    /scratch/weights
-    """
-    return Path(os.environ.get("HISTOLDM_WEIGHTS") or "~/.cache/histoldm/weights").expanduser()
 
 
 def _read_spec(path: Path) -> EncoderSpec:

@@ -21,7 +21,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 
-from ldm.encoders.encoder import read_checkpoint, weights_home
+from ldm.encoders.encoder import read_checkpoint
+from ldm.encoders.registry import weights_home
 from ldm.errors import UserError, suggest
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"

@@ -6,7 +6,9 @@ encoders have none. Non-commercial licences taint features and models conditione
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError, suggest
@@ -67,6 +69,17 @@ class EncoderSpec:
         """What happens between a tile and a feature, for the attributes of stores and models."""
         names = ("tile_size", "input_size", "interpolation", "mean", "std", "pooling", "grid", "standardise")
         return {name: self.as_dict()[name] for name in names}
+
+
+def weights_home() -> Path:
+    """The folder that holds one folder of weights per published encoder.
+
+    >>> from unittest.mock import patch
+    >>> with patch.dict(os.environ, HISTOLDM_WEIGHTS="/scratch/weights"):
+    ...     print(weights_home())
+    /scratch/weights
+    """
+    return Path(os.environ.get("HISTOLDM_WEIGHTS") or "~/.cache/histoldm/weights").expanduser()
 
 
 def _registry() -> dict[str, EncoderSpec]:

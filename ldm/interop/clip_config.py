@@ -15,7 +15,7 @@ from ldm.interop.text_names import open_clip_config
 
 HEAD_WIDTH = 64  # of every published CLIP
 NEEDED = ("positional_embedding", "token_embedding.weight", "transformer.resblocks.0.mlp.c_fc.weight")
-KNOWN = {  # version -> name and licence as ldm.encoders.text_models has them
+KNOWN = {  # version -> name and licence as ldm.encoders.text_registry has them
     "openai/clip-vit-large-patch14": ("clip-vit-l-14", "MIT"),
     "openai/clip-vit-base-patch32": ("clip-vit-b-32", "MIT"),
     "ViT-H-14": ("openclip-vit-h-14", "MIT"),
