@@ -264,6 +264,7 @@ def test_latents_of_a_store(store: Path, tmp_path: Path, monkeypatch: pytest.Mon
     folder = tmp_path / "pool"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "config.yaml").write_text("model: {target: Pool}")
     stores = [TileStore.open(store)]
 
     calls = 0
