@@ -22,6 +22,7 @@ from ldm.report import sections as ask
 from ldm.report.compare import compare_lines, compare_page, compared, read_report
 from ldm.report.page import Report
 from ldm.report.sets import Extractors, Source, of_conditions, parse_weights
+from ldm.report.unlike import unlike
 
 FEWEST = 8  # images of a set that a distance needs
 
@@ -113,6 +114,7 @@ def compare_sets(asked: Asked, report: Report, extractors: Extractors, device: s
     }
     images = {role: source.images for role, source in sources.items() if not source.is_file_of_features}
     report.warnings += [text for each in images.values() for text in each.warnings]
+    report.warnings += unlike(images)
     check_sizes(sources)
     check_column(asked.class_column, [sources[role] for role in ("generated", "real") if role in sources])
     names = asked.features

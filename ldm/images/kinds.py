@@ -8,7 +8,8 @@ from pathlib import Path
 from ldm.images.dicom import one_per_series
 
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # without a scale; decoded whole
-_PLAIN = (b"\x89PNG", b"\xff\xd8\xff", b"BM", b"GIF8")
+_JPEG = b"\xff\xd8\xff"
+_PLAIN = (b"\x89PNG", _JPEG, b"BM", b"GIF8")
 SLIDES = (".tif", ".tiff", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".czi", ".dcm")
 ENDINGS = " ".join((*PLAIN, *SLIDES, ".ome.zarr"))
 
@@ -22,6 +23,16 @@ def is_plain(path: Path) -> bool:
     with path.open("rb") as file:
         head = file.read(12)
     return head.startswith(_PLAIN) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")
+
+
+def is_jpeg(path: Path) -> bool:
+    """Whether a file begins as JPEG does.
+
+    >>> is_jpeg(slide_path)
+    False
+    """
+    with path.open("rb") as file:
+        return file.read(3) == _JPEG
 
 
 def is_image(path: Path) -> bool:

@@ -105,6 +105,8 @@ def compare(
     warnings = []
     if grey:
         warnings.append(f"{grey} of {len(rows)} pairs hold a grey image, which has no stains: left out of their SSIM.")
+    if same := sum(row["psnr"] == IDENTICAL for row in rows):
+        warnings.append(f"{same} of {len(rows)} pairs are the same image twice, pixel by pixel.")
     if small:
         warnings.append(f"{small} of {len(rows)} pairs are smaller than {SMALLEST} px: they have no MS-SSIM.")
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}, warnings
