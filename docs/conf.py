@@ -8,15 +8,19 @@ import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # data_prep is read from the checkout
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]  # data_prep is read from the checkout
+
+import reference_pages  # noqa: E402
+from docstrings import plain_to_rest  # noqa: E402
 
 project = "HistoLDM"
 author = "the HistoLDM authors"
 copyright = "the HistoLDM authors, MIT licence"
 release = version = version_of("histoldm")
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "images", "jupyter_execute"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+exclude_patterns = ["_build", "images", "jupyter_execute", "reference/commands.md", "reference/defaults.md"]
 nb_execution_mode = "off"  # notebooks are kept with their outputs; `make notebooks` runs them
 nb_merge_streams = True
 suppress_warnings = ["misc.highlighting_failure"]  # %%bash cells are no Python
@@ -36,7 +40,6 @@ autodoc_preserve_defaults = True
 python_use_unqualified_type_names = True
 toc_object_entries = False
 
-HERE = Path(__file__).resolve().parent
 TUTORIALS = HERE / "tutorials"  # copies of notebooks/, whose links start from there
 CARDS = HERE / "cards"  # copies of data/models/*/README.md
 
@@ -60,32 +63,8 @@ def link_copies(app, name, source):
     source[0] = re.sub(r"\.\./data/models/([\w-]+)/README\.md", r"cards/\1.md", text)
 
 
-LITERAL = re.compile(r"(`[^`]+`)")
-SECTION = re.compile(r"^\s*(Args|Attributes|Raises|Returns|Yields|Errors):\s*$")
-
-
-def plain_to_rest(app, what, name, obj, options, lines):
-    """Docstrings are written for people: indented blocks are code, and * and | mean themselves."""
-    out, in_block = [], False
-    for i, line in enumerate(lines):
-        indented, before = line.startswith("    "), out[-1] if out else ""
-        inside_section = any(SECTION.match(earlier) for earlier in lines[:i])
-        if indented and not in_block and not before.strip() and out and not inside_section:
-            out += ["::", ""]
-            in_block = True
-        elif line.strip() and not indented:
-            in_block = False
-        if in_block:
-            out.append(line)
-            continue
-        parts = LITERAL.split(line)
-        escaped = [re.sub(r"([*|])", r"\\\1", re.sub(r"(\w)_(?!\w)", r"\1\\_", part)) for part in parts[::2]]
-        parts[::2] = escaped
-        out.append("".join(parts))
-    lines[:] = out
-
-
 def setup(app):
     copy_outside_pages()
+    reference_pages.main()
     app.connect("source-read", link_copies)
     app.connect("autodoc-process-docstring", plain_to_rest, priority=100)

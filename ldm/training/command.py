@@ -59,26 +59,20 @@ MAIN = Door("python main.py", trains=False)  # as users of latent-diffusion know
 HISTOLDM = Door("histoldm train", trains=True)
 
 
-def parse(argv: Sequence[str], door: Door = MAIN) -> tuple[argparse.Namespace, list[str]]:
-    """Parse a command line into options and key.path=value overrides.
+def parser(door: Door = MAIN) -> argparse.ArgumentParser:
+    """The options of training, but for the arguments of Lightning's Trainer, which `parse` takes as well.
 
-    Options that are not defined here are arguments of Lightning's Trainer, and become overrides.
-
-    Raises:
-        UserError: an option is not an argument of the Trainer either.
-
-    >>> options, overrides = parse(["-t", "--base", "demo/ssl", "--max_steps", "2", "data.params.stores=mine"])
-    >>> options.base, overrides
-    (['demo/ssl'], ['data.params.stores=mine', 'lightning.trainer.max_steps=2'])
+    >>> parser(HISTOLDM).prog
+    'histoldm train'
     """
-    parser = argparse.ArgumentParser(
+    made = argparse.ArgumentParser(
         prog=door.program,
         description=HELP.format(train=door.train, check=door.check),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     switch = {"type": _boolean, "nargs": "?", "const": True, "metavar": "BOOL"}
-    add = parser.add_argument
+    add = made.add_argument
     train_help = f"train, or only check the config (default: {str(door.trains).lower()})"
     add("-t", "--train", default=door.trains, help=train_help, **switch)
     add("-b", "--base", nargs="*", default=[], metavar="YAML", help="configs to merge, from left to right")
@@ -92,9 +86,25 @@ def parse(argv: Sequence[str], door: Door = MAIN) -> tuple[argparse.Namespace, l
     rate_help = "multiply the base learning rate by accumulated batches, devices and batch size (default: true)"
     add("--scale_lr", default=True, help=rate_help, **switch)
     add("--no-test", default=False, help="do not evaluate on the test set of the data afterwards", **switch)
+    return made
+
+
+def parse(argv: Sequence[str], door: Door = MAIN) -> tuple[argparse.Namespace, list[str]]:
+    """Parse a command line into options and key.path=value overrides.
+
+    Options that are not defined here are arguments of Lightning's Trainer, and become overrides.
+
+    Raises:
+        UserError: an option is not an argument of the Trainer either.
+
+    >>> options, overrides = parse(["-t", "--base", "demo/ssl", "--max_steps", "2", "data.params.stores=mine"])
+    >>> options.base, overrides
+    (['demo/ssl'], ['data.params.stores=mine', 'lightning.trainer.max_steps=2'])
+    """
+    own = parser(door)
     overrides = [item for item in argv if re.match(r"[A-Za-z_][\w.]*=", item)]  # before -t or --base swallows them
-    options, rest = parser.parse_known_args([item for item in argv if item not in overrides])
-    flags = [flag for action in parser._actions for flag in action.option_strings]
+    options, rest = own.parse_known_args([item for item in argv if item not in overrides])
+    flags = [flag for action in own._actions for flag in action.option_strings]
     while rest:
         flag, equals, value = rest.pop(0).partition("=")
         check_trainer_key(flag.removeprefix("--"), flags, flag)
