@@ -21,7 +21,8 @@ import zarr
 from PIL import Image
 
 from ldm.data.shards import codec_settings
-from ldm.data.tile_store import TileStore, TileStoreWriter
+from ldm.data.store_writers import TileStoreWriter
+from ldm.data.tile_store import TileStore
 from ldm.images.slides import open_slide
 
 SLIDE = Path(__file__).resolve().parent.parent / "data" / "demo" / "CMU-1-Small-Region.svs"

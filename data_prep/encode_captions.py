@@ -35,7 +35,8 @@ from data_prep.options import (
     output,
 )
 from ldm.cli.script import script
-from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.data.store_writers import ArrayWriter
+from ldm.data.tile_store import TileStore, open_cohort
 from ldm.devices import pick_device
 from ldm.encoders.text_registry import LAYERS, LAYOUTS, PADS, REGISTRY
 from ldm.errors import UserError, suggest

@@ -39,7 +39,9 @@ from data_prep.options import (
 from ldm.cli.script import script
 from ldm.data import dihedral
 from ldm.data.extent import scale_differs, tell
-from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.data.store_writers import ArrayWriter
+from ldm.data.stored_array import StoredArray
+from ldm.data.tile_store import TileStore, open_cohort
 from ldm.devices import pick_device
 from ldm.errors import UserError
 from ldm.files import sha256
@@ -48,7 +50,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def moments(array: zarr.Array) -> tuple[int, float, float]:
+def moments(array: zarr.Array | StoredArray) -> tuple[int, float, float]:
     """Count, mean and mean square of all values of an array, read shard by shard."""
     step = (array.shards or array.chunks)[0]
     count, total, squares = 0, 0.0, 0.0

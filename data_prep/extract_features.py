@@ -36,7 +36,8 @@ from data_prep.options import (
 )
 from ldm.cli.script import script
 from ldm.data import dihedral
-from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.data.store_writers import ArrayWriter
+from ldm.data.tile_store import TileStore, open_cohort
 from ldm.devices import pick_device
 from ldm.encoders.registry import REGISTRY, EncoderSpec
 from ldm.errors import UserError

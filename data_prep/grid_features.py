@@ -35,7 +35,8 @@ from ldm.cli.script import script
 from ldm.data import dihedral
 from ldm.data.cohort import merge_index
 from ldm.data.features import nearest_tiles
-from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.data.store_writers import ArrayWriter
+from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, suggest
 
 LARGEST = 8  # cells along each side
@@ -128,7 +129,7 @@ def write_grid(store: TileStore, other: TileStore, feature: str, out_name: str, 
     dim, side, one = values.shape[-1], min(cells.side, LARGEST), mean or not cells.side
     tail = (dim,) if one else (dim, side, side)
     skipped = ("rows", "rows_sha256")
-    attrs = {key: value for key, value in source.attrs.asdict().items() if key not in skipped}
+    attrs = {key: value for key, value in source.attrs.items() if key not in skipped}
     attrs |= {"dim": dim, "of": feature, "of_mpp": other.mpp, "cells": cells.side, "mean": mean, "holes": how}
     batch = max(1, _CELLS // cells.rows.shape[1])
     shape = (dihedral.COUNT, *tail) if turned else tail

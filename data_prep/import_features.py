@@ -43,7 +43,8 @@ from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, merge_index, read_index, write_store
 from ldm.data.extent import tell_scales
 from ldm.data.features import Places, SlideFiles, files_of, find_slide_files, nearest_tiles
-from ldm.data.tile_store import ArrayWriter, TileStore, open_cohort
+from ldm.data.store_writers import ArrayWriter
+from ldm.data.tile_store import TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError
 from ldm.images.kinds import images_in
@@ -171,7 +172,7 @@ def import_features(
 def _kept(each: Match, cohort: Path) -> TileStore:
     """A copy of a store with the tiles that have a feature, in another cohort."""
     store, kept = each.store, np.flatnonzero(each.rows >= 0)
-    own = {k: v for k, v in store.attrs.items() if k not in ("version", "count", "rows", "complete")}
+    own = {k: v for k, v in store.attrs.items() if k not in ("version", "format", "count", "rows", "complete")}
     labels = {name: store.labels(name)[kept] for name in store.label_names}
     new = write_store(
         cohort,

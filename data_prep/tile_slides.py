@@ -39,10 +39,11 @@ from data_prep.options import (
     taken,
 )
 from ldm.cli.script import script
-from ldm.data.cohort import check_fractions, choose_splits, counted, owner_of, tell_validation
+from ldm.data.cohort import check_fractions, choose_splits, counted, owner_of, read_index, tell_validation
 from ldm.data.extent import tell_scales
 from ldm.data.shards import WriterLock
-from ldm.data.tile_store import TOLD, TileStore, TileStoreWriter
+from ldm.data.store_writers import TileStoreWriter
+from ldm.data.tile_store import TOLD, TileStore
 from ldm.errors import UserError
 from ldm.files import whole
 from ldm.images.dicom import one_per_series
@@ -197,7 +198,7 @@ def update_index(
     cohort = Path(cohort)
     path = cohort / "index.parquet"
     with WriterLock(cohort / ".lock-index"):
-        old = pd.read_parquet(path) if path.exists() else pd.DataFrame({"slide": [], "patient": [], "split": []})
+        old = read_index(cohort) if path.exists() else pd.DataFrame({"slide": [], "patient": [], "split": []})
         found = [TileStore.open(p, allow_incomplete=True) for p in sorted((cohort / "slides").glob("*.zarr"))]
         stores = [store for store in found if store.attrs["complete"]]
         patients = [owner_of(store) for store in stores if store.slide not in holdout]
@@ -236,7 +237,7 @@ def update_index(
 
 def tell_splits(path: Path, validation: float | None, test: float, instead: str) -> str:
     """How many tiles of an index are in which split, and what there is to tell of them, see `tell_validation`."""
-    index = pd.read_parquet(path)
+    index = read_index(path.parent)
     note = tell_validation(index["patient"], index["split"], validation, test, instead)
     return f"splits: {counted(index['split'])}" + (f"\nnote: {note}" if note else "")
 

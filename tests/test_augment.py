@@ -20,7 +20,8 @@ from ldm.data import dihedral
 from ldm.data.augment import COUNT, DRAWS, SIGMA, Augmentation
 from ldm.data.datasets import to_tensor
 from ldm.data.module import TileDataModule
-from ldm.data.tile_store import ArrayWriter, TileStore
+from ldm.data.store_writers import ArrayWriter
+from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.training import command
 

@@ -15,7 +15,7 @@ from ldm.data import dihedral
 from ldm.data.balance import Balanced
 from ldm.data.cohort import choose_splits, merge_index, read_index, split_of, tell_validation, write_store
 from ldm.data.datasets import TileDataset
-from ldm.data.tile_store import ArrayWriter
+from ldm.data.store_writers import ArrayWriter
 from ldm.errors import UserError
 
 TILES = np.random.default_rng(0).integers(0, 255, (6, 16, 16, 3), dtype=np.uint8)

@@ -18,7 +18,8 @@ from data_prep.tile_slides import tile_slide, update_index
 from ldm.cli import app
 from ldm.commands.generate import checked_mpp
 from ldm.config import instantiate_from_config
-from ldm.data.tile_store import ArrayWriter, TileStore
+from ldm.data.store_writers import ArrayWriter
+from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.model_folder import write_model_folder
 from ldm.sampling.tiles import sample

@@ -21,7 +21,8 @@ from ldm.data import dihedral
 from ldm.data.datasets import RegionDataset, TileDataset
 from ldm.data.features import features_to_grid, read_features
 from ldm.data.module import TileDataModule
-from ldm.data.tile_store import ArrayWriter, TileStore
+from ldm.data.store_writers import ArrayWriter
+from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
 from ldm.images.slides import open_slide
 

@@ -17,7 +17,8 @@ from data_prep import extract_features
 from demo.build import pretrain_encoder
 from ldm.config import load_config
 from ldm.data import dihedral
-from ldm.data.tile_store import TileStore, TileStoreWriter
+from ldm.data.store_writers import TileStoreWriter
+from ldm.data.tile_store import TileStore
 from ldm.encoders import encoder as encoders
 from ldm.encoders.encoder import Encoder, load_encoder
 from ldm.encoders.registry import REGISTRY, EncoderSpec

@@ -16,7 +16,8 @@ from PIL import Image
 from ldm.data.cohort import merge_index, write_store
 from ldm.data.features import read_features
 from ldm.data.image_sets import images_by_name, open_images
-from ldm.data.tile_store import ArrayWriter, TileStore
+from ldm.data.store_writers import ArrayWriter
+from ldm.data.tile_store import TileStore
 from ldm.encoders import inception
 from ldm.encoders.clip import load_clip
 from ldm.encoders.extractors import Extractor, load_extractor

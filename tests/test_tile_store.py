@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +14,16 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import zarr
 
 from ldm.data import dihedral
+from ldm.data.cohort import merge_index
+from ldm.data.datasets import TileDataset
 from ldm.data.shards import WriterLock, codec_settings
-from ldm.data.tile_store import ArrayWriter, TileStore, TileStoreWriter, open_cohort
+from ldm.data.store_writers import ArrayWriter, TileStoreWriter
+from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError
 
 COUNT, SIDE = 2500, 16  # three shards, the last one not full
@@ -198,11 +204,59 @@ def test_verify_finds_damage(tmp_path: Path):
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
     TileStore.open(path).verify()
-    with pytest.raises(UserError, match="rows 1024"):
-        TileStore.open(path).verify(deep=True)
+    for read in (lambda store: store.verify(deep=True), lambda store: store.tile(1500)):
+        with pytest.raises(UserError, match=r"tiles\[.*cannot be read: .*copy the whole store again"):
+            read(TileStore.open(path))
     shard.unlink()
-    with pytest.raises(UserError, match="2 of 3 shards"):
-        TileStore.open(path).verify()
+    for read in (TileStore.verify, lambda store: store.tile(0)):
+        with pytest.raises(UserError, match=r"tiles lacks 1 of 3 shards \(c/1/0/0/0"):
+            read(TileStore.open(path))
+
+
+@pytest.mark.parametrize("name", ["tiles", "coords", "features/toy", "labels/tissue"])
+def test_a_missing_shard_is_never_zeros(tmp_path: Path, store: TileStore, name: str):
+    path = tmp_path / "slides" / "a.zarr"
+    shutil.copytree(store.path, path)
+    shutil.rmtree(path / name / "c" / "0") if (path / name / "c" / "0").is_dir() else (path / name / "c" / "0").unlink()
+    with pytest.raises(UserError, match=rf"{name} lacks 1 of \d shards .*copy the whole store again"):
+        TileStore.open(path).array(name)
+
+
+def _edited(path: Path, **changes: object) -> None:
+    """Other attributes of a store; None leaves one out."""
+    content = json.loads((path / "zarr.json").read_text())
+    own = {**content["attributes"]["histoldm"], **changes}
+    content["attributes"]["histoldm"] = {name: value for name, value in own.items() if value is not None}
+    (path / "zarr.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: (path / "zarr.json").write_text('{"zarr_format": 3, "node'), "not a Zarr v3 group, .* copy all"),
+        (lambda path: (path / "zarr.json").write_text('{"zarr_format": 4, "node_type": "group"}'), "not a Zarr v3"),
+        (lambda path: (path / "zarr.json").write_text("[]"), "not a Zarr v3 group"),
+        (lambda path: _edited(path, format=2, version="9.0"), "layout 2 of histoldm 9.0; this is .* update it"),
+        (lambda path: _edited(path, tile_size=None), "does not say its tile_size"),
+        (lambda path: shutil.rmtree(path / "tiles"), "the array .*tiles cannot be opened"),
+        (lambda path: (path / "coords" / "zarr.json").write_text("{"), "the array .*coords cannot be opened"),
+        (lambda path: (path / "features" / "toy" / "zarr.json").write_text('{"shape": [3]}'), "toy cannot be opened"),
+        (lambda path: (path.parent.parent / "index.parquet").write_bytes(b"PAR1x"), "index.parquet is broken"),
+        (lambda path: pd.DataFrame({"a": [1]}).to_parquet(path.parent.parent / "index.parquet"), "has no column slide"),
+    ],
+)
+def test_a_broken_store_is_one_message(tmp_path: Path, store: TileStore, damage, message: str):
+    path = tmp_path / "slides" / "a.zarr"
+    shutil.copytree(store.path, path)
+    merge_index(tmp_path, pd.DataFrame({"slide": "a.svs", "row": range(COUNT)}))
+    damage(path)
+
+    def read() -> None:
+        TileDataset(str(tmp_path), ("image", "ssl"), feature="toy", conditions={"split": "split"}, missing="skip")[0]
+
+    with pytest.raises(UserError, match=message) as told:
+        read()
+    assert "\n" not in str(told.value)
 
 
 def test_what_is_not_a_store(tmp_path: Path, store: TileStore):

@@ -19,7 +19,7 @@ from ldm.cli import app
 from ldm.conditioners.compose import ConditionerSet
 from ldm.config import instantiate_from_config
 from ldm.data.cohort import write_store
-from ldm.data.tile_store import ArrayWriter
+from ldm.data.store_writers import ArrayWriter
 from ldm.encoders.feature_map import Transport, fit_transport, load_transport, save_transport
 from ldm.errors import UserError
 from ldm.images.marks import read_mark

@@ -20,7 +20,7 @@ import zarr
 from browser import Browser
 from PIL import Image
 
-from ldm.data.tile_store import TileStoreWriter
+from ldm.data.store_writers import TileStoreWriter
 from ldm.errors import UserError
 from ldm.images.slides import open_image, open_slide
 from ldm.images.write import save_bigtiff, save_ome_zarr, save_png, save_real_png

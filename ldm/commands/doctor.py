@@ -264,7 +264,8 @@ def check_store(folder: Path) -> str:
 
     import numpy as np
 
-    from ldm.data.tile_store import TileStore, TileStoreWriter
+    from ldm.data.store_writers import TileStoreWriter
+    from ldm.data.tile_store import TileStore
 
     tiles = np.random.default_rng(0).integers(0, 256, (16, 64, 64, 3), np.uint8)
     coords = np.arange(32, dtype=np.int32).reshape(16, 2)

@@ -19,7 +19,8 @@ import pandas as pd
 from tqdm import tqdm
 
 from ldm.data.shards import WriterLock
-from ldm.data.tile_store import TileStore, TileStoreWriter
+from ldm.data.store_writers import TileStoreWriter
+from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.files import whole
 
@@ -122,7 +123,7 @@ def split_table(
     ['train', 'train', 'val']
     """
     path = Path(cohort) / "index.parquet"
-    index = pd.read_parquet(path, columns=["slide", "patient", "split"]) if path.exists() else None
+    index = read_index(cohort) if path.exists() else None
     others = None if index is None else index[~index["slide"].isin(table["slide"])]
     splits = choose_splits(table["patient"], validation, test, others)
     table = table.assign(split=table["patient"].map(splits))
@@ -200,7 +201,7 @@ def write_store(
 
 
 def read_index(cohort: Path | str) -> pd.DataFrame:
-    """The table of all tiles of a cohort. UserError where there is none.
+    """The table of all tiles of a cohort. UserError where there is none, or a broken one.
 
     >>> store = write_store("cohort", "cells", lambda i: tile, 2, attrs={"tile_size": 256})
     >>> _ = merge_index("cohort", pd.DataFrame({"slide": "cells", "row": [0, 1]}))
@@ -210,7 +211,16 @@ def read_index(cohort: Path | str) -> pd.DataFrame:
     path = Path(cohort) / "index.parquet"
     if not path.is_file():
         raise UserError(f"there is no table of tiles at {path}; the data_prep commands write one with the tiles.")
-    return pd.read_parquet(path)
+    try:
+        index = pd.read_parquet(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the table of tiles {path} is broken ({str(error).splitlines()[0]}); copy it again, or delete it and run "
+            "the command that wrote it again."
+        ) from None
+    if lacking := [name for name in ("slide", "row", "patient", "split") if name not in index]:
+        raise UserError(f"the table of tiles {path} has no column {', '.join(lacking)}; it is none of this toolkit.")
+    return index
 
 
 def merge_index(cohort: Path | str, table: pd.DataFrame) -> Path:
@@ -243,7 +253,7 @@ def merge_index(cohort: Path | str, table: pd.DataFrame) -> Path:
         if rows.min() < 0 or rows.max() >= len(stores[slide]):
             raise UserError(f"{stores[slide].path} has {len(stores[slide])} tiles; the table has row {rows.max()}")
     with WriterLock(cohort / ".lock-index"):
-        old = pd.read_parquet(path) if path.exists() else pd.DataFrame({"slide": [], "row": []})
+        old = read_index(cohort) if path.exists() else pd.DataFrame({"slide": [], "row": []})
         merged = _updated(old, table, keys)
         for slide in table["slide"].unique():
             of_slide = merged["slide"] == slide

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm.data import dihedral
+from ldm.data.cohort import read_index
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, suggest
 
@@ -147,7 +148,7 @@ class TileConditions:
             kind, _, name = source.partition("/")
             if kind == "features" and name:
                 array = self.stores[0].features(name)
-                about |= {"shape": list(array.shape[2 if array.attrs.get("dihedral") else 1 :]), **array.attrs.asdict()}
+                about |= {"shape": list(array.shape[2 if array.attrs.get("dihedral") else 1 :]), **array.attrs}
             elif key in self.tables:
                 about = {**self.tables[key][0].about, **about}
             elif any(values.dtype == object for values in self.values[key]):
@@ -185,11 +186,17 @@ class OmicsTable:
             raise UserError(
                 f"there is no omics table at {path}{suggest(source, known)} `python -m data_prep.join_omics` makes them"
             )
-        table = pd.read_parquet(path)
-        self.index = pd.Index(table.index.astype(str))
-        self.values = np.array(table, np.float32)
         about = path.with_suffix(".json")
-        self.about = json.loads(about.read_text()) if about.is_file() else {}
+        try:
+            table = pd.read_parquet(path)
+            self.index = pd.Index(table.index.astype(str))
+            self.values = np.array(table, np.float32)
+            self.about = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f"the omics table {path}, or its .json, is broken ({str(error).splitlines()[0]}); run "
+                "`python -m data_prep.join_omics` again."
+            ) from None
         self.about |= {"genes": [str(name) for name in table.columns]}
 
 
@@ -206,7 +213,7 @@ def _cohort_of(store: TileStore) -> Path:
 
 @lru_cache(maxsize=4)
 def _index_of(path: Path, changed: int) -> dict[str, pd.DataFrame]:
-    return {slide: rows.sort_values("row") for slide, rows in pd.read_parquet(path).groupby("slide", sort=False)}
+    return {slide: rows.sort_values("row") for slide, rows in read_index(path.parent).groupby("slide", sort=False)}
 
 
 def index_rows(store: TileStore) -> pd.DataFrame:

@@ -204,7 +204,7 @@ class TileDataset(Dataset):
             known["encoder"] = dict(store.array(self.names["ssl"]).attrs)
         if "latent" in self.names:
             arrays = [store.array(self.names["latent"]) for store in self.stores]
-            attrs = [array.attrs.asdict() for array in arrays]
+            attrs = [array.attrs for array in arrays]
             latents = {name: attrs[0][name] for name in ("first_stage", "weights_sha256") if name in attrs[0]}
             if all("std" in each for each in attrs):
                 counts = [array.shape[0] for array in arrays]

@@ -47,17 +47,6 @@ def codec_settings() -> dict[str, Any]:
     return settings
 
 
-def read_array(path: Path | str) -> zarr.Array:
-    """Open one zarr array for reading, through the fastest pipeline there is.
-
-    >>> create_array(Path("."), "values", (10, 2), "float32")[:] = 1.0
-    >>> read_array("values")[:].sum()
-    np.float32(20.0)
-    """
-    with zarr.config.set(codec_settings()):
-        return zarr.open_array(str(path), mode="r")
-
-
 def _power_of_two(limit: float) -> int:
     return 1 << max(int(limit), 1).bit_length() - 1
 
@@ -90,7 +79,7 @@ def open_writable(path: Path) -> zarr.Array:
 
     >>> _ = create_array(Path("."), "values", (10, 2), "float32")
     >>> open_writable(Path("values"))[0] = 3.0
-    >>> read_array("values")[0].tolist()
+    >>> open_writable(Path("values"))[0].tolist()
     [3.0, 3.0]
     """
     with zarr.config.set(_WRITING):

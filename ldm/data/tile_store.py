@@ -10,17 +10,16 @@ A store that is being written says so; an array that is being written has a hidd
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import zarr
 
-from ldm.data.shards import ShardBuffer, WriterLock, create_array, open_writable, read_array
+from ldm.data.stored_array import StoredArray
 from ldm.errors import UserError, suggest
 from ldm.files import tool_version
 from ldm.images.kinds import is_ome_zarr
@@ -29,6 +28,8 @@ from ldm.images.slides import Slide
 
 TOLD = ("version", "mpp_source", "notes")  # attributes that are no settings: a store may have others and be the same
 GROUPS = ("features", "latents", "labels")
+FORMAT = 1  # of the layout; a store of a higher one is of a newer version
+NEEDED = ("slide", "mpp", "tile_size", "stride", "downsample", "rows")  # attributes without which a store is none
 
 
 class TileStore:
@@ -43,7 +44,7 @@ class TileStore:
 
     def __init__(self, path: Path, attrs: dict[str, Any]) -> None:
         self.path, self.attrs = path, attrs
-        self._arrays: dict[str, zarr.Array] = {}
+        self._arrays: dict[str, StoredArray] = {}
         self._opened_by = os.getpid()
 
     @classmethod
@@ -54,12 +55,26 @@ class TileStore:
             raise UserError(f"there is no tile store at {path}; make one with `python -m data_prep.tile_slides`")
         try:
             attrs = zarr.open_group(str(path), mode="r").attrs.asdict().get("histoldm")
-        except (FileNotFoundError, ValueError, KeyError) as error:
-            raise UserError(f"{path} is not a Zarr v3 group, so it is no tile store ({error})") from None
+        except Exception as error:  # zarr has no error of its own for what it cannot read
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(
+                f"{path} is not a Zarr v3 group, so it is no tile store, or not a whole one ({reason}); if it was "
+                "copied, copy all of it"
+            ) from None
         if not isinstance(attrs, dict):
             raise UserError(
                 f"{path} is a Zarr group without `histoldm` attributes, so it is no tile store, and without OME "
                 "`multiscales`, so it is no image"
+            )
+        if (layout := attrs.get("format", 1)) not in range(1, FORMAT + 1):
+            raise UserError(
+                f"{path} has layout {layout} of histoldm {attrs.get('version', '?')}; this is {tool_version()}, which "
+                f"reads layouts up to {FORMAT}: update it, or make the store with this version"
+            )
+        if lacking := [name for name in NEEDED if name not in attrs]:
+            raise UserError(
+                f"{path} does not say its {', '.join(lacking)} (zarr.json, attributes.histoldm), so its tiles cannot "
+                "be placed; make it again, or copy it again from where it is whole"
             )
         if not attrs.get("complete") and not allow_incomplete:
             raise UserError(
@@ -68,12 +83,12 @@ class TileStore:
             )
         return cls(path, attrs)
 
-    def array(self, name: str) -> zarr.Array:
-        """The zarr array `name` inside the group, such as "tiles" or "features/uni"."""
+    def array(self, name: str) -> StoredArray:
+        """The array `name` inside the group, such as "tiles" or "features/uni". UserError where a part is missing."""
         if self._opened_by != os.getpid():
             self._arrays, self._opened_by = {}, os.getpid()
         if name not in self._arrays:
-            self._arrays[name] = read_array(self.path / name)
+            self._arrays[name] = StoredArray(self.path / name)
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,7 +127,7 @@ class TileStore:
         return float(self.attrs["downsample"])
 
     @property
-    def tiles(self) -> zarr.Array:
+    def tiles(self) -> StoredArray:
         return self.array("tiles")  # (N, T, T, 3) u1
 
     @property
@@ -154,7 +169,7 @@ class TileStore:
     def label_names(self) -> list[str]:
         return self.names("labels")
 
-    def _named(self, group: str, name: str, make: str) -> zarr.Array:
+    def _named(self, group: str, name: str, make: str) -> StoredArray:
         known = self.names(group)
         if name not in known:
             raise UserError(f"{self.path} has no {group} '{name}'{suggest(name, known)} {make}")
@@ -166,11 +181,11 @@ class TileStore:
             )
         return array
 
-    def features(self, name: str) -> zarr.Array:
+    def features(self, name: str) -> StoredArray:
         """Features (N, D), or (N, 8, D) where its attribute `dihedral` is true."""
         return self._named("features", name, "Make them with `python -m data_prep.extract_features`.")
 
-    def latents(self, name: str) -> zarr.Array:
+    def latents(self, name: str) -> StoredArray:
         """Latents (N, C, h, w) in first-stage units, or (N, 8, C, h, w) where its attribute `dihedral` is true."""
         return self._named("latents", name, "Make them with `python -m data_prep.encode_latents`.")
 
@@ -227,20 +242,13 @@ class TileStore:
         expected = {"tiles": (len(self), t, t, 3), "coords": (len(self), 2)}
         names = [*expected, *(f"{group}/{name}" for group in GROUPS for name in self.names(group))]
         for name in names:
-            array = self.array(name)
+            array = StoredArray(self.path / name)
             shape = expected.get(name, (len(self), *array.shape[1:]))
             if array.shape != shape:
                 raise UserError(f"{self.path}/{name} has shape {array.shape}, expected {shape}")
             rows = (array.shards or array.chunks)[0]
-            want = -(-len(self) // rows)
-            have = sum(p.is_file() for p in (self.path / name / "c").rglob("*"))
-            if have != want:
-                raise UserError(f"{self.path}/{name} has {have} of {want} shards on disk; make it again")
             for start in range(0, len(self) if deep else 0, rows):
-                try:
-                    array[start : start + rows]
-                except Exception as error:
-                    raise UserError(f"{self.path}/{name} rows {start}.. cannot be read: {error}") from None
+                array[start : start + rows]
 
 
 def holds_stores(path: Path) -> bool:
@@ -274,227 +282,3 @@ def open_cohort(path: Path | str | Sequence[Path | str]) -> list[TileStore]:
     if not stores:
         raise UserError("no tile store given")
     return stores
-
-
-def _plain(value: Any) -> Any:
-    """As it reads back from JSON, so that settings compare equal after a round trip."""
-    return json.loads(json.dumps(value))
-
-
-class TileStoreWriter:
-    """Writes one slide's tiles, coordinates and labels; a context manager. See `create`."""
-
-    def __init__(
-        self, path: Path, lock: WriterLock, group: zarr.Group, attrs: dict[str, Any], buffer: ShardBuffer | None
-    ):
-        self.path, self.attrs = path, attrs
-        self._lock, self._group, self._buffer = lock, group, buffer
-
-    @classmethod
-    def create(
-        cls, path: Path | str, count: int, attrs: Mapping[str, Any], labels: Mapping[str, str] | None = None
-    ) -> TileStoreWriter:
-        """Begin a store of `count` tiles, or go on with an interrupted one.
-
-        Args:
-            path: the `.zarr` folder.
-            attrs: at least slide, mpp, tile_size, stride, level0_size, downsample; see `TileStore`.
-            labels: name -> dtype of the labels given to `append`.
-        Returns:
-            A writer whose `rows` says how many tiles are on disk already: append from there on.
-        Raises:
-            UserError: the folder cannot be written, another writer is at work, or it was begun with other settings.
-        """
-        path = Path(path)
-        attrs = _plain({"version": tool_version(), **attrs, "count": int(count)})
-        if count < 1:
-            raise UserError(f"a tile store holds at least one tile, got count={count}")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            lock = WriterLock(path / ".lock-tiles").acquire()
-        except OSError as error:
-            raise UserError(f"cannot write to {path}: {error.strerror}") from None
-        try:
-            return cls._begin(path, lock, attrs, dict(labels or {}))
-        except BaseException:
-            lock.release()
-            raise
-
-    @classmethod
-    def _begin(cls, path: Path, lock: WriterLock, attrs: dict[str, Any], labels: dict[str, str]) -> TileStoreWriter:
-        names = ["tiles", "coords", *(f"labels/{name}" for name in labels)]
-        if (path / "zarr.json").exists():
-            before = TileStore.open(path, allow_incomplete=True).attrs
-            differ = sorted(k for k in attrs.keys() | before.keys() if attrs.get(k) != before.get(k))
-            differ = [k for k in differ if k not in ("rows", "complete", *TOLD)]
-            if differ:
-                changes = ", ".join(f"{k} was {before.get(k)!r}, now {attrs.get(k)!r}" for k in differ)
-                raise UserError(
-                    f"{path} was made with other settings ({changes}); delete it or write to another folder"
-                )
-            group = zarr.open_group(str(path), mode="r+")
-            rows = int(before["rows"])
-            if before["complete"]:
-                return cls(path, lock, group, before, None)
-            arrays = {name: open_writable(path / name) for name in names}
-        else:
-            t, count = attrs["tile_size"], attrs["count"]
-            arrays = {"tiles": create_array(path, "tiles", (count, t, t, 3), "u1")}
-            arrays["coords"] = create_array(path, "coords", (count, 2), "i4", whole_chunk=True)
-            for name in GROUPS:
-                zarr.create_group(str(path / name), overwrite=True)
-            for name, dtype in labels.items():
-                arrays[f"labels/{name}"] = create_array(path, f"labels/{name}", (count,), dtype, whole_chunk=True)
-            rows = 0
-            # the group's own metadata comes last: before it there is no store, after it an unfinished one
-            group = zarr.create_group(str(path), attributes={"histoldm": {**attrs, "rows": 0, "complete": False}})
-        shard = (arrays["tiles"].shards or arrays["tiles"].chunks)[0]
-        return cls(path, lock, group, attrs, ShardBuffer(arrays, shard, rows))
-
-    @property
-    def rows(self) -> int:
-        """Tiles given so far, those of an interrupted run included."""
-        return self._buffer.rows if self._buffer else int(self.attrs["rows"])
-
-    @property
-    def finished(self) -> bool:
-        """True when the store was whole already: there is nothing to append."""
-        return self._buffer is None
-
-    def append(self, tiles: np.ndarray, coords: np.ndarray, labels: Mapping[str, np.ndarray] | None = None) -> None:
-        """Add tiles (n, T, T, 3) uint8, coords (n, 2) level-0 x, y, and one value per tile for each label."""
-        if self._buffer is None:
-            raise ValueError(f"{self.path} is finished; nothing can be appended")
-        rows = {"tiles": np.asarray(tiles), "coords": np.asarray(coords)}
-        rows |= {f"labels/{name}": np.asarray(values) for name, values in (labels or {}).items()}
-        if self._buffer.append(rows):
-            self._record()
-
-    def _record(self, complete: bool = False) -> None:
-        self.attrs = {**self.attrs, "rows": self._buffer.durable, "complete": complete}
-        self._group.attrs.update({"histoldm": self.attrs})
-
-    def close(self, complete: bool) -> None:
-        try:
-            if self._buffer is not None:
-                if complete and self.rows != self.attrs["count"]:
-                    raise ValueError(f"{self.path} wants {self.attrs['count']} tiles but {self.rows} were appended")
-                self._buffer.flush(self._buffer.rows)
-                self._record(complete)
-        finally:
-            self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(complete=kind is None)
-
-
-class ArrayWriter:
-    """Writes one per-tile array of a finished store (features, latents, a label): resumable, whole shards, one writer.
-
-    The array grows under a hidden name and takes its own when it is whole. Use as a context manager::
-
-        with ArrayWriter(store.path, "features/uni", (1024,), "f2", {"licence": ...}) as writer:
-            for start in range(writer.rows, len(store), batch): writer.append(...)     # (n, 1024)
-
-    Args:
-        store_path: the tile store.
-        name: "features/<encoder>", "latents/<first stage>" or "labels/<name>".
-        shape_tail: shape of one row.
-        attrs: what the rows were made with; going on with, or asking again for, an array made otherwise is a UserError.
-    """
-
-    def __init__(
-        self,
-        store_path: Path | str,
-        name: str,
-        shape_tail: Sequence[int],
-        dtype: str,
-        attrs: Mapping[str, Any] | None = None,
-    ) -> None:
-        store = TileStore.open(store_path)
-        group, _, leaf = name.partition("/")
-        if group not in GROUPS or not leaf or "/" in leaf or leaf.startswith("."):
-            raise UserError(f"'{name}' is no array name: use features/<name>, latents/<name> or labels/<name>")
-        self.final, self.partial = store.path / group / leaf, store.path / group / f".partial-{leaf}"
-        self.count, self.attrs = len(store), _plain(dict(attrs or {}))
-        self._buffer: ShardBuffer | None = None
-        shape = (self.count, *map(int, shape_tail))
-        try:
-            self._lock = WriterLock(store.path / f".lock-{group}-{leaf}").acquire()
-        except OSError as error:
-            raise UserError(f"cannot write to {store.path}: {error.strerror}") from None
-        try:
-            if (self.final / "zarr.json").exists():
-                self._check_same(open_writable(self.final), self.final, shape, dtype)
-            elif (self.partial / "zarr.json").exists():
-                self._array = open_writable(self.partial)
-                self._check_same(self._array, self.partial, shape, dtype)
-                self._begin(int(self._array.attrs.get("rows", 0)))
-            else:
-                self._array = create_array(self.partial.parent, self.partial.name, shape, dtype)
-                self._array.attrs.update({**self.attrs, "rows": 0})
-                self._begin(0)
-        except BaseException:
-            self._lock.release()
-            raise
-
-    def _begin(self, rows: int) -> None:
-        self._buffer = ShardBuffer({"rows": self._array}, (self._array.shards or self._array.chunks)[0], rows)
-
-    def _check_same(self, array: zarr.Array, path: Path, shape: tuple[int, ...], dtype: str) -> None:
-        before = {**array.attrs.asdict(), "shape": list(array.shape), "dtype": str(array.dtype)}
-        now = {**self.attrs, "shape": list(shape), "dtype": str(np.dtype(dtype))}
-        differ = sorted(k for k in now if before.get(k) != now[k])
-        if differ:
-            changes = ", ".join(f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in differ)
-            raise UserError(
-                f"{path} was made with other settings ({changes}); choose another name or delete that folder"
-            )
-
-    @property
-    def rows(self) -> int:
-        """Rows given so far, those of an interrupted run included; all of them when the array was whole already."""
-        return self._buffer.rows if self._buffer else self.count
-
-    @property
-    def finished(self) -> bool:
-        """True when the array was whole already: there is nothing to append."""
-        return self._buffer is None
-
-    def append(self, rows: np.ndarray) -> None:
-        """Add rows (n, *shape_tail)."""
-        if self._buffer is None:
-            raise ValueError(f"{self.final} is finished; nothing can be appended")
-        if self._buffer.append({"rows": np.asarray(rows)}):
-            self._array.attrs.update({"rows": self._buffer.durable})
-
-    def flush(self) -> zarr.Array:
-        """Make all rows given so far durable and return the array, to measure it before it takes its name."""
-        self._buffer.flush(self._buffer.rows)
-        self._array.attrs.update({"rows": self._buffer.durable})
-        return self._array
-
-    def add_attrs(self, **attrs: Any) -> None:
-        """Record what is known only after the rows, such as their measured scale."""
-        self._array.attrs.update(_plain(attrs))
-
-    def close(self, complete: bool) -> None:
-        try:
-            if self._buffer is not None:
-                if complete and self.rows != self.count:
-                    raise ValueError(f"{self.final} wants {self.count} rows but {self.rows} were appended")
-                self.flush()
-                if complete:
-                    self.partial.rename(self.final)
-                    self._buffer = None
-        finally:
-            self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(complete=kind is None)

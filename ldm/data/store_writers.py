@@ -1,0 +1,240 @@
+"""Writers of tile stores and of arrays in them: whole shards, one writer, resumable. `ldm.data.tile_store` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import zarr
+
+from ldm.data.shards import ShardBuffer, WriterLock, create_array, open_writable
+from ldm.data.tile_store import FORMAT, GROUPS, TileStore
+from ldm.errors import UserError
+from ldm.files import tool_version
+
+
+def _plain(value: Any) -> Any:
+    """As it reads back from JSON, so that settings compare equal after a round trip."""
+    return json.loads(json.dumps(value))
+
+
+class TileStoreWriter:
+    """Writes one slide's tiles, coordinates and labels; a context manager. See `create`."""
+
+    def __init__(
+        self, path: Path, lock: WriterLock, group: zarr.Group, attrs: dict[str, Any], buffer: ShardBuffer | None
+    ):
+        self.path, self.attrs = path, attrs
+        self._lock, self._group, self._buffer = lock, group, buffer
+
+    @classmethod
+    def create(
+        cls, path: Path | str, count: int, attrs: Mapping[str, Any], labels: Mapping[str, str] | None = None
+    ) -> TileStoreWriter:
+        """Begin a store of `count` tiles, or go on with an interrupted one.
+
+        Args:
+            path: the `.zarr` folder.
+            attrs: at least slide, mpp, tile_size, stride, level0_size, downsample; see `TileStore`.
+            labels: name -> dtype of the labels given to `append`.
+        Returns:
+            A writer whose `rows` says how many tiles are on disk already: append from there on.
+        Raises:
+            UserError: the folder cannot be written, another writer is at work, or it was begun with other settings.
+        """
+        path = Path(path)
+        attrs = _plain({"version": tool_version(), "format": FORMAT, **attrs, "count": int(count)})
+        if count < 1:
+            raise UserError(f"a tile store holds at least one tile, got count={count}")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            lock = WriterLock(path / ".lock-tiles").acquire()
+        except OSError as error:
+            raise UserError(f"cannot write to {path}: {error.strerror}") from None
+        try:
+            return cls._begin(path, lock, attrs, dict(labels or {}))
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def _begin(cls, path: Path, lock: WriterLock, attrs: dict[str, Any], labels: dict[str, str]) -> TileStoreWriter:
+        names = ["tiles", "coords", *(f"labels/{name}" for name in labels)]
+        if (path / "zarr.json").exists():
+            before = TileStore.open(path, allow_incomplete=True).attrs
+            differ = sorted(k for k in attrs.keys() | before.keys() if attrs.get(k) != before.get(k))
+            differ = [k for k in differ if k not in ("rows", "complete", "version", "format")]
+            if differ:
+                changes = ", ".join(f"{k} was {before.get(k)!r}, now {attrs.get(k)!r}" for k in differ)
+                raise UserError(
+                    f"{path} was made with other settings ({changes}); delete it or write to another folder"
+                )
+            group = zarr.open_group(str(path), mode="r+")
+            rows = int(before["rows"])
+            if before["complete"]:
+                return cls(path, lock, group, before, None)
+            arrays = {name: open_writable(path / name) for name in names}
+        else:
+            t, count = attrs["tile_size"], attrs["count"]
+            arrays = {"tiles": create_array(path, "tiles", (count, t, t, 3), "u1")}
+            arrays["coords"] = create_array(path, "coords", (count, 2), "i4", whole_chunk=True)
+            for name in GROUPS:
+                zarr.create_group(str(path / name), overwrite=True)
+            for name, dtype in labels.items():
+                arrays[f"labels/{name}"] = create_array(path, f"labels/{name}", (count,), dtype, whole_chunk=True)
+            rows = 0
+            # the group's own metadata comes last: before it there is no store, after it an unfinished one
+            group = zarr.create_group(str(path), attributes={"histoldm": {**attrs, "rows": 0, "complete": False}})
+        shard = (arrays["tiles"].shards or arrays["tiles"].chunks)[0]
+        return cls(path, lock, group, attrs, ShardBuffer(arrays, shard, rows))
+
+    @property
+    def rows(self) -> int:
+        """Tiles given so far, those of an interrupted run included."""
+        return self._buffer.rows if self._buffer else int(self.attrs["rows"])
+
+    @property
+    def finished(self) -> bool:
+        """True when the store was whole already: there is nothing to append."""
+        return self._buffer is None
+
+    def append(self, tiles: np.ndarray, coords: np.ndarray, labels: Mapping[str, np.ndarray] | None = None) -> None:
+        """Add tiles (n, T, T, 3) uint8, coords (n, 2) level-0 x, y, and one value per tile for each label."""
+        if self._buffer is None:
+            raise ValueError(f"{self.path} is finished; nothing can be appended")
+        rows = {"tiles": np.asarray(tiles), "coords": np.asarray(coords)}
+        rows |= {f"labels/{name}": np.asarray(values) for name, values in (labels or {}).items()}
+        if self._buffer.append(rows):
+            self._record()
+
+    def _record(self, complete: bool = False) -> None:
+        self.attrs = {**self.attrs, "rows": self._buffer.durable, "complete": complete}
+        self._group.attrs.update({"histoldm": self.attrs})
+
+    def close(self, complete: bool) -> None:
+        try:
+            if self._buffer is not None:
+                if complete and self.rows != self.attrs["count"]:
+                    raise ValueError(f"{self.path} wants {self.attrs['count']} tiles but {self.rows} were appended")
+                self._buffer.flush(self._buffer.rows)
+                self._record(complete)
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(complete=kind is None)
+
+
+class ArrayWriter:
+    """Writes one per-tile array of a finished store (features, latents, a label): resumable, whole shards, one writer.
+
+    The array grows under a hidden name and takes its own when it is whole. Use as a context manager::
+
+        with ArrayWriter(store.path, "features/uni", (1024,), "f2", {"licence": ...}) as writer:
+            for start in range(writer.rows, len(store), batch): writer.append(...)     # (n, 1024)
+
+    Args:
+        store_path: the tile store.
+        name: "features/<encoder>", "latents/<first stage>" or "labels/<name>".
+        shape_tail: shape of one row.
+        attrs: what the rows were made with; going on with, or asking again for, an array made otherwise is a UserError.
+    """
+
+    def __init__(
+        self,
+        store_path: Path | str,
+        name: str,
+        shape_tail: Sequence[int],
+        dtype: str,
+        attrs: Mapping[str, Any] | None = None,
+    ) -> None:
+        store = TileStore.open(store_path)
+        group, _, leaf = name.partition("/")
+        if group not in GROUPS or not leaf or "/" in leaf or leaf.startswith("."):
+            raise UserError(f"'{name}' is no array name: use features/<name>, latents/<name> or labels/<name>")
+        self.final, self.partial = store.path / group / leaf, store.path / group / f".partial-{leaf}"
+        self.count, self.attrs = len(store), _plain(dict(attrs or {}))
+        self._buffer: ShardBuffer | None = None
+        shape = (self.count, *map(int, shape_tail))
+        try:
+            self._lock = WriterLock(store.path / f".lock-{group}-{leaf}").acquire()
+        except OSError as error:
+            raise UserError(f"cannot write to {store.path}: {error.strerror}") from None
+        try:
+            if (self.final / "zarr.json").exists():
+                self._check_same(open_writable(self.final), self.final, shape, dtype)
+            elif (self.partial / "zarr.json").exists():
+                self._array = open_writable(self.partial)
+                self._check_same(self._array, self.partial, shape, dtype)
+                self._begin(int(self._array.attrs.get("rows", 0)))
+            else:
+                self._array = create_array(self.partial.parent, self.partial.name, shape, dtype)
+                self._array.attrs.update({**self.attrs, "rows": 0})
+                self._begin(0)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _begin(self, rows: int) -> None:
+        self._buffer = ShardBuffer({"rows": self._array}, (self._array.shards or self._array.chunks)[0], rows)
+
+    def _check_same(self, array: zarr.Array, path: Path, shape: tuple[int, ...], dtype: str) -> None:
+        before = {**array.attrs.asdict(), "shape": list(array.shape), "dtype": str(array.dtype)}
+        now = {**self.attrs, "shape": list(shape), "dtype": str(np.dtype(dtype))}
+        differ = sorted(k for k in now if before.get(k) != now[k])
+        if differ:
+            changes = ", ".join(f"{k} was {before.get(k)!r}, now {now[k]!r}" for k in differ)
+            raise UserError(
+                f"{path} was made with other settings ({changes}); choose another name or delete that folder"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Rows given so far, those of an interrupted run included; all of them when the array was whole already."""
+        return self._buffer.rows if self._buffer else self.count
+
+    @property
+    def finished(self) -> bool:
+        """True when the array was whole already: there is nothing to append."""
+        return self._buffer is None
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows (n, *shape_tail)."""
+        if self._buffer is None:
+            raise ValueError(f"{self.final} is finished; nothing can be appended")
+        if self._buffer.append({"rows": np.asarray(rows)}):
+            self._array.attrs.update({"rows": self._buffer.durable})
+
+    def flush(self) -> zarr.Array:
+        """Make all rows given so far durable and return the array, to measure it before it takes its name."""
+        self._buffer.flush(self._buffer.rows)
+        self._array.attrs.update({"rows": self._buffer.durable})
+        return self._array
+
+    def add_attrs(self, **attrs: Any) -> None:
+        """Record what is known only after the rows, such as their measured scale."""
+        self._array.attrs.update(_plain(attrs))
+
+    def close(self, complete: bool) -> None:
+        try:
+            if self._buffer is not None:
+                if complete and self.rows != self.count:
+                    raise ValueError(f"{self.final} wants {self.count} rows but {self.rows} were appended")
+                self.flush()
+                if complete:
+                    self.partial.rename(self.final)
+                    self._buffer = None
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(complete=kind is None)
