@@ -11,7 +11,7 @@ import numpy as np
 import zarr
 
 from ldm.data.shards import ShardBuffer, WriterLock, create_array, open_writable
-from ldm.data.tile_store import FORMAT, GROUPS, TileStore
+from ldm.data.tile_store import FORMAT, GROUPS, TOLD, TileStore
 from ldm.errors import UserError
 from ldm.files import tool_version
 
@@ -66,7 +66,7 @@ class TileStoreWriter:
         if (path / "zarr.json").exists():
             before = TileStore.open(path, allow_incomplete=True).attrs
             differ = sorted(k for k in attrs.keys() | before.keys() if attrs.get(k) != before.get(k))
-            differ = [k for k in differ if k not in ("rows", "complete", "version", "format")]
+            differ = [k for k in differ if k not in ("rows", "complete", "format", *TOLD)]
             if differ:
                 changes = ", ".join(f"{k} was {before.get(k)!r}, now {attrs.get(k)!r}" for k in differ)
                 raise UserError(
