@@ -21,7 +21,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pandas as pd
 import typer
 import yaml
@@ -35,6 +34,7 @@ from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.files import whole, write_text
 from ldm.images.marks import mark_text
+from ldm.images.pictures import Picture
 from ldm.images.sheets import grid
 from ldm.images.slides import open_slide
 
@@ -50,6 +50,11 @@ def losses_of(run: Path) -> list[tuple[int, str, float]]:
 
     path = run / "losses.csv"
     return read_losses(path) if path.is_file() else []
+
+
+def read(path: Path) -> Image.Image:
+    """An image of the demo's own folder."""
+    return Image.fromarray(Picture.of_file(path).pixels())
 
 
 def embed(picture: Image.Image, alt: str, quality: int = 90) -> str:
@@ -77,7 +82,7 @@ def table(rows: Sequence[Sequence[object]], head: Sequence[str] = ()) -> str:
 def comparison(out: Path) -> Image.Image:
     """Real region | generated image, with scale bars and the held-out band."""
     slide = open_slide(SLIDE)
-    generated = np.asarray(Image.open(out / "synthetic_1024.png").convert("RGB"))
+    generated = Picture.of_file(out / "synthetic_1024.png").pixels()
     band = figures.overlap(REGION, HELD_OUT)
     pictures = [
         figures.annotate(slide.read(*REGION), "real", slide.mpp, band),
@@ -88,7 +93,7 @@ def comparison(out: Path) -> Image.Image:
 
 def main_section(out: Path) -> str:
     real = open_slide(SLIDE).read(*REGION)
-    generated = np.asarray(Image.open(out / "synthetic_1024.png").convert("RGB"))
+    generated = Picture.of_file(out / "synthetic_1024.png").pixels()
     x, y, width, height = REGION
     return (
         "<h2>The image</h2>"
@@ -145,7 +150,7 @@ def training_section(title: str, run: Path, names: Sequence[tuple[str, str]], gr
     """Loss curves, and the last image grids of the validation tiles."""
     curves = figure(figures.loss_curves(losses_of(run), names), "Blue: training batches. Orange: held-out tiles.")
     pictures = "".join(
-        figure(embed(Image.open(path), caption), caption)
+        figure(embed(read(path), caption), caption)
         for name, caption in grids
         if (path := figures.newest(run / "images" / "val", name))
     )
@@ -183,7 +188,7 @@ def figures_section(out: Path) -> str:
         "<h2>Does it follow its condition? Do borders show?</h2>"
         + table(rows, ("figure", "value", "of"))
         + figure(
-            embed(Image.open(out / "conditioning" / "tiles.png"), "held-out tiles and samples"),
+            embed(read(out / "conditioning" / "tiles.png"), "held-out tiles and samples"),
             "Above: held-out tiles. Below: SYNTHETIC tiles, each sampled from the features of the tile above it.",
         )
     )

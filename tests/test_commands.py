@@ -42,8 +42,8 @@ def world(tmp_path_factory, demo_slide):
     return folder, store
 
 
-def run(*args) -> None:
-    CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+def run(*args) -> str:
+    return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False).output
 
 
 def test_sample_writes_tiles_that_say_what_they_are(world, tmp_path):
@@ -103,6 +103,18 @@ def test_an_interrupted_sample_goes_on_and_other_settings_do_not_mix(world, tmp_
     (tmp_path / "halves" / "00000.png").unlink()
     with pytest.raises(UserError, match=r"00001\.png is there and is none of these images"):
         run("sample", "--model", folder / "model", "--features", tmp_path / "one.npy", "--out", tmp_path / "halves")
+
+
+def test_sample_tells_tiles_of_another_extent(world, tmp_path):
+    folder, store = world
+    made = instantiate_from_config(node(use_ema=False))
+    about = {"mpp": 0.25, "tile_size": 256, "encoder": SHA}
+    write_model_folder(tmp_path / "model", node(use_ema=False), made.state_dict(), about)
+    sample = ["sample", "--features", store, "--count", 1, "--steps", 1]
+    assert "note: tiles of" not in run(*sample, "--model", folder / "model", "--out", tmp_path / "alike")
+    assert "cover 128 um (256 px at 0.499 um/px), those that the model was trained on 64 um" in run(
+        *sample, "--model", tmp_path / "model", "--out", tmp_path / "other"
+    )
 
 
 def test_the_models_mpp_counts_and_a_store_of_another_is_refused(world):

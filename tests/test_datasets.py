@@ -260,12 +260,12 @@ def test_region_crops(demo_slide: Path):
 
 
 @pytest.mark.slow
-def test_latents_of_a_store(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_latents_of_a_store(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr("ldm.model_folder.load_first_stage", lambda folder: Pool())
     folder = tmp_path / "pool"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    (folder / "config.yaml").write_text("model: {target: Pool}")
+    (folder / "config.yaml").write_text("model: {target: Pool}\nmetadata: {mpp: 1.0}")
     stores = [TileStore.open(store)]
 
     calls = 0
@@ -289,6 +289,7 @@ def test_latents_of_a_store(store: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert scale == pytest.approx(1 / want[:].astype(np.float64).std(), rel=1e-4)
     assert made.attrs["scale_factor"] == pytest.approx(scale)
     assert made.attrs["dihedral"]
+    assert f"{stores[0].path} has 0.499 um/px, and {folder} was trained at 1 um/px" in capsys.readouterr().out
     assert encode_latents(stores, folder, with_dihedral=True, device="cpu") == (name, pytest.approx(scale))
     with pytest.raises(UserError, match="other settings"):
         encode_latents(stores, folder, device="cpu")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import imagecodecs
@@ -11,6 +12,7 @@ import tifffile
 import zarr
 from PIL import Image, ImageCms
 
+from conftest import ROOT
 from ldm.errors import UserError
 from ldm.images.slides import open_image, open_slide
 from ldm.images.write import save_bigtiff
@@ -300,3 +302,15 @@ def test_levels_in_a_chain_are_read(tmp_path):
     assert [width for width, _ in image._levels] == [1024, 512, 256]
     coarse = image.read(0, 0, 1024, 1024, (256, 256)).astype(int)
     assert np.abs(coarse - np.tile(tissue(64), (4, 4, 1))).mean() < 3
+
+
+def test_one_room_opens_pixels():
+    """Every other module asks ldm.images; `doctor` alone tries OpenSlide itself."""
+    opens = re.compile(r"Image\.open\(|imread\(|TiffFile\(|OpenSlide\(|dcmread\(")
+    found = []
+    for room in ("ldm", "data_prep", "demo"):
+        for path in sorted((ROOT / room).rglob("*.py")):
+            lines = path.read_text(encoding="utf-8").splitlines()
+            if any(opens.search(line) for line in lines if not line.strip().startswith((">>>", "..."))):
+                found.append(path.relative_to(ROOT))
+    assert [path for path in found if path.parts[:2] != ("ldm", "images")] == [Path("ldm/commands/doctor.py")]

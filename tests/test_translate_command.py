@@ -85,6 +85,16 @@ def refused(*args) -> str:
     return str(caught.value)
 
 
+def test_another_scale_is_told(world, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8)
+    given = ["--model", world / "model", "--source", "class=COAD", "--target", "class=LUAD", "--steps", 2]
+    for mpp, told in ((0.5, False), (1.0, True)):
+        path = save_bigtiff(tmp_path / f"{mpp}.tif", pixels, mpp, {})
+        output = run(*given, "--images", path, "--out", tmp_path / str(mpp)).output
+        note = f"note: 1.0.tif has 1 um/px, and {world / 'model'} was trained at 0.5 um/px"
+        assert (note in output) == told
+
+
 @pytest.mark.slow
 def test_a_folder_to_several_targets_resumes_and_says_what_it_is(world, tmp_path):
     given = ["--model", world / "model", "--images", world / "images", "--class-of-name", "--target", "class=LUAD",

@@ -6,7 +6,6 @@ Strips and tiles of any layout, compression and colour model of TIFF 6.0 are dec
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -29,7 +28,7 @@ _MODES = {
 _OPACITY = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 _USUAL = (1, 5, 7, 8, 32773, 32946)  # compressions that every reader knows: none, LZW, JPEG, Deflate, PackBits
 _JPEG = (6, 7)  # decoded to RGB by their own decoder
-_HELD = 4  # strips that are kept decoded: one may hold the whole image
+_HELD = 2**25  # bytes of tiles and strips that are kept decoded, for neighbours share them
 
 Read = Callable[[int, int, int, int], np.ndarray]  # x, y, width, height -> (height, width, samples)
 
@@ -59,8 +58,8 @@ def open_tiff(path: Path) -> Source | None:
     if mode is None or (mode == "CMYK" and page.tags.valueof("InkSet", 1) != 1):
         name = getattr(page.photometric, "name", page.photometric)
         raise UserError(f"{path} is of the colour model {name}; gray, RGB, palette, CMYK, CIELab and YCbCr are read")
-    lock = threading.Lock()
-    reads = [_reader(own, lock) for own in pages]
+    held = np.memmap(path, np.uint8, "r")  # threads and forked processes share no place in the file
+    reads = [_reader(own, held) for own in pages]
     if page.compression not in _USUAL or page.is_subsampled:
         try:
             reads[0](0, 0, 1, 1)
@@ -138,27 +137,24 @@ def _palette(page: tifffile.TiffPage) -> np.ndarray:
     return np.pad(colours.astype(np.uint8), ((0, max(0, 256 - len(colours))), (0, 0)))
 
 
-def _reader(page: tifffile.TiffPage, lock: threading.Lock) -> Read:
-    """Reads a part of a page, as (h,w,samples) uint8; white where the file has no strip or tile."""
+def _reader(page: tifffile.TiffPage, held: np.ndarray) -> Read:
+    """Reads a part of a page, as (h,w,samples) uint8; white where the file has no strip or tile. held: its bytes."""
     planes, _, height, width, own = page.shaped
     tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
     tall = min(tall, height) if not page.is_tiled else tall
     across, down = math.ceil(width / wide), math.ceil(height / tall)
-    file = page.parent.filehandle
     empty = 0 if page.photometric in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.SEPARATED) else 255
 
     def segment(index: int) -> np.ndarray | None:
         count = page.databytecounts[index]
         if not count:
             return None
-        with lock:
-            file.seek(page.dataoffsets[index])
-            data = file.read(count)
+        start = page.dataoffsets[index]
+        data = held[start : start + count].tobytes()
         decoded, _, _ = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
         return decoded[0].view(np.uint8)
 
-    if not page.is_tiled:
-        segment = lru_cache(maxsize=_HELD)(segment)
+    segment = lru_cache(maxsize=max(4, _HELD // (tall * wide * own)))(segment)
 
     def read(x: int, y: int, w: int, h: int) -> np.ndarray:
         out = np.full((h, w, planes * own), empty, np.uint8)
