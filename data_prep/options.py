@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ldm.cli.options import DeviceOption, choices, inputs, output, speed
 from ldm.errors import UserError
 
-inputs = partial(typer.Option, rich_help_panel="Input")
-output = partial(typer.Option, rich_help_panel="Output")
+__all__ = ["DeviceOption", "choices", "inputs", "output", "speed"]  # as those of `histoldm`
+
 taken = partial(typer.Option, rich_help_panel="What is taken")
 splits = partial(typer.Option, rich_help_panel="Splits")
-speed = partial(typer.Option, rich_help_panel="Speed")
-
-
-def choices(name: str, values: Iterable[str]) -> type[StrEnum]:
-    """The type of an option that takes one of `values`."""
-    return StrEnum(name, {value: value for value in values})
 
 
 def check_side(size: int) -> int:
@@ -62,9 +55,6 @@ ValidationOption = Annotated[
 ]
 TestOption = Annotated[float, splits("--test", help="Fraction of the patients in split 'test', from 0 to 1.")]
 BatchOption = Annotated[int, speed("--batch-size", help="Tiles or captions per network call.")]
-DeviceOption = Annotated[
-    str, speed("--device", help="Device: auto (a GPU where there is one), cpu, cuda, cuda:1, mps.")
-]
 PrecisionOption = Annotated[Precision, speed("--precision", help="Precision of the network's arithmetic.")]
 
 

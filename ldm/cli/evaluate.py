@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -10,14 +9,14 @@ from typing import Annotated
 import typer
 
 from ldm.cli.app import app
-from ldm.cli.options import DeviceOption, SeedOption, inputs, output
+from ldm.cli.options import DeviceOption, SeedOption, choices, inputs, output
 from ldm.devices import pick_device
 from ldm.errors import UserError
 
 measure = partial(typer.Option, rich_help_panel="How it is measured")
-Resize = Enum("Resize", {name: name for name in ("clean", "tensorflow")}, type=str)
-Unit = Enum("Unit", {name: name for name in ("patient", "slide", "block", "image")}, type=str)
-Stains = Enum("Stains", {name: name for name in ("he", "hd")}, type=str)
+Resize = choices("Resize", ("clean", "tensorflow"))
+Unit = choices("Unit", ("patient", "slide", "block", "image"))
+Stains = choices("Stains", ("he", "hd"))
 
 
 @app.command(rich_help_panel="Measure and choose")
@@ -85,7 +84,7 @@ def evaluate(
     ] = None,
     resize: Annotated[
         Resize, measure("--resize", help="How Inception's input is resized: as clean-fid or as TensorFlow does.")
-    ] = (Resize.clean),
+    ] = Resize.clean,
     stains: Annotated[Stains, measure("--stains", help="Stains of --pairs: H&E, or haematoxylin and DAB.")] = Stains.he,
     lpips: Annotated[
         Path | None, measure("--lpips", help="Weights of torchvision's AlexNet, for LPIPS of --pairs.")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +19,7 @@ from ldm.cli.options import (
     PrecisionOption,
     SeedOption,
     WhereOption,
+    choices,
     inputs,
     output,
     speed,
@@ -31,10 +31,13 @@ from ldm.errors import UserError
 from ldm.requests.parse import parse_where
 from ldm.requests.sampling import AskedSampler
 
+if TYPE_CHECKING:
+    from ldm.scorers.training import Recipe
+
 choose = partial(typer.Option, rich_help_panel="What passes")
 learnt = partial(typer.Option, rich_help_panel="What is learnt")
 network = partial(typer.Option, rich_help_panel="Networks and training")
-Kind = Enum("Kind", {name: name for name in ("binary", "graded", "classes")}, type=str)
+Kind = choices("Kind", ("binary", "graded", "classes"))
 
 ScorerOption = Annotated[
     list[Path], inputs("--scorer", help="Scorer folder, or checkpoints of the published networks (repeat).")
@@ -88,7 +91,7 @@ ShiftOption = Annotated[int, network("--shift", help="Largest random shift in pi
 ViewsOption = Annotated[int, network("--views", help="Number of orientations that a score is averaged over: 1 or 8.")]
 
 
-def _recipe(arch_args: list[str] | None, weights: Path | None, **given: Any) -> Any:
+def _recipe(arch_args: list[str] | None, weights: Path | None, **given: Any) -> Recipe:
     import yaml
 
     from ldm.scorers.training import Recipe
@@ -146,7 +149,7 @@ def train_scorer(
     Examples: histoldm train-scorer --data crops --positive Atypical --crop 64 --out scorer;
     histoldm train-scorer --data ratings/ratings.csv --colour 0 --out filter
     """
-    from ldm.commands.scorers import train
+    from ldm.commands.scorers import AskedLabels, train
 
     recipe = _recipe(
         arch_arg,
@@ -164,9 +167,9 @@ def train_scorer(
         views=views,
         seed=seed,
     )
-    asked = {"label": label, "kind": kind.value if kind else None, "positive": positive, "patient": patient}
-    asked |= {"where": parse_where(where or []), "skip_unrated": skip_unrated, "crop": crop}
-    train(data, out, asked, recipe, pick_device(device), precision is Precision.bf16, licence, half)
+    asked = AskedLabels(label, kind and kind.value, positive, patient, parse_where(where or []))
+    bf16 = precision is Precision.bf16
+    train(data, out, asked, recipe, pick_device(device), bf16, licence, half, crop, skip_unrated)
 
 
 @app.command(rich_help_panel="Measure and choose")
@@ -296,9 +299,7 @@ def utility(
     arch_arg: ArchArgOption = None,
     weights: WeightsOption = None,
     size: SizeOption = 64,
-    crop: Annotated[
-        int | None, inputs("--crop", help="Side in pixels of the middle of each image that counts.")
-    ] = None,
+    crop: CropOption = None,
     members: MembersOption = 2,
     test: TestOption = 0.3,
     held_out: Annotated[
@@ -322,6 +323,7 @@ def utility(
 
     Example: histoldm utility --real crops.csv --synthetic cells --label score --crop 32 --out utility
     """
+    from ldm.commands.scorers import AskedLabels
     from ldm.commands.scorers import utility as run
 
     recipe = _recipe(
@@ -339,7 +341,6 @@ def utility(
         shift=shift,
         seed=seed,
     )
-    asked = {"label": label, "kind": kind.value if kind else None, "positive": positive, "patient": patient}
-    asked["crop"] = crop
+    asked = AskedLabels(label, kind and kind.value, positive, patient)
     bf16 = precision is Precision.bf16
-    run(real, synthetic, out, asked, recipe, pick_device(device), bf16, parse_where(held_out or []))
+    run(real, synthetic, out, asked, recipe, pick_device(device), bf16, parse_where(held_out or []), crop)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from collections.abc import Iterable
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +17,14 @@ wanted = partial(typer.Option, rich_help_panel="What is made")
 output = partial(typer.Option, rich_help_panel="Output")
 speed = partial(typer.Option, rich_help_panel="Speed")
 
-Form = Enum("Form", {name: name for name in ("diffusers", "compvis")}, type=str)
-Precision = Enum("Precision", {name: name for name in ("fp32", "bf16")}, type=str)
+
+def choices(name: str, values: Iterable[str]) -> type[StrEnum]:
+    """The type of an option that takes one of `values`."""
+    return StrEnum(name, {value: value for value in values})
+
+
+Form = choices("Form", ("diffusers", "compvis"))
+Precision = choices("Precision", ("fp32", "bf16"))
 
 
 def allow_targets(context: typer.Context, prefixes: list[str] | None) -> list[str] | None:
@@ -29,10 +36,12 @@ def allow_targets(context: typer.Context, prefixes: list[str] | None) -> list[st
 AllowTargetOption = Annotated[
     list[str] | None,
     inputs(
-        "--allow-target", callback=allow_targets, show_default=False,
+        "--allow-target",
+        callback=allow_targets,
+        show_default=False,
         help="Allow classes outside of this package whose names begin so, as mylab. (repeat).",
     ),
-]  # fmt: skip
+]
 ModelOption = Annotated[Path, inputs("--model", help="Model folder, or a training run's folder.")]
 FeaturesOption = Annotated[
     Path, inputs("--features", help="Features: .npy, .h5 (CLAM, TRIDENT), .pt, or a tile store (.zarr).")

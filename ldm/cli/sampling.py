@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from ldm.cli.options import choices
 from ldm.requests.parse import parse_guidance, parse_interval
 from ldm.requests.sampling import AskedSampler
 from ldm.sampling.sampler import TASKS, Inversion, Sampler, Task, Windows
@@ -97,22 +98,12 @@ def _options(carrier: type, told: Mapping[str, str]) -> list[inspect.Parameter]:
             kind, optional = SIMPLE[each.type.removesuffix(" | None")], each.type.endswith(" | None")
         default, words, limits = each.default, about["help"], {"min": about["low"], "max": about["high"]}
         if about["choices"]:
-            kind = Enum(each.name.title(), {name: name for name in about["choices"]}, type=str)
+            kind = choices(each.name.title(), about["choices"])
             default, limits = default and kind(default), {"metavar": "NAME"}
             words = f"{words} ({', '.join(about['choices'])})"
         option = f"--{each.name.replace('_', '-')}"
-        parameters.append(
-            _option(
-                each.name,
-                kind | None if optional else kind,
-                default,
-                option,
-                words,
-                PANELS[carrier],
-                told.get(each.name),
-                **limits,
-            )
-        )
+        kind, shown = kind | None if optional else kind, told.get(each.name)
+        parameters.append(_option(each.name, kind, default, option, words, PANELS[carrier], shown, **limits))
     return parameters
 
 

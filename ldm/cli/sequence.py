@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +12,7 @@ from ldm.cli.options import (
     DeviceOption,
     ModelOption,
     WhereOption,
+    choices,
     inputs,
     output,
     wanted,
@@ -22,7 +22,7 @@ from ldm.devices import pick_device
 from ldm.requests.parse import parse_where
 from ldm.requests.sampling import AskedSampler
 
-Animation = Enum("Animation", {name: name for name in ("gif", "apng", "webp")}, type=str)
+Animation = choices("Animation", ("gif", "apng", "webp"))
 
 
 @app.command(rich_help_panel="Generate")

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.hub import get_dir
 
+from ldm.data.image_sets import ImageSet
 from ldm.encoders.feature_files import SUFFIXES, FeatureSet, check_alike
 from ldm.errors import UserError, suggest
 from ldm.files import sha256, writable_folder, write_text
@@ -20,9 +22,12 @@ from ldm.metrics.conditional import few_images
 from ldm.metrics.intervals import choose_unit, groups_of
 from ldm.report import sections as ask
 from ldm.report.compare import compare_lines, compare_page, compared, read_report
-from ldm.report.page import Report
+from ldm.report.page import Report, Section
 from ldm.report.sets import Extractors, Source, of_conditions, parse_weights
 from ldm.report.unlike import unlike
+
+if TYPE_CHECKING:
+    from ldm.autoencoder.perceptual import LPIPS
 
 FEWEST = 8  # images of a set that a distance needs
 
@@ -161,12 +166,12 @@ def check_sizes(sources: dict[str, Source]) -> None:
 def sections_of(
     name: str,
     sources: dict[str, Source],
-    images: dict[str, Any],
+    images: dict[str, ImageSet],
     asked: Asked,
     report: Report,
     extractors: Extractors,
     device: str,
-) -> list[Any]:
+) -> list[Section]:
     """What one extractor's features say."""
     out, seed = asked.out, asked.seed
     features = {role: source.features(name, extractors, out) for role, source in sources.items()}
@@ -207,7 +212,7 @@ def sections_of(
     return found
 
 
-def grouped(features: FeatureSet, role: str, by: str | None, report: Report) -> Any:
+def grouped(features: FeatureSet, role: str, by: str | None, report: Report) -> np.ndarray | None:
     """Groups of a set for its intervals; what they are stands in the report."""
     known = by in (None, "image") or by in features.table
     unit, warnings = choose_unit([features.table], by if known else None)
@@ -232,11 +237,11 @@ def follow(
     name: str,
     sources: dict[str, Source],
     features: dict[str, FeatureSet],
-    images: dict[str, Any],
+    images: dict[str, ImageSet],
     asked: Asked,
     extractors: Extractors,
-    groups: Any,
-) -> list[Any]:
+    groups: np.ndarray | None,
+) -> list[Section]:
     """Whether images follow the tiles that conditioned them, where the list beside them names those."""
     candidates = [asked.conditions] if asked.conditions else [asked.real, asked.train]
     for path in candidates:
@@ -257,7 +262,7 @@ def follow(
     return []
 
 
-def shown_tiles(source: Source, conditions: FeatureSet) -> Any:
+def shown_tiles(source: Source, conditions: FeatureSet) -> ImageSet:
     """The images of the conditioning tiles."""
     whole = source.images
     place = {key: i for i, key in enumerate(zip(whole.table["slide"], whole.table["row"].astype(int)))}
@@ -265,7 +270,7 @@ def shown_tiles(source: Source, conditions: FeatureSet) -> Any:
     return replace(whole, pictures=whole.pictures.take(rows), table=conditions.table)
 
 
-def canvases(large: dict[str, Slide], names: Sequence[str], asked: Asked, extractors: Extractors) -> list[Any]:
+def canvases(large: dict[str, Slide], names: Sequence[str], asked: Asked, extractors: Extractors) -> list[Section]:
     """What is measured of whole large images, and of both where there are two."""
     extractor = extractors.get(names[0]) if names and names[0] else None
     window = asked.crop or asked.tile
@@ -275,7 +280,7 @@ def canvases(large: dict[str, Slide], names: Sequence[str], asked: Asked, extrac
     return found
 
 
-def lpips_of(asked: Asked, report: Report, device: str) -> Any:
+def lpips_of(asked: Asked, report: Report, device: str) -> LPIPS | None:
     """LPIPS, where its backbone is on disk; else a warning, or UserError if it was asked for."""
     from ldm.autoencoder.perceptual import BACKBONES, LPIPS
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -23,35 +22,53 @@ from ldm.tables.text import read_table
 ARMS = ("real", "synthetic", "both")
 
 
-def labelled(data: Path, crop: int | None = None, skip_unrated: bool = False, **asked: Any) -> Labelled:
+@dataclass(frozen=True)
+class AskedLabels:
+    """What a user says of labelled images; of each None is told by the data, see `read_labelled`.
+
+    Attributes:
+        label, patient: columns. kind: binary, graded or classes. positive: class that a binary score is for.
+        where: column -> value of the images that count.
+    """
+
+    label: str | None = None
+    kind: str | None = None
+    positive: str | None = None
+    patient: str | None = None
+    where: Mapping[str, str] | None = None
+
+
+def labelled(data: Path, asked: AskedLabels, crop: int | None = None, skip_unrated: bool = False) -> Labelled:
     """The middle `crop` px of labelled images, or of a rating folder or its table."""
-    images = _read(data, skip_unrated, asked)
+    images = _read(data, asked, skip_unrated)
     return replace(images, pictures=images.pictures.middle(crop))
 
 
-def _read(data: Path, skip_unrated: bool, asked: Mapping[str, Any]) -> Labelled:
+def _read(data: Path, asked: AskedLabels, skip_unrated: bool) -> Labelled:
     table = data / "ratings.csv" if data.is_dir() else data
     if table.is_file() and is_rating_table(table):
-        if given := [name for name, value in asked.items() if value]:
+        if given := [name for name, value in asdict(asked).items() if value]:
             raise UserError(f"--{given[0]} does not go with the rating table {table}, which knows its scale.")
         return read_ratings(table, skip_unrated)
     if skip_unrated:
         raise UserError(f"--skip-unrated goes with a rating table; {data} is none.")
-    return read_labelled(data, **asked)
+    return read_labelled(data, **asdict(asked))
 
 
 def train(
     data: Path,
     out: Path,
-    asked: Mapping[str, Any],
+    asked: AskedLabels,
     recipe: Recipe,
     device: str,
     bf16: bool,
     licence: str,
     half: bool = False,
+    crop: int | None = None,
+    skip_unrated: bool = False,
 ) -> None:
     """`histoldm train-scorer`: a scorer folder of labelled images."""
-    images = labelled(data, **asked)
+    images = labelled(data, asked, crop, skip_unrated)
     counts = ", ".join(f"{count} {name}" for name, count in images.counts().items())
     print(f"{len(images)} images in {len(set(images.groups))} groups, {images.task.kind}: {counts}")
     for note in images.notes:
@@ -78,19 +95,20 @@ def utility(
     real: Path,
     synthetic: Path,
     out: Path,
-    asked: Mapping[str, Any],
+    asked: AskedLabels,
     recipe: Recipe,
     device: str,
     bf16: bool,
     held_out: Mapping[str, str],
+    crop: int | None = None,
 ) -> None:
     """`histoldm utility`: what synthetic images are worth for training a classifier.
 
     Three ensembles of one recipe learn from the real images, from the synthetic ones and from both, and are tested on
     the same held-out groups of real images, see `held_out_of`. Writes utility.json and a scorer folder for each.
     """
-    own = labelled(real, **asked)
-    made = read_labelled(synthetic, label=asked.get("label"), task=own.task)
+    own = labelled(real, asked, crop)
+    made = read_labelled(synthetic, label=asked.label, task=own.task)
     test = held_out_of(own, recipe, held_out)
     made = replace(made, groups=np.array([f"synthetic {group}" for group in made.groups], dtype=object))
     print(f"{len(own)} real images ({test.sum()} held out) and {len(made)} synthetic ones; {own.task.kind}")

@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from ldm.requests.tiles import AskedTiles, requested_tiles
 from ldm.sampling.sampler import Sampler, Task
 from ldm.sampling.sweeps import Sweep, parse_sweep, sweep_images, sweep_noise
 from ldm.scorers.calibration import spearman, with_intervals
-from ldm.scorers.ensemble import load_scorer
+from ldm.scorers.ensemble import Scorer, load_scorer
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -199,7 +199,7 @@ def read_real(model: LatentDiffusion, real: AskedReal) -> tuple[Tensor | None, M
 
 
 @torch.no_grad()
-def scored(judge: Any, paths: Mapping[tuple[int, int], Path], positions: int, device: str) -> np.ndarray:
+def scored(judge: Scorer, paths: Mapping[tuple[int, int], Path], positions: int, device: str) -> np.ndarray:
     """What a scorer says of the written images, (S,N)."""
     found = []
     files = list(paths.values())
