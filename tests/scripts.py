@@ -25,8 +25,13 @@ def script_of(module: str) -> Script:
 
 def commands_in(text: str, module: str) -> list[list[str]]:
     """The words that follow `python -m module` where a text gives the command; shell variables are 1, remarks gone."""
+    return words_after(text, f"python -m {module}")
+
+
+def words_after(text: str, program: str) -> list[list[str]]:
+    """The same of any program."""
     text = re.sub(r"\$\w+", "1", re.sub(r"\\\n[#\s]*", " ", text))
-    found = re.findall(rf"python -m {re.escape(module)}(?![\w.])([^\n`;|]*)", text)
+    found = re.findall(rf"{re.escape(program)}(?![\w.])([^\n`;|]*)", text)
     return [shlex.split(re.sub(r"\s2?>.*|\s\(.*?\)(?=\s|$)", "", words), comments=True) for words in found]
 
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import typer.main
-from scripts import MODULES, ROOT, commands_in, examples_of, script_of
+from scripts import MODULES, ROOT, commands_in, examples_of, script_of, words_after
 
 from ldm.cli import app
 
@@ -60,6 +60,19 @@ def test_help_loads_nothing_heavy_and_shows_an_example(told, words):
     assert said["loaded"] == []
     assert "usage: histoldm" in said["text"].lower()
     assert "Example" in said["text"]
+
+
+@pytest.mark.parametrize("words", [words for words in COMMANDS if words not in ((), ("train",))], ids=" ".join)
+def test_examples_of_a_command_stand_on_lines_of_their_own_and_name_its_options(told, words):
+    (name,) = words
+    command = typer.main.get_command(app).commands[name]
+    block = command.help.partition("\nExample")[2].partition("\n\n")[2].partition("\n\n")[0]
+    examples = words_after(block, f"histoldm {name}")
+    assert examples
+    for given in examples:
+        command.make_context(name, given)
+    shown = [line.strip() for line in told[name]["text"].splitlines()]
+    assert [line for line in block.splitlines() if line.strip() not in shown] == []
 
 
 def test_help_is_quick():

@@ -18,7 +18,10 @@ def doctor(
     Exit code 1 where something does not work. Weights that are missing are no problem until a command needs them; the
     report says where to get them, on what terms, and where to put them.
 
-    Examples: histoldm doctor; histoldm doctor --json > report.json
+    Examples:
+
+        histoldm doctor
+        histoldm doctor --json > report.json
     """
     from ldm.commands.doctor import doctor as examine
 

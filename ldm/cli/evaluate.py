@@ -97,10 +97,14 @@ def evaluate(
     seed: SeedOption = 0,
     device: DeviceOption = "auto",
 ) -> None:
-    """Measure generated images against real ones: everything that the sets given allow, in one report.
+    r"""Measure generated images against real ones: everything that the sets given allow, in one report.
 
-    Examples: histoldm evaluate --generated tiles --real data/cohort --where split=test --features inception --train
-    data/cohort --train-where split=train --out report; histoldm evaluate --compare report-a report-b --out comparison
+    Examples:
+
+        histoldm evaluate --generated tiles --out report \
+            --real data/cohort --where split=test --features inception \
+            --train data/cohort --train-where split=train
+        histoldm evaluate --compare report-a report-b --out comparison
     """
     if compare is not None and (generated or scores):
         raise UserError("--compare takes two finished reports, and nothing else but --out.")

@@ -144,10 +144,13 @@ def train_scorer(
     device: DeviceOption = "auto",
     precision: PrecisionOption = Precision.fp32,
 ) -> None:
-    """Train an ensemble that scores images, on labelled images split by patient. A stopped training goes on.
+    r"""Train an ensemble that scores images, on labelled images split by patient. A stopped training goes on.
 
-    Examples: histoldm train-scorer --data crops --positive Atypical --crop 64 --out scorer;
-    histoldm train-scorer --data ratings/ratings.csv --colour 0 --out filter
+    Examples:
+
+        histoldm train-scorer --data crops --positive Atypical --crop 64 \
+            --out scorer
+        histoldm train-scorer --data ratings/ratings.csv --colour 0 --out filter
     """
     from ldm.commands.scorers import AskedLabels, train
 
@@ -187,7 +190,9 @@ def score(
 ) -> None:
     """Score images.
 
-    Example: histoldm score --scorer scorer --images tiles --out scores.csv
+    Example:
+
+        histoldm score --scorer scorer --images tiles --out scores.csv
     """
     from ldm.commands.filter import score_images
 
@@ -209,10 +214,13 @@ def filter_command(
     batch_size: ScoreBatchOption = 64,
     device: DeviceOption = "auto",
 ) -> None:
-    """Keep the images that pass a scorer.
+    r"""Keep the images that pass a scorer.
 
-    Examples: histoldm filter --scorer filter --images tiles --above 0.5 --out good;
-    histoldm filter --scorer scorer --images tiles --matches class --by class --top 0.2 --out good
+    Examples:
+
+        histoldm filter --scorer filter --images tiles --above 0.5 --out good
+        histoldm filter --scorer scorer --images tiles --matches class \
+            --by class --top 0.2 --out good
     """
     from ldm.commands.filter import filter_images
 
@@ -235,7 +243,9 @@ def rate(
 ) -> None:
     """Write numbered contact sheets and a table for people to rate images in; `train-scorer` learns from it.
 
-    Example: histoldm rate --images tiles --scale 1-5 --out ratings
+    Example:
+
+        histoldm rate --images tiles --scale 1-5 --out ratings
     """
     from ldm.commands.filter import rate as write
 
@@ -271,9 +281,12 @@ def resample(
     device: DeviceOption = "auto",
     allow_target: AllowTargetOption = None,
 ) -> None:
-    """Sample tiles until enough pass a scorer, and tell the acceptance rate. A stopped run goes on.
+    r"""Sample tiles until enough pass a scorer, and tell the acceptance rate. A stopped run goes on.
 
-    Example: histoldm resample --model M --condition score=0.8 --scorer S --matches score --above 0.9 --until 32 --out D
+    Example:
+
+        histoldm resample --model M --condition score=0.8 --scorer scorer \
+            --matches score --above 0.9 --until 32 --out tiles
     """
     from ldm.commands.resample import resample as run
     from ldm.requests.tiles import AskedTiles
@@ -319,9 +332,12 @@ def utility(
     device: DeviceOption = "auto",
     precision: PrecisionOption = Precision.fp32,
 ) -> None:
-    """What synthetic images are worth: classifiers trained on real ones, synthetic ones and both, with intervals.
+    r"""What synthetic images are worth: classifiers trained on real ones, synthetic ones and both, with intervals.
 
-    Example: histoldm utility --real crops.csv --synthetic cells --label score --crop 32 --out utility
+    Example:
+
+        histoldm utility --real crops.csv --synthetic cells --label score \
+            --crop 32 --out utility
     """
     from ldm.commands.scorers import AskedLabels
     from ldm.commands.scorers import utility as run

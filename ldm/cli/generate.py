@@ -47,10 +47,14 @@ def sample(
     device: DeviceOption = "auto",
     allow_target: AllowTargetOption = None,
 ) -> None:
-    """Generate tiles under conditions by name, of a table, of a file of features, or of the tiles of a store.
+    r"""Generate tiles under conditions by name, of a table, of a file of features, or of the tiles of a store.
 
-    Examples: histoldm sample --model M --condition class=LUAD --condition score=0.7 --count 8 --out tiles;
-    histoldm sample --model data/models/demo-ssl --features store.zarr --where split=val --out tiles
+    Examples:
+
+        histoldm sample --model M --condition class=LUAD \
+            --condition score=0.7 --count 8 --out tiles
+        histoldm sample --model data/models/demo-ssl --features store.zarr \
+            --where split=val --out tiles
     """
     from ldm.commands.generate import sample_tiles
     from ldm.requests.tiles import AskedTiles
@@ -82,9 +86,12 @@ def large_image(
     device: DeviceOption = "auto",
     allow_target: AllowTargetOption = None,
 ) -> None:
-    """Generate one image of any size from a grid of features; the one at (row, col) conditions the image there.
+    r"""Generate one image of any size from a grid of features; the one at (row, col) conditions the image there.
 
-    Example: histoldm large-image --model M --features store.zarr --region 896,1472,1024,1024 --out image.tif
+    Example:
+
+        histoldm large-image --model M --features store.zarr \
+            --region 896,1472,1024,1024 --out image.tif
     """
     from ldm.commands.generate import generate_large_image
 

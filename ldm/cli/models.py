@@ -18,7 +18,9 @@ def describe(
 ) -> None:
     """Say what a model is and which conditions it takes, by name.
 
-    Example: histoldm describe data/models/demo-ssl
+    Example:
+
+        histoldm describe data/models/demo-ssl
     """
     from ldm.commands.models import describe_model
 
@@ -36,8 +38,11 @@ def export(
 
     Its card, README.md, is begun with what the training knows; fill in the rest. A card that is there stays.
 
-    Example: histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl. Of published models `histoldm convert` makes
-    one.
+    Of a published model `histoldm convert` makes a model folder.
+
+    Example:
+
+        histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl
     """
     import torch
 
@@ -80,11 +85,15 @@ def convert(
     to: Annotated[Form | None, output("--to", help="Write a model folder in the form of others.")] = None,
     half: Annotated[bool, output("--half", help="Store weights in float16: half the size.")] = False,
 ) -> None:
-    """Make a model folder of a published model: latent-diffusion and its forks, guided-diffusion, diffusers, ...
+    r"""Make a model folder of a published model: latent-diffusion and its forks, guided-diffusion, diffusers, ...
 
-    Examples: histoldm convert brca.ckpt --config zoomldm_brca.yaml --encoder uni --mpp 0.5 --out models/brca;
-    histoldm convert weights/vq-f4/model.ckpt --config configs/autoencoder/vq-f4.yaml --out models/vq-f4;
-    histoldm convert models/brca --to compvis --out brca-compvis
+    Examples:
+
+        histoldm convert brca.ckpt --config zoomldm_brca.yaml --encoder uni \
+            --mpp 0.5 --out models/brca
+        histoldm convert weights/vq-f4/model.ckpt --out models/vq-f4 \
+            --config configs/autoencoder/vq-f4.yaml
+        histoldm convert models/brca --to compvis --out brca-compvis
     """
     from ldm.commands.models import convert_model
 

@@ -59,12 +59,16 @@ def sequence(
     device: DeviceOption = "auto",
     allow_target: AllowTargetOption = None,
 ) -> None:
-    """Move one condition in steps with the noise kept: what the model makes of it, image by image.
+    r"""Move one condition in steps with the noise kept: what the model makes of it, image by image.
 
     Defaults of two kinds are those of sequences from noise and of those from real images.
 
-    Examples: histoldm sequence --model M --vary score=0:1:5 --count 8 --scorer SCORERS --out sequences;
-    from real cells: histoldm sequence --model M --vary score=0:1:5 --images cohort --where split=val --out moved
+    Examples:
+
+        histoldm sequence --model M --vary score=0:1:5 --count 8 \
+            --scorer scorer --out sequences
+        histoldm sequence --model M --vary score=0:1:5 --images cohort \
+            --where split=val --out moved
     """
     from ldm.commands.sequence import AskedReal, write_sequences
 

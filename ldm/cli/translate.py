@@ -94,10 +94,14 @@ def translate(
     ] = None,
     allow_target: AllowTargetOption = None,
 ) -> None:
-    """Turn images into others: domains, stains, genes, modalities, resolution. Size and mpp stay.
+    r"""Turn images into others: domains, stains, genes, modalities, resolution. Size and mpp stay.
 
-    Examples: histoldm translate --model M --images tiles --source class=COAD --target class=LUAD --out out;
-    histoldm translate --model M --images a.png --edit mutation=TP53:1 --edit expression=MKI67:0:1:5 --out out
+    Examples:
+
+        histoldm translate --model M --images tiles --source class=COAD \
+            --target class=LUAD --out out
+        histoldm translate --model M --images a.png --edit mutation=TP53:1 \
+            --edit expression=MKI67:0:1:5 --out out
     """
     from ldm.commands.translate import translate_pictures
     from ldm.requests.translations import AskedTranslations

@@ -29,8 +29,14 @@ def view(
 ) -> None:
     """Look at images with deep zoom in the browser: generated and real ones side by side, panned and zoomed together.
 
-    Examples: histoldm view image.tif slide.svs; histoldm view tiles/; on a cluster: histoldm view image.tif
-    --no-browser --port 8000 there, ssh -L 8000:127.0.0.1:8000 CLUSTER here, then open the address that it printed.
+    Examples:
+
+        histoldm view image.tif slide.svs
+        histoldm view tiles/
+        histoldm view image.tif --no-browser --port 8000
+
+    On a cluster give the last one there and `ssh -L 8000:127.0.0.1:8000 CLUSTER` here, and open the address that it
+    printed.
     """
     from ldm.errors import UserError
     from ldm.viewer.server import serve
