@@ -285,7 +285,7 @@ def captions() -> Path:
                 Image.fromarray(image).save(source / path)
                 writer.writerow((path, name, "MRI", f"slices-{i // 5}"))
     run_quietly(
-        import_captions.main, "--table", source / "captions.csv", "--patient-column", "patient", "--size", 64,
+        import_captions.main, "--table", source / "captions.csv", "--patient", "patient", "--size", 64,
         "--validation", 0.1, "--out", cohort,
     )  # fmt: skip
     return cohort

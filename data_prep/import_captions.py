@@ -34,6 +34,7 @@ from data_prep.options import (
     inputs,
     taken,
 )
+from ldm.cli.options import PATIENT_RULE
 from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, counted, merge_index, read_index, split_table, write_store
 from ldm.errors import UserError, some
@@ -88,7 +89,7 @@ def import_table(
     )
     if table.has_modality:
         rows["modality"] = [caption.modality for caption in captions]
-    instead = "Or --patient-column names a finer column, or `where` in the config holds out some of the images."
+    instead = "Or --patient names a finer column, or `where` in the config holds out some of the images."
     rows, note = split_table(rows, out, validation, test, instead)
     merge_index(out, rows)
     return rows, note
@@ -179,8 +180,9 @@ def main(
     modality_column: Annotated[
         str | None, inputs("--modality-column", help="Column of the modality (default: modality or modal).")
     ] = None,
-    patient_column: Annotated[
-        str | None, inputs("--patient-column", help="Column of the patient, all of whose images are in one split.")
+    patient: Annotated[
+        str | None,
+        inputs("--patient", help=f"Whose an image is: a column of the table, {PATIENT_RULE}."),
     ] = None,
     licence: LicenceOption = "",
     size: SizeOption = 256,
@@ -199,7 +201,7 @@ def main(
         raise UserError("two tables have the same name, and their stores would have it too; rename one of them")
     tables = []
     for path in table:
-        columns = (path_column, text_column, modality_column, patient_column)
+        columns = (path_column, text_column, modality_column, patient)
         read = read_captions(path, images, *columns, of_files=not of_slides)
         if not of_slides:
             drop_unreadable(read)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from data_prep.options import (
     LicenceOption,
+    PatientOption,
     SlideMppOption,
     TestOption,
     ValidationOption,
@@ -358,6 +359,7 @@ def cut_all(
     name: str | None,
     validation: float | None,
     test: float,
+    patient: str | None = None,
     **settings: str | float | None,
 ) -> list[TileStore]:
     """Cut all slides that have files, each with the settings of `cut`. UserError if one of them cannot be cut."""
@@ -370,7 +372,7 @@ def cut_all(
         except UserError as error:
             failures.append(str(error))
     if stores:
-        path = update_index(out, validation, test)
+        path = update_index(out, validation, test, patient=patient)
         instead = "Cut the tiles with data_prep.tile_slides --holdout to hold out a region of a slide."
         print(tell_splits(path, validation, test, instead))
     if failures:
@@ -394,6 +396,7 @@ def main(
         inputs("--slides", help="Slides to cut where the files say, or folders of them: one or several."),
     ] = None,
     slide_mpp: SlideMppOption = None,
+    patient: PatientOption = None,
     patch_size: Annotated[
         float | None, inputs("--patch-size", help="Side of a tile in level-0 pixels, where the files do not say it.")
     ] = None,
@@ -436,6 +439,7 @@ def main(
             name,
             validation,
             test,
+            patient=patient,
             tile_size=tile_size,
             patch_size=patch_size,
             licence=licence,

@@ -32,6 +32,7 @@ from data_prep.options import (
     LicenceOption,
     MppOption,
     OutOption,
+    PatientOption,
     SeedOption,
     SizeOption,
     SlideMppOption,
@@ -43,6 +44,7 @@ from data_prep.options import (
 )
 from ldm.cli.script import script
 from ldm.data.cohort import (
+    UNKNOWN,
     check_fractions,
     choose_splits,
     counted,
@@ -56,10 +58,10 @@ from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.images.slides import Slide, open_image, open_slide
 from ldm.tables.annotations import Cell, find_files, read_crops, read_midog, read_sliderunner
+from ldm.tables.patients import patients_of
 from ldm.tables.votes import LABELS, class_called, distribution, scores_of, without_surplus
 
 Labels = choices("Labels", LABELS)
-_UNKNOWN = "unknown"  # the patient of crops that nothing says it of
 
 
 def cell_corner(x: float, y: float, extent: float) -> tuple[int, int]:
@@ -95,13 +97,16 @@ def choose(
     balance: bool,
     negatives_per_slide: int | None,
     seed: int,
+    patient: str | None = None,
 ) -> pd.DataFrame:
     """Cells to cut, as a table: slide, class, score, votes, patient, split, and `cell`: the place in `cells`.
 
     A slide's cells are in one split; crops without a known patient are split one by one.
     """
     scores = scores_of(cells, positive, labels)
-    patients = [cell.patient or patient_of(Path(cell.slide).name) for cell in cells]
+    owners = {} if patient is None else patients_of([Path(cell.slide).name for cell in cells], patient)
+    names = [Path(cell.slide).name for cell in cells]
+    patients = [owners.get(name) or cell.patient or patient_of(name) for name, cell in zip(names, cells)]
     splits = choose_splits(patients, validation, test)
     table = pd.DataFrame(
         {
@@ -240,7 +245,9 @@ def cut_crops(
     attrs |= first.about
     name = folder.resolve().name
     _write(out, name, image, np.zeros((len(own), 2), np.int32), own, attrs)
-    known = [cell.patient or _UNKNOWN for cell in own]
+    # without a word on the patient each crop was split as one of its own, called like its file
+    alone = [not cell.patient and patient_of(Path(cell.slide).name) for cell in own]
+    known = [UNKNOWN if owner == name else owner for owner, name in zip(table["patient"], alone)]
     return table.rename(columns={"slide": "file"}).assign(slide=name, row=range(len(own)), patient=known)
 
 
@@ -316,6 +323,7 @@ def prepare(
     skip_missing: bool = False,
     licence: str = "",
     seed: int = 0,
+    patient: str | None = None,
 ) -> str:
     """Cut the cells of one source of annotations and return the report; see the options of the command."""
     sources = {"sqlite": sqlite, "midog": midog, "crops": crops}
@@ -348,7 +356,7 @@ def prepare(
         paths, missing = slides_of(cells, slides or images, skip_missing)
         present, outside = within_slides(cells, paths, slide_mpp, mpp)
     out = Path(out)
-    table = choose(present, positive, labels, validation, test, balance, negatives_per_slide, seed)
+    table = choose(present, positive, labels, validation, test, balance, negatives_per_slide, seed, patient)
     if table.empty:
         raise UserError(_nothing_left(scores_of(present, positive, labels), positive))
     instead = "Or `where` in the config holds out some of the cells."
@@ -363,7 +371,7 @@ def prepare(
         scales = tell_scales([TileStore.open(out / "slides" / f"{name}.zarr") for name in sorted(names)])
     else:
         index, scales = cut_crops(present, table, Path(crops), out, attrs, size, mpp, slide_mpp), []
-        if (index["patient"] == _UNKNOWN).any():
+        if (index["patient"] == UNKNOWN).any():
             notes.append("patients are unknown: crops were split one by one, so a patient may be in several splits")
     merge_index(out, index.drop(columns="cell"))
     told = report(cells, index, positive, missing, outside, mirrored)
@@ -418,6 +426,7 @@ def main(
         Path | None, inputs("--votes", help="CSV of votes on --crops: file name, a column per annotator, Majority.")
     ] = None,
     slide_mpp: SlideMppOption = None,
+    patient: PatientOption = None,
     out: OutOption,
     licence: LicenceOption = "",
     positive: Annotated[str, taken("--positive", help="Class whose cells score 1.")] = "mitotic figure",
@@ -449,7 +458,7 @@ def main(
         out, sqlite=sqlite, slides=slides, midog=midog, images=images, crops=crops, votes=votes, positive=positive,
         labels=labels.value, size=size, mpp=mpp, slide_mpp=slide_mpp, classes=classes or (),
         annotators=annotators or (), balance=balance, negatives_per_slide=negatives_per_slide, validation=validation,
-        test=test, skip_missing=skip_missing, licence=licence, seed=seed,
+        test=test, skip_missing=skip_missing, licence=licence, seed=seed, patient=patient,
     )  # fmt: skip
     print(told)
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import DeviceOption, choices, inputs, output, speed
+from ldm.cli.options import PATIENT_RULE, DeviceOption, choices, inputs, output, speed
 from ldm.errors import UserError
 
 __all__ = ["DeviceOption", "choices", "inputs", "output", "speed"]  # as those of `histoldm`
@@ -36,6 +36,10 @@ WeightsOption = Annotated[
 SlideMppOption = Annotated[
     float | None,
     inputs("--slide-mpp", help="Micrometres per pixel of the slides or images, where their files do not say it."),
+]
+PatientOption = Annotated[
+    str | None,
+    inputs("--patient", help=f"Whose a slide is: {PATIENT_RULE} (default: as file or name say it)."),
 ]
 OutOption = Annotated[
     Path, output("--out", help="Cohort folder to write: tile stores in slides/, the table of all tiles index.parquet.")

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from data_prep.options import (
     LicenceOption,
     OutOption,
+    PatientOption,
     SizeOption,
     TestOption,
     ValidationOption,
@@ -44,6 +45,7 @@ from ldm.errors import UserError, suggest
 from ldm.files import sha256
 from ldm.images.kinds import ENDINGS, images_in
 from ldm.images.plain import read_gray_values
+from ldm.tables.patients import patients_of
 
 AXIS = AXES | {str(number): number for number in AXES.values()}  # by name or number
 Axis = choices("Axis", AXIS)
@@ -61,7 +63,7 @@ class Settings:
         least_foreground: fraction of a slice that must be brighter than FOREGROUND of the window, in every modality.
         window: values that become black and white; None takes `percentiles` of each volume.
         size: side of a tile in pixels.
-        patient: regular expression of what names the patient in a subject's name; None is all of it.
+        patient: whose a subject is, see `ldm.tables.patients`; None: each is a patient.
     """
 
     axis: int = AXES["axial"]
@@ -189,7 +191,7 @@ def slice_all(
     """
     subjects = find_subjects(paths, patterns)
     names, lines = complete(subjects, list(patterns))
-    patients = {name: patient_in(name, settings.patient) for name in names}
+    patients = owners(names, settings.patient)
     volumes = {name: {m: Volume(subjects[name][m]) for m in patterns} for name in names}
     for of_subject in volumes.values():
         same_grid(of_subject)
@@ -238,7 +240,7 @@ def slice_images(out: Path | str, folders: Mapping[str, Path], settings: Setting
     Images are matched by name; a pair of different sizes is a UserError.
     """
     names, files, lines = find_images(folders)
-    patients = [patient_in(name, settings.patient) for name in names]
+    patients = list(owners(names, settings.patient).values())
     for name in names:
         sizes = {modality: read_gray(own[name], settings.window).shape for modality, own in files.items()}
         if len(set(sizes.values())) > 1:
@@ -268,14 +270,9 @@ def slice_images(out: Path | str, folders: Mapping[str, Path], settings: Setting
     return pd.concat(tables, ignore_index=True), lines
 
 
-def patient_in(subject: str, pattern: str | None) -> str:
-    """The part of a subject's name that names the patient, the whole name without a pattern."""
-    if pattern is None:
-        return subject
-    match = re.search(pattern, subject)
-    if match is None or not (patient := match.group(1) if match.groups() else match.group()):
-        raise UserError(f"--patient '{pattern}' finds no patient in '{subject}'")
-    return patient
+def owners(subjects: Sequence[str], rule: str | None) -> dict[str, str]:
+    """The patient of each subject: the subject itself where no rule says it."""
+    return {name: name for name in subjects} if rule is None else patients_of(subjects, rule)
 
 
 def interval(kind: type[int] | type[float], text: str | None, option: str) -> tuple | None:
@@ -321,10 +318,7 @@ def main(
         list[str] | None,
         inputs("--images", help="Modality and its folder of images, as t1=slices/T1: one or several, matched by name."),
     ] = None,
-    patient: Annotated[
-        str | None,
-        inputs("--patient", help="Regular expression of the patient in a subject's name (default: all of the name)."),
-    ] = None,
+    patient: PatientOption = None,
     out: OutOption,
     licence: LicenceOption = "",
     axis: Annotated[Axis, taken("--axis", help="Axis along which the slices follow one another.")] = Axis.axial,
@@ -367,11 +361,6 @@ def main(
     if not 0 <= low <= high <= 100:
         raise UserError(f"--percentiles lie from 0 to 100; got {low:g},{high:g}")
     check_fractions(validation, test)
-    if patient is not None:
-        try:
-            re.compile(patient)
-        except re.error as error:
-            raise UserError(f"--patient '{patient}' is no regular expression: {error}") from None
     settings = Settings(
         AXIS[axis],
         interval(int, between, "--range"),

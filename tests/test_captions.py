@@ -79,7 +79,7 @@ def test_one_unquoted_row_does_not_spoil_the_quoted_ones(folder):
 
 def test_columns_by_name(folder):
     path = table(folder, "who,where,what,kind\nA,0.png,x,CT\nB,1.png,y,MRI\n")
-    names = {"path_column": "Where", "text_column": "what", "modality_column": "kind", "patient_column": "who"}
+    names = {"path_column": "Where", "text_column": "what", "modality_column": "kind", "patient": "who"}
     found = read_captions(path, images=folder / "image", **names)
     assert [(c.path, c.text, c.modality, c.patient, c.line) for c in found.captions] == [
         ("0.png", "x", "CT", "A", 2), ("1.png", "y", "MRI", "B", 3),
@@ -172,7 +172,7 @@ def test_captions_of_a_patient_share_a_split(folder):
     lines = [f"image/{i % 4}.png,caption {i},P{i // 8}" for i in range(16)]
     path = table(folder, "\n".join(["path,text,subject", *lines]))
     import_captions(["--table", str(path), "--out", str(folder / "c"), "--size", "16", "--validation", "0.5",
-                     "--patient-column", "subject"])  # fmt: skip
+                     "--patient", "subject"])  # fmt: skip
     index = read_index(folder / "c")
     assert index.groupby("patient")["split"].nunique().tolist() == [1, 1]
     assert set(index["patient"]) == {"P0", "P1"}

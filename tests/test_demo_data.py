@@ -56,7 +56,7 @@ def test_captions_tell_what_is_in_the_image(captioned):
 
 
 def test_captioned_images_become_a_cohort_whose_splits_share_no_block(captioned, tmp_path):
-    import_captions(["--table", str(captioned / "captions.csv"), "--patient-column", "patient", "--size", str(SIZE),
+    import_captions(["--table", str(captioned / "captions.csv"), "--patient", "patient", "--size", str(SIZE),
                      "--validation", "0.4", "--out", str(tmp_path)])  # fmt: skip
     index = read_index(tmp_path)
     blocks = pd.read_csv(captioned / "captions.csv").set_index("path")["patient"]

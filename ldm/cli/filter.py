@@ -10,6 +10,7 @@ import typer
 
 from ldm.cli.app import app
 from ldm.cli.options import (
+    PATIENT_RULE,
     AllowTargetOption,
     ConditionOption,
     DeviceOption,
@@ -66,7 +67,8 @@ ChosenOption = Annotated[
     list[str] | None, inputs("--where", help="Selection of the images by their table, name=value (repeat).")
 ]
 PatientOption = Annotated[
-    str | None, learnt("--patient", help="Column that says whose an image is; by default patient, group or case.")
+    str | None,
+    learnt("--patient", help=f"Whose an image is: a column (default: patient, group or case), {PATIENT_RULE}."),
 ]
 ArchOption = Annotated[str, network("--arch", help="Architecture of the networks, by timm's name.")]
 ArchArgOption = Annotated[

@@ -17,6 +17,10 @@ wanted = partial(typer.Option, rich_help_panel="What is made")
 output = partial(typer.Option, rich_help_panel="Output")
 speed = partial(typer.Option, rich_help_panel="Speed")
 
+# what `ldm.tables.patients` takes for an option --patient
+PATIENT_RULE = "a table with columns slide and patient, or a regular expression of the patient's part of the name"
+
+
 
 def choices(name: str, values: Iterable[str]) -> type[StrEnum]:
     """The type of an option that takes one of `values`."""

@@ -21,9 +21,11 @@ from tqdm import tqdm
 from ldm.data.shards import WriterLock
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import TileStore
-from ldm.errors import UserError
+from ldm.errors import UserError, note, some
 from ldm.files import whole
 
+UNKNOWN = "unknown"  # the patient of images that nothing says it of
+HELD_OUT = ("test", "val")
 VALIDATION = 0.1  # fraction of the patients in split 'val' where none is asked for
 _BATCH = 64
 
@@ -85,6 +87,44 @@ def choose_splits(
     if least_one and new and "val" not in {*splits.values(), *(() if index is None else index["split"])}:
         splits[min(new, key=_place)] = "val"
     return splits
+
+
+def fallen_apart(index: pd.DataFrame) -> dict[str, list[str]]:
+    """Patients whose slides are in several splits -> these. Parts of one slide may be: a region of it was held out.
+
+    index: slide, patient and split of tiles.
+
+    >>> table = pd.DataFrame({"slide": ["a", "b", "c", "c"], "patient": ["p", "p", "q", "q"],
+    ...                       "split": ["train", "val", "train", "val"]})
+    >>> fallen_apart(table)
+    {'p': ['train', 'val']}
+    """
+    known = index.loc[index["patient"] != UNKNOWN, ["patient", "slide", "split"]].drop_duplicates()
+    whole_slides = known[~known.duplicated(["patient", "slide"], keep=False)]
+    splits = whole_slides.groupby("patient")["split"].agg(lambda own: sorted(set(own)))
+    return {str(patient): own for patient, own in splits.items() if len(own) > 1}
+
+
+def together(index: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The index with the slides of every patient in one split, and what was moved, in words, or "".
+
+    Slides of a patient that `fallen_apart` names go to test if one of them is there, else to val.
+
+    >>> table = pd.DataFrame({"slide": ["a", "b"], "patient": "p", "split": ["train", "val"]})
+    >>> together(table)[1]
+    '1 patients were in several splits: their tiles (2) are now together in val or test (p); train again what ...'
+    """
+    apart = fallen_apart(index)
+    if not apart:
+        return index, ""
+    goal = {patient: next(name for name in (*HELD_OUT, own[0]) if name in own) for patient, own in apart.items()}
+    mixed = index.groupby(["patient", "slide"])["split"].transform("nunique") > 1
+    moves = index["patient"].isin(goal) & ~mixed
+    index = index.assign(split=index["split"].mask(moves, index["patient"].map(goal)))
+    return index, (
+        f"{len(apart)} patients were in several splits: their tiles ({int(moves.sum())}) are now together in val or "
+        f"test ({some(list(goal), 5)}); train again what was trained with the old splits"
+    )
 
 
 def tell_validation(
@@ -263,6 +303,9 @@ def merge_index(cohort: Path | str, table: pd.DataFrame) -> Path:
         slides = merged["slide"].map(lambda slide: owner_of(stores[slide]) if slide in stores else patient_of(slide))
         merged["patient"] = merged["patient"].fillna(slides) if "patient" in merged else slides
         merged["split"] = merged["split"].fillna("train") if "split" in merged else "train"
+        merged, moved = together(merged)
+        if moved:
+            note(moved)
         first = [*keys, "x", "y", "patient", "split"]
         merged = merged[first + [name for name in merged if name not in first]]
         with whole(path) as part:

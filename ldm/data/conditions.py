@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm.data import dihedral
-from ldm.data.cohort import read_index
+from ldm.data.cohort import fallen_apart, read_index
 from ldm.data.tile_store import TileStore
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError, note, suggest
 
 TAKEN = ("image", "latent", "row", "slide", "coord")
 NAMES_SHOWN = 1000
@@ -213,7 +213,14 @@ def _cohort_of(store: TileStore) -> Path:
 
 @lru_cache(maxsize=4)
 def _index_of(path: Path, changed: int) -> dict[str, pd.DataFrame]:
-    return {slide: rows.sort_values("row") for slide, rows in read_index(path.parent).groupby("slide", sort=False)}
+    index = read_index(path.parent)
+    if apart := fallen_apart(index):
+        patient, splits = next(iter(apart.items()))
+        note(
+            f"{len(apart)} patients of {path} have slides in several splits, as {patient} in {' and '.join(splits)}: "
+            "what is measured on one is known from the other. The command that wrote the tiles puts them together."
+        )
+    return {slide: rows.sort_values("row") for slide, rows in index.groupby("slide", sort=False)}
 
 
 def index_rows(store: TileStore) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from ldm.data.collection import Pictures, list_of, pictures_of_files, read_pictu
 from ldm.data.tile_store import holds_stores
 from ldm.errors import UserError, some, suggest
 from ldm.scorers.calibration import KINDS
+from ldm.tables.patients import patients_of
 from ldm.tables.text import read_table
 
 GRADES = 5  # bins of grades of which there are many
@@ -216,12 +217,18 @@ def targets_of(values: Sequence[Any], task: Task, pictures: Pictures) -> np.ndar
 def groups_of(pictures: Pictures, patient: str | None) -> tuple[np.ndarray, tuple[str, ...]]:
     """(N,) names of groups, and a note where images are split one by one.
 
+    patient: a column, or a rule for the images' names, see `ldm.tables.patients`; None: a column of PATIENTS.
+
     >>> groups, notes = groups_of(labelled.pictures, None)
     >>> groups[0], notes
     ('Atypical/1007.png', ('nothing says whose the images are: they are split one by one',))
     """
+    known = {name for own in pictures.about for name in own}
     column = patient or next((name for name in PATIENTS if name in pictures.about[0]), None)
     alone = np.array([pictures.name(i) for i in range(len(pictures))], dtype=object)
+    if patient is not None and patient not in known:
+        owners = patients_of(alone, patient, known)
+        pictures = pictures.told([{**own, patient: owners[name]} for own, name in zip(pictures.about, alone)])
     if column is None:
         return alone, ("nothing says whose the images are: they are split one by one",)
     groups = np.array([str(value) for value in pictures.column(column)], dtype=object)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError, suggest
 from ldm.images.pictures import Picture
+from ldm.tables.patients import patients_of
 from ldm.tables.text import Record, cells_of, is_missing, read_text, records
 
 # names by which columns are found, in any case
@@ -67,7 +68,7 @@ def read_captions(
     path_column: str | None = None,
     text_column: str | None = None,
     modality_column: str | None = None,
-    patient_column: str | None = None,
+    patient: str | None = None,
     of_files: bool = True,
 ) -> CaptionTable:
     """Read a caption table and check its rows: fields, captions, duplicates, images that are not there.
@@ -76,7 +77,7 @@ def read_captions(
         of_files: paths are those of files, which must be there; else names of something else, such as slides.
         images: folder that relative image paths start from; None is the table's own.
         path_column, text_column, modality_column: names of columns, in any case; by default those of KNOWN are found.
-        patient_column: who the image is of, where the table says so.
+        patient: whose an image is: the name of a column, or a rule for its path, see `ldm.tables.patients`.
     Raises:
         UserError: no such file, no text, no such columns, no rows.
     """
@@ -86,7 +87,8 @@ def read_captions(
         raise UserError(f"{path} is empty or begins with an empty line; the first line names its columns")
     delimiter = "\t" if "\t" in lines[0] else max(",;", key=lines[0].count)
     header = [name.strip() for name in cells_of(lines[0], delimiter)]
-    given = {"path": path_column, "text": text_column, "modality": modality_column, "patient": patient_column}
+    given = {"path": path_column, "text": text_column, "modality": modality_column}
+    given |= {"patient": patient} if (patient or "").strip().lower() in map(str.lower, header) else {"patient": None}
     places = {kind: _place(path, header, kind, name) for kind, name in given.items()}
     rows = _whole(lines, delimiter, len(header))
     plain = list(places.values())[: len(header)] == list(range(len(header))) and 2 <= len(header) <= 3
@@ -102,6 +104,9 @@ def read_captions(
     _collect(table, found, places, Path(images) if images else path.parent, of_files)
     if not (table.captions or table.problems):
         raise UserError(f"{path} has a header and no rows")
+    if patient is not None and places["patient"] is None:
+        owners = patients_of([caption.path for caption in table.captions], patient, header)
+        table.captions = [replace(caption, patient=owners[caption.path]) for caption in table.captions]
     return table
 
 
