@@ -37,8 +37,9 @@ from data_prep.options import (
 from ldm.cli.options import PATIENT_RULE
 from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, counted, merge_index, read_index, split_table, write_store
+from ldm.data.extent import tell
 from ldm.errors import UserError, some
-from ldm.images.pictures import Picture
+from ldm.images.pictures import Picture, notes_of
 from ldm.tables.captions import RESIZES, Caption, CaptionTable, drop_unreadable, read_captions, square
 
 LISTED = 20  # problems that are printed
@@ -205,6 +206,7 @@ def main(
         read = read_captions(path, images, *columns, of_files=not of_slides)
         if not of_slides:
             drop_unreadable(read)
+            tell(notes_of(map(Picture.of_file, dict.fromkeys(caption.image for caption in read.captions))))
         total = len(read.captions) + len(read.problems)
         print(f"{path}: {read.form}; {len(read.captions)} of {total} rows can be used")
         if not read.captions:

@@ -251,6 +251,30 @@ def test_resolution_tags(tmp_path, resolution, unit, mpp, how):
     assert image.mpp_source == ("TIFF resolution tag" if mpp else "")
 
 
+def test_the_first_of_several_images_is_read_and_told(tmp_path):
+    with tifffile.TiffWriter(tmp_path / "a.tif") as file:
+        file.write(TISSUE, photometric="rgb", metadata=None)
+        file.write(TISSUE[:100], photometric="rgb", metadata=None)
+    assert colours(tmp_path / "a.tif") == [list(MARK), list(CENTRE), list(GLASS)]
+    assert open_image(tmp_path / "a.tif").notes == ("its file holds 2 images, of which the first is read",)
+
+
+def test_transparency_of_one_colour_and_of_palettes(tmp_path):
+    Image.fromarray(TISSUE).save(tmp_path / "a.png", transparency=GLASS)
+    Image.fromarray(TISSUE[..., 0]).save(tmp_path / "b.png", transparency=245)
+    image = Image.fromarray(TISSUE).quantize(3)
+    image.save(tmp_path / "c.png", transparency=image.getpixel((5, 5)))
+    assert colours(tmp_path / "a.png") == colours(tmp_path / "c.png") == [list(MARK), list(CENTRE), [255] * 3]
+    assert colours(tmp_path / "b.png") == [[64] * 3, [200] * 3, [255] * 3]
+
+
+@pytest.mark.parametrize("how", [{}, {"tile": (64, 64)}], ids=["strips", "tiles"])
+def test_jpeg_inside_tiff(tmp_path, how):
+    jpeg = {"compression": "jpeg", "subsampling": (2, 2), "compressionargs": {"level": 95}}
+    path = write(tmp_path / "a.tif", TISSUE, **jpeg, **how)
+    assert np.abs(np.subtract(colours(path), [MARK, CENTRE, GLASS])).max() <= 6
+
+
 def test_imagej_unit(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", TISSUE[None, None], imagej=True, resolution=(4, 4), metadata={"unit": "um"})
     assert open_image(tmp_path / "a.tif").mpp == pytest.approx(0.25)
@@ -259,6 +283,8 @@ def test_imagej_unit(tmp_path):
 def test_impossible_sizes_are_told(tmp_path):
     with pytest.raises(UserError, match=r"in 'pixel', which is no unit of length\); pass --slide-mpp"):
         open_slide(ome(tmp_path / "a.ome.tif", size=(1, 1), unit="pixel"))
+    with pytest.raises(UserError, match=r"in 'Mm', which is no unit of length"):
+        open_slide(ome(tmp_path / "e.ome.tif", size=(1e-12, 1e-12), unit="Mm"))
     with pytest.raises(UserError, match="says 250 um per pixel, which no slide has"):
         open_slide(ome(tmp_path / "b.ome.tif", size=(250, 250), unit="µm"))
     with pytest.raises(UserError, match=r"pixels of 0.25 x 0.5 um \(OME-XML\), which are not square"):

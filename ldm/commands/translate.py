@@ -23,7 +23,7 @@ from ldm.convert import load_model, weights_of
 from ldm.data.extent import scale_differs, tell
 from ldm.errors import UserError
 from ldm.files import writable_folder, write_text
-from ldm.images.pictures import Picture
+from ldm.images.pictures import Picture, notes_of
 from ldm.images.sheets import coloured, difference, labelled_sheet
 from ldm.images.write import save_image, save_png, to_uint8
 from ldm.requests.edits import Target
@@ -74,7 +74,7 @@ def translate_pictures(
     for picture in pictures:
         _check_picture(model, picture, inversion.enlarge or 1)
     mpps = {picture.file: _mpp(picture, inversion.enlarge) for picture in pictures}
-    tell([scale_differs(mpps, model.metadata, str(model_path))])
+    tell([*notes_of(pictures), scale_differs(mpps, model.metadata, str(model_path))])
     used = sampler.record(chosen, model, inversion.task) | changed(inversion, usual)
     used |= {"model_sha256": weights_of(model_path)}
     outputs = _outputs(model_path, model, pictures, plans, out, inversion.enlarge, used)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ldm.errors import UserError
+from ldm.errors import UserError, some
 from ldm.images.kinds import PLAIN
 from ldm.images.marks import read_mark
 from ldm.images.slides import Slide, open_image
@@ -60,9 +60,9 @@ class Picture:
         return cls(file, lambda: Slide.of_pixels(pixels, Path(file)), about=about or {})
 
     @cached_property
-    def _header(self) -> tuple[tuple[int, int], float, bool]:
+    def _header(self) -> tuple[tuple[int, int], float, bool, tuple[str, ...]]:
         image = self.open()
-        return self._box(image)[2:], image.mpp, image.gray
+        return self._box(image)[2:], image.mpp, image.gray, image.notes
 
     @property
     def name(self) -> str:
@@ -83,6 +83,11 @@ class Picture:
     def gray(self) -> bool:
         """Whether it has one channel."""
         return self._header[2]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how it is read."""
+        return self._header[3]
 
     @property
     def suffix(self) -> str:
@@ -127,3 +132,17 @@ class Picture:
         if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
             raise UserError(f"region {x},{y},{w},{h} reaches outside {self.file}, which is {width} x {height} px.")
         return self.region
+
+
+def notes_of(pictures: Iterable[Picture]) -> list[str]:
+    """What a user should know of how images are read, each once, with the names of those that it is of.
+
+    >>> Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save("a.tif", dpi=(25400, 25400))
+    >>> notes_of([Picture.of_file(Path("a.tif"), mpp=0.5)])
+    ['its TIFF resolution tag says 1 um per pixel, which holds; the 0.5 given is for files that say none (a.tif)']
+    """
+    found: dict[str, list[str]] = {}
+    for picture in pictures:
+        for note in picture.notes:
+            found.setdefault(note, []).append(picture.file)
+    return [f"{note} ({some(names, 3)})" for note, names in found.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -93,7 +94,7 @@ def _is_deep(image: Image.Image) -> bool:
         return True
     layouts = [tile[3] for tile in getattr(image, "tile", ())]
     raw = [layout[0] if isinstance(layout, tuple) else layout for layout in layouts]
-    return any(isinstance(layout, str) and ("16" in layout or "32" in layout) for layout in raw)
+    return any(isinstance(layout, str) and re.search(r";(16[BLN]|32)", layout) for layout in raw)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -12,7 +12,7 @@ LEAST, MOST = 0.01, 50.0  # um per pixel that an image of tissue can have
 SQUARE = 0.02  # sides of a pixel may differ by this fraction
 INCH = 25400.0
 UNITS = {  # micrometres, by the names of OME-XML, OME-Zarr (UDUNITS-2) and ImageJ
-    "pm": 1e-6, "picometer": 1e-6, "å": 1e-4, "angstrom": 1e-4, "nm": 1e-3, "nanometer": 1e-3,
+    "pm": 1e-6, "picometer": 1e-6, "Å": 1e-4, "angstrom": 1e-4, "nm": 1e-3, "nanometer": 1e-3,
     "µm": 1.0, "μm": 1.0, "um": 1.0, "micron": 1.0, "microns": 1.0, "micrometer": 1.0, "micrometre": 1.0,
     "mm": 1e3, "millimeter": 1e3, "millimetre": 1e3, "cm": 1e4, "centimeter": 1e4, "centimetre": 1e4,
     "dm": 1e5, "decimeter": 1e5, "m": 1e6, "meter": 1e6, "metre": 1e6,
@@ -70,10 +70,13 @@ def physical_scale(path: Path, sizes: tuple[str | float | None, ...], units: tup
     >>> physical_scale(Path("a.tif"), (1, 1), ("pixel", "pixel"), "OME-XML").notes
     ("its OME-XML gives the size of a pixel in 'pixel', which is no unit of length",)
     """
-    known = [(size, unit) for size, unit in zip(sizes, units) if size is not None]
-    if wrong := [unit for _, unit in known if unit.lower() not in UNITS]:
+    known = [(size, unit if len(unit) < 3 else unit.lower()) for size, unit in zip(sizes, units) if size is not None]
+    if wrong := [unit for _, unit in known if unit not in UNITS]:
         return Scale(notes=(f"its {origin} gives the size of a pixel in '{wrong[0]}', which is no unit of length",))
-    sides = [float(size) * UNITS[unit.lower()] for size, unit in known]
+    try:
+        sides = [float(size) * UNITS[unit] for size, unit in known]
+    except ValueError:
+        return Scale(notes=(f"its {origin} gives the size of a pixel as '{known[0][0]}', which is no number",))
     return scale_of(path, *sides, *[None] * (2 - len(sides)), origin)
 
 

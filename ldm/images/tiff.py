@@ -52,6 +52,8 @@ def open_tiff(path: Path) -> Source | None:
         return None
     page, ome = pages[0], _ome_image(file)
     _check_axes(path, series, ome)
+    if page.dtype == np.int8:
+        raise UserError(f"{path} holds numbers below 0 (int8); images of 0 to 255 are read")
     if page.dtype is None or page.dtype not in (np.uint8, np.bool_):
         raise refuse_deep(path)
     mode = _MODES.get(page.photometric)
@@ -66,6 +68,8 @@ def open_tiff(path: Path) -> Source | None:
         except Exception:  # whatever a decoder raises; Pillow's libtiff may know it
             return None
     to_rgb, notes = _to_rgb(path, page, mode)
+    if (count := len(file.series)) > 1:
+        notes += (f"its file holds {count} images, of which the first is read",)
 
     def read(level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         return to_rgb(reads[level](x, y, w, h))
@@ -206,8 +210,8 @@ def _scale(path: Path, file: tifffile.TiffFile, ome: dict[str, Any]) -> Scale:
     tags = file.pages[0].tags
     ratios = [tags.valueof(name) for name in ("XResolution", "YResolution")]
     per_unit = [r[0] / r[1] if r and r[0] and r[1] else None for r in ratios]  # pixels
-    if file.is_imagej and (unit := str(file.imagej_metadata.get("unit", "")).replace("\\u00B5", "µ")):
-        if unit.lower() in UNITS and unit.lower() not in ("in", "inch", "pt"):
+    if unit := str((file.imagej_metadata or {}).get("unit", "")).replace("\\u00B5", "µ"):
+        if unit in UNITS and UNITS[unit] != INCH:
             return physical_scale(path, tuple(1 / n if n else None for n in per_unit), (unit, unit), "ImageJ metadata")
     inches = {2: 1.0, 3: 2.54}.get(int(tags.valueof("ResolutionUnit") or 1))
     known = [n * inches for n in per_unit if n and inches]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ldm.data.extent import FAR
 from ldm.data.image_sets import ImageSet
 from ldm.errors import some
 from ldm.files import sha256
@@ -21,8 +22,8 @@ LOOKED_AT = 32  # images of a set, evenly spread
 def unlike(sets: Mapping[str, ImageSet]) -> list[str]:
     """What a user should know of the sets (role -> images) of an evaluation before its figures.
 
-    That one is grey and the other in colour, one compressed as JPEG and the other not; files that several sets have, or
-    one has twice.
+    That one is grey and the other in colour, one compressed as JPEG and the other not, one of another scale; files that
+    several sets have, or one has twice.
 
     >>> for folder, image in {"new": tile, "old": tile[..., :1].repeat(3, 2)}.items():
     ...     Path(folder).mkdir()
@@ -35,6 +36,10 @@ def unlike(sets: Mapping[str, ImageSet]) -> list[str]:
     if {"generated", "real"} <= sets.keys():
         own = {role: sets[role] for role in ("generated", "real")}
         notes += _split("grey", "in colour", {role: _grey(images) for role, images in own.items()})
+        mpps = {role: images.about["mpp"] for role, images in own.items()}
+        if all(mpps.values()) and abs(mpps["generated"] / mpps["real"] - 1) > FAR:
+            told = " and ".join(f"the {role} images have {mpp:.3g} um/px" for role, mpp in mpps.items())
+            notes.append(f"{told}: the figures measure that too.")
         notes += _split("JPEG", "not", {role: _jpeg(images) for role, images in own.items()})
     return notes + _copies(sets)
 
