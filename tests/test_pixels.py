@@ -330,6 +330,14 @@ def test_levels_in_a_chain_are_read(tmp_path):
     assert np.abs(coarse - np.tile(tissue(64), (4, 4, 1))).mean() < 3
 
 
+def test_a_mirax_slide_without_its_folder_is_not_its_label(tmp_path):
+    Image.fromarray(TISSUE).save(tmp_path / "a.mrxs", "JPEG")
+    with pytest.raises(UserError, match=r"no folder a with its Slidedat\.ini lies beside it"):
+        open_image(tmp_path / "a.mrxs")
+    Image.fromarray(TISSUE).save(tmp_path / "b.tif", "PNG")
+    assert colours(tmp_path / "b.tif") == [list(MARK), list(CENTRE), list(GLASS)]
+
+
 def test_one_room_opens_pixels():
     """Every other module asks ldm.images; `doctor` alone tries OpenSlide itself."""
     opens = re.compile(r"Image\.open\(|imread\(|TiffFile\(|OpenSlide\(|dcmread\(")

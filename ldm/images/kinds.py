@@ -15,11 +15,13 @@ ENDINGS = " ".join((*PLAIN, *SLIDES, ".ome.zarr"))
 
 
 def is_plain(path: Path) -> bool:
-    """Whether a file begins as PNG, JPEG, BMP, WebP or GIF do, whatever its name ends in.
+    """Whether a file begins as PNG, JPEG, BMP, WebP or GIF do, and is not named as a slide: .mrxs begins as JPEG.
 
     >>> is_plain(slide_path)
     False
     """
+    if path.suffix.lower() in SLIDES:
+        return False
     with path.open("rb") as file:
         head = file.read(12)
     return head.startswith(_PLAIN) or (head[:4] == b"RIFF" and head[8:] == b"WEBP")

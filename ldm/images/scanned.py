@@ -26,6 +26,8 @@ def open_scanned(path: Path) -> Source | None:
     Scale(mpp=0.499, origin='header (aperio)', notes=())
     """
     vendor = openslide.OpenSlide.detect_format(str(path))
+    if vendor is None and path.suffix.lower() == ".mrxs":  # its own pixels are but a picture of the label
+        raise UserError(f"{path} is of a MIRAX slide, and no folder {path.stem} with its Slidedat.ini lies beside it")
     if vendor in (None, "generic-tiff"):
         if reason := why_no_slide(path):
             raise UserError(f"{path} {reason}")
