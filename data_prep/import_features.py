@@ -43,7 +43,8 @@ from data_prep.tile_slides import find_slides, tell_splits, update_index
 from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, merge_index, read_index, write_store
 from ldm.data.extent import tell_scales
-from ldm.data.features import Places, SlideFiles, files_of, find_slide_files, nearest_tiles
+from ldm.data.features import Places, nearest_tiles
+from ldm.data.slide_files import SlideFiles, files_of, find_slide_files
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY
@@ -84,21 +85,39 @@ class Match:
         )
 
 
-def match(store: TileStore, files: SlideFiles | None) -> Match:
-    """Find the feature of every tile of a store. UserError: tiles of another size, none in common."""
+def match(store: TileStore, files: SlideFiles | None, patch_size: float | None = None) -> Match:
+    """Find the feature of every tile of a store. UserError: tiles of another size, none in common.
+
+    patch_size: level-0 pixels that a tile of the files covers, where they do not say it.
+    """
     if files is None:
         return Match(store, None, np.full(len(store), -1))
     values, places = files.read()
     if values is None:
         raise UserError(f"{files.source} has coordinates but no features; --slides cuts tiles there")
     extent = store.tile_size * store.downsample
-    if places.extent is not None and abs(places.extent / extent - 1) > 0.01:
+    given = _extent(places, patch_size, files)
+    apart = _usual_step(places.coords)
+    if given is None and apart and apart < 0.75 * extent:
         raise UserError(
-            f"the tiles of {files.source} cover {places.extent:g} level-0 px, those of {store.path} {extent:g}; cut "
+            f"{files.source} does not say how large its tiles are; they lie {apart:g} px apart, and those of "
+            f"{store.path} cover {extent:g} level-0 px: are they features of smaller tiles? If they do cover that much "
+            f"and overlap, say so by --patch-size {extent:g}"
+        )
+    if given is not None and abs(given / extent - 1) > 0.01:
+        raise UserError(
+            f"the tiles of {files.source} cover {given:g} level-0 px, those of {store.path} {extent:g}; cut "
             "tiles of that size by --slides, or by data_prep.tile_slides --mpp"
         )
     _check_distinct(places, files)
     rows = nearest_tiles(store.coords, places.coords, max(0.5, store.downsample / 2))
+    if (rows >= 0).mean() < 0.5:
+        for factor in (2, 4, 8, 16, 32, 64):
+            if (nearest_tiles(store.coords, places.coords * factor, max(0.5, store.downsample / 2)) >= 0).mean() > 0.5:
+                raise UserError(
+                    f"the coordinates of {files.source} are those of the tiles of {store.path} divided by {factor}: "
+                    "they are in pixels of a smaller level of the slide; write them in pixels of level 0"
+                )
     if (rows < 0).all():
         own, other = (tuple(np.asarray(coords[0]).tolist()) for coords in (store.coords, places.coords))
         raise UserError(
@@ -106,6 +125,24 @@ def match(store: TileStore, files: SlideFiles | None) -> Match:
             "Is it the same slide, tiled with the same stride? --slides cuts tiles where the file says"
         )
     return Match(store, files, rows, values.shape)
+
+
+def _extent(places: Places, patch_size: float | None, files: SlideFiles) -> float | None:
+    """Level-0 pixels that a tile covers, as the file or --patch-size says it; UserError where they differ."""
+    if places.extent and patch_size and abs(places.extent / patch_size - 1) > 0.01:
+        raise UserError(
+            f"--patch-size says that a tile covers {patch_size:g} level-0 px, {files.source} says {places.extent:g}; "
+            "leave --patch-size out, it is for files that do not say it"
+        )
+    return places.extent or patch_size
+
+
+def _usual_step(coords: np.ndarray) -> float | None:
+    """How far most tiles are from the next one in their row; None where no row has two."""
+    ordered = coords[np.lexsort((coords[:, 0], coords[:, 1]))]
+    steps = np.diff(ordered[:, 0])[np.diff(ordered[:, 1]) == 0]
+    values, counts = np.unique(steps[steps > 0], return_counts=True)
+    return float(values[counts.argmax()]) if len(values) else None
 
 
 def _check_distinct(places: Places, files: SlideFiles) -> None:
@@ -133,7 +170,12 @@ def pair(names: Sequence[str], found: dict[str, SlideFiles]) -> list[SlideFiles 
 
 
 def import_features(
-    stores: Sequence[TileStore], found: dict[str, SlideFiles], name: str, licence: str = "", drop_to: Path | None = None
+    stores: Sequence[TileStore],
+    found: dict[str, SlideFiles],
+    name: str,
+    licence: str = "",
+    drop_to: Path | None = None,
+    patch_size: float | None = None,
 ) -> list[TileStore]:
     """Write `features/<name>` into stores, and return them; everything is checked first.
 
@@ -143,7 +185,7 @@ def import_features(
         UserError: tiles without a feature, see also `match`, features made otherwise before.
     """
     files = pair([store.path.stem for store in stores], found)
-    matches = [match(store, own) for store, own in zip(stores, tqdm(files, desc="matching", unit="slide"))]
+    matches = [match(store, own, patch_size) for store, own in zip(stores, tqdm(files, desc="matching", unit="slide"))]
     for each in matches:
         tqdm.write(each.report())
     without = sum(each.without for each in matches)
@@ -282,7 +324,7 @@ def cut(
     _check_distinct(places, files)
     if path.is_dir():
         folder = PictureFolder(path)
-        extent = places.extent or patch_size or float(folder.size)
+        extent = _extent(places, patch_size, files) or float(folder.size)
         tile_size = tile_size or folder.size
         rows = nearest_tiles(folder.coords, places.coords, 0.5)
         if (rows < 0).any():
@@ -299,7 +341,12 @@ def cut(
             return folder.read(i, tile_size)
     else:
         slide = open_slide(path, slide_mpp)
-        extent = places.extent or patch_size
+        extent, apart = _extent(places, patch_size, files), _usual_step(places.coords)
+        if places.step and apart and apart < 0.75 * places.step:
+            raise UserError(
+                f"the tiles of {files.source} lie {apart:g} px apart, and by its attributes {places.step:g} level-0 "
+                "px: are the coordinates in pixels of a smaller level? Write them in pixels of level 0"
+            )
         if extent is None:
             raise UserError(
                 f"{files.source} does not say how large its tiles are; give --patch-size in level-0 "
@@ -428,7 +475,7 @@ def main(
             raise UserError("give the features a name by --name, best that of their encoder, as --name uni")
         if (missing is Missing.drop) != (out is not None):
             raise UserError("--missing drop and --out go together: the tiles that have a feature become a new cohort")
-        stores = import_features(open_cohort(store), found, name, encoder_licence, out)
+        stores = import_features(open_cohort(store), found, name, encoder_licence, out, patch_size)
     else:
         if out is None:
             raise UserError("--slides needs --out, the cohort folder to write")

@@ -20,7 +20,8 @@ from ldm.conditioners.grid import GridEmbedder
 from ldm.data import dihedral
 from ldm.data.cohort import write_store
 from ldm.data.datasets import TileDataset
-from ldm.data.features import files_of, find_slide_files, nearest_tiles, read_features
+from ldm.data.features import nearest_tiles, read_features
+from ldm.data.slide_files import files_of, find_slide_files
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command

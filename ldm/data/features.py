@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -109,23 +108,48 @@ def _from_h5(path: Path) -> Features:
         if name is None:
             raise UserError(f"{path} has no {', '.join(H5_NAMES)}; it holds {', '.join(file) or 'nothing'}")
         values = _unbatched(_floats(file[name][()], path))
-        places = _places(file)
+        places = places_in(file)
     return Features(values, places)
 
 
-def _places(file: h5py.File) -> Places | None:
-    """`coords` of a CLAM or TRIDENT file and what its attributes say of the tiles."""
+def places_in(file: h5py.File) -> Places | None:
+    """`coords` of a CLAM or TRIDENT file and what its attributes say of the tiles.
+
+    UserError: an attribute that is no number.
+
+    >>> with h5py.File("a.h5", "w") as file:
+    ...     file["coords"] = np.array([[0, 0], [512, 0]])
+    ...     file["coords"].attrs.update({"patch_size": "256", "patch_size_level0": np.array([512])})
+    ...     places_in(file).extent, places_in(file).size
+    (512.0, 256)
+    """
     if "coords" not in file:
         return None
     attrs = {**file.attrs, **file["coords"].attrs}
-    size = int(attrs["patch_size"]) if "patch_size" in attrs else None
-    extent, step = attrs.get("patch_size_level0"), None
+
+    def number(name: str, default: float | None = None) -> float | None:
+        return _number(attrs[name], name, file.filename) if name in attrs else default
+
+    size, extent, step = number("patch_size"), number("patch_size_level0"), None
     if extent is not None:  # TRIDENT; `overlap` is in pixels of a tile
-        overlap = attrs.get("overlap_level0", attrs.get("overlap", 0) * (float(extent) / size if size else 1.0))
-        step = float(extent) - float(overlap)
-    elif size is not None and ("downsample" in attrs or int(attrs.get("patch_level", 0)) == 0):  # CLAM
-        extent = size * float(np.ravel(attrs.get("downsample", 1.0))[0])
-    return Places(np.asarray(file["coords"][()]), None if extent is None else float(extent), step, size)
+        overlap = number("overlap_level0", number("overlap", 0.0) * (extent / size if size else 1.0))
+        step = extent - overlap
+    elif size is not None and ("downsample" in attrs or number("patch_level", 0.0) == 0):  # CLAM
+        extent = size * number("downsample", 1.0)
+    coords = _unbatched(np.asarray(file["coords"][()]))
+    return Places(coords, extent, step, None if size is None else round(size))
+
+
+def _number(value: Any, name: str, path: str) -> float:
+    """An attribute that tools write as a number, text, or an array of one number (or of the same one for x and y)."""
+    values = np.unique(np.ravel(value))
+    try:
+        if len(values) == 1:
+            each = values[0]
+            return float(each.decode() if isinstance(each, bytes) else each)
+    except ValueError:
+        pass
+    raise UserError(f"{path}: the attribute `{name}` of its coords is {value!r}, which is not one number")
 
 
 def _from_pt(path: Path) -> Features:
@@ -141,10 +165,12 @@ def _from_pt(path: Path) -> Features:
             )
         coords = content.get("coords")
         content = content[name]
+    if isinstance(content, (list, tuple)) and len(content) == 1:
+        content = content[0]
     if not isinstance(content, torch.Tensor):
         raise UserError(f"{path} holds {type(content).__name__}, not a tensor of features")
-    values = _unbatched(_floats(content.float().numpy(), path))
-    return Features(values, None if coords is None else Places(np.asarray(coords)))
+    values = _unbatched(_floats(content.detach().float().numpy(), path))
+    return Features(values, None if coords is None else Places(_unbatched(np.asarray(coords))))
 
 
 def _from_store(path: Path, feature: str | None) -> Features:
@@ -174,6 +200,10 @@ def _unbatched(values: np.ndarray) -> np.ndarray:
 
 def _check(features: Features, path: Path, dim: int | None) -> None:
     values, coords = features.values, features.coords
+    if values.ndim == 1 or (coords is not None and values.shape[:-1] == (1,) and len(coords) > 1):
+        raise UserError(
+            f"{path} holds one feature of {values.shape[-1]} values, of a whole slide; give the features of its tiles"
+        )
     if values.ndim not in (2, 3) or 0 in values.shape:
         raise UserError(f"{path} has features of shape {values.shape}; expected (N, D) or (rows, cols, D)")
     if dim is not None and values.shape[-1] != dim:
@@ -238,150 +268,6 @@ def features_to_grid(
     mask = np.zeros(rows * cols, bool)
     mask[flat] = True
     return grid.reshape(rows, cols, -1), mask.reshape(rows, cols)
-
-
-# --- the files of a slide: CLAM's and TRIDENT's folders ---------------------------------------------------------------
-
-_ENDS = re.compile(r"[_-](patches|features|feats|embeddings|coords)$", re.IGNORECASE)
-_PLAIN = ("patches", "features", "feats", "embeddings", "coords")  # files of these names are called like their folder
-
-
-@dataclass
-class SlideFiles:
-    """The files of one slide: its features, and the coordinates of its tiles where those are in another file."""
-
-    name: str
-    features: Path | None = None
-    coords: Path | None = None
-
-    @property
-    def source(self) -> Path:
-        """The file that messages name."""
-        return self.features or self.coords
-
-    def read(self) -> tuple[np.ndarray | None, Places]:
-        """Features (N, D), None where there are only coordinates, and their places.
-
-        UserError: an unreadable file, no coordinates, another number of them than of features.
-        """
-        places = None if self.coords is None else _read_places(self.coords)
-        if self.features is None:
-            return None, places
-        found = read_features(self.features)
-        if found.values.ndim != 2:
-            raise UserError(f"{self.features} has features of shape {found.values.shape}; expected (N, D)")
-        if found.places is None and places is None:
-            raise UserError(
-                f"{self.features} has no coordinates, and no .h5 file with `coords` of slide '{self.name}' was found; "
-                "give the folder that holds both (CLAM: patches/ and pt_files/; TRIDENT: patches/ and features_*/)"
-            )
-        if places is not None and len(places.coords) != len(found.values):
-            raise UserError(
-                f"{self.features} has {len(found.values)} features but {self.coords} has {len(places.coords)} "
-                "coordinates; they are of different runs"
-            )
-        if found.places is None:
-            return found.values, places
-        same = places is not None and found.places.extent is None and np.array_equal(places.coords, found.coords)
-        return found.values, places if same else found.places
-
-
-def _read_places(path: Path) -> Places:
-    """Where the tiles of a CLAM or TRIDENT coordinate file are. UserError: unreadable, none in it, of another shape."""
-    try:
-        with h5py.File(path, "r") as file:
-            places = _places(file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
-    if places is None:
-        raise UserError(f"{path} has no `coords`")
-    if places.coords.ndim != 2 or places.coords.shape[1] != 2 or not len(places.coords):
-        raise UserError(f"{path} has coords of shape {places.coords.shape}; expected (N, 2)")
-    return places
-
-
-def find_slide_files(paths: Sequence[Path | str]) -> dict[str, SlideFiles]:
-    """The files of each slide by the slide's name, from files and folders of CLAM, TRIDENT or alike.
-
-    Names are the files' without endings such as `_patches` and `_features`. A file that has both features and
-    coordinates is preferred to a tensor (.pt), whose coordinates are then looked for beside its folder.
-    UserError: no file, a broken one, two files of features for one slide.
-
-    >>> Path("pt_files").mkdir()
-    >>> torch.save(torch.zeros(4, 8), "pt_files/slide-1.pt")
-    >>> found = find_slide_files(["pt_files"])
-    >>> {name: files.features.name for name, files in found.items()}
-    {'slide-1': 'slide-1.pt'}
-    """
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"there are no features at {path}")
-        inside = path.rglob("*") if path.is_dir() else [path]
-        files += sorted(p for p in inside if p.suffix in (".h5", ".hdf5", ".pt", ".pth"))
-    for path in [path for path in files if path.suffix in (".pt", ".pth")]:
-        near = [path.parent.parent / folder / f"{path.stem}{end}.h5"
-                for folder in ("h5_files", "patches") for end in ("", "_patches")]  # fmt: skip
-        files += [p for p in near if p.is_file() and p not in files]
-    if not files:
-        raise UserError(f"no .h5 or .pt file in {', '.join(map(str, paths))}")
-    kinds: dict[str, dict[str, list[Path]]] = {}
-    for path in files:
-        kinds.setdefault(_slide_name(path), {}).setdefault(_kind(path), []).append(path)
-    slides = {}
-    for name, own in sorted(kinds.items()):
-        features = own.get("both") or own.get("features") or []
-        if len(features) > 1:
-            listed = ", ".join(map(str, features))
-            raise UserError(f"slide '{name}' has several files of features ({listed}); give those of one encoder")
-        coords = own.get("coords", [])
-        if not features and len(coords) > 1:
-            listed = ", ".join(map(str, coords))
-            raise UserError(f"slide '{name}' has several files of coordinates ({listed}); give one")
-        if features or coords:
-            slides[name] = SlideFiles(name, features[0] if features else None, coords[0] if coords else None)
-    if not slides:
-        raise UserError(f"{', '.join(map(str, paths))}: no file has {', '.join(H5_NAMES)} or coords")
-    return slides
-
-
-def _slide_name(path: Path) -> str:
-    stem = path.parent.name if path.stem.lower() in _PLAIN else path.stem
-    return _ENDS.sub("", stem)
-
-
-def _kind(path: Path) -> str:
-    if path.suffix in (".pt", ".pth"):
-        return "features"
-    try:
-        with h5py.File(path, "r") as file:
-            has_features, has_coords = any(name in file for name in H5_NAMES), "coords" in file
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
-    return {(True, True): "both", (True, False): "features", (False, True): "coords"}.get(
-        (has_features, has_coords), "other"
-    )
-
-
-def files_of(slide: str, found: Mapping[str, SlideFiles]) -> SlideFiles | None:
-    """The files of a slide: those of its name, else of the one name that begins it or that it begins, up to `.` or `_`.
-
-    TCGA's slides, say, go by their barcode with and without the long identifier after it.
-
-    >>> found = {"TCGA-05-4244-01Z": SlideFiles("TCGA-05-4244-01Z")}
-    >>> files_of("TCGA-05-4244-01Z.d4ff32cd", found).name
-    'TCGA-05-4244-01Z'
-    """
-    if slide in found:
-        return found[slide]
-    near = [name for name in found if _begins(name, slide) or _begins(slide, name)]
-    if len(near) > 1:
-        raise UserError(f"slide '{slide}' could be {' or '.join(sorted(near))} by name; name the files like the slide")
-    return found[near[0]] if near else None
-
-
-def _begins(short: str, long: str) -> bool:
-    return long.startswith(short) and long[len(short) : len(short) + 1] in (".", "_")
 
 
 def nearest_tiles(points: np.ndarray, coords: np.ndarray, reach: float) -> np.ndarray:
