@@ -22,7 +22,7 @@ from PIL import Image
 from data_prep.options import inputs, output
 from ldm.cli.script import script
 from ldm.errors import UserError
-from ldm.images.slides import open_slide
+from ldm.images.slides import open_image
 
 CELLS = 24  # of each class
 HELD_OUT = slice(95, 120)  # axial slices that demo-slices was not trained on
@@ -39,7 +39,7 @@ def cancers(sources: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for tile in sorted((sources / "he/mopadi_TCGA-AD-6964").glob("*.jpg")):
         shutil.copy(tile, out / f"TCGA-AD-6964_{tile.name}")
-    slide = open_slide(sources / "he/TCGA-CR-7395-01A-01-TS1.svs", mpp=1)
+    slide = open_image(sources / "he/TCGA-CR-7395-01A-01-TS1.svs")
     Image.fromarray(slide.read(*REGION)).save(out / "TCGA-CR-7395_1600,2400.png", optimize=True)
     omics = sources / "omics"
     for kind in ("expression", "mutation"):

@@ -32,7 +32,7 @@ from ldm.data.volumes import Volume, cut_slice, in_plane, to_tile, windowed
 from ldm.errors import UserError
 from ldm.files import whole
 from ldm.images.pictures import Picture
-from ldm.images.slides import open_image, open_slide
+from ldm.images.slides import open_slide
 from ldm.images.tissue import TissueMask
 from ldm.tables.captions import read_captions, square
 
@@ -47,7 +47,7 @@ Row = tuple[np.ndarray, str, str, str]  # image, text, modality, patient
 def tissue(name: str, path: Path, mpp: float | None) -> Iterator[Row]:
     """Tiles of 64 µm, those of tissue; `name` is "modality: what it is"."""
     modality, _, what = (part.strip() for part in name.partition(":"))
-    slide = open_slide(path, None if open_image(path).mpp else mpp)
+    slide = open_slide(path, mpp)
     mask = TissueMask(slide)
     scale = 1 / slide.mpp  # level-0 pixels per µm
     width, height = (int(side / scale) for side in slide.dimensions)

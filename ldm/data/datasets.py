@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from ldm.data import dihedral as d4
 from ldm.data.conditions import TileConditions, index_rows
+from ldm.data.extent import tell
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, suggest
 from ldm.images.slides import open_slide
@@ -308,8 +309,8 @@ class RegionDataset(Dataset):
     """Random crops of slides or images held in memory, for training a first stage on little data.
 
     Args:
-        images: mappings with `path`, and optionally `mpp` (of its level 0), `weight` (default: by area) and `exclude`
-            (boxes x, y, width, height in level-0 pixels that no crop may touch).
+        images: mappings with `path`, and optionally `mpp` (of its level 0, where the file does not say it), `weight`
+            (default: by area) and `exclude` (boxes x, y, width, height in level-0 pixels that no crop may touch).
         size: side of a crop in pixels; mpp: micrometres per pixel of a crop, None is each image's own.
         length: items per epoch.
         background: fraction of the crops that lie on glass (less than 5% of tissue) where the image has any; the
@@ -337,6 +338,7 @@ class RegionDataset(Dataset):
             if "path" not in image:
                 raise UserError(f"an image of RegionDataset lacks its path; it has {dict(image)}")
             slide = open_slide(image["path"], image.get("mpp"))
+            tell(f"{slide.path.name}: {note}" for note in slide.notes)
             pixels = slide.thumbnail(mpp or slide.mpp)
             if min(pixels.shape[:2]) < size:
                 raise UserError(
