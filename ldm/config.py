@@ -29,7 +29,7 @@ _ALSO_ALLOWED: ContextVar[tuple[str, ...]] = ContextVar("also_allowed", default=
 _MODULES_ONLY: ContextVar[bool] = ContextVar("modules_only", default=False)
 TOP_LEVEL = {"model", "data", "lightning", "name", "seed"}
 LIGHTNING = {"trainer", "callbacks", "modelcheckpoint", "logger"}
-MODEL_NODE = {"target", "params", "base_learning_rate"}
+MODEL_NODE = {"target", "params", "base_learning_rate", "scale_lr"}
 
 
 class Node(TypedDict):
@@ -172,7 +172,7 @@ def validate(cfg: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
         _check_mapping(lightning.get(key) or {}, f"lightning.{key}")
     _check_mapping(cfg["model"], "model")
     _check_keys(cfg["model"], MODEL_NODE, "model.")
-    model = {key: value for key, value in cfg["model"].items() if key != "base_learning_rate"}
+    model = {key: value for key, value in cfg["model"].items() if key in ("target", "params")}
     for where, node in (("model", model), ("data", cfg["data"])):
         _parse_node(node, where, allow)
         _walk(node, where, allow)

@@ -387,6 +387,13 @@ class LatentDiffusion(pl.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.metadata = checkpoint.get("histoldm_metadata", {})
+        for name, own in self.first_stage_model.state_dict().items():
+            held = checkpoint["state_dict"].get(f"first_stage_model.{name}")
+            if held is not None and held.shape == own.shape and not torch.equal(own.to(held), held):
+                raise UserError(
+                    f"the first stage that the config names now is not the one of the checkpoint ({name} differs); "
+                    "name that one, or start a new run with model.params.ckpt_path."
+                )
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Tensor], n: int = 8) -> dict[str, Tensor]:

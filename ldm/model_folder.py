@@ -24,6 +24,7 @@ from ldm.config import instantiate_from_config, load_config, modules_only, save_
 from ldm.errors import UserError
 from ldm.files import CARD
 from ldm.interop.checkpoint import read_checkpoint
+from ldm.interop.weights import averaged, check_finite, in_words, not_finite
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -64,6 +65,10 @@ def write_model_folder(
         name: (value.to(dtype) if dtype and value.is_floating_point() and value.ndim else value)
         for name, value in state.items()
     }
+    if wrong := not_finite(tensors):
+        narrow = dtype is not None and not not_finite(state)
+        way = "float16 does not hold such values: store them in full" if narrow else "take an earlier checkpoint"
+        raise UserError(f"{folder} is not written: {in_words(wrong, tensors)}; {way}.")
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -169,7 +174,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LatentDi
         raise UserError(f"model {path} does not exist.")
     checkpoint = path if path.is_file() else path / "checkpoints" / "last.ckpt"
     if checkpoint.is_file():
-        node, metadata, state, files = _of_checkpoint(checkpoint)
+        node, metadata, state, files = _parts(_read(checkpoint), checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             for name, text in files.items():
                 Path(folder, name).write_text(text, encoding="utf-8")
@@ -251,14 +256,10 @@ def export(
     if not checkpoint.is_file():
         raise UserError(f"{checkpoint} does not exist; give a run folder or a .ckpt of this toolkit.")
     content = _read(checkpoint)
-    node, recorded, state, files = _parts(content)
+    node, recorded, state, files = _parts(content, checkpoint)
     about = {**recorded, **(metadata or {})}
     card = _begun_card(Path(out).name, content["histoldm_config"], about, content.get("global_step", 0))
     return write_model_folder(out, node, state, about, dtype, {CARD: card, **files})
-
-
-def _of_checkpoint(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, str]]:
-    return _parts(_read(checkpoint))
 
 
 def _read(checkpoint: Path) -> dict[str, Any]:
@@ -268,7 +269,9 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     return content
 
 
-def _parts(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, str]]:
+def _parts(
+    content: Mapping[str, Any], source: Path
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Model node, metadata, inference weights and further files of a training checkpoint of this toolkit."""
     node, state = content["histoldm_config"]["model"], dict(content["state_dict"])
     metadata = content.get("histoldm_metadata", {})
@@ -276,10 +279,7 @@ def _parts(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], 
         weights = {n.removeprefix(AUTOENCODER): v for n, v in state.items() if n.startswith(AUTOENCODER)}
         return node["params"]["first_stage"], metadata, weights, {}
     params = dict(node["params"])
-    for name in [name for name in state if name.startswith("model.")]:
-        average = "model_ema." + name.removeprefix("model.").replace(".", "")
-        state[name] = state.get(average, state[name])
-    state = {name: value for name, value in state.items() if not name.startswith("model_ema.")}
+    state = averaged(state, state, source)
     known = content.get("histoldm_first_stage")
     params["first_stage_config"] = known or resolve_first_stage(params["first_stage_config"])
     if "histoldm_conditioner" in content:
@@ -300,22 +300,18 @@ def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = Fal
     >>> load_weights(ldm.load_model(models / "demo-ssl"), models / "demo-ssl")
     'weights of ...demo-ssl: network loaded, first stage loaded, conditioner loaded'
     """
-    state = read_state_dict(path)
     own = model.state_dict()
-    for name in [name for name in own if name.startswith("model.")]:
-        average = "model_ema." + name.removeprefix("model.").replace(".", "")
-        if average in state:
-            state[name] = state[average]
+    state = averaged(read_state_dict(path), own, path)
     report = []
     for part, prefix in PREFIX.items():
         wanted = {name: value for name, value in own.items() if name.startswith(prefix)}
         given = {name: value for name, value in state.items() if name.startswith(prefix)}
         fits = {n: v.shape for n, v in given.items()} == {n: v.shape for n, v in wanted.items()}
-        if part == "network":
-            check_names(given, wanted, path)
         fits = fits and not (part == "first stage" and own_first_stage)
         if part == "conditioner" and fits and wanted:
             fits = _described(path) in (None, model.cond_stage_model.describe())  # classes or genes of other names
+        if part == "network" or fits:
+            check_names(given, wanted, path)
         if fits and wanted:
             model.load_state_dict({name: value.float() for name, value in given.items()}, strict=False)
         report.append(f"{part} {'loaded' if fits and wanted else 'kept'}")
@@ -345,7 +341,7 @@ def _described(path: str | Path) -> dict[str, Any] | None:
 
 
 def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], source: str | Path) -> None:
-    """UserError unless names and shapes agree, saying which do not.
+    """UserError unless names and shapes agree and values are finite, saying which are not.
 
     >>> check_names({}, {"out.weight": torch.zeros(2)}, "model")
     Traceback (most recent call last):
@@ -364,6 +360,7 @@ def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
             name = shapes[0]
             parts.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}")
         raise UserError(f"the weights in {source} do not fit their config: {'; '.join(parts)}.")
+    check_finite(state, source)
 
 
 def _begun_card(name: str, config: Mapping[str, Any], metadata: Mapping[str, Any], steps: int) -> str:

@@ -120,19 +120,19 @@ def test_the_real_models_resume_exactly(model):
 @pytest.mark.slow
 def test_ctrl_c_saves_and_the_resumed_run_is_the_straight_run(where, stop_at, options, capsys):
     assert train("-b", TINY, "-l", "straight", *options) == 0
-    stop = [f"model.params.stop_at={stop_at}", f"model.params.where={where}"]
+    stop = [f"data.params.stop_at={stop_at}", f"data.params.where={where}"]
     assert train("-b", TINY, "-l", "stopped", *options, *stop) == 130
     run = only_run("stopped")
     assert f"python main.py -t --resume {run}" in capsys.readouterr().out
     assert checkpoint(run)["global_step"] < 12
-    assert train("-r", str(run), "model.params.stop_at=-1") == 0
+    assert train("-r", str(run), "data.params.stop_at=-1") == 0
     assert_same_training(checkpoint(only_run("straight")), checkpoint(run))
 
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_workers_too():
     options = ["data.params.num_workers=1", "data.params.delay=0.1"]
-    options += ["model.params.stop_at=2", "model.params.where=group"]
+    options += ["data.params.stop_at=2", "data.params.where=group"]
     code = "import sys, main; from ldm import config; config.ALLOWED += ('tiny_training.',); sys.exit(main.main())"
     path = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     command = [sys.executable, "-c", code, "-t", "-b", TINY, *options]
@@ -365,7 +365,7 @@ def at_histoldm(*argv: str) -> int:
 
 
 def test_histoldm_train_is_another_door_to_the_same(capsys):
-    assert at_histoldm("-b", TINY, "--enable_progress_bar", "false", "model.params.stop_at=2") == 130  # without -t
+    assert at_histoldm("-b", TINY, "--enable_progress_bar", "false", "data.params.stop_at=2") == 130  # without -t
     assert f"continue with: histoldm train --resume {only_run('logs')}" in capsys.readouterr().out
     call(get_command(cli.app), "histoldm", ["train", "-t", "false", "-b", TINY])
     assert "train with: histoldm train\n" in capsys.readouterr().out

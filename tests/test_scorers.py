@@ -433,6 +433,11 @@ def test_a_folder_comes_back_whole_and_runs_nothing(trained, tmp_path):
     with pytest.raises(UserError, match=r"member-0.safetensors is no resnet10t with 1 outputs: conv1"):
         load_scorer(tmp_path / "b")
     broken(lambda c: None)
+    weights = load_file(tmp_path / "b" / "member-1.safetensors")
+    weights["conv1.0.weight" if "conv1.0.weight" in weights else "conv1.weight"][0, 0, 0, 0] = float("nan")
+    save_file(weights, tmp_path / "b" / "member-1.safetensors")
+    with pytest.raises(UserError, match=r"weights in .*member-1\.safetensors are of no use: 1 of the \d+ values of conv1"):
+        load_scorer(tmp_path / "b")
     (tmp_path / "b" / "member-1.safetensors").unlink()
     with pytest.raises(UserError, match=r"member-1.safetensors does not exist"):
         load_scorer(tmp_path / "b")

@@ -36,9 +36,11 @@ class Items(Dataset):
 
 class TinyData(pl.LightningDataModule):
     def __init__(
-        self, batch_size: int, length=22, num_workers=0, persistent=False, size=4, damaged=-1, delay=0.0, seed=0, test=0
-    ):
+        self, batch_size: int, length=22, num_workers=0, persistent=False, size=4, damaged=-1, delay=0.0, seed=0,
+        test=0, stop_at=-1, where="train", nan_at=-1, broken_at=-1,
+    ):  # fmt: skip
         super().__init__()
+        self.stop_at, self.where, self.nan_at, self.broken_at = stop_at, where, nan_at, broken_at
         self.damaged, self.delay, self.test = damaged, delay, test
         self.batch_size, self.length, self.num_workers, self.seed = batch_size, length, num_workers, seed
         self.persistent, self.size, self.loader, self.resume = persistent, size, None, None
@@ -74,13 +76,13 @@ class TinyData(pl.LightningDataModule):
 class TinyModel(pl.LightningModule):
     """Dropout, noise of its own, BatchNorm buffers, AdamW, a schedule, an average kept in on_train_batch_end."""
 
-    def __init__(self, width: int = 8, monitor: str = "val/loss", stop_at: int = -1, where: str = "train", seed=0):
+    def __init__(self, width: int = 8, monitor: str = "val/loss", seed=0):
         super().__init__()
         self.net = nn.Sequential(
             nn.Flatten(), nn.Linear(48, width), nn.BatchNorm1d(width), nn.SiLU(), nn.Dropout(0.3), nn.Linear(width, 48)
         )
         self.register_buffer("average", torch.zeros(48))
-        self.monitor, self.stop_at, self.where, self.seed = monitor, stop_at, where, seed
+        self.monitor, self.seed = monitor, seed
         self.learning_rate = 0.0
 
     def training_step(self, batch: dict, batch_idx: int) -> Tensor:
@@ -89,17 +91,21 @@ class TinyModel(pl.LightningModule):
         noise = torch.randn(x.shape, generator=training_generator(self.seed, self.global_rank, done))
         loss = (self.net(x + noise) - noise.flatten(1)).square().mean()
         self.log("train/loss", loss, prog_bar=True)
-        if self.where != "val" and done + 1 == self.stop_at:
-            (os.kill if self.where == "train" else os.killpg)(os.getpid(), signal.SIGINT)
-        return loss
+        data = self.trainer.datamodule
+        if data.where != "val" and done + 1 == data.stop_at:
+            (os.kill if data.where == "train" else os.killpg)(os.getpid(), signal.SIGINT)
+        return loss * float("nan") if done + 1 == data.nan_at else loss
 
     def on_train_batch_end(self, *_) -> None:
         self.average = 0.9 * self.average + 0.1 * self.net[-1].bias.detach()
+        if self.trainer.fit_loop.total_batch_idx + 1 == self.trainer.datamodule.broken_at:
+            self.average[5] = float("nan")
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x = batch["image"]
         self.log("val/loss", (self.net(x) - torch.randn(x.shape).flatten(1)).square().mean())
-        if self.where == "val" and self.trainer.fit_loop.total_batch_idx + 1 == self.stop_at and batch_idx == 1:
+        data = self.trainer.datamodule
+        if data.where == "val" and self.trainer.fit_loop.total_batch_idx + 1 == data.stop_at and batch_idx == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
     def test_step(self, batch: dict, batch_idx: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.weights import read_state_dict
 from ldm.encoders.encoder import load_encoder
 from ldm.errors import UserError
+from ldm.interop.weights import check_finite
 
 # torchvision's ImageNet backbones, under the names that torch.hub stores them by
 BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"}
@@ -67,7 +68,9 @@ def _load_trunk(trunk: nn.Module, path: Path) -> None:
     missing = [source for source in names.values() if source not in state]
     if missing:
         raise UserError(f"{path} is not the torchvision backbone that LPIPS needs: it lacks {missing[0]}.")
-    trunk.load_state_dict({key: state[source] for key, source in names.items()})
+    taken = {key: state[source] for key, source in names.items()}
+    check_finite(taken, path)
+    trunk.load_state_dict(taken)
 
 
 class EncoderMaps(nn.Module):

@@ -78,7 +78,7 @@ class AutoencoderStage(pl.LightningModule):
         trained = ([p for p in weights if p.requires_grad], list(self.loss.discriminator.parameters()))
         return [torch.optim.Adam(group, lr=self.learning_rate, betas=(0.5, 0.9)) for group in trained]
 
-    def training_step(self, batch: dict, batch_idx: int) -> None:
+    def training_step(self, batch: dict, batch_idx: int) -> Tensor:
         opt_ae, opt_disc = self.optimizers()
         step = self.global_step
         micro = batch_idx % self.accumulate
@@ -97,18 +97,20 @@ class AutoencoderStage(pl.LightningModule):
 
         if self.loss.adversarial(step):
             self.toggle_optimizer(opt_disc)
-            loss, disc_logs = self.loss.discriminator_loss(x, recon.image)
-            self.manual_backward(loss / self.accumulate)
+            disc_loss, disc_logs = self.loss.discriminator_loss(x, recon.image)
+            self.manual_backward(disc_loss / self.accumulate)
             if update:
                 with _uncounted(opt_disc):
                     opt_disc.step()
                 opt_disc.zero_grad()
             self.untoggle_optimizer(opt_disc)
             logs |= disc_logs
+            loss = loss.detach() + disc_loss.detach()
 
         progress = logs.pop("rec_loss")
         self.log("train/rec_loss", progress, prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in logs.items()})
+        return loss.detach()
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         self._measure(batch, "val")
@@ -151,6 +153,9 @@ class AutoencoderStage(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["histoldm_metadata"] = self.metadata
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self.metadata = checkpoint.get("histoldm_metadata", self.metadata)
 
 
 def _metadata(ckpt_path: str | None) -> dict:

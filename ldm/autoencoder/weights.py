@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
+from ldm.interop.weights import check_finite
 
 # where a first stage's weights lie: bare, in a latent-diffusion checkpoint, in a checkpoint of AutoencoderStage
 PREFIXES = ("", "first_stage_model.", "autoencoder.")
@@ -54,7 +55,9 @@ def load_weights(model: nn.Module, path: str | Path) -> str:
                 f"{path} does not fit the first stage of the config: {key} is {tuple(state[prefix + key].shape)}, "
                 f"expected {tuple(value.shape)}. Compare ddconfig, embed_dim and n_embed with the checkpoint's config."
             )
-    model.load_state_dict({key: state[prefix + key] for key in wanted})
+    taken = {key: state[prefix + key] for key in wanted}
+    check_finite(taken, path)
+    model.load_state_dict(taken)
     names = {key.removeprefix(prefix) for key in state}
     ignored = sorted({name.split(".")[0] for name in names if name not in wanted})
     left = f", left {', '.join(ignored)}" if ignored else ""
@@ -78,5 +81,7 @@ def load_discriminator(discriminator: nn.Module, path: str | Path) -> bool:
     wanted = discriminator.state_dict()
     if any(key not in state or state[key].shape != value.shape for key, value in wanted.items()):
         return False
-    discriminator.load_state_dict({key: state[key] for key in wanted})
+    taken = {key: state[key] for key in wanted}
+    check_finite(taken, path)
+    discriminator.load_state_dict(taken)
     return True

@@ -17,6 +17,7 @@ from ldm.encoders.text_registry import LAYERS
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.text_names import is_transformers, to_open_clip
+from ldm.interop.weights import check_finite
 
 # of open_clip's text settings: those that shape the tower, and those of the pooling after it, which is not used
 SHAPE = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value"}
@@ -151,7 +152,9 @@ def _load_tower(tower: ClipTower | BertTower, source: TowerSource) -> None:
         if given[name].shape != value.shape:
             shapes = f"{tuple(given[name].shape)}, expected {tuple(value.shape)}"
             raise UserError(f"{misfit}: {name} is {shapes}. Is it of another model?")
-    tower.inner.load_state_dict({name: given[name].float() for name in wanted})
+    taken = {name: given[name].float() for name in wanted}
+    check_finite(taken, path)
+    tower.inner.load_state_dict(taken)
 
 
 def _check_settings(source: TowerSource) -> None:

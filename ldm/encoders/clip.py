@@ -19,6 +19,7 @@ from ldm.errors import UserError
 from ldm.files import sha256
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.text_names import is_transformers, to_open_clip
+from ldm.interop.weights import check_finite
 
 VISION = "vision_model."
 STEM = {
@@ -78,7 +79,9 @@ def load_clip(name: str, config: Mapping[str, Any], weights: Path, device: str =
             found = tuple(state[key].shape) if key in state else "missing"
             misfit = f"{key} is {found}, not {tuple(value.shape)}"
             raise UserError(f"{weights} does not hold the CLIP model '{name}': {misfit}.")
-    network.load_state_dict({key: state[key].float() for key in wanted})
+    taken = {key: state[key].float() for key in wanted}
+    check_finite(taken, weights)
+    network.load_state_dict(taken)
     network = network.to(device).eval().requires_grad_(False)
     side = network.visual.image_size
     side = side if isinstance(side, int) else side[0]

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ldm.encoders.registry import REGISTRY, EncoderSpec, weights_home
 from ldm.errors import UserError, suggest
+from ldm.interop.weights import check_finite
 
 # keys of checkpoints that are no part of the trunk: heads of training, masks of iBOT and DINOv2
 NOT_TRUNK = re.compile(r"^(head\.|fc\.|fc_norm\.|pre_logits\.|pooler\.|masked_embed$|mask_token$)")
@@ -232,6 +233,7 @@ def load_weights(encoder: Encoder, path: Path) -> None:
         problems = (("lacks", missing), ("holds unknown", unexpected), ("holds", misfit))
         said = "; ".join(f"{verb} {', '.join(keys[:3])}{_more(keys)}" for verb, keys in problems if keys)
         raise UserError(f"{path} is not the weight file of encoder '{spec.name}' ({spec.arch}): it {said}")
+    check_finite(state | stored, path)
     encoder.model.load_state_dict(state)
     if spec.standardise:
         encoder.feature_mean.copy_(stored["feature_mean"])

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError
 from ldm.files import whole
+from ldm.interop.weights import check_finite
 from ldm.rng import generator
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
@@ -128,6 +129,8 @@ def fit_transport(
         loss.backward()
         optimiser.step()
         schedule.step()
+    if not loss.isfinite():
+        raise UserError("the loss of the map became NaN or infinite; lower its learning rate, and look at the features")
     return model.eval().requires_grad_(False)
 
 
@@ -158,11 +161,12 @@ def load_transport(folder: Path) -> Transport:
     try:
         config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         model = Transport(**config["transport"])
-        model.load_state_dict(load_file(folder / WEIGHTS))
+        model.load_state_dict(weights := load_file(folder / WEIGHTS))
     except (OSError, KeyError, TypeError, RuntimeError, yaml.YAMLError) as error:
         raise UserError(
             f"{folder} is no map of features ({str(error).splitlines()[0]}); `python -m data_prep.train_feature_map` "
             "makes one."
         ) from error
+    check_finite(weights, folder)
     model.metadata = config.get("metadata", {})
     return model.eval().requires_grad_(False)

@@ -24,6 +24,7 @@ from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 from ldm.encoders.encoder import read_checkpoint
 from ldm.encoders.registry import weights_home
 from ldm.errors import UserError, suggest
+from ldm.interop.weights import check_finite
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 SOURCE = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
@@ -120,6 +121,8 @@ def load_inception(weights: str | Path | None = None, resize: str = "clean", dev
         if name not in state or state[name].shape != value.shape:
             found = tuple(state[name].shape) if name in state else "missing"
             raise UserError(f"{path} is not {FILE}: {name} is {found}, expected {tuple(value.shape)}.")
-    network.load_state_dict({name: state[name] for name in wanted})
+    taken = {name: state[name] for name in wanted}
+    check_finite(taken, path)
+    network.load_state_dict(taken)
     network.weights_path = path
     return network.to(device).eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from ldm.interop.diffusers_config import schedule_params, unet_node, vae_node
 from ldm.interop.diffusers_names import modern, renamed, to_convolutions
 from ldm.interop.targets import FIRST_STAGES, LATENT_DIFFUSION, TEXT_EMBEDDER
 from ldm.interop.text_names import left_out, open_clip_config, to_open_clip
+from ldm.interop.weights import check_finite
 
 UNET, FIRST_STAGE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 PARTS = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
@@ -201,7 +202,9 @@ def read_own(folder: Path) -> Converted:
         for file in folder.iterdir()
         if file.is_file() and file.suffix in (".json", ".txt", ".yaml", ".csv") and file.name not in known
     }
-    return Converted(node, read_checkpoint(folder / "model.safetensors"), config.get("metadata") or {}, files)
+    state = read_checkpoint(folder / "model.safetensors")
+    check_finite(state, folder)
+    return Converted(node, state, config.get("metadata") or {}, files)
 
 
 def replace_part(found: Converted, prefix: str, state: Mapping[str, Tensor]) -> None:

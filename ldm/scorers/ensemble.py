@@ -30,6 +30,7 @@ from ldm.data import dihedral
 from ldm.errors import UserError, suggest
 from ldm.files import sha256, whole
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
+from ldm.interop.weights import check_finite
 from ldm.scorers.labelled import Task
 
 UPSAMPLING = 4  # cells of 64 px are seen at 256 px
@@ -248,6 +249,7 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], path: Path | str, wha
         due = tuple(wanted[name]) if name in wanted else "no such tensor"
         if held != due:
             raise UserError(f"{path} is no {what}: {name} is {held}, expected {due}.")
+    check_finite(state, path)
     floats = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     network.load_state_dict(floats, assign=True)
 

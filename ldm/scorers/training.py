@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ldm.errors import UserError
 from ldm.files import CARD, remove, tool_version, whole, writable_folder, write_text
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
+from ldm.interop.weights import check_finite
 from ldm.rng import fold, generator
 from ldm.scorers.calibration import calibrated, fit_temperature, measures, with_intervals
 from ldm.scorers.data import augmented, balanced_order, identity, prepared, to_range, view_of
@@ -288,6 +289,11 @@ def _epoch(
         with torch.autocast(torch.device(run.device).type, torch.bfloat16, enabled=run.bf16):
             logits = network(run.view.normalise(seen).to(run.device))
         loss = _loss_of(run.kind, logits.float(), targets)
+        if not loss.isfinite():
+            raise UserError(
+                f"the loss became NaN or infinite in epoch {where[1]}; train with a lower --learning-rate and another "
+                "--out, in fp32 if this was bf16, and look at the images."
+            )
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
@@ -336,6 +342,7 @@ def begin_with(network: nn.Module, path: str | Path) -> None:
     lost = [name for name in wanted if name not in fits and not name.startswith(HEADS)]
     if lost:
         raise UserError(f"{path} does not fit the network: {len(lost)} tensors are missing or differ, as {lost[0]}.")
+    check_finite(fits, path)
     network.load_state_dict({**wanted, **fits})
 
 

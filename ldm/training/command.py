@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 
 from ldm.errors import UserError, run_command
-from ldm.training.run import SEED, Training, check_trainer_key, find_run, merge_config
+from ldm.training.run import SEED, Training, check_trainer_key, merge_config
 
 HELP = """Train the model that a config describes.
 
@@ -83,8 +83,9 @@ def parser(door: Door = MAIN) -> argparse.ArgumentParser:
     add("-s", "--seed", type=int, help=f"seed of everything random (default: {SEED})")
     add("--gpus", help="GPUs to train on, such as 0,1 or 0, (default: one if there is one)")
     add("-d", "--debug", default=False, help="open the debugger if training fails", **switch)
-    rate_help = "multiply the base learning rate by accumulated batches, devices and batch size (default: true)"
-    add("--scale_lr", default=True, help=rate_help, **switch)
+    rate_help = "multiply the base learning rate by accumulated batches, devices and batch size "
+    rate_help += "(default: true; of a resumed run, as before)"
+    add("--scale_lr", help=rate_help, **switch)
     add("--no-test", default=False, help="do not evaluate on the test set of the data afterwards", **switch)
     return made
 
@@ -124,8 +125,15 @@ def _run(argv: Sequence[str], door: Door) -> int:
     options, overrides = parse(argv, door)
     if options.resume and options.name:
         raise UserError("--name is for a new run and --resume continues an old one; give only one of them")
-    folder, checkpoint = find_run(options.resume) if options.resume else (None, None)
-    cfg = merge_config(options, overrides, folder)
+    if options.resume:
+        from ldm.training.resume import check_resume, find_run
+
+        folder, checkpoint = find_run(options.resume)
+        cfg = merge_config(options, overrides, folder)
+        changed = check_resume(cfg, checkpoint)
+    else:
+        folder, checkpoint, changed = None, None, []
+        cfg = merge_config(options, overrides, None)
     folder = folder or Path(options.logdir) / f"{datetime.now():%Y-%m-%dT%H-%M-%S}_{cfg['name']}{options.postfix}"
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
@@ -133,8 +141,10 @@ def _run(argv: Sequence[str], door: Door) -> int:
     for message in (*harmless, "Total length of `list`"):  # no test set
         warnings.filterwarnings("ignore", message=message)
     training = Training(cfg, folder, checkpoint)
+    for line in changed:
+        training.trainer.print(line)
     if options.train:
-        if code := training.fit(options.scale_lr, f"{door.train} --resume {folder}", options.debug):
+        if code := training.fit(f"{door.train} --resume {folder}", options.debug):
             return code
     elif not checkpoint:
         training.trainer.print(f"the config is valid; train with: {door.train}")

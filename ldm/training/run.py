@@ -7,7 +7,6 @@ import inspect
 import re
 import shutil
 import sys
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,30 +47,6 @@ def check_trainer_key(key: str, flags: Sequence[str] = (), option: str = "") -> 
         raise UserError(f"unknown key 'lightning.trainer.{key}'{suggest(key, known)}")
 
 
-def find_run(resume: str) -> tuple[Path, Path]:
-    """The run folder and the checkpoint that `--resume` names, either of which it may give.
-
-    Raises:
-        UserError: there is nothing to resume.
-
-    >>> find_run("logs/none")
-    Traceback (most recent call last):
-    ldm.errors.UserError: cannot resume 'logs/none': it does not exist
-    """
-    path = Path(resume)
-    run, checkpoint = (path, path / "checkpoints" / "last.ckpt") if path.is_dir() else (path.parent.parent, path)
-    if not path.exists():
-        raise UserError(f"cannot resume '{path}': it does not exist")
-    if not checkpoint.is_file():
-        raise UserError(f"cannot resume '{run}': it has no checkpoints/last.ckpt")
-    if not zipfile.is_zipfile(checkpoint):
-        raise UserError(f"cannot resume: '{checkpoint}' is not a complete checkpoint; try another one of that folder")
-    for part in ("project", "lightning"):
-        if not list((run / "configs").glob(f"*-{part}.yaml")):
-            raise UserError(f"cannot resume '{path}': '{run}' has no configs/*-{part}.yaml, so it is not a run folder")
-    return run, checkpoint
-
-
 def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Path | None) -> dict[str, Any]:
     """Merge the latest config of a run that is resumed, the --base files and the overrides, and check the result.
 
@@ -102,6 +77,10 @@ def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Pat
         check_trainer_key(key)
     if isinstance(trainer.get("val_check_interval"), int):  # batches, counted over all epochs
         trainer.setdefault("check_val_every_n_epoch", None)
+    if options.scale_lr is not None:
+        cfg["model"]["scale_lr"] = options.scale_lr
+    elif not run:
+        cfg["model"].setdefault("scale_lr", True)
     cfg["seed"] = next(s for s in (options.seed, cfg.get("seed"), SEED) if s is not None)
     cfg["name"] = options.name or cfg.get("name") or Path((options.base or [run])[0]).stem
     return cfg
@@ -151,11 +130,14 @@ class Training:
     def __init__(self, cfg: dict[str, Any], folder: Path, checkpoint: Path | None) -> None:
         from pytorch_lightning import seed_everything
 
-        check_files(cfg)
         self.cfg, self.folder, self.checkpoint = cfg, folder, checkpoint
+        model = cfg["model"]
+        if checkpoint is not None and "ckpt_path" in (model.get("params") or {}):  # its weights are the checkpoint's
+            model = {**model, "params": {**model["params"], "ckpt_path": None}}
+        check_files({**cfg, "model": model})
         precision = _settle_precision(cfg["lightning"]["trainer"])
         seed_everything(cfg["seed"], workers=True, verbose=False)
-        self.model: LightningModule = self._build(cfg["model"])
+        self.model: LightningModule = self._build(model)
         self.data: LightningDataModule = self._build(cfg["data"])
         self.trainer = self._trainer()
         size, device = sum(p.numel() for p in self.model.parameters()) / 1e6, self.trainer.strategy.root_device
@@ -182,13 +164,16 @@ class Training:
 
         from ldm.callbacks import SetupRun, StepSeed, WholeCheckpoints
         from ldm.config import check_params, instantiate_from_config
+        from ldm.training.health import FiniteTraining
+        from ldm.training.resume import ResumedRate
 
         lightning = self.cfg["lightning"]
         arguments = {"devices": 1, **lightning["trainer"]}
         nodes = {name: node for name, node in lightning["callbacks"].items() if node is not None}
         if arguments.get("enable_progress_bar") is False:
             nodes.pop("progress_bar", None)
-        callbacks = [SetupRun(self.cfg), StepSeed(self.cfg["seed"]), *map(instantiate_from_config, nodes.values())]
+        callbacks = [SetupRun(self.cfg), StepSeed(self.cfg["seed"]), FiniteTraining(), ResumedRate()]
+        callbacks += map(instantiate_from_config, nodes.values())
         asked = (lightning.get("modelcheckpoint") or {}).get("params") or {}
         best = {"monitor": getattr(self.model, "monitor", None), "filename": "best-{epoch:06}-{step:09}"}
         best |= {"dirpath": str(self.folder / "checkpoints"), "save_on_train_epoch_end": False, **asked}
@@ -204,23 +189,25 @@ class Training:
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"Lightning does not accept lightning.trainer: {error}") from error
 
-    def _set_learning_rate(self, scale: bool) -> None:
+    def _set_learning_rate(self) -> None:
         base, trainer = self.cfg["model"].get("base_learning_rate"), self.trainer
+        scale = self.cfg["model"].get("scale_lr", True)
         devices, size = trainer.world_size, self.data.batch_size
         if not isinstance(base, (int, float)):
             raise UserError(f"model.base_learning_rate must be a number such as 1.0e-06, got {base!r}")
+        if not isinstance(scale, bool):
+            raise UserError(f"model.scale_lr must be true or false, got {scale!r}")
         accumulate = trainer.accumulate_grad_batches * getattr(self.model, "accumulate", 1)  # and the model's own
         rate = self.model.learning_rate = accumulate * devices * size * base if scale else base
         factors = f"{accumulate} (accumulate_grad_batches) * {devices} (devices) * {size} (batch size) * "
         trainer.print(f"learning rate {rate:.2e} = {factors if scale else ''}{base:.2e} (model.base_learning_rate)")
 
-    def fit(self, scale_lr: bool, again: str, debug: bool = False) -> int:
+    def fit(self, again: str, debug: bool = False) -> int:
         """Train, and return the exit code: 0, or 130 if a signal stopped it.
 
         A new run that ends before its first step leaves no folder.
 
         Args:
-            scale_lr: multiply the base learning rate by batch size, devices and accumulation.
             again: command that continues a stopped run.
             debug: open the debugger if training fails.
         """
@@ -228,9 +215,12 @@ class Training:
         from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
         from ldm.callbacks import Stopped
+        from ldm.interop.checkpoint import read_checkpoint
+        from ldm.training.health import Diverged, advice
 
-        self._set_learning_rate(scale_lr)
+        self._set_learning_rate()
         trainer, run, last = self.trainer, self.folder, self.folder / "checkpoints" / "last.ckpt"
+        begun = -1 if self.checkpoint is None else read_checkpoint(self.checkpoint)["global_step"]
         try:
             for name in ("checkpoints", "configs", "images") if trainer.is_global_zero else ():
                 (run / name).mkdir(parents=True, exist_ok=self.checkpoint is not None)
@@ -243,6 +233,9 @@ class Training:
             where = f"continue with: {again}" if last.exists() else "nothing was saved yet"
             trainer.print(f"stopped at step {trainer.global_step}; {where}")
             return 130
+        except Diverged as stop:
+            clips = "lightning.trainer" if self.model.automatic_optimization else "model.params"
+            raise UserError(advice(str(stop), run, again, self.cfg, f"{clips}.gradient_clip_val")) from stop
         except (UserError, MisconfigurationException) as error:  # a loader's worker adds its traceback
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
         except Exception:
@@ -255,10 +248,16 @@ class Training:
             if trainer.is_global_zero and self.checkpoint is None and trainer.global_step == 0:
                 shutil.rmtree(run)
         timer = next((callback for callback in trainer.callbacks if isinstance(callback, Timer)), None)
-        if timer is not None and trainer.global_step < trainer.max_steps and (timer.time_remaining() or 0) <= 0:
+        late = timer is not None and trainer.global_step < trainer.max_steps and (timer.time_remaining() or 0) <= 0
+        if late:
             told = f"at step {trainer.global_step} of {trainer.max_steps}; a faster machine gets further in that time"
             trainer.print(f"the time limit (max_time) ended the training {told}")
-        trainer.print(f"trained to step {trainer.global_step}: {last if last.exists() else run}")
+        if trainer.global_step == begun and not late:
+            limit = "max_steps" if 0 < trainer.max_steps <= begun else "max_epochs"
+            reached = f"the run is at step {begun} already, and {limit} is {getattr(trainer, limit)}"
+            trainer.print(f"nothing was trained: {reached}; go on with: {again} --{limit} MORE")
+        else:
+            trainer.print(f"trained to step {trainer.global_step}: {last if last.exists() else run}")
         return 0
 
     def test(self, checkpoint: Path | None) -> None:
