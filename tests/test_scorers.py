@@ -434,9 +434,9 @@ def test_a_folder_comes_back_whole_and_runs_nothing(trained, tmp_path):
         load_scorer(tmp_path / "b")
     broken(lambda c: None)
     weights = load_file(tmp_path / "b" / "member-1.safetensors")
-    weights["conv1.0.weight" if "conv1.0.weight" in weights else "conv1.weight"][0, 0, 0, 0] = float("nan")
+    weights["conv1.0.weight"][0, 0, 0, 0] = float("nan")
     save_file(weights, tmp_path / "b" / "member-1.safetensors")
-    with pytest.raises(UserError, match=r"weights in .*member-1\.safetensors are of no use: 1 of the \d+ values of conv1"):
+    with pytest.raises(UserError, match=r"member-1\.safetensors are of no use: 1 of the \d+ values of conv1"):
         load_scorer(tmp_path / "b")
     (tmp_path / "b" / "member-1.safetensors").unlink()
     with pytest.raises(UserError, match=r"member-1.safetensors does not exist"):
