@@ -16,8 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from ldm.errors import UserError
 from ldm.images.marks import MARK, mark_text, read_mark
-from ldm.images.slides import open_slide
-from ldm.images.write import save_animation, save_bigtiff, save_ome_zarr, save_png, save_real_png, to_uint8
+from ldm.images.slides import open_image, open_slide
+from ldm.images.write import save_animation, save_bigtiff, save_image, save_ome_zarr, save_png, save_real_png, to_uint8
 
 ABOUT = {"model": "demo µ", "seed": 7, "condition": {"features": "slide.zarr"}}
 
@@ -148,3 +148,17 @@ def test_to_uint8_is_the_inverse_of_loading(image: np.ndarray):
     loaded = torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1
     assert np.array_equal(to_uint8(loaded), image)
     assert to_uint8(torch.tensor([-3.0, 0.0, 3.0]).reshape(1, 3, 1, 1)).ravel().tolist() == [0, 128, 255]
+
+
+def test_images_are_written_by_their_ending_and_read_back(tmp_path):
+    image = np.tile(np.linspace(0, 255, 300).astype(np.uint8)[None, :, None], (200, 1, 3))
+    for name in ("a.png", "a.jpg", "a.jpeg", "a.tif", "a.ome.zarr"):
+        path = save_image(tmp_path / name, image, {"seed": 4}, 0.5)
+        assert np.abs(open_image(path).read(0, 0, *image.shape[1::-1]).astype(int) - image).mean() < 8
+        assert read_mark(path)["seed"] == 4
+    with pytest.raises(UserError, match=r"written as \.png, \.jpg, \.jpeg, \.tif, \.tiff, \.ome\.zarr; got"):
+        save_image(tmp_path / "a.gif", image, {}, 0.5)
+    with pytest.raises(UserError, match="micrometres per pixel, which are unknown"):
+        save_image(tmp_path / "b.tif", image, {})
+    with pytest.raises(UserError, match="a JPEG has 65500 at most"):
+        save_image(tmp_path / "wide.jpg", np.zeros((1, 70_000, 3), np.uint8), {})

@@ -68,7 +68,7 @@ def sample(
 def large_image(
     model: ModelOption,
     features: FeaturesOption,
-    out: Annotated[list[Path], output("--out", help="Output file: .png, .tif (pyramid) or .ome.zarr (repeat).")],
+    out: Annotated[list[Path], output("--out", help="Output file: .png, .jpg, .tif (pyramid) or .ome.zarr (repeat).")],
     sampler: AskedSampler,
     windows: Windows,
     condition: ConditionOption = None,

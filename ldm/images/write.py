@@ -27,6 +27,7 @@ from ldm.images.marks import DESCRIPTION, KEY, mark_of, mark_text
 TILE = 256
 SCALED = (".tif", ".tiff", ".ome.zarr")  # formats that say their micrometres per pixel
 SUFFIXES = (".png", ".jpg", ".jpeg", *SCALED)
+_JPEG_SIDE = 65_500  # pixels that its encoder takes
 _BLOCK = 2048  # rows and columns of the finer level that are halved at once
 
 
@@ -75,6 +76,9 @@ def save_jpeg(path: Path | str, image: np.ndarray, metadata: Mapping[str, Any], 
     3
     """
     _check(image)
+    if max(image.shape) > _JPEG_SIDE:
+        size = f"{image.shape[1]} x {image.shape[0]} px"
+        raise UserError(f"{path} would be {size}; a JPEG has {_JPEG_SIDE} at most: write a .tif or .png.")
     text, exif = mark_text(metadata), Image.Exif()
     exif[DESCRIPTION] = text
     about = {"comment": text.encode(), "exif": exif, "quality": quality, "subsampling": 0}
