@@ -123,7 +123,7 @@ def read_pictures(
     Args:
         where: keeps those of which the list (tiles.csv, index.parquet) says so, `{"split": "test"}`.
         subfolders: take those of a folder's subfolders too.
-        mpp: micrometres per pixel of image files, in place of what they say.
+        mpp: micrometres per pixel of image files that do not say them.
     Raises:
         UserError: nothing there, no image, a list that names files which are not there, a selection of none.
 

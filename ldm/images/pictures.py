@@ -42,7 +42,7 @@ class Picture:
     ) -> Picture:
         """An image file or OME-Zarr.
 
-        file: what it is called; None: as the path is. mpp: micrometres per pixel, in place of what it says.
+        file: what it is called; None: as the path is. mpp: micrometres per pixel, where it does not say them.
 
         >>> picture = Picture.of_file(slide_path)
         >>> picture.name, picture.size, picture.mpp, picture.suffix
