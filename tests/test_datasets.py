@@ -354,7 +354,7 @@ def test_bad_feature_files(tmp_path: Path):
     for name, message in (
         ("rows.h5", "6 features but coords of shape"),
         ("none.h5", "it holds something"),
-        ("flat.npy", "expected .N, D. or"),
+        ("flat.npy", "holds one feature of 4 values, of a whole slide"),
         ("nan.npy", "NaN or infinity in 4 of 6"),
         ("text.npy", "not numbers"),
         ("broken.h5", "cannot be read as .h5"),

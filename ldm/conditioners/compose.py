@@ -97,9 +97,11 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def guidance_terms(
-    null: Mapping[str, Tensor], cond: Mapping[str, Tensor], scales: Mapping[str, float],
+    null: Mapping[str, Tensor],
+    cond: Mapping[str, Tensor],
+    scales: Mapping[str, float],
     given: Collection[str] | None = None,
-) -> list[tuple[dict[str, Tensor], float]]:  # fmt: skip
+) -> list[tuple[dict[str, Tensor], float]]:
     """Terms for `ldm.diffusion.guidance.compose`: each condition alone, at its own scale.
 
     scales: name -> scale; "class+text" guides by both jointly. Conditions that are not named have scale 1. given: names

@@ -132,8 +132,8 @@ class GeneSource:
         return value
 
     def _check(self, values: Tensor) -> None:
-        known = values.isnan() | (((values == 0) | (values == 1)) if self.kind == "mutation" else
-                                  ((values >= 0) & (values <= 1)))  # fmt: skip
+        within = (values == 0) | (values == 1) if self.kind == "mutation" else (values >= 0) & (values <= 1)
+        known = values.isnan() | within
         if not known.all():
             row, column = (~known).nonzero()[0].tolist()
             hint = (

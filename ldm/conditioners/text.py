@@ -7,6 +7,7 @@ from string import Formatter
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ldm.conditioners.base import About, Conditioner, as_list, where_kept
@@ -125,11 +126,11 @@ class TextEmbedder(Conditioner):
         if not self.mask_padding:
             keep = None
         parts = 1 if self.layout == "joint" else self.chunks
-        ids = ids.reshape(len(ids) * parts, -1)
-        keep = None if keep is None else keep.bool().reshape(ids.shape)
+        ids = rearrange(ids, "b (parts n) -> (b parts) n", parts=parts)
+        keep = None if keep is None else rearrange(keep.bool(), "b (parts n) -> (b parts) n", parts=parts)
         with torch.set_grad_enabled(self.trainable and torch.is_grad_enabled()):
             features = self.tower(ids, keep)
-        return features.reshape(-1, self.length, self.tower.width)
+        return rearrange(features, "(b parts) n d -> b (parts n) d", parts=parts)
 
     def empty_tokens(self) -> tuple[Tensor, Tensor]:
         """Ids (1,L) of the empty caption and which of them are no padding."""

@@ -58,8 +58,11 @@ class TokenTransformer(nn.Module):
         )
         self.token_emb = nn.Embedding(self.vocab_size, self.width)
         self.pos_emb = nn.ModuleDict({"emb": nn.Embedding(self.context_length, self.width)})
-        blocks = [block for _ in range(text["layers"]) for block in (TokenAttention(self.width, text["heads"]),
-                                                                     TokenFeedForward(self.width))]  # fmt: skip
+        blocks = [
+            block
+            for _ in range(text["layers"])
+            for block in (TokenAttention(self.width, text["heads"]), TokenFeedForward(self.width))
+        ]
         layers = nn.ModuleList(nn.ModuleList([nn.LayerNorm(self.width), block]) for block in blocks)
         self.attn_layers = nn.ModuleDict({"layers": layers})
         self.norm = nn.LayerNorm(self.width)

@@ -54,11 +54,11 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         if not isinstance(self.dihedral, bool):
-            raise UserError(f"augment.dihedral is true or false; got {self.dihedral!r}")
+            raise UserError(f"augment.dihedral is true or false; got {self.dihedral!r}.")
         for name in ("stain", "colour", "blur"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-                raise UserError(f"augment.{name} is a number from 0 (off) to 1; got {value!r}")
+                raise UserError(f"augment.{name} is a number from 0 (off) to 1; got {value!r}.")
 
     @property
     def of_pixels(self) -> bool:
@@ -104,14 +104,14 @@ class Augmentation:
             raise UserError(
                 f"augment changes pixels ({asked}), and this training reads cached latents, which stay as they are: "
                 "take `latent` out of the data's keys, so that tiles are encoded as they are read, or leave "
-                f"{asked} out"
+                f"{asked} out."
             )
         if "image" not in item:
-            raise UserError(f"augment changes images ({asked}); the data give {', '.join(item)} and no image")
+            raise UserError(f"augment changes images ({asked}); the data give {', '.join(item)} and no image.")
         if len(item["image"]) != 3 and (self.stain or self.colour):
             raise UserError(
                 f"augment.stain and augment.colour are of images with three channels; these have {len(item['image'])}: "
-                "leave them out"
+                "leave them out."
             )
 
 

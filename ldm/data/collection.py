@@ -82,7 +82,7 @@ class Pictures:
         if name not in known:
             raise UserError(f"nothing says the '{name}' of the images in {self.source}{suggest(name, known)}")
         if missing := [self.name(i) for i, own in enumerate(self.about) if pd.isna(own.get(name))]:
-            raise UserError(f"{len(missing)} images of {self.source} have no {name}: {some(missing, 5)}")
+            raise UserError(f"{len(missing)} images of {self.source} have no {name}: {some(missing, 5)}.")
         return [own[name] for own in self.about]
 
     def middle(self, crop: int | None) -> Pictures:
@@ -141,7 +141,7 @@ def read_pictures(
     elif path.is_dir() and not is_ome_zarr(path):
         files = [p for p in images_in(path, subfolders) if not p.name.startswith(SHEET)]
         if not files:
-            raise UserError(f"there is no image in {path}; known endings: {ENDINGS}")
+            raise UserError(f"there is no image in {path}; known endings: {ENDINGS}.")
         pictures = pictures_of_files(files, [{"file": str(p.relative_to(path))} for p in files], str(path), mpp)
     else:
         pictures = pictures_of_files([path], [{"file": path.name}], str(path), mpp)
@@ -214,5 +214,5 @@ def _listed(path: Path, mpp: float | None) -> Pictures:
         raise UserError(f"{path} has no column 'file'; it lists the images of its folder.")
     paths = [path.parent / str(name) for name in table["file"]]
     if missing := [file.name for file in paths if not file.is_file()]:
-        raise UserError(f"{path} lists {len(missing)} images that are not there: {some(missing, 5)}")
+        raise UserError(f"{path} lists {len(missing)} images that are not there: {some(missing, 5)}.")
     return pictures_of_files(paths, table.to_dict("records"), str(path.parent), mpp)

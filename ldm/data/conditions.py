@@ -43,10 +43,10 @@ class TileConditions:
         missing: str = "error",
     ):
         if missing not in ("error", "skip"):
-            raise UserError(f"`missing` is error or skip; got '{missing}'")
+            raise UserError(f"`missing` is error or skip; got '{missing}'.")
         for key in sources:
             if key in TAKEN:
-                raise UserError(f"a condition cannot be called '{key}', which tiles have anyway")
+                raise UserError(f"a condition cannot be called '{key}', which tiles have anyway.")
         self.sources, self.stores = dict(sources), stores
         self.tables: dict[str, list[OmicsTable]] = {}  # key -> the table of each store's cohort
         self.values: dict[str, list[np.ndarray]] = {key: [] for key in sources}  # per store, of the chosen rows
@@ -61,7 +61,7 @@ class TileConditions:
                     raise UserError(
                         f"{none.sum()} of {len(chosen)} tiles of {store.slide} have no {sources[key]} (the first is "
                         f"row {chosen[none][0]}); fill it in, select others with `where`, or leave them out with "
-                        "`missing: skip`"
+                        "`missing: skip`."
                     )
                 lacking |= none
             self.skipped += int(lacking.sum())
@@ -98,9 +98,9 @@ class TileConditions:
             tables = self.tables.setdefault(key, [])
             tables.append(table)
             if table.about["genes"] != tables[0].about["genes"]:
-                raise UserError(f"{path} has other genes than the first cohort's; join both with one list of genes")
+                raise UserError(f"{path} has other genes than the first cohort's; join both with one list of genes.")
             if "sample" not in index:
-                raise UserError(f"{_cohort_of(store)} has no column `sample`; run `python -m data_prep.join_omics`")
+                raise UserError(f"{_cohort_of(store)} has no column `sample`; run `python -m data_prep.join_omics`.")
             return table.index.get_indexer(index["sample"]).astype(float) + np.where(
                 index["sample"].isin(table.index), 0.0, np.nan
             )
@@ -125,7 +125,7 @@ class TileConditions:
                 values = np.asarray(array[int(value)], np.float32)
                 if not np.isfinite(values).all():
                     raise UserError(
-                        f"{self.stores[store].path}/{source} row {int(value)} holds NaN or infinity; make it again"
+                        f"{self.stores[store].path}/{source} row {int(value)} holds NaN or infinity; make it again."
                     )
                 if array.attrs.get("dihedral"):
                     values = values[variant]
@@ -184,7 +184,8 @@ class OmicsTable:
         if not path.is_file():
             known = sorted(p.stem for p in path.parent.glob("*.parquet"))
             raise UserError(
-                f"there is no omics table at {path}{suggest(source, known)} `python -m data_prep.join_omics` makes them"
+                f"there is no omics table at {path}{suggest(source, known)} Make one with `python -m "
+                "data_prep.join_omics`."
             )
         about = path.with_suffix(".json")
         try:
@@ -236,6 +237,6 @@ def index_rows(store: TileStore) -> pd.DataFrame:
     if not np.array_equal(index["row"], np.arange(len(store))):
         raise UserError(
             f"{path} has {len(index)} rows for {store.slide} but its store has {len(store)} tiles; delete it "
-            "and run the command that wrote it again"
+            "and run the command that wrote it again."
         )
     return index

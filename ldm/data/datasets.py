@@ -130,7 +130,7 @@ class TileDataset(Dataset):
             for store, coords in zip(self.stores, self._coords)
         ]
         if clash := sorted(set(conditions or {}) & set(self.names)):
-            raise UserError(f"'{clash[0]}' is in `keys` and in `conditions`; leave it out of one of them")
+            raise UserError(f"'{clash[0]}' is in `keys` and in `conditions`; leave it out of one of them.")
         self.conditions = TileConditions(self.stores, kept, conditions or {}, missing)
         kept = self.conditions.rows
         self._store_of = np.repeat(np.arange(len(kept)), [len(rows) for rows in kept])
@@ -166,7 +166,7 @@ class TileDataset(Dataset):
                     raise UserError(
                         f"{store.path} has latents '{latents}' in one orientation, and a flipped latent is not the "
                         "latent of the flipped tile: cache all eight with `python -m data_prep.encode_latents "
-                        "--dihedral`, or set dihedral: false"
+                        "--dihedral`, or set dihedral: false."
                     )
             for key, name in self.names.items():
                 if made_by := store.array(name).attrs.get("weights_sha256"):
@@ -226,7 +226,7 @@ class TileDataset(Dataset):
         values = values.astype(np.float32)
         if not np.isfinite(values).all():
             raise UserError(
-                f"{self.stores[store].path}/{self.names[key]} row {row} holds NaN or infinity; make it again"
+                f"{self.stores[store].path}/{self.names[key]} row {row} holds NaN or infinity; make it again."
             )
         return values
 
@@ -266,7 +266,7 @@ def _number(value: Any, column: str) -> float:
     try:
         return float(value)
     except (TypeError, ValueError):
-        raise UserError(f"'{column}' is a number; it is never '{value}'") from None
+        raise UserError(f"'{column}' is a number; it is never '{value}'.") from None
 
 
 def _select(
@@ -295,7 +295,7 @@ def _select(
             )
         if isinstance(wanted, Mapping):
             if unknown := set(wanted) - {"min", "max"}:
-                raise UserError(f"where.{column} takes a value, a list, or min and max; got {sorted(unknown)}")
+                raise UserError(f"where.{column} takes a value, a list, or min and max; got {sorted(unknown)}.")
             keep &= (values >= wanted.get("min", -np.inf)) & (values <= wanted.get("max", np.inf))
         else:
             listed = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
@@ -336,13 +336,13 @@ class RegionDataset(Dataset):
                     f"an image of RegionDataset has no '{name}'{suggest(name, ('path', 'mpp', 'weight', 'exclude'))}"
                 )
             if "path" not in image:
-                raise UserError(f"an image of RegionDataset lacks its path; it has {dict(image)}")
+                raise UserError(f"an image of RegionDataset lacks its path; it has {dict(image)}.")
             slide = open_slide(image["path"], image.get("mpp"))
             tell(f"{slide.path.name}: {note}" for note in slide.notes)
             pixels = slide.thumbnail(mpp or slide.mpp)
             if min(pixels.shape[:2]) < size:
                 raise UserError(
-                    f"{slide.path} is {pixels.shape[1]} x {pixels.shape[0]} px, smaller than crops of {size} px"
+                    f"{slide.path} is {pixels.shape[1]} x {pixels.shape[0]} px, smaller than crops of {size} px."
                 )
             self._pixels.append(pixels)
             self._masks.append(TissueMask(slide))
@@ -350,7 +350,7 @@ class RegionDataset(Dataset):
             self._exclude.append([tuple(box) for box in image.get("exclude", ())])
             weights.append(image.get("weight", pixels.shape[0] * pixels.shape[1]))
         if not self._pixels:
-            raise UserError("RegionDataset needs at least one image")
+            raise UserError("RegionDataset needs at least one image.")
         self._weights = np.asarray(weights, float) / np.sum(weights)
         self._names = [Path(image["path"]).name for image in images]
 
@@ -366,7 +366,7 @@ class RegionDataset(Dataset):
         place = self._place(i, rng, glass=False) if place is None else place
         if place is None:
             raise UserError(
-                f"{self._names[i]} has no place on tissue for a crop of {size} px outside the excluded boxes"
+                f"{self._names[i]} has no place on tissue for a crop of {size} px outside the excluded boxes."
             )
         x, y = place
         crop = to_tensor(pixels[y : y + size, x : x + size], int(rng.integers(d4.COUNT)) if self.dihedral else 0)

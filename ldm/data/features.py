@@ -59,7 +59,7 @@ class Features:
         if self.coords is None:
             raise UserError(
                 "these features have no coordinates, so their places are unknown; give a file with coords, "
-                "a tile store, or a .npy of shape (rows, cols, D)"
+                "a tile store, or a .npy of shape (rows, cols, D)."
             )
         return features_to_grid(self.values, self.coords, self.step)
 
@@ -81,9 +81,9 @@ def read_features(path: Path | str, feature: str | None = None, dim: int | None 
     """
     path = Path(path)
     if not path.exists():
-        raise UserError(f"there are no features at {path}")
+        raise UserError(f"there are no features at {path}.")
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: features are read from {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: features are read from {', '.join(SUFFIXES)}.")
     if path.suffix == ".zarr":
         features = _from_store(path, feature)
     else:
@@ -106,7 +106,7 @@ def _from_h5(path: Path) -> Features:
     with h5py.File(path, "r") as file:
         name = next((n for n in H5_NAMES if n in file), None)
         if name is None:
-            raise UserError(f"{path} has no {', '.join(H5_NAMES)}; it holds {', '.join(file) or 'nothing'}")
+            raise UserError(f"{path} has no {', '.join(H5_NAMES)}; it holds {', '.join(file) or 'nothing'}.")
         values = _unbatched(_floats(file[name][()], path))
         places = places_in(file)
     return Features(values, places)
@@ -149,7 +149,7 @@ def _number(value: Any, name: str, path: str) -> float:
             return float(each.decode() if isinstance(each, bytes) else each)
     except ValueError:
         pass
-    raise UserError(f"{path}: the attribute `{name}` of its coords is {value!r}, which is not one number")
+    raise UserError(f"{path}: the attribute `{name}` of its coords is {value!r}, which is not one number.")
 
 
 def _from_pt(path: Path) -> Features:
@@ -161,14 +161,14 @@ def _from_pt(path: Path) -> Features:
         name = next((n for n in H5_NAMES if n in content), None)
         if name is None:
             raise UserError(
-                f"{path} has no {', '.join(H5_NAMES)}; it holds {', '.join(map(str, content)) or 'nothing'}"
+                f"{path} has no {', '.join(H5_NAMES)}; it holds {', '.join(map(str, content)) or 'nothing'}."
             )
         coords = content.get("coords")
         content = content[name]
     if isinstance(content, (list, tuple)) and len(content) == 1:
         content = content[0]
     if not isinstance(content, torch.Tensor):
-        raise UserError(f"{path} holds {type(content).__name__}, not a tensor of features")
+        raise UserError(f"{path} holds {type(content).__name__}, not a tensor of features.")
     values = _unbatched(_floats(content.detach().float().numpy(), path))
     return Features(values, None if coords is None else Places(_unbatched(np.asarray(coords))))
 
@@ -177,9 +177,9 @@ def _from_store(path: Path, feature: str | None) -> Features:
     store = TileStore.open(path)
     if feature is None:
         if not store.feature_names:
-            raise UserError(f"{path} holds no features; make them with `python -m data_prep.extract_features`")
+            raise UserError(f"{path} holds no features; make them with `python -m data_prep.extract_features`.")
         if len(store.feature_names) > 1:
-            raise UserError(f"{path} holds features {', '.join(store.feature_names)}; name the one to use")
+            raise UserError(f"{path} holds features {', '.join(store.feature_names)}; name the one to use.")
         feature = store.feature_names[0]
     values = np.asarray(store.features(feature)[:])
     values = values[:, 0] if values.ndim == 3 else values
@@ -189,7 +189,7 @@ def _from_store(path: Path, feature: str | None) -> Features:
 
 def _floats(values: np.ndarray, path: Path) -> np.ndarray:
     if values.dtype.kind not in "fiu":
-        raise UserError(f"{path} holds {values.dtype}, not numbers")
+        raise UserError(f"{path} holds {values.dtype}, not numbers.")
     return values.astype(np.float32)
 
 
@@ -202,28 +202,29 @@ def _check(features: Features, path: Path, dim: int | None) -> None:
     values, coords = features.values, features.coords
     if values.ndim == 1 or (coords is not None and values.shape[:-1] == (1,) and len(coords) > 1):
         raise UserError(
-            f"{path} holds one feature of {values.shape[-1]} values, of a whole slide; give the features of its tiles"
+            f"{path} holds one feature of {values.shape[-1]} values, of a whole slide; give the features of its tiles."
         )
     if values.ndim not in (2, 3) or 0 in values.shape:
-        raise UserError(f"{path} has features of shape {values.shape}; expected (N, D) or (rows, cols, D)")
+        raise UserError(f"{path} has features of shape {values.shape}; expected (N, D) or (rows, cols, D).")
     if dim is not None and values.shape[-1] != dim:
         raise UserError(
             f"{path} has features of dimension {values.shape[-1]}, but the model was trained with {dim}; "
-            "use the encoder that the model names"
+            "use the encoder that the model names."
         )
     if coords is not None and coords.shape != (len(values), 2):
         raise UserError(
-            f"{path} has {len(values)} features but coords of shape {coords.shape}; expected ({len(values)}, 2)"
+            f"{path} has {len(values)} features but coords of shape {coords.shape}; expected ({len(values)}, 2)."
         )
     bad = ~np.isfinite(values)
     if values.ndim == 3:
         holes = np.isnan(values).all(-1)
         bad &= ~holes[..., None]
         if holes.all():
-            raise UserError(f"{path} is a grid of holes only")
+            raise UserError(f"{path} is a grid of holes only.")
     if bad.any():
         rows = int(bad.any(-1).sum())
-        raise UserError(f"{path} holds NaN or infinity in {rows} of {values[..., 0].size} features; extract them again")
+        count = values[..., 0].size
+        raise UserError(f"{path} holds NaN or infinity in {rows} of {count} features; extract them again.")
 
 
 def features_to_grid(
@@ -250,19 +251,19 @@ def features_to_grid(
         gaps = np.concatenate([np.diff(np.unique(axis)) for axis in coords.T])
         step = float(gaps.min()) if len(gaps) else 1.0
     if step <= 0:
-        raise UserError(f"the step between tiles must be above 0, got {step}")
+        raise UserError(f"the step between tiles must be above 0, got {step}.")
     place = (coords - coords.min(0)) / step
     cells = place.round().astype(int)
     off = (np.abs(place - cells) * step > 1).any(1)  # a pixel of rounding is allowed
     if off.any():
         raise UserError(
             f"{int(off.sum())} of {len(coords)} tiles lie off the lattice of step {step:g} px that starts at "
-            f"{tuple(coords.min(0))}; give the step between neighbouring tiles, or tiles cut on one lattice"
+            f"{tuple(coords.min(0))}; give the step between neighbouring tiles, or tiles cut on one lattice."
         )
     cols, rows = cells.max(0) + 1
     flat = cells[:, 1] * cols + cells[:, 0]
     if len(np.unique(flat)) < len(flat):
-        raise UserError(f"{len(flat) - len(np.unique(flat))} tiles lie in the place of another one (step {step:g} px)")
+        raise UserError(f"{len(flat) - len(np.unique(flat))} tiles lie in the place of another one (step {step:g} px).")
     grid = np.full((rows * cols, features.shape[1]), np.nan, np.float32)
     grid[flat] = features
     mask = np.zeros(rows * cols, bool)

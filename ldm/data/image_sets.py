@@ -129,8 +129,10 @@ def table_of(pictures: Pictures) -> pd.DataFrame:
     elif "patient" not in table:
         table["patient"] = [patient_of(str(slide)) for slide in table["slide"]]
     if "slide" in table and {"x", "y"} <= set(table):
-        table["block"] = [f"{s}:{int(x) // BLOCK_SIDE}:{int(y) // BLOCK_SIDE}"
-                          for s, x, y in zip(table["slide"], table["x"], table["y"])]  # fmt: skip
+        table["block"] = [
+            f"{s}:{int(x) // BLOCK_SIDE}:{int(y) // BLOCK_SIDE}"
+            for s, x, y in zip(table["slide"], table["x"], table["y"])
+        ]
     folder = table["name"].map(lambda name: str(Path(name).parent))
     if "class" not in table and folder.nunique() > 1 and (folder != ".").all():
         table["class"] = folder

@@ -28,9 +28,10 @@ def collate(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     (torch.Size([2, 3, 8, 8]), [(8, 1, 1), (8, 4, 4)])
     """
     ragged = [
-        key for key, value in items[0].items()
+        key
+        for key, value in items[0].items()
         if isinstance(value, Tensor) and len({item[key].shape for item in items}) > 1
-    ]  # fmt: skip
+    ]
     batch = default_collate([{key: value for key, value in item.items() if key not in ragged} for item in items])
     return batch | {key: [item[key] for item in items] for key in ragged}
 
@@ -52,7 +53,7 @@ def with_shared(node: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str,
 
 def _augmentation(node: Mapping[str, Any]) -> Augmentation:
     if not isinstance(node, Mapping):
-        raise UserError(f"augment is `key: value` pairs, as {{stain: 0.05}}; got {node!r}")
+        raise UserError(f"augment is `key: value` pairs, as {{stain: 0.05}}; got {node!r}.")
     check_params(Augmentation, node, "augment")
     return Augmentation(**node)
 
@@ -63,7 +64,7 @@ def _turned(node: Mapping[str, Any]) -> dict[str, Any]:
     if turned["params"] == (node.get("params") or {}):
         raise UserError(
             f"augment.dihedral has no place in the training set: {node['target']} takes no `dihedral`, or its params "
-            "state it already; leave one of them out"
+            "state it already; leave one of them out."
         )
     return turned
 
@@ -105,7 +106,7 @@ class TileDataModule(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
-            raise UserError(f"batch_size is at least 1 and num_workers at least 0, got {batch_size} and {num_workers}")
+            raise UserError(f"batch_size is at least 1 and num_workers at least 0, got {batch_size} and {num_workers}.")
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.augmentation = _augmentation(augment or {})
         if self.augmentation.dihedral:

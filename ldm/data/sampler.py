@@ -97,7 +97,13 @@ class ResumableDataLoader(DataLoader):
 
 
 def ignore_interrupts(worker: int) -> None:
-    """Worker initialisation: Ctrl-C reaches the whole process group, and what it means is the main process's matter."""
+    """Worker initialisation: Ctrl-C reaches the whole process group, and what it means is the main process's matter.
+
+    >>> before = signal.getsignal(signal.SIGINT)
+    >>> ignore_interrupts(0)
+    >>> signal.signal(signal.SIGINT, before)
+    <Handlers.SIG_IGN: 1>
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

@@ -106,10 +106,10 @@ class WriterLock:
                 holder = self._holder(handle)
                 os.close(handle)
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise UserError(f"{self.path.parent} is on a file system without locks ({error})") from None
+                    raise UserError(f"{self.path.parent} is on a file system without locks ({error}).") from None
                 raise UserError(
                     f"{self.path.parent} is being written by process {holder.get('pid', '?')} on "
-                    f"{holder.get('host', '?')}; wait for it or stop it"
+                    f"{holder.get('host', '?')}; wait for it or stop it."
                 ) from None
             if not self.path.exists() or os.fstat(handle).st_ino != self.path.stat().st_ino:
                 os.close(handle)  # released and removed by its holder while we waited for it
@@ -119,7 +119,7 @@ class WriterLock:
                 os.close(handle)
                 raise UserError(
                     f"{self.path.parent} is being written by process {holder.get('pid')} on {holder['host']}; "
-                    f"if that process is dead, delete {self.path}"
+                    f"if that process is dead, delete {self.path}."
                 )
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)

@@ -40,16 +40,16 @@ class SlideFiles:
             return None, places
         found = read_features(self.features)
         if found.values.ndim != 2:
-            raise UserError(f"{self.features} has features of shape {found.values.shape}; expected (N, D)")
+            raise UserError(f"{self.features} has features of shape {found.values.shape}; expected (N, D).")
         if found.places is None and places is None:
             raise UserError(
                 f"{self.features} has no coordinates, and no .h5 file with `coords` of slide '{self.name}' was found; "
-                "give the folder that holds both (CLAM: patches/ and pt_files/; TRIDENT: patches/ and features_*/)"
+                "give the folder that holds both (CLAM: patches/ and pt_files/; TRIDENT: patches/ and features_*/)."
             )
         if places is not None and len(places.coords) != len(found.values):
             raise UserError(
                 f"{self.features} has {len(found.values)} features but {self.coords} has {len(places.coords)} "
-                "coordinates; they are of different runs"
+                "coordinates; they are of different runs."
             )
         if found.places is None:
             return found.values, places
@@ -65,9 +65,9 @@ def _read_places(path: Path) -> Places:
     except OSError as error:
         raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
     if places is None:
-        raise UserError(f"{path} has no `coords`")
+        raise UserError(f"{path} has no `coords`.")
     if places.coords.ndim != 2 or places.coords.shape[1] != 2 or not len(places.coords):
-        raise UserError(f"{path} has coords of shape {places.coords.shape}; expected (N, 2)")
+        raise UserError(f"{path} has coords of shape {places.coords.shape}; expected (N, 2).")
     return places
 
 
@@ -87,7 +87,7 @@ def find_slide_files(paths: Sequence[Path | str]) -> dict[str, SlideFiles]:
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise UserError(f"there are no features at {path}")
+            raise UserError(f"there are no features at {path}.")
         inside = path.rglob("*") if path.is_dir() else [path]
         files += sorted(p for p in inside if p.suffix in (".h5", ".hdf5", ".pt", ".pth"))
     for path in [path for path in files if path.suffix in (".pt", ".pth")]:
@@ -95,7 +95,7 @@ def find_slide_files(paths: Sequence[Path | str]) -> dict[str, SlideFiles]:
                 for folder in ("h5_files", "patches") for end in ("", "_patches")]  # fmt: skip
         files += [p for p in near if p.is_file() and p not in files]
     if not files:
-        raise UserError(f"no .h5 or .pt file in {', '.join(map(str, paths))}")
+        raise UserError(f"no .h5 or .pt file in {', '.join(map(str, paths))}.")
     kinds: dict[str, dict[str, list[Path]]] = {}
     for path in files:
         kinds.setdefault(_slide_name(path), {}).setdefault(_kind(path), []).append(path)
@@ -106,15 +106,15 @@ def find_slide_files(paths: Sequence[Path | str]) -> dict[str, SlideFiles]:
         features = own.get("both") or own.get("features") or []
         if len(features) > 1:
             listed = ", ".join(map(str, features))
-            raise UserError(f"slide '{name}' has several files of features ({listed}); give those of one encoder")
+            raise UserError(f"slide '{name}' has several files of features ({listed}); give those of one encoder.")
         coords = own.get("coords", [])
         if not features and len(coords) > 1:
             listed = ", ".join(map(str, coords))
-            raise UserError(f"slide '{name}' has several files of coordinates ({listed}); give one")
+            raise UserError(f"slide '{name}' has several files of coordinates ({listed}); give one.")
         if features or coords:
             slides[name] = SlideFiles(name, features[0] if features else None, coords[0] if coords else None)
     if not slides:
-        raise UserError(f"{', '.join(map(str, paths))}: no file has {', '.join(H5_NAMES)} or coords")
+        raise UserError(f"{', '.join(map(str, paths))}: no file has {', '.join(H5_NAMES)} or coords.")
     return slides
 
 
@@ -153,7 +153,7 @@ def files_of(slide: str, found: Mapping[str, SlideFiles]) -> SlideFiles | None:
         return found[slide]
     near = [name for name in found if _begins(name, slide) or _begins(slide, name)]
     if len(near) > 1:
-        raise UserError(f"slide '{slide}' could be {' or '.join(sorted(near))} by name; name the files like the slide")
+        raise UserError(f"slide '{slide}' could be {' or '.join(sorted(near))} by name; name the files like the slide.")
     return found[near[0]] if near else None
 
 

@@ -52,34 +52,34 @@ class TileStore:
         """Open `path` (a `.zarr` folder). UserError when it is missing, no tile store, or not finished yet."""
         path = Path(path)
         if not path.is_dir():
-            raise UserError(f"there is no tile store at {path}; make one with `python -m data_prep.tile_slides`")
+            raise UserError(f"there is no tile store at {path}; make one with `python -m data_prep.tile_slides`.")
         try:
             attrs = zarr.open_group(str(path), mode="r").attrs.asdict().get("histoldm")
         except Exception as error:  # zarr has no error of its own for what it cannot read
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{path} is not a Zarr v3 group, so it is no tile store, or not a whole one ({reason}); if it was "
-                "copied, copy all of it"
+                "copied, copy all of it."
             ) from None
         if not isinstance(attrs, dict):
             raise UserError(
                 f"{path} is a Zarr group without `histoldm` attributes, so it is no tile store, and without OME "
-                "`multiscales`, so it is no image"
+                "`multiscales`, so it is no image."
             )
         if (layout := attrs.get("format", 1)) not in range(1, FORMAT + 1):
             raise UserError(
                 f"{path} has layout {layout} of histoldm {attrs.get('version', '?')}; this is {tool_version()}, which "
-                f"reads layouts up to {FORMAT}: update it, or make the store with this version"
+                f"reads layouts up to {FORMAT}: update it, or make the store with this version."
             )
         if lacking := [name for name in NEEDED if name not in attrs]:
             raise UserError(
                 f"{path} does not say its {', '.join(lacking)} (zarr.json, attributes.histoldm), so its tiles cannot "
-                "be placed; make it again, or copy it again from where it is whole"
+                "be placed; make it again, or copy it again from where it is whole."
             )
         if not attrs.get("complete") and not allow_incomplete:
             raise UserError(
                 f"{path} is not finished: {attrs.get('rows', 0)} of {attrs.get('count', '?')} tiles are written; "
-                "run the command that was writing it again and it goes on from there"
+                "run the command that was writing it again and it goes on from there."
             )
         return cls(path, attrs)
 
@@ -172,12 +172,12 @@ class TileStore:
     def _named(self, group: str, name: str, make: str) -> StoredArray:
         known = self.names(group)
         if name not in known:
-            raise UserError(f"{self.path} has no {group} '{name}'{suggest(name, known)} {make}")
+            raise UserError(f"{self.path} has no {group} '{name}'{suggest(name, known)} {make}.")
         array = self.array(f"{group}/{name}")
         if array.shape[0] != len(self):
             raise UserError(
                 f"{self.path}/{group}/{name} has {array.shape[0]} rows but the store has {len(self)} tiles; "
-                "delete it and make it again"
+                "delete it and make it again."
             )
         return array
 
@@ -206,13 +206,13 @@ class TileStore:
             UserError: no tile of the store lies on the lattice.
         """
         if self.attrs.get("level0_size") is None:
-            raise UserError(f"{self.path} was not cut from a slide, so its tiles form no grid")
+            raise UserError(f"{self.path} was not cut from a slide, so its tiles form no grid.")
         array = self.features(feature)
         x, y, width, height = region if region is not None else (0, 0, *self.attrs["level0_size"])
         step, tile = self.stride * self.downsample, self.tile_size * self.downsample
         cols, rows = (int((extent - tile + 1) // step) + 1 for extent in (width, height))
         if cols < 1 or rows < 1:
-            raise UserError(f"region {width} x {height} is smaller than one tile ({tile:g} level-0 px) of {self.path}")
+            raise UserError(f"region {width} x {height} is smaller than one tile ({tile:g} level-0 px) of {self.path}.")
         coords = self.coords
         col, row = (coords[:, 0] - x) / step, (coords[:, 1] - y) / step
         near = 1.0 / step  # level-0 coordinates are rounded to whole pixels
@@ -226,7 +226,7 @@ class TileStore:
             )
             raise UserError(
                 f"no tile of {self.path} lies on the lattice that starts at ({x}, {y}) with step {step:g} px: {where}; "
-                "let the region start at the corner of a tile"
+                "let the region start at the corner of a tile."
             )
         grid = np.full((rows, cols, array.shape[-1]), np.nan, np.float32)
         for i in np.flatnonzero(on):
@@ -237,7 +237,7 @@ class TileStore:
     def verify(self, deep: bool = False) -> None:
         """Check counts, shapes and that every shard is on disk; with `deep`, decode every chunk. Raises UserError."""
         if not self.attrs.get("complete"):
-            raise UserError(f"{self.path} is not finished: {len(self)} of {self.attrs['count']} tiles are written")
+            raise UserError(f"{self.path} is not finished: {len(self)} of {self.attrs['count']} tiles are written.")
         t = self.tile_size
         expected = {"tiles": (len(self), t, t, 3), "coords": (len(self), 2)}
         names = [*expected, *(f"{group}/{name}" for group in GROUPS for name in self.names(group))]
@@ -245,7 +245,7 @@ class TileStore:
             array = StoredArray(self.path / name)
             shape = expected.get(name, (len(self), *array.shape[1:]))
             if array.shape != shape:
-                raise UserError(f"{self.path}/{name} has shape {array.shape}, expected {shape}")
+                raise UserError(f"{self.path}/{name} has shape {array.shape}, expected {shape}.")
             rows = (array.shards or array.chunks)[0]
             for start in range(0, len(self) if deep else 0, rows):
                 array[start : start + rows]
@@ -277,8 +277,8 @@ def open_cohort(path: Path | str | Sequence[Path | str]) -> list[TileStore]:
             continue
         found = sorted((p / "slides").glob("*.zarr")) or sorted(p.glob("*.zarr"))
         if not found:
-            raise UserError(f"there is no tile store in {p}; make one with `python -m data_prep.tile_slides --out {p}`")
+            raise UserError(f"there is no tile store in {p}: `python -m data_prep.tile_slides --out {p}` makes one.")
         stores += [TileStore.open(q) for q in found]
     if not stores:
-        raise UserError("no tile store given")
+        raise UserError("no tile store given.")
     return stores

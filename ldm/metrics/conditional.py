@@ -96,9 +96,12 @@ def following_measures(found: Following, groups: np.ndarray | None, **settings: 
 
 
 def per_class(
-    generated: FeatureSet, real: FeatureSet, column: str, groups: tuple[np.ndarray | None, np.ndarray | None],
+    generated: FeatureSet,
+    real: FeatureSet,
+    column: str,
+    groups: tuple[np.ndarray | None, np.ndarray | None],
     **settings: int,
-) -> tuple[list[Measure], list[str]]:  # fmt: skip
+) -> tuple[list[Measure], list[str]]:
     """FID within each class that both sets have, and warnings. UserError where a set does not know `column`.
 
     >>> tables = [pd.DataFrame({"cancer": ["LUAD", "LUSC"] * (len(part) // 2)}) for part in (generated, real)]
@@ -109,8 +112,9 @@ def per_class(
     """
     for features in (generated, real):
         if column not in features.table:
-            raise UserError(f"{features.name} does not tell the '{column}' of its images"
-                            f"{suggest(column, features.table.columns)}")  # fmt: skip
+            raise UserError(
+                f"{features.name} does not tell the '{column}' of its images{suggest(column, features.table.columns)}"
+            )
     labels = [features.table[column].astype(str).to_numpy() for features in (generated, real)]
     names = sorted(set(labels[0]) & set(labels[1]))
     alone = sorted(set(labels[0]) ^ set(labels[1]))
@@ -146,9 +150,12 @@ def few_images(generated: int, real: int, dim: int) -> str:
 
 
 def clip_score(
-    images: np.ndarray, captions: np.ndarray, groups: np.ndarray | None, which: np.ndarray | None = None,
+    images: np.ndarray,
+    captions: np.ndarray,
+    groups: np.ndarray | None,
+    which: np.ndarray | None = None,
     **settings: int,
-) -> list[Measure]:  # fmt: skip
+) -> list[Measure]:
     """CLIP score, 100 max(cos, 0) of images (N,D) and their captions (M,D) (Hessel et al. 2021, arXiv:2104.08718).
 
     which: (N,) the row of each image's caption; None: row by row.

@@ -166,6 +166,11 @@ def repetition_measures(found: Repetition) -> list[Measure]:
     note = f"autocorrelation of window features, at {rows} down and {cols} across"
     return [
         Measure("repetition", "repetition", found.strongest, better=LOWER, note=note),
-        Measure("closest_windows", "most similar windows", found.closest, better=LOWER,
-               note=f"cosine of centred features, {FAR} windows apart or more; near 1: a copy"),
-    ]  # fmt: skip
+        Measure(
+            "closest_windows",
+            "most similar windows",
+            found.closest,
+            better=LOWER,
+            note=f"cosine of centred features, {FAR} windows apart or more; near 1: a copy",
+        ),
+    ]

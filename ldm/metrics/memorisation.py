@@ -58,9 +58,12 @@ class Memorisation:
 
 
 def nearest(
-    features: FeatureSet, train: FeatureSet, neighbours: int = NEIGHBOURS, device: str = "cpu",
+    features: FeatureSet,
+    train: FeatureSet,
+    neighbours: int = NEIGHBOURS,
+    device: str = "cpu",
     centre: np.ndarray | None = None,
-) -> Nearest:  # fmt: skip
+) -> Nearest:
     """The nearest training images by the cosine distance of features, 1 - cos, from `centre` (D,), the training mean.
 
     Digests tell equal pixels.
@@ -87,9 +90,13 @@ def nearest(
 
 
 def memorisation(
-    generated: FeatureSet, held_out: FeatureSet, train: FeatureSet,
-    groups: tuple[np.ndarray | None, np.ndarray | None] = (None, None), device: str = "cpu", **settings: int,
-) -> Memorisation:  # fmt: skip
+    generated: FeatureSet,
+    held_out: FeatureSet,
+    train: FeatureSet,
+    groups: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
+    device: str = "cpu",
+    **settings: int,
+) -> Memorisation:
     """Compare distances to the training images. groups: of generated and held-out images, for the intervals.
 
     Held-out images that are training images too are left out. UserError: features of different extractors, fewer than
@@ -132,8 +139,15 @@ def memorisation(
                note="exact duplicates" + (f"; {known} held-out images are such too, and left out" if known else "")),
     ]  # fmt: skip
     repeats = repeated(generated, limit, train.values.mean(0), device)
-    measures.append(Measure("repeated", "pairs of generated images as close", float(len(repeats)), better=LOWER,
-                          note=f"below {limit:.3f} of each other"))  # fmt: skip
+    measures.append(
+        Measure(
+            "repeated",
+            "pairs of generated images as close",
+            float(len(repeats)),
+            better=LOWER,
+            note=f"below {limit:.3f} of each other",
+        )
+    )
     caught = own.same.any() or measures[1].low > CAUGHT
     verdict = "memorises" if caught else "nearer" if measures[0].low > 0.5 else "no sign"
     return Memorisation(verdict, measures, own, real, limit, np.flatnonzero(below | own.same), repeats)

@@ -72,7 +72,7 @@ def measure_seams(image: np.ndarray, tile: int, source: Path | str) -> dict[str,
     """
     if min(image.shape[:2]) < 2 * tile:
         height, width = image.shape[:2]
-        raise UserError(f"{source} gives {width} x {height} px; seams need two tiles of {tile} px along each side")
+        raise UserError(f"{source} gives {width} x {height} px; seams need two tiles of {tile} px along each side.")
     measured: dict[str, Any] = {"tile": tile}
     for name, near in (("all", None), ("like", NEAR)):
         ratios = seam_ratios(image, tile, near)

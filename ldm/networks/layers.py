@@ -83,9 +83,9 @@ class Conv3x3(nn.Conv2d):
             columns = rearrange(shifted, "k b c h w -> (c k) (b h w)")
             out = torch.addmm(self.bias[:, None], self.weight.flatten(1), columns)
             return rearrange(out, "o (b h w) -> b o h w", h=height, w=width).contiguous()
-        columns = torch.cat([part.permute(0, 2, 3, 1) for part in shifted], dim=-1)
+        columns = torch.cat([rearrange(part, "b c h w -> b h w c") for part in shifted], dim=-1)
         out = F.linear(columns, rearrange(self.weight, "o c kh kw -> o (kh kw c)"), self.bias)
-        return out.permute(0, 3, 1, 2)
+        return rearrange(out, "b h w o -> b o h w")
 
 
 class PointwiseConv(nn.Conv2d):
@@ -96,7 +96,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last):
-            return self.tokens(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            return rearrange(self.tokens(rearrange(x, "b c h w -> b h w c")), "b h w o -> b o h w")
         if x.device.type == "cpu" and x.shape[-2:].numel() >= self.in_channels:  # where maps outweigh the weights
             weight = self.weight.flatten(1).expand(len(x), -1, -1)              # (B,out,in)
             return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(-1, x.shape[-2:])

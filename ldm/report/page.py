@@ -202,8 +202,9 @@ def _embed(picture: np.ndarray, alt: str) -> str:
 def _page(report: Report) -> str:
     sets = " against ".join(
         html.escape(f"{about['count']} {name} images of {about['path']}")
-        for name, about in report.sets.items() if name in ("generated", "real", "paired")
-    )  # fmt: skip
+        for name, about in report.sets.items()
+        if name in ("generated", "real", "paired")
+    )
     lead = " · ".join(part for part in (report.date, sets, f"HistoLDM {tool_version()}") if part)
     warnings = "".join(f"<li>{html.escape(text)}</li>" for text in report.warnings)
     body = _headlines(report)

@@ -93,8 +93,9 @@ def distance_histogram(found: Memorisation) -> str:
             weights = np.full(len(values), 1 / len(values))
             axes.hist(values.clip(max=high), bins=bins, weights=weights, color=colour, alpha=0.55, label=label)
         axes.axvline(found.limit, color=FLAG, lw=1, ls="--")
-        axes.annotate("5% of held-out", (found.limit, axes.get_ylim()[1]), (4, -8), textcoords="offset points",
-                      color=FLAG)  # fmt: skip
+        axes.annotate(
+            "5% of held-out", (found.limit, axes.get_ylim()[1]), (4, -8), textcoords="offset points", color=FLAG
+        )
         axes.set(xlabel="distance to the nearest training image", ylabel="share of images", xlim=(0, high))
         axes.legend()
         return _svg(figure)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from einops import rearrange
 from torch import Tensor
 
 from ldm.data.cohort import patient_of
@@ -85,14 +86,20 @@ def distances(generated: FeatureSet, real: FeatureSet, groups: Groups, device: s
     )
     smaller = min(len(x), len(y))
     return Section(
-        "distances", "Distance to real images", intro, extractor_of(generated), measures,
+        "distances",
+        "Distance to real images",
+        intro,
+        extractor_of(generated),
+        measures,
         plots=[
             (plots.scatter(x, y, seed), "Features on the first two principal components of the real images."),
-            (plots.size_line(inverse, values, infinite.value, smaller),
-             "FID of random subsets; the line leads to infinitely many images."),
+            (
+                plots.size_line(inverse, values, infinite.value, smaller),
+                "FID of random subsets; the line leads to infinitely many images.",
+            ),
         ],
         data={"neighbours": neighbours, "dimensions": dim, "pairwise_images": [len(a), len(b)]},
-    )  # fmt: skip
+    )
 
 
 def extractor_of(features: FeatureSet) -> str:
@@ -105,9 +112,13 @@ def extractor_of(features: FeatureSet) -> str:
 
 
 def following(
-    generated: FeatureSet, conditions: FeatureSet, known: np.ndarray, groups: np.ndarray | None,
-    pictures: tuple[ImageSet, ImageSet] | None, seed: int,
-) -> Section:  # fmt: skip
+    generated: FeatureSet,
+    conditions: FeatureSet,
+    known: np.ndarray,
+    groups: np.ndarray | None,
+    pictures: tuple[ImageSet, ImageSet] | None,
+    seed: int,
+) -> Section:
     """Whether generated images show the tile whose features conditioned them. known: those that have one.
 
     >>> table = pd.DataFrame({"name": range(8), "slide": "a", "row": range(8)})
@@ -123,14 +134,18 @@ def following(
     measures = conditional.following_measures(found, own, seed=seed)
     follows = measures[1].low > 0
     words = (
-        "Images follow their conditions: the interval of the margin leaves 0 out." if follows
+        "Images follow their conditions: the interval of the margin leaves 0 out."
+        if follows
         else "No sign that images follow their conditions: the interval of the margin holds 0."
-    )  # fmt: skip
+    )
     section = Section(
-        "conditions", "Do images follow their conditions?",
+        "conditions",
+        "Do images follow their conditions?",
         f"Features of {len(known)} generated images against those of the {found.count} tiles that conditioned them.",
-        extractor_of(generated), measures, verdict=("good" if follows else "bad", words),
-    )  # fmt: skip
+        extractor_of(generated),
+        measures,
+        verdict=("good" if follows else "bad", words),
+    )
     if pictures is not None:
         order = np.argsort(-found.own)
         rows = order[_evenly(len(order), 10)]
@@ -154,9 +169,13 @@ def classes(
     """
     measures, warnings = conditional.per_class(generated, real, column, groups, seed=seed)
     section = Section(
-        "classes", f"FID by {column}", "Each against the real images of its own.", extractor_of(generated), measures,
+        "classes",
+        f"FID by {column}",
+        "Each against the real images of its own.",
+        extractor_of(generated),
+        measures,
         plots=[(plots.bars(measures, "FID"), "With 95% intervals; grey: not valid.")],
-    )  # fmt: skip
+    )
     return section, warnings
 
 
@@ -170,8 +189,13 @@ def captions(features: FeatureSet, extractor: Extractor, groups: np.ndarray | No
     """
     which, texts = pd.factorize(features.table["text"].astype(str))
     measures = conditional.clip_score(features.values, extractor.words(list(texts)), groups, which, seed=seed)
-    return Section("captions", "Do images show their captions?", f"{len(texts)} captions of {len(which)} images.",
-                   extractor.name, measures)  # fmt: skip
+    return Section(
+        "captions",
+        "Do images show their captions?",
+        f"{len(texts)} captions of {len(which)} images.",
+        extractor.name,
+        measures,
+    )
 
 
 def memorised(
@@ -190,19 +214,26 @@ def memorised(
     kind = {"memorises": "bad", "nearer": "fair", "no sign": "good"}[found.verdict]
     names, known = generated.table["name"], train.table["name"]
     copies = [
-        {"generated": names[i], "train": known[found.generated.row[i, 0]],
-         "distance": float(found.generated.distance[i, 0]), "identical": bool(found.generated.same[i])}
+        {
+            "generated": names[i],
+            "train": known[found.generated.row[i, 0]],
+            "distance": float(found.generated.distance[i, 0]),
+            "identical": bool(found.generated.same[i]),
+        }
         for i in found.copies[np.argsort(found.generated.distance[found.copies, 0])]
-    ]  # fmt: skip
+    ]
     repeats = [[names[i], names[j]] for i, j in found.repeats[:200]]
     section = Section(
-        "memorisation", "Has it learnt training images by heart?",
+        "memorisation",
+        "Has it learnt training images by heart?",
         f"Distances to the nearest of {len(train)} training images, of {len(generated)} generated and "
         f"{len(real)} held-out real images.",
-        extractor_of(generated), found.measures, verdict=(kind, found.words),
+        extractor_of(generated),
+        found.measures,
+        verdict=(kind, found.words),
         plots=[(plots.distance_histogram(found), "Left of the dashed line lie 5% of held-out images.")],
         data={"verdict": found.verdict, "flagged": copies, "repeated": repeats, "limit": found.limit},
-    )  # fmt: skip
+    )
     if {"generated", "train"} <= images.keys():
         page = _nearest("generated", found.generated, images["generated"], images["train"])
         section.pictures.append((page, "The generated images nearest to training images, and those."))
@@ -236,11 +267,12 @@ def canvas(image: Slide, role: str, tile: int, window: int, extractor: Extractor
     tones = large_images.tone(image, window)
     measures = large_images.seam_measures(image, tile) + large_images.tone_measures(tones)
     section = Section(
-        f"canvas-{role}", f"The canvas of the {role} image",
+        f"canvas-{role}",
+        f"The canvas of the {role} image",
         f"{' × '.join(map(str, image.dimensions))} px, windows of {window} px. The same measures of a real image say "
         "what is usual.",
         measures=measures,
-    )  # fmt: skip
+    )
     if not np.isnan(tones.colours).all():
         section.plots.append((plots.tone_map(tones), "Mean colour of the tissue in each window; white: little tissue."))
     if extractor is not None:
@@ -255,9 +287,7 @@ def canvas(image: Slide, role: str, tile: int, window: int, extractor: Extractor
     return section
 
 
-def _window_features(
-    image: Slide, window: int, extractor: Extractor, tones: large_images.Tone
-) -> np.ndarray:  # fmt: skip
+def _window_features(image: Slide, window: int, extractor: Extractor, tones: large_images.Tone) -> np.ndarray:
     """(rows,cols,D): features of windows side by side, NaN where there is little tissue."""
     rows, cols = tones.colours.shape[:2]
     features = np.full((rows, cols, extractor.dim), np.nan, np.float32)
@@ -276,8 +306,8 @@ def _whole_picture(image: Slide, side: int) -> np.ndarray:
     for band in image.bands():
         height, width = (each // step * step for each in band.shape[:2])
         if height:
-            cut = band[:height, :width].reshape(height // step, step, width // step, step, 3)
-            bands.append(cut.mean((1, 3), dtype=np.float32).round().astype(np.uint8))
+            cells = rearrange(band[:height, :width], "(h i) (w j) c -> h w (i j) c", i=step, j=step)
+            bands.append(cells.mean(2, dtype=np.float32).round().astype(np.uint8))
     return np.concatenate(bands)
 
 
@@ -291,8 +321,15 @@ def whole_distance(generated: Slide, real: Slide, extractor: Extractor, side: in
     """
     features = [extractor(_whole_picture(image, side)[None])[0] for image in (generated, real)]
     cosine = float(conditional.cosines(features[0][None], features[1][None])[0, 0])
-    measures = [Measure("whole_distance", "distance of the whole images", 1 - cosine, better=LOWER,
-                      note="1 - cosine of their features, each image as one view")]  # fmt: skip
+    measures = [
+        Measure(
+            "whole_distance",
+            "distance of the whole images",
+            1 - cosine,
+            better=LOWER,
+            note="1 - cosine of their features, each image as one view",
+        )
+    ]
     return Section("whole", "The whole image", extractor=extractor.name, measures=measures)
 
 
@@ -328,9 +365,14 @@ def paired(
     words = [[f"SSIM {measured['ssim'][i]:.2f}" for i in rows], [names[i][-16:] for i in rows]]
     page = grid(list(zip(*shown)), words, ["given", "should be"], most=LEAST)
     table = pd.DataFrame({"name": names, **measured})
-    section = Section("pairs", "Pairs of images", f"{len(names)} pairs of the same name.", measures=measures,
-                      pictures=[(page, "From the least similar pair to the most similar one.")],
-                      data={"pairs": table.replace({np.nan: None}).to_dict("records")})  # fmt: skip
+    section = Section(
+        "pairs",
+        "Pairs of images",
+        f"{len(names)} pairs of the same name.",
+        measures=measures,
+        pictures=[(page, "From the least similar pair to the most similar one.")],
+        data={"pairs": table.replace({np.nan: None}).to_dict("records")},
+    )
     return section, warnings + more
 
 
@@ -357,5 +399,10 @@ def scores(path: Path, seed: int) -> Section:
     table = read_table(path, numbers=True)
     groups = next((table[unit].to_numpy(str) for unit in ("patient", "slide") if unit in table), None)
     found = conditional.calibration(table, groups, seed=seed)
-    return Section("scores", "Are scores calibrated?", f"{len(table)} scores of {path.name}.", measures=found.measures,
-                   plots=[(plots.reliability(found), "Calibrated scores lie on the dashed line.")])  # fmt: skip
+    return Section(
+        "scores",
+        "Are scores calibrated?",
+        f"{len(table)} scores of {path.name}.",
+        measures=found.measures,
+        plots=[(plots.reliability(found), "Calibrated scores lie on the dashed line.")],
+    )

@@ -156,9 +156,10 @@ def of_conditions(
         return features_of_stores(source.path, stored).take(rows), known
     images = whole.images
     chosen = ImageSet(
-        images.pictures.take(rows), images.table.iloc[rows].reset_index(drop=True),
+        images.pictures.take(rows),
+        images.table.iloc[rows].reset_index(drop=True),
         images.about | {"count": len(rows), "rows": rows.tolist()},
-    )  # fmt: skip
+    )
     extractor = extractors.get(name)
     return extract(chosen, extractor, whole.file(extractor, out), desc=f"conditions: {extractor.name}"), known
 

@@ -55,8 +55,9 @@ def spans(size: int, part: int, halo: int, align: int = 1) -> list[Span]:
         Span(
             slice(max((start - halo) // align * align, 0), min(-(-(stop + halo) // align) * align, size)),
             slice(start, stop),
-        ) for start, stop in pairwise(ends)
-    ]  # fmt: skip
+        )
+        for start, stop in pairwise(ends)
+    ]
 
 
 def _strips(x: Tensor, align: int = 1) -> Iterator[slice]:

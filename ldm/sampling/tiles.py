@@ -24,9 +24,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def sample(
-    model: LatentDiffusion, cond: Cond | None = None, count: int | None = None, sampler: Sampler | None = None,
+    model: LatentDiffusion,
+    cond: Cond | None = None,
+    count: int | None = None,
+    sampler: Sampler | None = None,
     first: int = 0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Sample tiles: (N,3,H,W) in [-1,1] on the CPU; (N,1,H,W) of models of gray images.
 
     Args:

@@ -68,14 +68,18 @@ def measures(kind: str, scores: np.ndarray, targets: np.ndarray) -> dict[str, fl
         sides = [(scores >= 0.5)[targets == 1], (scores < 0.5)[targets == 0]]
         accuracy = float(np.mean([side.mean() for side in sides])) if all(map(len, sides)) else float("nan")
         return {
-            "auroc": auroc(scores, targets == 1), "balanced_accuracy": accuracy,
-            "brier": float(np.mean((scores - targets) ** 2)), "ece": calibration_error(scores, targets),
-        }  # fmt: skip
+            "auroc": auroc(scores, targets == 1),
+            "balanced_accuracy": accuracy,
+            "brier": float(np.mean((scores - targets) ** 2)),
+            "ece": calibration_error(scores, targets),
+        }
     if kind == "graded":
         return {
-            "spearman": spearman(scores, targets), "auroc": auroc(scores, targets >= 0.5),
-            "mae": float(np.abs(scores - targets).mean()), "ece": calibration_error(scores, targets),
-        }  # fmt: skip
+            "spearman": spearman(scores, targets),
+            "auroc": auroc(scores, targets >= 0.5),
+            "mae": float(np.abs(scores - targets).mean()),
+            "ece": calibration_error(scores, targets),
+        }
     wanted = targets.astype(int)
     seen, best = np.unique(wanted), scores.argmax(1)
     own = np.clip(scores[np.arange(len(wanted)), wanted], 1e-12, 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,7 +50,7 @@ def prepared(pictures: Pictures, size: int, folder: Path, progress: bool = True)
         for i in tqdm(range(len(pictures)), desc="read images", unit="image", disable=not progress):
             image = pictures.read(i)
             sides.add(min(image.shape[:2]))
-            seen = view.fit(to_range(image).permute(2, 0, 1)[None])[0]
+            seen = view.fit(rearrange(to_range(image), "h w c -> 1 c h w"))[0]
             images[i] = ((seen + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy()
         images.flush()
         del images

@@ -156,9 +156,9 @@ def _of_table(path: Path) -> Pictures:
         raise UserError(f"{path} has no column of image files{suggest('path', ['path', 'file', 'filename', 'image'])}")
     files = [path.parent / str(name) for name in table[column]]
     if missing := [str(file) for file in files if not file.is_file()]:
-        raise UserError(f"{path} names {len(missing)} images that are not there: {some(missing, 5)}")
+        raise UserError(f"{path} names {len(missing)} images that are not there: {some(missing, 5)}.")
     if twice := sorted(name for name, count in Counter(map(str, files)).items() if count > 1):
-        raise UserError(f"{path} lists {len(twice)} images twice: {some(twice, 5)}")
+        raise UserError(f"{path} lists {len(twice)} images twice: {some(twice, 5)}.")
     about = table.drop(columns=column).to_dict("records")
     about = [{"file": str(name)} | own for name, own in zip(table[column], about)]
     return pictures_of_files(files, about, str(path))
@@ -209,7 +209,7 @@ def targets_of(values: Sequence[Any], task: Task, pictures: Pictures) -> np.ndar
         allowed = f"{task.low:g} to {task.high:g}" if task.kind == "graded" else ", ".join(task.classes)
         raise UserError(
             f"{wrong.sum()} images of {pictures.source} have a {task.of} that is none of {allowed}; the first is "
-            f"{pictures.name(first)}: {values[first]}"
+            f"{pictures.name(first)}: {values[first]}."
         )
     return targets
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from einops import rearrange
 from tqdm import tqdm
 
 from ldm.data.collection import Pictures
@@ -25,7 +26,7 @@ DECIMALS = 6
 
 def score_pictures(
     scorer: Scorer, pictures: Pictures, batch_size: int = 64, work: Path | None = None, progress: bool = True
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """What each network says of each image: (N,M) or (N,M,K) float32, NaN for images that cannot be read.
 
     work: a file that holds what a stopped run has scored.
@@ -63,7 +64,7 @@ def _score_rows(
 
     def flush() -> None:
         if batch:
-            images = to_range(np.stack([image for _, image in batch])).permute(0, 3, 1, 2).to(device)
+            images = rearrange(to_range(np.stack([image for _, image in batch])), "b h w c -> b c h w").to(device)
             with torch.no_grad():
                 scores[[i for i, _ in batch]] = scorer.members(images).float().cpu().numpy()
             bar.update(len(batch))
@@ -177,7 +178,7 @@ def chosen(
     if bool(above) == (top is not None):
         raise UserError("give either a least score, --above, or a best fraction, --top.")
     if top is not None and not 0 < top <= 1:
-        raise UserError(f"--top is a fraction above 0 and up to 1; got {top:g}")
+        raise UserError(f"--top is a fraction above 0 and up to 1; got {top:g}.")
     kinds = np.array([""] * len(values) if by is None else [str(value) for value in by], dtype=object)
     if unknown := sorted(set(above) - set(kinds) - {""}):
         known = suggest(unknown[0], set(kinds)) if by is not None else "; name the column of its values with --by."

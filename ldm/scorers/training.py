@@ -83,7 +83,7 @@ class Recipe:
     def __post_init__(self):
         for name, (allowed, fine) in ALLOWED.items():
             if not fine(self):
-                raise UserError(f"--{name.replace('_', '-')} is {allowed}; got {getattr(self, name)}")
+                raise UserError(f"--{name.replace('_', '-')} is {allowed}; got {getattr(self, name)}.")
 
 
 @dataclass

@@ -124,7 +124,7 @@ def _boolean(text: str) -> bool:
 def _run(argv: Sequence[str], door: Door) -> int:
     options, overrides = parse(argv, door)
     if options.resume and options.name:
-        raise UserError("--name is for a new run and --resume continues an old one; give only one of them")
+        raise UserError("--name is for a new run and --resume continues an old one; give only one of them.")
     if options.resume:
         from ldm.training.resume import check_resume, find_run
 

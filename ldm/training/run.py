@@ -67,7 +67,7 @@ def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Pat
 
     own = [sorted((run / "configs").glob(f"*-{part}.yaml"))[-1] for part in ("project", "lightning")] if run else []
     if not own and not options.base:
-        raise UserError("there is no config; give one with --base configs/<name>.yaml, or a run to --resume")
+        raise UserError("there is no config; give one with --base configs/<name>.yaml, or a run to --resume.")
     defaults = {} if own else {"lightning": {"callbacks": {name: {"target": cls} for name, cls in CALLBACKS.items()}}}
     cfg = load_config([*own, *options.base], overrides, defaults)
     validate(cfg)
@@ -93,15 +93,15 @@ def _gpus(gpus: str | None) -> dict[str, Any]:
     import torch
 
     if not re.fullmatch(r"\d+(,\d+)*,?", gpus):
-        raise UserError(f"--gpus takes numbers of GPUs, such as 0,1 or 0; got '{gpus}'")
+        raise UserError(f"--gpus takes numbers of GPUs, such as 0,1 or 0; got '{gpus}'.")
     indices = [int(part) for part in gpus.split(",") if part]
     count = torch.cuda.device_count()
     if not count:
         raise UserError(
-            f"--gpus {gpus}: this machine has no CUDA GPU that PyTorch can use; leave --gpus out to train on the CPU"
+            f"--gpus {gpus}: this machine has no CUDA GPU that PyTorch can use; leave --gpus out to train on the CPU."
         )
     if max(indices) >= count:
-        raise UserError(f"--gpus {gpus}: choose from this machine's GPUs, 0 to {count - 1}")
+        raise UserError(f"--gpus {gpus}: choose from this machine's GPUs, 0 to {count - 1}.")
     return {"accelerator": "gpu", "devices": indices}
 
 
@@ -194,9 +194,9 @@ class Training:
         scale = self.cfg["model"].get("scale_lr", True)
         devices, size = trainer.world_size, self.data.batch_size
         if not isinstance(base, (int, float)):
-            raise UserError(f"model.base_learning_rate must be a number such as 1.0e-06, got {base!r}")
+            raise UserError(f"model.base_learning_rate must be a number such as 1.0e-06, got {base!r}.")
         if not isinstance(scale, bool):
-            raise UserError(f"model.scale_lr must be true or false, got {scale!r}")
+            raise UserError(f"model.scale_lr must be true or false, got {scale!r}.")
         accumulate = trainer.accumulate_grad_batches * getattr(self.model, "accumulate", 1)  # and the model's own
         rate = self.model.learning_rate = accumulate * devices * size * base if scale else base
         factors = f"{accumulate} (accumulate_grad_batches) * {devices} (devices) * {size} (batch size) * "
@@ -225,7 +225,8 @@ class Training:
             for name in ("checkpoints", "configs", "images") if trainer.is_global_zero else ():
                 (run / name).mkdir(parents=True, exist_ok=self.checkpoint is not None)
         except OSError as error:
-            raise UserError(f"cannot make the run folder '{run}': {error.strerror}; choose another --logdir") from error
+            reason = error.strerror
+            raise UserError(f"cannot make the run folder '{run}': {reason}; choose another --logdir.") from error
         trainer.print(f"run folder {run}")
         try:
             trainer.fit(self.model, self.data, ckpt_path=self.checkpoint, weights_only=True)
