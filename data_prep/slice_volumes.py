@@ -40,8 +40,8 @@ from data_prep.options import (
 )
 from ldm.cli.script import script
 from ldm.data.cohort import check_fractions, counted, merge_index, split_table, write_store
-from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_tile, windowed
-from ldm.errors import UserError, suggest
+from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_tile, window_of, windowed
+from ldm.errors import UserError, note, suggest
 from ldm.files import sha256
 from ldm.images.kinds import ENDINGS, images_in
 from ldm.images.plain import read_gray_values
@@ -49,7 +49,8 @@ from ldm.tables.patients import patients_of
 
 AXIS = AXES | {str(number): number for number in AXES.values()}  # by name or number
 Axis = choices("Axis", AXIS)
-PERCENTILES = (0.5, 99.5)
+PERCENTILES = (0.5, 99.9)
+SATURATED = 1.25  # a volume that goes on so far beyond its white is worth a note
 LEAST_FOREGROUND = 0.05
 
 
@@ -61,7 +62,7 @@ class Settings:
         axis: of the slices, see AXES.
         between: first slice and the one after the last; None is all.
         least_foreground: fraction of a slice that must be brighter than FOREGROUND of the window, in every modality.
-        window: values that become black and white; None takes `percentiles` of each volume.
+        window: values that become black and white; None takes `percentiles` of each volume's head, see `window_of`.
         size: side of a tile in pixels.
         patient: whose a subject is, see `ldm.tables.patients`; None: each is a patient.
     """
@@ -125,6 +126,18 @@ def same_grid(volumes: Mapping[str, Volume]) -> Volume:
     return first
 
 
+def tell_window(path: Path, values: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float]:
+    """Black and white of a volume; printed, with a note where much brighter voxels become white too."""
+    low, high, white, top = window_of(values, percentiles)
+    tqdm.write(f"{path.name}: {low:g} is black, {high:g} white ({white:.2%} of the head)")
+    if top - low > SATURATED * (high - low) > 0:
+        note(
+            f"{path.name} has values up to {top:g}: what is brighter than {high:g}, perhaps a lesion, is all white. "
+            "--percentiles or --window take more of it."
+        )
+    return low, high
+
+
 def slice_subject(out: Path | str, subject: str, volumes: Mapping[str, Volume], settings: Settings) -> pd.DataFrame:
     """Write the stores `<subject>_<modality>` of a cohort; their rows for its index.
 
@@ -140,7 +153,7 @@ def slice_subject(out: Path | str, subject: str, volumes: Mapping[str, Volume], 
     others = tuple(i for i in range(3) if i != axis)
     for modality, volume in volumes.items():
         values[modality] = volume.values()
-        low, high = settings.window or np.percentile(values[modality], settings.percentiles).tolist()
+        low, high = settings.window or tell_window(volume.path, values[modality], settings.percentiles)
         if not low < high:
             raise UserError(f"{volume.path} is {low:g} nearly everywhere; give a --window or wider --percentiles")
         windows[modality] = (low, high)
@@ -338,7 +351,7 @@ def main(
         str | None,
         taken(
             "--percentiles",
-            help="Percentiles low,high of each volume that become black and white, without --window (default: "
+            help="Percentiles low,high of each volume's head that become black and white, without --window (default: "
             f"{PERCENTILES[0]:g},{PERCENTILES[1]:g}).",
         ),
     ] = None,

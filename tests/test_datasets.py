@@ -8,6 +8,7 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import zarr
@@ -18,6 +19,7 @@ from data_prep import encode_latents as latents_command
 from data_prep.encode_latents import encode_latents
 from data_prep.tile_slides import tile_slide, update_index
 from ldm.data import dihedral
+from ldm.data.cohort import merge_index, write_store
 from ldm.data.datasets import RegionDataset, TileDataset
 from ldm.data.features import features_to_grid, read_features
 from ldm.data.module import TileDataModule
@@ -207,6 +209,20 @@ def test_what_the_datasets_share_is_stated_once(store: Path):
     assert all(torch.equal(tiles[(5, 3)][key], alone[(5, 3)][key]) for key in ("ssl", "latent", "tissue"))
     assert data.datasets["validation"].keys == ("image",)
     assert data.datasets["validation"]._memory.keys() == {(0, "image")}
+
+
+def test_values_that_no_tile_has_are_told_with_those_that_there_are(tmp_path):
+    tile = np.zeros((16, 16, 3), np.uint8)
+    written = write_store(tmp_path, "a", lambda i: tile, 2, attrs={"tile_size": 16})
+    rows = {"slide": "a", "row": [0, 1], "cancer": ["LUAD", "LUSC"], "grade": [1, 2]}
+    merge_index(tmp_path, pd.DataFrame(rows))
+    for where, message in (
+        ({"cancer": "LUAC"}, "no tile has cancer=LUAC; did you mean 'LUSC'. Known: LUAD, LUSC"),
+        ({"grade": 7}, r"no tile has grade=7\. Known: 1, 2"),
+        ({"cancers": "LUAD"}, "have no 'cancers'; did you mean 'cancer'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            TileDataset(str(written.path), where=where)
 
 
 def test_splits_that_a_cohort_does_not_have(store: Path, capsys: pytest.CaptureFixture[str]):

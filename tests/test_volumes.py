@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -13,12 +14,12 @@ from PIL import Image
 
 from conftest import ROOT
 from data_prep import slice_volumes
-from data_prep.slice_volumes import main
+from data_prep.slice_volumes import PERCENTILES, main, tell_window
 from ldm.data import dihedral
 from ldm.data.cohort import read_index
 from ldm.data.pairs import PairDataset
 from ldm.data.tile_store import TileStore
-from ldm.data.volumes import Volume, cut_slice, to_tile
+from ldm.data.volumes import Volume, cut_slice, to_tile, window_of
 from ldm.errors import UserError, run_command
 
 SHAPE = (12, 10, 8)
@@ -104,6 +105,54 @@ def test_tiles_have_square_pixels_in_black():
 def test_fine_patterns_are_averaged_when_they_shrink():
     stripes = np.tile([0.0, 1.0], (64, 32))
     assert to_tile(stripes, 16)[:, 1:-1].std() < 8
+
+
+@pytest.mark.parametrize("air", [0.3, 0.6, 0.9])
+def test_the_window_is_that_of_the_head_however_much_air_there_is(tmp_path, air, capsys):
+    rng = np.random.default_rng(0)
+    head = rng.uniform(200, 600, 20_000)
+    head[:400] = rng.uniform(900, 1000, 400)  # a bright lesion, 2% of the head
+    count = round(len(head) / (1 - air) / 100)
+    values = rng.uniform(0, 10, (count, 10, 10))
+    values.reshape(-1)[: len(head)] = head
+    low, high, white, _ = window_of(values, PERCENTILES)
+    assert 195 < low < 215
+    assert 985 < high < 1000
+    assert white == pytest.approx(0.001, abs=2e-4)
+    assert (head[:400] >= high).mean() < 0.1
+    tell_window(Path("a.nii"), values, PERCENTILES)
+    told = capsys.readouterr()
+    assert "is black" in told.out
+    assert not told.err
+    tell_window(Path("a.nii"), values, (0.5, 95))
+    assert "a.nii has values up to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((4, 4, 4), [("R", "u1"), ("G", "u1"), ("B", "u1")]), "holds colours; slices are gray: write one"),
+        (np.zeros((4, 4, 4), np.complex64), "holds complex64 values; slices are gray: write their magnitude"),
+    ],
+)
+def test_volumes_of_colours_and_complex_numbers_are_refused(tmp_path, values, message):
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii")
+    with pytest.raises(UserError, match=message):
+        Volume(tmp_path / "a.nii")
+
+
+def test_absurd_sizes_are_refused_before_anything_is_read(tmp_path):
+    path = write(tmp_path / "a.nii")
+    content = bytearray(path.read_bytes())
+    content[42:48] = np.array([32767] * 3, "<i2").tobytes()
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="32767 x 32767 x 32767 voxels; its header is broken"):
+        Volume(path)
+    content = bytearray(write(tmp_path / "b.nii").read_bytes())
+    content[280:296] = bytes(16)  # srow_x
+    (tmp_path / "b.nii").write_bytes(content)
+    with pytest.raises(UserError, match="cannot read the volume"):
+        Volume(tmp_path / "b.nii")
 
 
 def test_slices_of_little_foreground_are_dropped_in_all_modalities(folder, tmp_path):

@@ -142,7 +142,7 @@ class TileDataset(Dataset):
             unsplit = (where or {}).get("split") == "val"
             raise NoTiles(
                 f"none of the {sum(map(len, self.stores))} tiles of {stores} is selected by {chosen}"
-                + (MAKE_VALIDATION if unsplit else "")
+                + (MAKE_VALIDATION if unsplit else _known_values(self.stores, where or {}))
             )
         held = {**self.names, **({"image": "tiles"} if "image" in keys else {})}
         self._memory = {
@@ -269,6 +269,32 @@ def _number(value: Any, column: str) -> float:
         raise UserError(f"'{column}' is a number; it is never '{value}'.") from None
 
 
+def _known_values(stores: Sequence[TileStore], where: Mapping[str, Any]) -> str:
+    """The end of a message about a selection of no tile: which values there are of what it names."""
+    told = []
+    for column, wanted in where.items():
+        if isinstance(wanted, Mapping):
+            continue
+        values = [_values(store, column) for store in stores]
+        known = {str(value) for own in values for value in pd.unique(pd.Series(own).dropna())}
+        listed = [str(each) for each in (wanted if isinstance(wanted, (list, tuple)) else [wanted])]
+        if unknown := [value for value in listed if value not in known]:
+            told.append(f"no tile has {column}={unknown[0]}{suggest(unknown[0], known)}")
+    return "; " + " ".join(told) if told else ""
+
+
+def _values(store: TileStore, column: str) -> np.ndarray:
+    """A label of a store's tiles, or a column of the index of its cohort; UserError where neither has that name."""
+    if column in store.label_names:
+        return store.labels(column)
+    index = index_rows(store)
+    if column in index.columns:
+        return index[column].to_numpy()
+    raise UserError(
+        f"tiles of {store.path} have no '{column}'{suggest(column, {*store.label_names, *index.columns})}"
+    )
+
+
 def _select(
     store: TileStore,
     coords: np.ndarray,
@@ -283,16 +309,8 @@ def _select(
         keep &= np.any([_within(coords, side, box) for box in include], axis=0)
     for box in exclude:
         keep &= ~_overlaps(coords, side, box)
-    index = index_rows(store) if set(where) - set(store.label_names) else pd.DataFrame()
     for column, wanted in where.items():
-        if column in store.label_names:
-            values = store.labels(column)
-        elif column in index.columns:
-            values = index[column].to_numpy()
-        else:
-            raise UserError(
-                f"tiles of {store.path} have no '{column}'{suggest(column, {*store.label_names, *index.columns})}"
-            )
+        values = _values(store, column)
         if isinstance(wanted, Mapping):
             if unknown := set(wanted) - {"min", "max"}:
                 raise UserError(f"where.{column} takes a value, a list, or min and max; got {sorted(unknown)}.")

@@ -12,6 +12,7 @@ from ldm.errors import UserError
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS orientation: right, anterior, superior
 FOREGROUND = 0.05  # of the window: what is brighter belongs to the body
+LARGEST = 1 << 31  # voxels
 
 
 class Volume:
@@ -29,14 +30,26 @@ class Volume:
         self.path = Path(path)
         try:
             image = nibabel.as_closest_canonical(nibabel.squeeze_image(nibabel.load(self.path)))
-        except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
+        except (
+            nibabel.filebasedimages.ImageFileError, nibabel.orientations.OrientationError, OSError, EOFError,
+            ValueError, OverflowError,
+        ) as error:  # fmt: skip
             raise UserError(f"cannot read the volume {self.path}: {error}") from error
         if len(image.shape) != 3:
             raise UserError(f"{self.path} has {len(image.shape)} dimensions {image.shape}; give 3-D volumes.")
+        kind = image.get_data_dtype()
+        if kind.names or kind.kind not in "biuf":
+            what, instead = ("colours", "one channel of them") if kind.names else (f"{kind} values", "their magnitude")
+            raise UserError(f"{self.path} holds {what}; slices are gray: write {instead} as a volume of numbers.")
+        if min(image.shape) < 1 or np.prod(image.shape, dtype=float) > LARGEST:
+            sides = " x ".join(map(str, image.shape))
+            raise UserError(f"{self.path} says that it has {sides} voxels; its header is broken, or it is no volume.")
         self._image = image
         self.shape = tuple(map(int, image.shape))
         self.affine = np.asarray(image.affine, float)
         self.spacing = tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
+        if not all(np.isfinite(side) and side > 0 for side in self.spacing):
+            raise UserError(f"{self.path} says that its voxels are {self.spacing} mm large; correct its affine.")
 
     def values(self) -> np.ndarray:
         """(X,Y,Z) float32; what is not finite is the least of the others."""
@@ -83,6 +96,26 @@ def cut_slice(values: np.ndarray, axis: int, index: int) -> np.ndarray:
     (1.0, (6, 4))
     """
     return np.take(values, index, axis).T[::-1]
+
+
+def window_of(values: np.ndarray, percentiles: tuple[float, float]) -> tuple[float, float, float, float]:
+    """Black and white of a volume by percentiles of its head, its share that is white, and the largest value.
+
+    The head (or body) is what is brighter than FOREGROUND of the range between the 2% and 98% percentiles: air around
+    it does not count, so that the window does not depend on how much of it there is.
+
+    Returns: low, high, the fraction of the head at or above high, the 99.99% percentile of the head.
+
+    >>> volume = np.zeros((10, 10, 10))
+    >>> volume[:5, :5, :5] = np.arange(100, 225).reshape(5, 5, 5)
+    >>> window_of(volume, (0, 100))[:2]
+    (100.0, 224.0)
+    """
+    least, most = np.percentile(values, (2, 98))
+    head = values[values > least + FOREGROUND * (most - least)]
+    head = head if head.size else values
+    low, high, top = np.percentile(head, (*percentiles, 99.99)).tolist()
+    return low, high, float((head >= high).mean()), top
 
 
 def windowed(image: np.ndarray, low: float, high: float) -> np.ndarray:

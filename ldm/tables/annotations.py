@@ -10,18 +10,19 @@ import math
 import sqlite3
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
 
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError, note, suggest
 from ldm.images.kinds import ENDINGS, images_in
 from ldm.images.slides import open_image
 from ldm.tables.text import read_table, read_text
 
+LARGEST = 512  # level-0 pixels; no cell is so wide: what is larger is a region
 UNDECIDED = "undecided"  # the class of a cell whose annotators did not agree
 _SLIDERUNNER = {
     "Slides": ("uid", "filename"),
@@ -62,7 +63,8 @@ def read_sliderunner(path: Path | str, annotators: Sequence[str] = ()) -> list[C
     """Cells of a SlideRunner database (SQLite; MITOS_WSI_CCMCT, MITOS_WSI_CMC and others), which is not written to.
 
     The centre of an area, circle or polygon is that of its box. Deleted annotations, and those of whole images, are no
-    cells. Of an annotator's several labels the last counts; class 0 is no label.
+    cells; nor are regions, which are wider than LARGEST. Of an annotator's several labels the last counts; class 0 is
+    no label. What is annotated twice is one cell (of MIDOG files too); what was left out is said.
 
     Args:
         annotators: names or ids of the persons whose votes count; none is all.
@@ -108,9 +110,10 @@ def _sliderunner_cells(
         "SELECT uid, filename FROM Slides"
     )}  # fmt: skip
     places = {
-        uid: (x, y)
-        for uid, x, y in database.execute(
-            "SELECT annoId, (MIN(coordinateX) + MAX(coordinateX)) / 2.0, (MIN(coordinateY) + MAX(coordinateY)) / 2.0 "
+        uid: (x, y, side)
+        for uid, x, y, side in database.execute(
+            "SELECT annoId, (MIN(coordinateX) + MAX(coordinateX)) / 2.0, (MIN(coordinateY) + MAX(coordinateY)) / 2.0, "
+            "MAX(MAX(coordinateX) - MIN(coordinateX), MAX(coordinateY) - MIN(coordinateY)) "
             "FROM Annotations_coordinates GROUP BY annoId"
         )
     }
@@ -128,8 +131,35 @@ def _sliderunner_cells(
         name = classes.get(agreed, f"class {agreed}") if agreed else UNDECIDED
         given = tuple(votes.get(uid, {}).values())
         file = slides.get(slide) or f"slide {slide}, which is not in the database"
-        cells.append(Cell(file, *places[uid], name, given))
-    return cells
+        x, y, side = places[uid]
+        cells.append((Cell(file, x, y, name, given), side))
+    return _each_once(cells, path)
+
+
+def _each_once(found: Sequence[tuple[Cell, float]], path: Path) -> list[Cell]:
+    """The cells among annotations and their sides: no regions, and one for each place. What is left out is said."""
+    cells = [cell for cell, side in found if side <= LARGEST]
+    if regions := len(found) - len(cells):
+        wide = f"wider than {LARGEST} px: regions, which are no cells"
+        note(f"{regions} of {len(found)} annotations of {path} are {wide}.")
+    places: dict[tuple[str, int, int], list[Cell]] = {}
+    for cell in cells:
+        places.setdefault((cell.slide, round(cell.x), round(cell.y)), []).append(cell)
+    once = [_one(same) for same in places.values()]
+    if twice := len(cells) - len(once):
+        told = sum(len({cell.name for cell in same} - {UNDECIDED}) > 1 for same in places.values())
+        of_them = f", {told} of them with two classes, which are undecided" if told else ""
+        note(f"{twice} annotations of {path} lie where another one does and count as one cell with it{of_them}.")
+    return once
+
+
+def _one(same: Sequence[Cell]) -> Cell:
+    """One cell of several at the same place: undecided where they are of two classes, with the votes of all."""
+    names = {cell.name for cell in same} - {UNDECIDED}
+    votes = same[0].votes if all(cell.votes == same[0].votes for cell in same) else sum((c.votes for c in same), ())
+    if len(names) > 1:
+        votes = votes or tuple(cell.name for cell in same)
+    return replace(same[0], name=names.pop() if len(names) == 1 else UNDECIDED, votes=votes)
 
 
 def _persons(persons: dict[int, str], annotators: Sequence[str]) -> set[int] | None:
@@ -164,12 +194,15 @@ def read_midog(path: Path | str) -> list[Cell]:
     try:
         classes = {category["id"]: _text(category["name"], "name", path) for category in content["categories"]}
         images = {image["id"]: image for image in content["images"]}
-        return [_midog_cell(entry, images, classes, path) for entry in content["annotations"]]
+        return _each_once([_midog_cell(entry, images, classes, path) for entry in content["annotations"]], path)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a MIDOG file: an entry lacks {error}") from None
 
 
-def _midog_cell(entry: dict[str, Any], images: dict[int, Any], classes: dict[int, str], path: Path) -> Cell:
+def _midog_cell(
+    entry: dict[str, Any], images: dict[int, Any], classes: dict[int, str], path: Path
+) -> tuple[Cell, float]:
+    """A cell, and the side of its box."""
     try:
         left, top, right, bottom = map(float, entry["bbox"])
     except (TypeError, ValueError):
@@ -183,7 +216,8 @@ def _midog_cell(entry: dict[str, Any], images: dict[int, Any], classes: dict[int
     votes = tuple(classes[vote] for vote in entry.get("labels") or ())
     name = PurePosixPath(_text(image["file_name"], "file_name", path).replace("\\", "/")).name
     domain = str(image.get("tumor_type") or "")
-    return Cell(name, (left + right) / 2, (top + bottom) / 2, classes[entry["category_id"]], votes, domain=domain)
+    cell = Cell(name, (left + right) / 2, (top + bottom) / 2, classes[entry["category_id"]], votes, domain=domain)
+    return cell, max(right - left, bottom - top)
 
 
 def _text(value: Any, what: str, path: Path) -> str:
