@@ -81,7 +81,7 @@ def shrunk(text: str) -> str:
 def run(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a block in a folder, its programs those of this repository and this Python."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     told = ["bash", "-euo", "pipefail", "-c", shrunk(block.text)]
     command = told if block.language == "bash" else [sys.executable, "-c", block.text]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
