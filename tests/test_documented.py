@@ -30,7 +30,9 @@ TRAINING = (
     "lightning.trainer.max_steps=2 lightning.trainer.limit_val_batches=1 lightning.trainer.limit_test_batches=1 "
     "data.params.batch_size=2 data.params.num_workers=0 lightning.trainer.precision=32-true"
 )
-SMALL_FIRST_STAGE = "model.params.first_stage.params.ddconfig.ch=32"
+SMALL_FIRST_STAGE = " ".join(
+    f"model.params.first_stage.params.ddconfig.{value}" for value in ("ch=8", "num_groups=8", "num_res_blocks=1")
+)
 SMALL_UNET = "model.params.unet_config.params.model_channels=32 model.params.unet_config.params.num_head_channels=16"
 SHRINK = {
     "python main.py -t --base configs/own/first_stage.yaml": f"{TRAINING} {SMALL_FIRST_STAGE}",
