@@ -15,7 +15,6 @@ Examples:
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
@@ -39,7 +38,7 @@ from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.devices import pick_device
 from ldm.encoders.text_registry import LAYERS, LAYOUTS, PADS, REGISTRY
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError, note, suggest
 
 if TYPE_CHECKING:
     from ldm.conditioners.text import TextEmbedder
@@ -77,8 +76,8 @@ def encode(
     text_column: str = "text",
     modality_column: str = "modality",
     batch_size: int = 64,
-) -> int:
-    """Write `features/<name>` into the stores; everything is checked first. Returns how many captions were cut."""
+) -> str:
+    """Write `features/<name>` into the stores; everything is checked first. Returns what was cut, in words, or ""."""
     import torch
 
     if batch_size < 1:
@@ -86,11 +85,12 @@ def encode(
     embedder.check_data({})
     captions = [prompts_of(store, embedder, text_column, modality_column) for store in stores]
     about = {"kind": "text", "licence": embedder.source.licence, **embedder.settings()}
-    shape, cut = (embedder.length, embedder.tower.width), 0
+    embedder.cut_told = True  # of all captions, at the end
+    shape, long = (embedder.length, embedder.tower.width), []
     with tqdm(total=sum(map(len, captions)), desc=f"features {name}", unit="caption") as bar:
         for store, texts in zip(stores, captions):
             digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-            cut += sum(len(embedder.words.ids(text)) > embedder.capacity for text in texts)
+            long += map(embedder.words.ids, texts)
             attrs = about | {"captions_sha256": digest}
             with ArrayWriter(store.path, f"features/{name}", shape, "f2", attrs) as writer:
                 bar.update(writer.rows)
@@ -104,7 +104,7 @@ def encode(
                         )
                     writer.append(rows)
                     bar.update(len(rows))
-    return cut
+    return embedder.told_cut(long)
 
 
 @script("data_prep.encode_captions", __doc__, f"Text models known by name: {', '.join(REGISTRY)}.")
@@ -156,10 +156,7 @@ def main(
     total = sum(map(len, stores))
     print(f"features/{name} of {total} captions in {number(len(stores), 'store')}; licence {embedder.source.licence}")
     if cut:
-        print(
-            f"note: {cut} captions are longer than {embedder.capacity} tokens and were cut; more --chunks keep more",
-            file=sys.stderr,
-        )
+        note(f"{cut} (--chunks)")
 
 
 if __name__ == "__main__":

@@ -223,7 +223,8 @@ def test_captions_encoded_into_the_store_train_like_captions(folder, capsys):
     encode_captions(command)
     printed = capsys.readouterr()
     assert "features/clip of 2 captions in 1 store" in printed.out
-    assert "1 captions are longer than 150 tokens" in printed.err
+    assert printed.err.count("1 of 2 captions are longer than 150 tokens and were cut; the longest one, of 18") == 1
+    assert "loses 'too long far too long" in printed.err
     text = TextEmbedder(str(CONFIG), str(folder / "clip.pt"), **settings)
     dataset = TileDataset(str(cohort), conditions={"text": "features/clip"})
     text.check_data(dataset.metadata)
@@ -232,6 +233,8 @@ def test_captions_encoded_into_the_store_train_like_captions(folder, capsys):
     words = {key: [live[0][key], live[1][key]] for key in ("text", "modality")}
     expected = text(words)["crossattn"]
     torch.testing.assert_close(text(batch)["crossattn"], expected, rtol=1e-3, atol=1e-2)
+    text(words)
+    assert capsys.readouterr().err.count("1 of 2 captions are longer") == 1  # a training is told once
     encode_captions(command)  # finished already
     other = TextEmbedder(str(CONFIG), str(folder / "clip.pt"), **{**settings, "layout": "joint"})
     with pytest.raises(UserError, match="was made with layout separate"):

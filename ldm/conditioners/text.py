@@ -15,7 +15,7 @@ from ldm.conditioners.text_tokens import ClipWords, FileWords, capacity, lay_out
 from ldm.conditioners.text_towers import build_tower, tower_sha256
 from ldm.encoders.text_models import find_tower
 from ldm.encoders.text_registry import LAYOUTS, PADS
-from ldm.errors import UserError
+from ldm.errors import UserError, note
 
 
 class TextEmbedder(Conditioner):
@@ -73,6 +73,7 @@ class TextEmbedder(Conditioner):
         self.keys = (key, modality_key) if self.modality_key else (key,)
         self._tokenizer = self.source.tokenizer.read_text(encoding="utf-8") if self.source.tokenizer else None
         self._words: ClipWords | FileWords | None = None
+        self.cut_told = False
         self._null: tuple[Any, Tensor] | None = None
 
         self.tower = build_tower(self.source, layer).requires_grad_(trainable)
@@ -118,8 +119,24 @@ class TextEmbedder(Conditioner):
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids (B,L) of texts and which of them (B,L) are no padding, on the tower's device."""
-        ids, keep = self._laid_out([self.words.ids(text) for text in texts])
+        words = [self.words.ids(text) for text in texts]
+        if not self.cut_told and (told := self.told_cut(words)):
+            self.cut_told = True  # once: a training reads the same captions again and again
+            note(told)
+        ids, keep = self._laid_out(words)
         return ids.to(self._device), keep.to(self._device)
+
+    def told_cut(self, words: Sequence[Sequence[int]]) -> str:
+        """How many captions, by the ids of their words, are longer than the tower reads, and what the longest loses."""
+        long = [ids for ids in words if len(ids) > self.capacity]
+        if not long:
+            return ""
+        most = max(long, key=len)
+        lost = self.words.text(most[self.capacity :])
+        return (
+            f"{len(long)} of {len(words)} captions are longer than {self.capacity} tokens and were cut; the longest "
+            f"one, of {len(most)}, loses '{lost[:80]}{'...' * (len(lost) > 80)}'. More chunks keep more."
+        )
 
     def encode(self, ids: Tensor, keep: Tensor | None = None) -> Tensor:
         """Token ids (B,L), and which of them (B,L) are no padding -> features (B,L,D) of the tower, not projected."""

@@ -25,6 +25,9 @@ class ClipWords:
     def ids(self, text: str) -> list[int]:
         return self._tokenizer().encode(text)
 
+    def text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer().decode(list(ids)).strip()
+
 
 class FileWords:
     """Words as a tokenizer.json has them, as a BERT's. Needs the package `tokenizers`, which transformers brings."""
@@ -41,6 +44,9 @@ class FileWords:
 
     def ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(whitespace_clean(basic_clean(text)), add_special_tokens=False).ids
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(ids)).strip()
 
     def special(self, name: str) -> int:
         found = self._tokenizer.token_to_id(name)
