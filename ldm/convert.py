@@ -24,6 +24,7 @@ from ldm.files import sha256
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
 from ldm.interop.export import apart
+from ldm.interop.forms import file_of
 from ldm.interop.noise_buffers import schedule_buffers
 
 if TYPE_CHECKING:
@@ -169,11 +170,10 @@ def _weights_file(source: Path) -> Path:
     """The only .ckpt, or only weight file, in a folder; else `source` itself."""
     if not source.is_dir() or any(_of(recognises)(source, None) for recognises, _ in FAMILIES.values()):
         return source
-    for suffixes in (SUFFIXES[:1], SUFFIXES):
-        files = [path for path in source.iterdir() if path.suffix in suffixes]
-        if len(files) == 1:
-            return files[0]
-    return source
+    named = file_of(source)
+    only = [[path for path in source.iterdir() if path.suffix in suffixes] for suffixes in (SUFFIXES[:1], SUFFIXES)]
+    file = next((files[0] for files in only if len(files) == 1), None) if named is None or len(only[0]) == 1 else named
+    return source if file is None else _weights_file(file)
 
 
 def weights_of(model_path: Path) -> str:

@@ -173,7 +173,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LatentDi
     if not path.exists():
         raise UserError(f"model {path} does not exist.")
     checkpoint = path if path.is_file() else path / "checkpoints" / "last.ckpt"
-    if checkpoint.is_file():
+    if checkpoint.exists():
         node, metadata, state, files = _parts(_read(checkpoint), checkpoint)
         with tempfile.TemporaryDirectory() as folder:
             for name, text in files.items():
@@ -253,7 +253,7 @@ def export(
     """
     path = Path(path)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
-    if not checkpoint.is_file():
+    if not checkpoint.exists():
         raise UserError(f"{checkpoint} does not exist; give a run folder or a .ckpt of this toolkit.")
     content = _read(checkpoint)
     node, recorded, state, files = _parts(content, checkpoint)

@@ -103,7 +103,7 @@ def test_every_tensor_is_accounted_for(published, name):
     content = load(path)
     found = convert.read_published(path)
     convert.check(found, path)
-    assert set(found.unused) == {"[1]"} | {f"[0] {key}" for key in content[0]}
+    assert set(found.unused) == {"[1]"} | {f"[0] {key.removeprefix('module.')}" for key in content[0]}
     assert len(found.state) == len(content[4]) + 1  # and the source's null
     assert any("IXI.yml" in note for note in found.notes)
     raw = convert.read_published(path, raw_weights=True)

@@ -143,7 +143,7 @@ def test_weights_of_another_model_are_refused(tmp_path, published):
     with pytest.raises(UserError, match=r"not the weight file of encoder 'tiny'.*unknown blocks\.2.*and \d+ more.*64"):
         load_encoder("tiny", weights=tmp_path)
     (tmp_path / "page.pth").write_text("<html>sign in</html>")
-    with pytest.raises(UserError, match="cannot be read as a weight file"):
+    with pytest.raises(UserError, match=r"page\.pth is a web page, not a checkpoint"):
         load_encoder("tiny", weights=tmp_path / "page.pth")
 
 

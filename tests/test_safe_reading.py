@@ -192,12 +192,15 @@ def test_other_weights_and_features_are_only_read_too(tmp_path, place):
     torch.save(PLACES[place](GADGETS["os.system"](f"touch {mark}"), {"features.0.weight": torch.zeros(1)}), path)
     text = {"width": 8, "heads": 2, "layers": 1, "vocab_size": 16, "context_length": 4}
     for enter in (
-        read_features, encoders.read_checkpoint, lambda p: LPIPS("squeeze", str(p)), lambda p: load_scorer([p]),
+        read_features, lambda p: LPIPS("squeeze", str(p)), lambda p: load_scorer([p]),
         lambda p: build_tower(TowerSource("tiny", "", {"text_cfg": text}, p)),
     ):
         with pytest.raises(UserError):
             enter(path)
         assert not mark.exists()
+    with contextlib.suppress(UserError):
+        encoders.read_weights(path)
+    assert not mark.exists()
     assert harms(path, mark)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
+from ldm.interop.forms import file_of
 from ldm.interop.weights import check_finite
 
 # where a first stage's weights lie: bare, in a latent-diffusion checkpoint, in a checkpoint of AutoencoderStage
@@ -24,7 +25,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     {'conv.weight': (4, 3)}
     """
     path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = file_of(path) or path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"the weights {file} do not exist; give a model folder, a .safetensors file or a .ckpt.")
     return state_dict_of(read_checkpoint(file), file)

@@ -10,27 +10,24 @@ Nothing is downloaded. Weights of published encoders (`encoder_registry.py`) are
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 import yaml
 from einops import rearrange
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers import SwiGLUPacked, to_2tuple
 from timm.models import swin_transformer
 from torch import Tensor, nn
 
 from ldm.encoders.registry import REGISTRY, EncoderSpec, weights_home
 from ldm.errors import UserError, suggest
+from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
 
 # keys of checkpoints that are no part of the trunk: heads of training, masks of iBOT and DINOv2
@@ -216,7 +213,7 @@ def load_weights(encoder: Encoder, path: Path) -> None:
     True
     """
     spec = encoder.spec
-    state = read_checkpoint(path, spec.checkpoint_key)
+    state = read_weights(path, spec.checkpoint_key)
     stored = {key: state.pop(key) for key in STANDARDISATION if key in state}
     expected = encoder.model.state_dict()
     state = trunk_weights(state, encoder.model)
@@ -244,28 +241,16 @@ def _more(keys: list[str]) -> str:
     return f" and {len(keys) - 3} more" if len(keys) > 3 else ""
 
 
-def read_checkpoint(path: Path, key: str = "") -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file (only tensors and plain values are unpickled), those under `key`.
+def read_weights(path: Path, key: str = "") -> dict[str, Tensor]:
+    """The tensors of a .safetensors or torch file, those under `key` where it has it.
 
     >>> torch.save({"teacher": {"weight": torch.zeros(2)}, "epoch": 3}, "dino.pth")
-    >>> list(read_checkpoint(Path("dino.pth"), "teacher"))
+    >>> list(read_weights(Path("dino.pth"), "teacher"))
     ['weight']
     """
-    try:
-        if path.suffix == ".safetensors":
-            state: Any = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # DINO checkpoints carry their arguments
-                state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} cannot be read as a weight file: it is none, or holds more than tensors") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read as a weight file: {str(error).splitlines()[0]}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"{path} holds a {type(state).__name__}, not weights by name")
-    if key in state and isinstance(state[key], dict):  # converted files hold the weights themselves
-        state = state[key]
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    content = read_checkpoint(path)
+    inner = content.get(key) if isinstance(content, Mapping) else None  # converted files hold the weights themselves
+    return state_dict_of(inner if isinstance(inner, Mapping) else content, path)
 
 
 def trunk_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

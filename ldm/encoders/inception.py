@@ -21,9 +21,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.inception import BasicConv2d, Inception3, InceptionE
 
-from ldm.encoders.encoder import read_checkpoint
 from ldm.encoders.registry import weights_home
 from ldm.errors import UserError, suggest
+from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -113,7 +113,8 @@ def load_inception(weights: str | Path | None = None, resize: str = "clean", dev
             "put it there, or say where it is (--weights; $HISTOLDM_WEIGHTS replaces the folder of all weights)."
         )
     network = InceptionV3(resize)
-    state = {name: value for name, value in read_checkpoint(path).items() if not name.startswith("fc.")}
+    held = state_dict_of(read_checkpoint(path), path)
+    state = {name: value for name, value in held.items() if not name.startswith("fc.")}
     wanted = network.state_dict()
     for name, value in wanted.items():
         if name not in state and name.endswith("num_batches_tracked"):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.interop.forms import SINGLE, check_form, file_of, shards_of, unwrapped, weights_in
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch wrote before 1.6
 ZIP_MAGIC = b"PK\x03\x04"
@@ -60,8 +61,10 @@ class Inert:
 def read_checkpoint(path: str | Path) -> Any:
     """The content of a .safetensors file or of a torch file of any age: containers, plain values, tensors on the CPU.
 
-    Tensors are mapped from the file, not copied, wherever it is laid out for that. Other objects are `Inert`.
-    UserError: no such file, a damaged or truncated one, another kind of file.
+    Tensors are mapped from the file, not copied, wherever it is laid out for that. Other objects are `Inert`. Of a
+    folder the file of weights in it is read, of an index all its shards. Names are those of the model itself: what
+    torch.compile, DataParallel and Lightning's strategies put before them is left out.
+    UserError: no such file, a damaged or truncated one, another kind of file, weights that are not whole.
 
     >>> torch.save({"state_dict": {"weight": torch.ones(2)}, "date": Path("now")}, "model.ckpt")
     >>> content = read_checkpoint("model.ckpt")
@@ -69,8 +72,25 @@ def read_checkpoint(path: str | Path) -> Any:
     ({'weight': tensor([1., 1.])}, 'Inert')
     """
     path = Path(path)
+    if path.is_dir():
+        path = file_of(path) or path / SINGLE[0]
     if not path.is_file():
         raise UserError(f"the checkpoint {path} does not exist.")
+    content = _sharded(path) if path.name.endswith(".index.json") else _read(path)
+    check_form(content, path)
+    return unwrapped(content)
+
+
+def _sharded(index: Path) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for path, names in shards_of(index).items():
+        content |= _read(path)
+        if lost := [name for name in names if name not in content]:
+            raise UserError(f"{index} says that {path.name} holds {lost[0]}, which it lacks; copy the folder anew.")
+    return content
+
+
+def _read(path: Path) -> Any:
     try:
         with path.open("rb") as stream:
             start = stream.read(64)
@@ -91,17 +111,14 @@ def read_checkpoint(path: str | Path) -> Any:
 
 
 def state_dict_of(content: Any, path: str | Path) -> dict[str, Tensor]:
-    """The named tensors of a checkpoint's content: its `state_dict`, or itself. UserError: there are none.
+    """The named tensors of a checkpoint's content, which may lie in its `state_dict`. UserError: there are none.
 
     >>> state_dict_of({"state_dict": {"weight": torch.ones(1)}, "epoch": 3}, "model.ckpt")
     {'weight': tensor([1.])}
     """
-    if isinstance(content, Mapping):
-        inner = content.get("state_dict", content)
-        state = inner if isinstance(inner, Mapping) else {}
-        tensors = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
-        if tensors:
-            return tensors
+    state = weights_in(content)
+    if tensors := {name: v for name, v in state.items() if isinstance(name, str) and isinstance(v, Tensor)}:
+        return tensors
     if isinstance(content, Inert):
         kind = type(content)
         what = f"a pickled object of the class {kind.__module__}.{kind.__qualname__}, which only its own code can read"

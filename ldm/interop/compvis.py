@@ -15,6 +15,8 @@ from ldm.interop.compvis_conditions import CONDITIONER, Published, blank, class_
 from ldm.interop.converted import Converted
 from ldm.interop.diffusers_folder import base_model, replace_part
 from ldm.interop.diffusers_names import to_convolutions
+from ldm.interop.forms import weights_in
+from ldm.interop.weights import STALE, never_updated
 
 NETWORK, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 AVERAGE = "model_ema."
@@ -40,8 +42,7 @@ def is_compvis(path: Path, content: Any) -> bool:
     >>> is_compvis(Path("model.ckpt"), {"state_dict": {"first_stage_model.encoder.conv_in.weight": torch.ones(1)}})
     True
     """
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    names = {str(name).removeprefix("module.") for name in state} if isinstance(state, Mapping) else set()
+    names = set(map(str, weights_in(content)))
     whole = any(name.startswith((NETWORK, FIRST_STAGE)) for name in names) or names >= FIRST_STAGE_NAMES
     return whole or _is_network(names)
 
@@ -128,8 +129,7 @@ class _Rest:
     """The tensors of a checkpoint that are not accounted for yet."""
 
     def __init__(self, tensors: Mapping[str, Tensor], found: Converted):
-        module = all(name.startswith("module.") for name in tensors)  # of DataParallel
-        self.tensors = {name.removeprefix("module.") if module else name: value for name, value in tensors.items()}
+        self.tensors = dict(tensors)
         self.unused = found.unused
 
     def take(self, beginning: str) -> dict[str, Tensor]:
@@ -252,6 +252,7 @@ def _averaged(rest: _Rest, found: Converted, beginning: str, raw_weights: bool) 
     raw = rest.take(beginning) if beginning else rest.tensors.copy()
     if not beginning:
         rest.tensors.clear()
+    stale = never_updated(average, raw)
     for name in ("decay", "num_updates"):
         if average.pop(name, None) is not None:
             found.unused[AVERAGE + name] = "counts of the averaging"
@@ -262,6 +263,10 @@ def _averaged(rest: _Rest, found: Converted, beginning: str, raw_weights: bool) 
         raise UserError(f"{len(strange)} averaged weights are of no weight of the model (first: {strange[0]}).")
     if raw_weights:
         found.unused |= dict.fromkeys((AVERAGE + name for name in average), "averaged weights; raw ones were asked for")
+        return raw
+    if stale:
+        found.notes.append(f"the averaged weights {STALE}")
+        found.unused |= dict.fromkeys((AVERAGE + name for name in average), "averaged weights that were never updated")
         return raw
     replaced = {names[name]: value for name, value in average.items()}
     for name in replaced:

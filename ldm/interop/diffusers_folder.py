@@ -107,33 +107,19 @@ def _read_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
             if (folder / f"{stem}.{suffix}").is_file():
                 return _tensors(folder / f"{stem}.{suffix}")
             if (folder / f"{stem}.{suffix}.index.json").is_file():
-                return _sharded(folder / f"{stem}.{suffix}.index.json")
+                return _tensors(folder / f"{stem}.{suffix}.index.json")
     for stem in WEIGHTS:
         for suffix in ("safetensors", "bin"):
             variants = sorted(folder.glob(f"{stem}.*.{suffix}"), key=lambda file: len(file.name))
             indices = sorted(folder.glob(f"{stem}.{suffix}.index.*.json"))
             if chosen := [file for file in variants if "-of-" not in file.name] or indices:
                 notes.append(f"{folder.name}: the weights are those of {chosen[0].name}")
-                return _sharded(chosen[0]) if chosen[0].suffix == ".json" else _tensors(chosen[0])
+                return _tensors(chosen[0])
     raise UserError(f"{folder} has no weights: {WEIGHTS[0]}.safetensors, {WEIGHTS[1]}.safetensors or {WEIGHTS[2]}.bin.")
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     return state_dict_of(read_checkpoint(file), file)
-
-
-def _sharded(index: Path) -> dict[str, Tensor]:
-    places = _read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(v, str) and Path(v).name == v for v in places.values()):
-        raise UserError(f"{index} does not say in which file of its folder each tensor is.")
-    state: dict[str, Tensor] = {}
-    for name in dict.fromkeys(places.values()):
-        if not (index.parent / name).is_file():
-            raise UserError(f"{index.name} names {name}, which is not in {index.parent}; copy the whole folder.")
-        state |= _tensors(index.parent / name)
-    if lost := [name for name in places if name not in state]:
-        raise UserError(f"{index} names {lost[0]}, which its files lack; copy the whole folder anew.")
-    return state
 
 
 def _parts(folder: Path, raw_weights: bool) -> dict[str, Path]:

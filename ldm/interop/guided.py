@@ -18,6 +18,7 @@ from ldm.interop import targets
 from ldm.interop.checkpoint import state_dict_of
 from ldm.interop.compvis_conditions import Published, class_embedder, compose
 from ldm.interop.converted import Converted
+from ldm.interop.forms import weights_in
 
 CLASSIFIER = "ldm.networks.encoder_unet.EncoderUNetModel"
 OMICS = "ldm.conditioners.omics.OmicsEmbedder"
@@ -51,10 +52,7 @@ def is_guided(path: Path, content: Any) -> bool:
     >>> is_guided(Path("model.pt"), state)
     True
     """
-    if not isinstance(content, Mapping):
-        return False
-    state = content.get("state_dict", content)
-    return isinstance(state, Mapping) and {"time_embed.0.weight", "input_blocks.0.0.weight"} <= {*state}
+    return {"time_embed.0.weight", "input_blocks.0.0.weight"} <= {*weights_in(content)}
 
 
 def read_guided(

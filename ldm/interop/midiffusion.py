@@ -42,7 +42,7 @@ def is_midiffusion(path: Path, content: Any) -> bool:
     """Whether a checkpoint is a list of weights of one of the UNets, optimizer, epoch and step, or the DDPM UNet's
     weights alone.
 
-    >>> is_midiffusion(Path("ckpt.pth"), {"module.temb.dense.0.weight": torch.ones(1)})
+    >>> is_midiffusion(Path("ckpt.pth"), {"temb.dense.0.weight": torch.ones(1)})
     True
     """
     if isinstance(content, Mapping):
@@ -123,8 +123,8 @@ def _source_image(side: int, channels: int) -> dict[str, Any]:
 
 
 def _names(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """The tensors of a state dict, without DataParallel's `module.`."""
-    return {str(name).removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
+    """The tensors of a state dict."""
+    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _weights(content: Any, found: Converted, raw_weights: bool) -> dict[str, Tensor]:

@@ -30,10 +30,10 @@ OTHER_BUFFERS = (
 def is_mitotic(path: Path, content: Any) -> bool:
     """Whether a checkpoint holds this network, or one of the scorers that were published beside it.
 
-    >>> is_mitotic(Path("model.pt"), {"module.model.null_classes_emb": torch.ones(1)})
+    >>> is_mitotic(Path("model.pt"), {"model.null_classes_emb": torch.ones(1)})
     True
     """
-    names = {name.rpartition("module.")[2] for name in _weights(content)}
+    names = set(_weights(content))
     return any(name.endswith(MARK) for name in names) or names >= SCORER
 
 
@@ -52,7 +52,7 @@ def read_mitotic(path: Path, content: Any, *, config: str | Path | None = None) 
     name = next((name for name in weights if name.endswith(MARK)), None)
     if name is None:
         raise UserError(f"{path} is a ResNet-34 scorer, no diffusion model; ldm.scorers.ensemble.load_scorer reads it.")
-    inner = name.removesuffix(MARK)  # "module.model." of a published checkpoint
+    inner = name.removesuffix(MARK)  # "model." of a published checkpoint
     outer = inner.removesuffix("model.")
     network = {name.removeprefix(inner): value for name, value in weights.items() if name.startswith(inner)}
     around = {name.removeprefix(outer): value for name, value in weights.items() if not name.startswith(inner)}

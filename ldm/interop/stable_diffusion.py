@@ -15,6 +15,7 @@ from ldm.interop.checkpoint import state_dict_of
 from ldm.interop.compvis import FIRST_STAGE, NETWORK, read_by, read_compvis
 from ldm.interop.compvis_conditions import CONDITIONER
 from ldm.interop.converted import Converted
+from ldm.interop.forms import weights_in
 from ldm.interop.text_names import is_transformers, left_out
 
 HEADS = 8  # of every attention of the 1.x networks; no tensor tells
@@ -34,8 +35,8 @@ def is_stable_diffusion(path: Path, content: Any) -> bool:
     >>> is_stable_diffusion(Path("sdxl.safetensors"), state)
     True
     """
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else {}
-    if not isinstance(state, Mapping) or f"{NETWORK}input_blocks.0.0.weight" not in state:
+    state = weights_in(content)
+    if f"{NETWORK}input_blocks.0.0.weight" not in state:
         return False
     if any(str(name).startswith((OPEN_CLIP, XL)) for name in state):
         return True

@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.errors import UserError, note
 
 NETWORK, AVERAGE = "model.", "model_ema."  # before the names of the network's weights and of their averages
+STALE = "were never updated while it was trained; its raw weights are taken"
 
 
 def not_finite(state: Mapping[str, Tensor]) -> dict[str, int]:
@@ -68,27 +69,24 @@ def check_finite(state: Mapping[str, Tensor], source: str | Path) -> None:
         )
 
 
-def usable_average(average: Mapping[str, Tensor], raw: Mapping[str, Tensor], source: str | Path) -> bool:
-    """Whether averaged weights are to be taken; False, after a note, if they were never updated.
+def never_updated(average: Mapping[str, Tensor], raw: Mapping[str, Tensor]) -> bool:
+    """Whether averages are still what training began with, while the raw weights have moved on.
 
-    Never updated are averages that counted no update, or in which a weight that begins as zeros still is zeros while
-    the trained one is not.
+    They are if they counted no update, or if a weight that begins as zeros is still zeros in the average alone.
 
     Args:
         average: averaged weights by CompVis' names, without dots and prefix; `num_updates` among them where it is kept.
         raw: the trained weights by their own names.
 
     >>> raw = {"out.weight": torch.ones(2)}
-    >>> [usable_average({"outweight": torch.full((2,), value)}, raw, "model.ckpt") for value in (0.9, 0.0)]
-    [True, False]
+    >>> [never_updated({"outweight": torch.full((2,), value)}, raw) for value in (0.9, 0.0)]
+    [False, True]
     """
     pairs = [(average[key], value) for name, value in raw.items() if (key := name.replace(".", "")) in average]
     counted = average.get("num_updates")
-    never = counted is not None and int(counted) == 0 and any(not torch.equal(*pair) for pair in pairs)
-    never = never or any(not kept.any() and value.any() for kept, value in pairs if kept.is_floating_point())
-    if never:
-        note(f"the averaged weights in {source} were never updated while it was trained; its raw weights are taken")
-    return not never
+    if counted is not None and int(counted) == 0 and any(not torch.equal(*pair) for pair in pairs):
+        return True
+    return any(not kept.any() and value.any() for kept, value in pairs if kept.is_floating_point())
 
 
 def averaged(state: Mapping[str, Tensor], names: Iterable[str], source: str | Path) -> dict[str, Tensor]:
@@ -104,7 +102,9 @@ def averaged(state: Mapping[str, Tensor], names: Iterable[str], source: str | Pa
     found = {name: value for name, value in state.items() if not name.startswith(AVERAGE)}
     average = {name.removeprefix(AVERAGE): value for name, value in state.items() if name.startswith(AVERAGE)}
     raw = {name.removeprefix(NETWORK): value for name, value in state.items() if name.startswith(NETWORK)}
-    if average and usable_average(average, raw, source):
+    if average and never_updated(average, raw):
+        note(f"the averaged weights in {source} {STALE}")
+    elif average:
         flat = {name: name.removeprefix(NETWORK).replace(".", "") for name in names if name.startswith(NETWORK)}
         found |= {name: average[key] for name, key in flat.items() if key in average}
     return found

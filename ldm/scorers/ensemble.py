@@ -289,8 +289,6 @@ def _of_checkpoints(paths: Sequence[str | Path]) -> ResNetEnsemble:
     with torch.device("meta"):
         scorer = ResNetEnsemble(len(paths))
     for network, path in zip(scorer.networks, paths):
-        content = read_checkpoint(path)
-        inner = content.get("model_state_dict", content) if isinstance(content, Mapping) else content
-        state = {name.removeprefix("module."): value for name, value in state_dict_of(inner, path).items()}
+        state = state_dict_of(read_checkpoint(path), path)
         _fill(network, state, path, "ResNet-34 with one output")
     return scorer

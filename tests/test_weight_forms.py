@@ -1,0 +1,227 @@
+"""Weights in the forms that training tools leave them in are read, or named with what is to be done."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
+
+import ldm
+from ldm.autoencoder.weights import read_state_dict
+from ldm.convert import read_published
+from ldm.errors import UserError
+from ldm.interop.checkpoint import read_checkpoint
+
+SLOW = pytest.mark.slow
+TINY = {"net.0.weight": torch.arange(6.0).reshape(2, 3), "net.1.bias": torch.ones(2)}
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def diffusion(oracle) -> tuple[Path, dict[str, Tensor]]:
+    """The project YAML and the tensors of a published diffusion model, with averages beside them."""
+    folder = oracle / "ldm_ckpt_lid_vq"
+    state = read_state_dict(folder / "model.ckpt")
+    raw = {name.removeprefix("model.").replace(".", ""): v for name, v in state.items() if name.startswith("model.")}
+    average = {f"model_ema.{name}": value * 0.5 for name, value in raw.items()}
+    return folder / "config.yaml", state | average | {"model_ema.num_updates": torch.tensor(7)}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.net = wrap(nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2)))
+
+
+WRAPPERS = {
+    "DataParallel": lambda: nn.DataParallel(Wrapped(lambda net: net)),
+    "torch.compile": lambda: torch.compile(Wrapped(lambda net: net)),
+    "torch.compile of a part": lambda: Wrapped(torch.compile),
+    "both": lambda: nn.DataParallel(Wrapped(torch.compile)),
+}
+COMPILED = list(WRAPPERS)[1:]
+
+
+@pytest.mark.parametrize("wrapper", [pytest.param(w, marks=SLOW if w in COMPILED else ()) for w in WRAPPERS])
+def test_wrappers_leave_no_trace_in_names(wrapper):
+    state = dict(WRAPPERS[wrapper]().state_dict())
+    for within in ("", "state_dict", "model", "module", "model_state_dict"):
+        torch.save({within: state, "epoch": 1} if within else state, "model.ckpt")
+        found = read_state_dict("model.ckpt")
+        assert list(found) == ["net.0.weight", "net.0.bias", "net.1.weight", "net.1.bias"]
+        assert all(torch.equal(value, held) for value, held in zip(found.values(), state.values()))
+
+
+def renamed(state: dict[str, Tensor], form: str) -> dict[str, Tensor]:
+    if form == "compiled":  # averages have names without dots
+        inner = {"model.diffusion_model.": "_orig_mod.", "model_ema.diffusion_model": "_orig_mod"}
+        for begins, mark in inner.items():
+            state = {name.replace(begins, begins + mark): value for name, value in state.items()}
+        return state
+    return {f"{form}{name}": value for name, value in state.items()}
+
+
+@pytest.mark.parametrize("form", ["compiled", "_forward_module.", "module.", "_forward_module.module."])
+def test_published_models_are_the_same_whatever_wrapped_them(form, diffusion):
+    config, state = diffusion
+    torch.save({"state_dict": state}, "plain.ckpt")
+    torch.save({"state_dict": renamed(state, form)}, "wrapped.ckpt")
+    plain, found = (read_published(f"{name}.ckpt", config=config).state for name in ("plain", "wrapped"))
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(value, plain[name]) for name, value in found.items())
+
+
+def test_names_that_only_look_wrapped_stay():
+    torch.save({"module.a": torch.ones(1), "b": torch.ones(1)}, "model.ckpt")
+    assert list(read_state_dict("model.ckpt")) == ["module.a", "b"]
+
+
+def halves(folder: Path, suffix: str, state: dict[str, Tensor]) -> None:
+    """The shards and the index that transformers, diffusers and accelerate write."""
+    names, places = list(state), {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"{Path(suffix).stem}-{number:05d}-of-00002{Path(suffix).suffix}"
+        places |= dict.fromkeys(part, file)
+        tensors = {name: state[name] for name in part}
+        save_file(tensors, folder / file) if suffix.endswith("safetensors") else torch.save(tensors, folder / file)
+    (folder / f"{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_folders_of_accelerate_are_read(name, sharded, diffusion):
+    config, state = diffusion
+    folder = Path("checkpoint-500")
+    folder.mkdir()
+    state = {name: value.contiguous() for name, value in state.items()}
+    if sharded:
+        halves(folder, name, state)
+    else:
+        save_file(state, folder / name) if name.endswith("safetensors") else torch.save(state, folder / name)
+    torch.save({"state": {}, "param_groups": []}, folder / "optimizer.bin")
+    (folder / "random_states_0.pkl").touch()
+    assert read_state_dict(folder).keys() == state.keys()
+    found = read_published(folder, config=config)
+    assert found.node["target"] == "ldm.latent_diffusion.LatentDiffusion"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert ldm.load_model(folder, config=config).channels == 3
+
+
+def test_shards_that_are_missing_or_cut_are_told():
+    folder = Path("model")
+    folder.mkdir()
+    halves(folder, "model.safetensors", TINY)
+    save_file({}, folder / "model-00002-of-00002.safetensors")
+    with pytest.raises(UserError, match=r"says that model-00002-of-00002\.safetensors holds net\.1\.bias, which"):
+        read_state_dict(folder)
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"names model-00002-of-00002\.safetensors, which is not in its folder; copy"):
+        read_state_dict(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../secret.safetensors"}}')
+    with pytest.raises(UserError, match="does not say in which file of its folder each tensor is"):
+        read_state_dict(folder)
+
+
+@pytest.mark.slow
+def test_the_command_told_for_folders_of_fsdp_makes_a_checkpoint_of_them(diffusion):
+    config, state = diffusion
+    torch.save({"model": {f"_forward_module.{name}": value for name, value in state.items()}}, "whole.bin")
+    torch_save_to_dcp("whole.bin", "last.ckpt")
+    with pytest.raises(UserError, match=r"last\.ckpt is a checkpoint of FSDP, in parts") as error:
+        read_published("last.ckpt", config=config)
+    command = str(error.value).split("`")[1].split()
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    found, plain = (read_published(path, config=config).state for path in ("whole.ckpt", "whole.bin"))
+    assert found.keys() == plain.keys()
+    assert all(torch.equal(value, plain[name]) for name, value in found.items())
+
+
+def deepspeed() -> Path:
+    """What Lightning's strategy leaves in place of last.ckpt."""
+    folder = Path("run/checkpoints/last.ckpt")
+    (folder / "checkpoint").mkdir(parents=True)
+    (folder / "latest").write_text("checkpoint")
+    (folder / "zero_to_fp32.py").touch()
+    torch.save({"module": TINY, "ds_config": {}}, folder / "checkpoint" / "mp_rank_00_model_states.pt")
+    return folder
+
+
+def lora(name: str) -> Path:
+    save_file({name: torch.ones(1)}, "style.safetensors")
+    return Path("style.safetensors")
+
+
+def adapter() -> Path:
+    Path("adapter").mkdir()
+    Path("adapter/adapter_config.json").write_text("{}")
+    save_file(TINY, "adapter/adapter_model.safetensors")
+    return Path("adapter")
+
+
+def optimizer() -> Path:
+    torch.save(torch.optim.Adam([nn.Parameter(torch.ones(1))]).state_dict(), "optimizer.bin")
+    return Path("optimizer.bin")
+
+
+def two_models() -> Path:
+    Path("two").mkdir()
+    for name in ("model", "model_1"):
+        save_file(TINY, f"two/{name}.safetensors")
+    return Path("two")
+
+
+DEEPSPEED = r"is a checkpoint of DeepSpeed, in parts: .* `cd run/checkpoints/last\.ckpt; python zero_to_fp32\.py"
+NAMED = {
+    "DeepSpeed": (deepspeed, DEEPSPEED),
+    "its part": (lambda: deepspeed() / "checkpoint" / "mp_rank_00_model_states.pt", rf"mp_rank_00\S+ {DEEPSPEED}"),
+    "LoRA of diffusers": (lambda: lora("unet.down_blocks.0.to_q.lora_A.weight"), r"is a LoRA, low-.*fuse_lora\(\)"),
+    "LoRA of kohya": (lambda: lora("lora_unet_down_blocks_0_to_q.lora_down.weight"), "is a LoRA"),
+    "older LoRA": (lambda: lora("unet.mid_block.processor.to_q_lora.up.weight"), "is a LoRA"),
+    "adapter": (adapter, "adapter is a LoRA, low-rank changes"),
+    "optimizer": (optimizer, "is the state of an optimizer, without weights; give the model's file beside it"),
+    "two models": (two_models, r"holds several models \(model\.safetensors, model_1\.safetensors\); give the file of"),
+}
+
+
+@pytest.mark.parametrize("form", NAMED)
+def test_other_forms_are_named_with_the_next_step(form):
+    make, told = NAMED[form]
+    path = make()
+    for enter in (read_checkpoint, read_state_dict, ldm.load_model, read_published):
+        with pytest.raises(UserError, match=told):
+            enter(path)
+
+
+def test_a_run_trained_with_deepspeed_is_named_too():
+    run = deepspeed().parent.parent
+    for enter in (ldm.load_model, lambda path: ldm.export(path, "out")):
+        with pytest.raises(UserError, match="is a checkpoint of DeepSpeed, in parts"):
+            enter(run)
+
+
+def test_averages_of_a_published_model_that_were_never_updated_are_left(diffusion):
+    config, state = diffusion
+    torch.save({"state_dict": state}, "model.ckpt")
+    raw = read_published("model.ckpt", config=config, raw_weights=True)
+    found = read_published("model.ckpt", config=config)
+    name = "model.diffusion_model.out.2.bias"
+    assert torch.equal(found.state[name], raw.state[name] * 0.5)
+    assert found.notes == raw.notes
+    torch.save({"state_dict": state | {"model_ema.num_updates": torch.tensor(0)}}, "model.ckpt")
+    found = read_published("model.ckpt", config=config)
+    assert all(torch.equal(value, raw.state[name]) for name, value in found.state.items())
+    assert any(note.startswith("the averaged weights were never updated") for note in found.notes)
