@@ -320,25 +320,6 @@ def test_a_model_whose_condition_is_the_image_is_told_it(tmp_path):
     assert np.array_equal(found, to_uint8(made)[0])
 
 
-@pytest.mark.slow
-def test_a_notebook_gives_the_same_images_bit_for_bit(world, model, tmp_path, monkeypatch):
-    import nbformat
-    from nbclient import NotebookClient
-
-    cell = (
-        f"import ldm, numpy\nmodel = ldm.load_model({str(world / 'model')!r})\n"
-        "cond = model.condition(class_='A')\nimages = ldm.sample(model, cond, 2, ldm.Sampler(steps=3, seed=1))\n"
-        "numpy.save('images.npy', ldm.to_uint8(images))"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(Path(ldm.__file__).parents[1]))
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell)])
-    NotebookClient(notebook, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    run("sample", "--model", world / "model", "--condition", "class=A", "--count", 2, "--steps", 3, "--seed", 1,
-        "--out", tmp_path / "tiles")  # fmt: skip
-    found = np.stack([np.asarray(Image.open(tmp_path / "tiles" / f"{i:05d}.png")) for i in range(2)])
-    assert np.array_equal(found, np.load(tmp_path / "images.npy"))
-
-
 # --- what version 0.1.0 wrote ---------------------------------------------------------------------------------------
 
 
