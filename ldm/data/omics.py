@@ -127,6 +127,10 @@ def join_omics(
         licence: of the tables; recorded. layer: the matrix of tables that are h5ad files, see `read_gene_table`.
     Raises:
         UserError: whatever cannot be joined or read without guessing; nothing is written then.
+
+    >>> join_omics("cohort")
+    Traceback (most recent call last):
+    ldm.errors.UserError: give a table: --mutation, --expression or both.
     """
     given = {"mutation": mutation, "expression": expression}
     paths = {source: Path(path) for source, path in given.items() if path is not None}

@@ -70,6 +70,10 @@ def read_sliderunner(path: Path | str, annotators: Sequence[str] = ()) -> list[C
         annotators: names or ids of the persons whose votes count; none is all.
     Raises:
         UserError: no such file, not SQLite, another schema, an unknown annotator, an annotation without coordinates.
+
+    >>> read_sliderunner("cells.sqlite")
+    Traceback (most recent call last):
+    ldm.errors.UserError: there is no annotation database at cells.sqlite
     """
     path = Path(path)
     if not path.is_file():
@@ -180,6 +184,13 @@ def read_midog(path: Path | str) -> list[Cell]:
 
     Raises:
         UserError: no such file, no JSON, another layout, boxes that are not corners.
+
+    >>> box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 60, 70]}
+    >>> images, categories = [{"id": 1, "file_name": "001.tiff"}], [{"id": 1, "name": "mitotic figure"}]
+    >>> text = json.dumps({"images": images, "categories": categories, "annotations": [box]})
+    >>> _ = Path("MIDOG.json").write_text(text)
+    >>> print(read_midog("MIDOG.json")[0])
+    001.tiff at (35, 45)
     """
     path = Path(path)
     if not path.exists():
@@ -240,6 +251,12 @@ def read_crops(
         annotators: columns whose votes count; none is all.
     Raises:
         UserError: no image, two of one name, no table, a row twice, a vote for an unknown class.
+
+    >>> Path("crops/atypical").mkdir(parents=True)
+    >>> Image.new("RGB", (64, 64)).save("crops/atypical/1.png")
+    >>> cells, unused = read_crops("crops")
+    >>> cells[0].name, cells[0].x, unused
+    ('atypical', 32.0, 0)
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -293,7 +310,13 @@ def _voters(table: pd.DataFrame, known: set[str], annotators: Sequence[str], pat
 
 
 def find_files(folder: Path | str, names: Iterable[str]) -> dict[str, Path]:
-    """The files of these names in a folder and below. UserError for no folder, or a name that is there twice."""
+    """The files of these names in a folder and below. UserError for no folder, or a name that is there twice.
+
+    >>> Path("slides").mkdir()
+    >>> Path("slides/a.svs").touch()
+    >>> find_files("slides", ["a.svs", "b.svs"])
+    {'a.svs': PosixPath('slides/a.svs')}
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder of slides at {folder}")

@@ -80,6 +80,11 @@ def read_captions(
         patient: whose an image is: the name of a column, or a rule for its path, see `ldm.tables.patients`.
     Raises:
         UserError: no such file, no text, no such columns, no rows.
+
+    >>> _ = Path("captions.csv").write_text("path,text\\na.png,Clear lungs\\nb.png,\\n")
+    >>> table = read_captions("captions.csv", of_files=False)
+    >>> [caption.text for caption in table.captions], table.problems
+    (['Clear lungs'], [(3, 'the caption of b.png is empty')])
     """
     path = Path(path)
     lines = [line.removesuffix("\r") for line in read_text(path).split("\n")]
@@ -208,7 +213,15 @@ def _collect(
 
 
 def drop_unreadable(table: CaptionTable, workers: int = 8) -> None:
-    """Decode every image; those that cannot be read become problems."""
+    """Decode every image; those that cannot be read become problems.
+
+    >>> Path("a.png").touch()
+    >>> _ = Path("captions.csv").write_text("path,text\\na.png,Clear lungs\\n")
+    >>> table = read_captions("captions.csv")
+    >>> drop_unreadable(table)
+    >>> table.captions, table.problems[0][0]
+    ([], 2)
+    """
     images = sorted({caption.image for caption in table.captions})
     with ThreadPoolExecutor(workers) as pool:
         checked = pool.map(_unreadable, images)
@@ -234,6 +247,9 @@ def square(image: np.ndarray, size: int, resize: str = "shorter") -> np.ndarray:
 
     resize: shorter: scaled so that its shorter side is `size`, and its middle cut out; pad: the longer side, and the
     rest is black.
+
+    >>> square(np.zeros((100, 200, 3), np.uint8), 64).shape
+    (64, 64, 3)
     """
     if resize not in RESIZES:
         raise UserError(f"resize is one of {', '.join(RESIZES)}; got '{resize}'")

@@ -16,6 +16,9 @@ def class_called(name: str, cells: Sequence[Cell], option: str) -> str:
     """The class of cells or votes that is called `name`, given by the option; upper and lower case are the same.
 
     UserError if there is none.
+
+    >>> class_called("Mitosis", [Cell("a.svs", 10, 20, "mitosis")], "positive")
+    'mitosis'
     """
     known = {name for cell in cells for name in (cell.name, *cell.votes)} - {UNDECIDED}
     found = [other for other in sorted(known) if other.casefold() == name.casefold()]
@@ -29,6 +32,10 @@ def scores_of(cells: Sequence[Cell], positive: str, labels: str = "hard") -> lis
 
     hard: 1 for cells of that class, 0 for others, None for undecided ones. soft: the fraction of votes for that class.
     UserError: soft scores of cells without votes.
+
+    >>> cells = [Cell("a.png", 32, 32, "typical", ("typical", "atypical", "typical", "typical"))]
+    >>> scores_of(cells, "atypical"), scores_of(cells, "atypical", "soft")
+    ([0.0], [0.25])
     """
     if labels not in LABELS:
         raise UserError(f"labels are {' or '.join(LABELS)}; got '{labels}'")
@@ -44,7 +51,11 @@ def scores_of(cells: Sequence[Cell], positive: str, labels: str = "hard") -> lis
 
 
 def distribution(cells: Sequence[Cell], positive: str) -> Counter[tuple[int, int]]:
-    """How many cells have (votes for `positive`, votes)."""
+    """How many cells have (votes for `positive`, votes).
+
+    >>> dict(distribution([Cell("a.png", 32, 32, "typical", ("typical", "atypical"))], "atypical"))
+    {(1, 2): 1}
+    """
     return Counter((cell.votes.count(positive), len(cell.votes)) for cell in cells)
 
 
@@ -54,6 +65,11 @@ def without_surplus(
     """Places of the cells left when each group has at most `most` negatives (score below 0.5; None: as many as others).
 
     Which negatives stay is a hash of the cell, so a longer list keeps most of them.
+
+    >>> cells = [Cell("a.svs", x, 0, "cell") for x in range(4)]
+    >>> kept = without_surplus(cells, scores=[1, 0, 0, 0], groups=["a.svs"] * 4, seed=0)
+    >>> len(kept), 0 in kept
+    (2, True)
     """
 
     def place(row: int) -> bytes:
