@@ -73,7 +73,7 @@ RIGHT = [["a", "1.5", "x, y"], ["b", None, "é"]]
         ("semicolon.csv", "sep=;\nid;age;text\na;1.5;x, y\nb;'--;é\n".encode()),
         ("latin.csv", 'id,age,text\na,1.5,"x, y"\nb,[Not Available],é\n'.encode("latin-1")),
         ("r.txt", '"id"\t"age"\t"text"\n"a"\t1.5\t"x, y"\n"b"\tNA\t"é"\n'.encode()),
-        ("zipped.tsv.gz", gzip.compress("#made by\nid\tage\ttext\na\t1.5\tx, y\nb\tNot Reported\té\n".encode(), mtime=0)),
+        ("zipped.tsv.gz", gzip.compress("#made\nid\tage\ttext\na\t1.5\tx, y\nb\tNot Reported\té\n".encode(), mtime=0)),
         ("spaces.csv", 'id, age, text\na, 1.5, "x, y"\n\nb, unknown, é\n'.encode()),
         ("ends.csv", 'id,age,text,,\na,1.5,"x, y",,\nb,,é,,\n,,,,\n'.encode()),
         ("hash.tsv", "#id\tage\ttext\na\t1.5\tx, y\nb\t[Unknown]\té\n".encode()),
