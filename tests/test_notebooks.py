@@ -83,7 +83,7 @@ def test_a_notebook_is_whole_and_small(name):
     assert "Next" in prose
 
 
-@pytest.mark.parametrize("name", [*NAMES[:10], NAMES[11]])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_begins_with_its_result_and_two_lines_of_code(name):
     prose, code = notebook(name).cells[:2]
     assert f"](../docs/images/notebooks/{name}.jpg)" in prose.source
