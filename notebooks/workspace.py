@@ -53,7 +53,7 @@ def begin(number: str) -> Path:
 
 
 def commands(script: str) -> None:
-    """Run a script of bash up to its first failing command; CalledProcessError says which part of it failed."""
+    """Run a script of bash up to its first failing command, for which it raises CalledProcessError."""
     call = ["bash", "-eu", "-o", "pipefail", "-c", script]
     done = subprocess.run(call, capture_output=True, text=True, encoding="utf-8")
     print(done.stdout, end="")
