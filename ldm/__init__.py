@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ldm.sampling.tiles import sample
     from ldm.sampling.translate import translate
 
+    __version__: str
+
 _HOMES = {
     "convert": "ldm.convert",
     "load_model": "ldm.convert",
@@ -43,10 +45,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:  # torch is imported when it is first needed, so that `--help` answers at once
+    if name == "__version__":
+        return import_module("ldm.files").tool_version()
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'ldm' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted([*globals(), *_HOMES, "__version__"])

@@ -34,7 +34,8 @@ def pick_device(name: str = "auto") -> str:
     if name == "cuda" and "cuda:0" in gpus:
         return "cuda:0"
     if name not in ("cpu", *gpus):
-        raise UserError(f"this machine has no device '{name}'; choose auto, {', '.join(['cpu', *gpus])}.")
+        word = " PyTorch's word for a GPU is cuda." if name.lower().startswith("gpu") else ""
+        raise UserError(f"this machine has no device '{name}'; choose auto, {', '.join(['cpu', *gpus])}.{word}")
     return name
 
 

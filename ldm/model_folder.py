@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.weights import read_state_dict
 from ldm.config import instantiate_from_config, load_config, modules_only, save_config
+from ldm.devices import pick_device
 from ldm.errors import UserError
 from ldm.files import CARD
 from ldm.interop.checkpoint import read_checkpoint
@@ -199,6 +200,7 @@ def loaded(
     >>> model.metadata["mpp"]
     0.499
     """
+    device = pick_device(str(device))
     model = _filled(node, state, path)
     if not hasattr(model, "build_noise_table"):
         what = "a first stage" if hasattr(model, "decode") else "no diffusion model"
@@ -220,6 +222,7 @@ def load_network(folder: str | Path, device: str | torch.device = "cpu") -> nn.M
     >>> load_network(folder).metadata
     {'classes': ['tumour']}
     """
+    device = pick_device(str(device))
     node, metadata = read_model_folder(folder)
     network = _filled(node, read_state_dict(folder), Path(folder))
     if hasattr(network, "build_noise_table"):

@@ -170,7 +170,8 @@ def known_key(conditioner: Conditioner, name: str) -> str:
     features = [key for key in keys_of(conditioner, "features") if not conditioner.describe()[key].optional]
     if name == "features" and len(features) == 1:
         return features[0]
-    raise UserError(f"the model has no condition '{name}'{suggest(name, conditioner.keys)}")
+    known = [*conditioner.keys, *(["features"] if len(features) == 1 else [])]
+    raise UserError(f"the model has no condition '{name}'{suggest(name, known)}")
 
 
 def keys_of(conditioner: Conditioner | None, kind: str) -> list[str]:

@@ -25,6 +25,7 @@ from timm.layers import SwiGLUPacked, to_2tuple
 from timm.models import swin_transformer
 from torch import Tensor, nn
 
+from ldm.devices import pick_device
 from ldm.encoders.registry import REGISTRY, EncoderSpec, weights_home
 from ldm.errors import UserError, suggest
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
@@ -155,7 +156,7 @@ def load_encoder(name_or_folder: str | Path, weights: str | Path | None = None, 
     encoder = Encoder(spec)
     load_weights(encoder, path)
     encoder.weights_path = path
-    return encoder.eval().requires_grad_(False).to(device)
+    return encoder.eval().requires_grad_(False).to(pick_device(str(device)))
 
 
 def find_encoder(name_or_folder: str | Path, weights: str | Path | None = None) -> tuple[EncoderSpec, Path]:

@@ -21,6 +21,7 @@ from ldm.diffusion.tiled import shifted, tiled
 from ldm.errors import UserError
 from ldm.images.write import to_uint8
 from ldm.rng import canvas_noise
+from ldm.sampling.given import checked_sampler, tensor_of
 from ldm.sampling.local_norm import REACH, decode_tiles, local_group_norm, spans
 from ldm.sampling.sampler import Sampler, Windows
 
@@ -65,9 +66,11 @@ def large_image(
     torch.Size([1, 3, 32, 48])
     """
     windows = windows or Windows()
-    sampler = (sampler or Sampler()).settled(model, "large_image")
+    sampler = checked_sampler(sampler).settled(model, "large_image")
     factor, window, tile = model.first_stage_model.downsampling, model.image_size, model.tile_size
-    features = torch.as_tensor(np.asarray(features), dtype=torch.float32)
+    if isinstance(features, Mapping):
+        raise UserError("a large image takes a grid of features, not a condition: ldm.large_image(model, grid)")
+    features = tensor_of(features).float().cpu()
     if features.ndim != 3:
         raise UserError(f"a large image takes a grid of features (rows, cols, D); got shape {tuple(features.shape)}.")
     if model.cond_stage_model is None:

@@ -21,6 +21,7 @@ from ldm.diffusion.tiled import tiled
 from ldm.errors import UserError
 from ldm.rng import canvas_noise, fold, sample_noise
 from ldm.sampling.canvas import decode_latents, encode_images
+from ldm.sampling.given import checked_condition, checked_images, checked_sampler
 from ldm.sampling.guided import PRECISIONS
 from ldm.sampling.inversion import invert, invert_exactly, invert_published, invertible
 from ldm.sampling.sampler import EXACT, ODE_SOLVERS, Inversion, Sampler
@@ -54,13 +55,13 @@ def translate(
     >>> translate(model, images, sampler=Sampler(steps=2, progress=False)).shape
     torch.Size([1, 3, 16, 16])
     """
-    sampler, inversion = settled(sampler or Sampler(), inversion or Inversion(), model)
+    images = checked_images(images)
+    sampler, inversion = settled(checked_sampler(sampler), inversion or Inversion(), model)
     low, count = None, len(images)
-    images = images.float().contiguous()  # another layout in memory would be other rounding
     if inversion.enlarge:
         low = images
         images = F.interpolate(images, scale_factor=inversion.enlarge, mode="bicubic").clamp(-1, 1)
-    _check_images(model, images)
+    check_shape(model, *images.shape[1:], "the images")
     factor, (height, width) = model.first_stage_model.downsampling, images.shape[-2:]
     if low is not None and (height % factor or width % factor):
         raise UserError(f"the sides of what is made larger must be multiples of {factor} px.")
@@ -71,7 +72,8 @@ def translate(
     targets = list(target) if isinstance(target, Sequence) else [target]
     if not targets:
         raise UserError("no target is given.")
-    known, *conds = (_condition(model, cond, images) for cond in (source, *targets))
+    known = _condition(model, source, images, "source")
+    conds = [_condition(model, cond, images, "target") for cond in targets]
     way = _Way(model, sampler, inversion, _levels(model, sampler, inversion), tile)
     numbers = range(first, first + count) if isinstance(first, int) else list(first)
     found: list[list[Tensor]] = [[] for _ in targets]
@@ -190,16 +192,6 @@ def _levels(model: LatentDiffusion, sampler: Sampler, inversion: Inversion) -> T
     return schedules.sigmas_from(schedules.respaced_sigmas(model.sigmas, f"ddim{sampler.steps}"), inversion.strength)
 
 
-def _check_images(model: LatentDiffusion, images: Tensor) -> None:
-    """UserError unless images (N,C,H,W) are such as the model works on."""
-    if images.ndim != 4 or not images.numel():
-        raise UserError(f"images are given as (N,C,H,W); got shape {tuple(images.shape)}.")
-    check_shape(model, *images.shape[1:], "the images")
-    low, high = float(images.min()), float(images.max())
-    if not -1.001 <= low <= high <= 1.001:  # NaN too
-        raise UserError(f"images have values in [-1, 1]; got {low:g} to {high:g}.")
-
-
 def check_shape(model: LatentDiffusion, channels: int, height: int, width: int, name: str) -> None:
     """UserError unless images of this shape have the model's channels and at least the size of its tiles.
 
@@ -220,9 +212,9 @@ def check_shape(model: LatentDiffusion, channels: int, height: int, width: int, 
         )
 
 
-def _condition(model: LatentDiffusion, cond: Cond | None, images: Tensor) -> dict[str, Tensor]:
+def _condition(model: LatentDiffusion, cond: Cond | None, images: Tensor, name: str) -> dict[str, Tensor]:
     """The condition of images (N,C,H,W), the null where none is given; the images, where they are the condition."""
-    cond = model.null_condition() if cond is None else cond
+    cond = model.null_condition() if cond is None else checked_condition(model, cond, name)
     count = len(images)
     counts = {len(value) for value in cond.values()} - {1}
     if counts - {count}:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet34
 
 from ldm.data import dihedral
+from ldm.devices import pick_device
 from ldm.errors import UserError, suggest
 from ldm.files import sha256, whole
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
@@ -210,7 +211,7 @@ def load_scorer(source: str | Path | Sequence[str | Path], device: str | torch.d
     else:
         scorer, files = _of_checkpoints(source), list(map(Path, source))
     scorer.identity = hashlib.sha256("".join(map(sha256, files)).encode()).hexdigest()
-    return scorer.to(device).eval().requires_grad_(False)
+    return scorer.to(pick_device(str(device))).eval().requires_grad_(False)
 
 
 def _of_folder(folder: Path) -> Ensemble:
