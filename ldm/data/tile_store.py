@@ -172,7 +172,7 @@ class TileStore:
     def _named(self, group: str, name: str, make: str) -> StoredArray:
         known = self.names(group)
         if name not in known:
-            raise UserError(f"{self.path} has no {group} '{name}'{suggest(name, known)} {make}.")
+            raise UserError(f"{self.path} has no {group} '{name}'{suggest(name, known)} {make}")
         array = self.array(f"{group}/{name}")
         if array.shape[0] != len(self):
             raise UserError(
