@@ -102,9 +102,12 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
         raise UserError(f"encoder {encoder.name} gives {encoder.dim} values, features '{args.feature}' have {has}")
     model = ldm.load_model(args.model, device)
     sampler = ldm.Sampler(
-        steps=args.steps, guidance_scale=args.guidance_scale, seed=args.seed, batch_size=args.batch_size,
+        steps=args.steps,
+        guidance_scale=args.guidance_scale,
+        seed=args.seed,
+        batch_size=args.batch_size,
         precision=args.precision,
-    )  # fmt: skip
+    )
     sampled = ldm.sample(model, model.condition(features=conditions), sampler=sampler)
     parts = [slice(i, i + args.batch_size) for i in range(0, len(images), args.batch_size)]
     with torch.no_grad():

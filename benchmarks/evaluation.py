@@ -59,8 +59,10 @@ def cost(args: argparse.Namespace) -> None:
         begun, used = time.perf_counter(), time.process_time()
         found = frechet.fid(x, y)
         low, high = found.interval()
-        print(f"with its interval, {low:.4f} to {high:.4f}: {time.perf_counter() - begun:.1f} s, "
-              f"{time.process_time() - used:.1f} s of processor time, peak memory {peak():.0f} MiB")  # fmt: skip
+        print(
+            f"with its interval, {low:.4f} to {high:.4f}: {time.perf_counter() - begun:.1f} s, "
+            f"{time.process_time() - used:.1f} s of processor time, peak memory {peak():.0f} MiB"
+        )
 
 
 def tiles_of(path: Path, mpp: float | None, folder: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -85,8 +87,10 @@ def order(args: argparse.Namespace) -> None:
         ihc, _ = tiles_of(args.ihc, args.ihc_mpp, Path(folder))
     odd = place.sum(1) % 2 == 1
     count = min(odd.sum(), (~odd).sum(), len(ihc))
-    pick = [rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
-            for rows in (np.flatnonzero(odd), np.flatnonzero(~odd), np.arange(len(ihc)))]  # fmt: skip
+    pick = [
+        rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+        for rows in (np.flatnonzero(odd), np.flatnonzero(~odd), np.arange(len(ihc)))
+    ]
     sets = [he[pick[0]], he[pick[1]], ihc[pick[2]]]
     print(f"{count} tiles of each half of {args.he.name} and of {args.ihc.name}")
     wrong = []

@@ -51,8 +51,11 @@ def real_tiles(path: Path, side: int, count: int) -> Tensor:
         tiles = np.stack([store.tile(int(row)) for row in rows])
     else:
         slide = open_image(path)
-        corners = [(x, y) for x in range(0, slide.dimensions[0] - side, side)
-                   for y in range(0, slide.dimensions[1] - side, side)]  # fmt: skip
+        corners = [
+            (x, y)
+            for x in range(0, slide.dimensions[0] - side, side)
+            for y in range(0, slide.dimensions[1] - side, side)
+        ]
         found = sorted((slide.read(x, y, side, side) for x, y in corners), key=lambda tile: -tile.std())
         tiles = np.stack(found[: len(found) // 2 : max(1, len(found) // 2 // count)][:count])
     return torch.from_numpy(tiles).movedim(-1, 1).float() / 127.5 - 1

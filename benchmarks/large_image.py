@@ -84,9 +84,11 @@ def published(model: LatentDiffusion, features: Tensor, options: argparse.Namesp
     window, factor = model.image_size, model.first_stage_model.downsampling
     height, width = (side // factor for side in options.size)
     corners = [
-        (row, col) for stride in [window // 4]
-        for row in range(0, height - window + 1, stride) for col in range(0, width - window + 1, stride)
-    ]  # fmt: skip
+        (row, col)
+        for stride in [window // 4]
+        for row in range(0, height - window + 1, stride)
+        for col in range(0, width - window + 1, stride)
+    ]
     field = FeatureField(features, (height, width), window, "slerp")
     cond = model.condition(features=field.at(corners))
     null = {part: value.expand_as(cond[part]) for part, value in model.null_condition().items()}
@@ -109,10 +111,10 @@ def published(model: LatentDiffusion, features: Tensor, options: argparse.Namesp
 
     table = model.sigmas
     stride = len(table) // options.steps
-    alphas = 1 / (1 + table**2)                                                 # cumulative
+    alphas = 1 / (1 + table**2)  # cumulative
     betas = 1 - alphas / torch.cat([alphas.new_ones(1), alphas[:-1]])
     shape = (model.channels, height, width)
-    x = canvas_noise(seed, *shape).to(model.device)                             # variance-preserving
+    x = canvas_noise(seed, *shape).to(model.device)  # variance-preserving
     for step in range(options.steps):
         t = len(table) - 1 - step * stride
         x0 = denoised(x / alphas[t].sqrt(), table[t])
@@ -121,7 +123,7 @@ def published(model: LatentDiffusion, features: Tensor, options: argparse.Namesp
             x = x0
             break
         previous = alphas[t - stride]
-        variance = betas[t] * (1 - previous) / (1 - alphas[t])                  # of a single step, whatever the stride
+        variance = betas[t] * (1 - previous) / (1 - alphas[t])  # of a single step, whatever the stride
         noise = canvas_noise(seed, *shape, stream=step + 1).to(x)
         x = previous.sqrt() * x0 + (1 - previous - variance).sqrt() * eps + variance.sqrt() * noise
 

@@ -43,10 +43,11 @@ def node(quick: bool) -> dict[str, Any]:
             "unet_config": {"target": "ldm.networks.unet.UNetModel", "params": unet},
             "first_stage_config": {"target": "ldm.autoencoder.autoencoder.VQModel", "params": stage},
             "cond_stage_config": {
-                "target": "ldm.conditioners.ssl.PatchEmbedder", "params": {"embed_dim": 1024, "context_dim": 512},
+                "target": "ldm.conditioners.ssl.PatchEmbedder",
+                "params": {"embed_dim": 1024, "context_dim": 512},
             },
         },
-    }  # fmt: skip
+    }
 
 
 def make(work: Path, quick: bool) -> None:

@@ -160,9 +160,12 @@ def run(args: argparse.Namespace) -> None:
         made = sample(make(), args.count, args.seed)
         found = memorisation(features(made, "made"), features(held_out, "held out"), features(images, "train"))
         close, nearer = found.measures[1], found.measures[0]
-        print(f"{name}: close to a training image {number(close.value)} ({number(close.low)} to {number(close.high)}), "
-              f"nearer than held-out {number(nearer.value)} ({number(nearer.low)} to {number(nearer.high)}), median "
-              f"distance {number(found.measures[2].value)}: {found.verdict}", flush=True)  # fmt: skip
+        print(
+            f"{name}: close to a training image {number(close.value)} ({number(close.low)} to {number(close.high)}), "
+            f"nearer than held-out {number(nearer.value)} ({number(nearer.low)} to {number(nearer.high)}), median "
+            f"distance {number(found.measures[2].value)}: {found.verdict}",
+            flush=True,
+        )
         if (found.verdict == "memorises") != (expected == "memorises"):
             wrong.append(f"{name}: {found.verdict}")
         if args.out:

@@ -50,8 +50,9 @@ def measure(
     """Sequences of one noise each, and what the scorer says of them."""
     values = np.array(sweep.values)
     conditions = [model.condition(**{sweep.name: value}) for value in sweep.values]
-    sampler = Sampler(steps=steps, guidance_scale=guidance, seed=seed, batch_size=sequences, precision=precision,
-                      progress=False)  # fmt: skip
+    sampler = Sampler(
+        steps=steps, guidance_scale=guidance, seed=seed, batch_size=sequences, precision=precision, progress=False
+    )
     made = sweep_noise(model, conditions, sequences, sampler)
     with torch.no_grad():
         scores = scorer(made.flatten(0, 1)).view(made.shape[:2]).numpy()  # (S,N)
@@ -82,9 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     model, scorer, sweep = load_model(options.model), load_scorer(options.scorer), parse_sweep(options.vary)
     for scale in options.guidance:
-        found = measure(
-            model, scorer, sweep, scale, options.sequences, options.steps, options.seed, options.precision
-        )  # fmt: skip
+        found = measure(model, scorer, sweep, scale, options.sequences, options.steps, options.seed, options.precision)
         print(
             f"guidance {scale:g}, {len(found.scores)} sequences of {len(sweep.values)}, {options.steps} steps: "
             f"Spearman {found.spearman:.3f} (95%: {found.low:.3f} to {found.high:.3f}); within a sequence "

@@ -81,10 +81,13 @@ def encoder(folder: Path, precision: str) -> list[Row]:
     tissue = int((tiles["tissue"] > 0.25).sum())
     where = "tiles of the held-out band, drawn by columns of the slide"
     return [
-        row("a second view of a tile is nearest to the tile itself", found["retrieval_top1"],
-            f"{tissue} {where}; tiles with tissue, among all {len(tiles['hit'])}"),
+        row(
+            "a second view of a tile is nearest to the tile itself",
+            found["retrieval_top1"],
+            f"{tissue} {where}; tiles with tissue, among all {len(tiles['hit'])}",
+        ),
         row("R2 of the tissue fraction, by ridge regression", found["tissue_r2"], f"{len(tiles['hit'])} {where}"),
-    ]  # fmt: skip
+    ]
 
 
 def ssl(folder: Path, precision: str) -> list[Row]:
@@ -112,9 +115,12 @@ def ssl(folder: Path, precision: str) -> list[Row]:
         row("cosine to its own condition", [c["own"]], on),
         row("cosine to its own condition of the first stage's reconstruction", [c["reconstruction"]], on),
         row("first stage: PSNR of the reconstruction, dB", c["psnr"], on, 1),
-        row("gradient across borders of the 256 px lattice over that beside them", [seams["ratio"]],
-            f"one image of 1024 px; 95% of other lattices in it {seams['low']:.3f} to {seams['high']:.3f}"),
-    ]  # fmt: skip
+        row(
+            "gradient across borders of the 256 px lattice over that beside them",
+            [seams["ratio"]],
+            f"one image of 1024 px; 95% of other lattices in it {seams['low']:.3f} to {seams['high']:.3f}",
+        ),
+    ]
 
 
 def mitosis(folder: Path, precision: str) -> list[Row]:
@@ -130,12 +136,15 @@ def mitosis(folder: Path, precision: str) -> list[Row]:
     )  # fmt: skip
     on = "64 sequences of 5 cells, guidance 6, 12 steps, scored by demo-mitosis-scorers"
     return [
-        row("Spearman correlation of the score asked for and the scorers' mean",
-            (found.spearman, found.low, found.high), on),
+        row(
+            "Spearman correlation of the score asked for and the scorers' mean",
+            (found.spearman, found.low, found.high),
+            on,
+        ),
         row("the same, scores dealt out anew within sequences (95% are below)", [found.dealt], on),
         row("scorers' mean where score 0 is asked for", interval(found.scores[:, 0]), on),
         row("scorers' mean where score 1 is asked for", interval(found.scores[:, -1]), on),
-    ]  # fmt: skip
+    ]
 
 
 def scorers(folder: Path, precision: str) -> list[Row]:
@@ -152,9 +161,11 @@ def scorers(folder: Path, precision: str) -> list[Row]:
     single = [measures("graded", each[:, k], targets)["spearman"] for k in range(scorer.count)]
     on = f"{len(targets)} crops in {len(set(groups))} groups that were held out, drawn by groups"
     names = {
-        "spearman": "Spearman correlation with the experts' votes", "auroc": "AUROC of the experts' majority",
-        "mae": "mean absolute error of the fraction of votes", "ece": "calibration error",
-    }  # fmt: skip
+        "spearman": "Spearman correlation with the experts' votes",
+        "auroc": "AUROC of the experts' majority",
+        "mae": "mean absolute error of the fraction of votes",
+        "ece": "calibration error",
+    }
     return [row(name, found[key], on) for key, name in names.items()] + [
         row("Spearman correlation of the weakest network alone", [min(single)], on),
         row("Spearman correlation of the strongest network alone", [max(single)], on),
@@ -238,9 +249,12 @@ def omics(folder: Path, precision: str) -> list[Row]:
     found = measure(ldm.load_model(folder), str(cohort), precision=precision)
     on = "24 held-out tiles of each cancer under the other, 20 steps, guidance 2"
     rows = [
-        share("the classifier of real tiles is right on real tiles", np.concatenate(list(found.hits.values())),
-              f"held-out tiles of {', '.join(found.hits)}"),
-    ]  # fmt: skip
+        share(
+            "the classifier of real tiles is right on real tiles",
+            np.concatenate(list(found.hits.values())),
+            f"held-out tiles of {', '.join(found.hits)}",
+        ),
+    ]
     for way, pairs in found.pairs.items():
         told = "decoded under their own class and omics" if way == UNCHANGED else f"translated by {way}"
         words = "their own cancer" if way == UNCHANGED else "the other cancer"
@@ -251,9 +265,12 @@ def omics(folder: Path, precision: str) -> list[Row]:
         ]
     changed = [pair for way, pairs in found.pairs.items() if way != UNCHANGED for pair in pairs]
     rows.append(
-        row("SSIM of haematoxylin with the source, of real tiles of the other cancer",
-            interval(together(changed, "other")), "the same")
-    )  # fmt: skip
+        row(
+            "SSIM of haematoxylin with the source, of real tiles of the other cancer",
+            interval(together(changed, "other")),
+            "the same",
+        )
+    )
     return rows
 
 
@@ -271,8 +288,9 @@ def captions() -> Path:
     tissue = {"H&E: skin": [SLIDE], "H&E: colon cancer": sorted((samples / "cancers").glob("TCGA-AD-6964*.jpg"))}
     tissue |= {"IHC: Ki67": [samples / "stains/OS-2-ndpi.ome.tif"], "IHC: FHL2, colon": [samples / "stains/ihc.png"]}
     named = [f"{name}={path}" for name, paths in tissue.items() for path in paths]
-    run_quietly(demo_captions.main, *(word for each in named for word in ("--tissue", each)), "--mpp", 0.5,
-                "--out", source)  # fmt: skip
+    run_quietly(
+        demo_captions.main, *(word for each in named for word in ("--tissue", each)), "--mpp", 0.5, "--out", source
+    )
     with (source / "captions.csv").open("a", newline="") as file:
         writer = csv.writer(file)
         for modality, name in (("t1", "T1"), ("t2", "T2"), ("fla", "FLAIR")):
@@ -304,9 +322,12 @@ def text(folder: Path, precision: str) -> list[Row]:
     rows += [share(f"the same, {kind}", hits, f"{count} images") for kind, hits in found.kind.items()]
     if found.bright:
         rows.append(
-            share("slices asked for that are none: brighter at the edge than any real slice, as radiographs are",
-                  np.concatenate(list(found.bright.values())), f"{count} images of each of {', '.join(found.bright)}")
-        )  # fmt: skip
+            share(
+                "slices asked for that are none: brighter at the edge than any real slice, as radiographs are",
+                np.concatenate(list(found.bright.values())),
+                f"{count} images of each of {', '.join(found.bright)}",
+            )
+        )
     rows += [
         share("classifier of real tiles is right on real tiles: many or few nuclei", found.known_nuclei,
               "held-out tiles; chance 0.500"),

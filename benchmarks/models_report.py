@@ -124,8 +124,11 @@ def report(options: argparse.Namespace) -> None:
                 write_text(result, json.dumps(done, indent=1))
             rows = done[name]["rows"]
             before = {each["measure"]: each["value"] for each in saved.get(name, [])}
-            differ += [f"{name}: {each['measure']} {each['value']}, card {before.get(each['measure'], 'none')}"
-                       for each in rows if before.get(each["measure"]) != each["value"]]  # fmt: skip
+            differ += [
+                f"{name}: {each['measure']} {each['value']}, card {before.get(each['measure'], 'none')}"
+                for each in rows
+                if before.get(each["measure"]) != each["value"]
+            ]
             bar.update(JOBS[name].seconds)
             bar.write("\n".join(["", name, *table([Row(**each) for each in rows])]), file=sys.stdout)
     if options.save:

@@ -254,8 +254,9 @@ def caching(options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--modes", nargs="+", choices=["forward", "train", "sampling"],
-                        default=["forward", "train", "sampling"])  # fmt: skip
+    parser.add_argument(
+        "--modes", nargs="+", choices=["forward", "train", "sampling"], default=["forward", "train", "sampling"]
+    )
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--batch", type=int, help="default: 4 and 1 on a CPU, 64 and 16 on a GPU")
     parser.add_argument("--side", type=int, help="of the latents; default: the config's")

@@ -79,9 +79,14 @@ def tissue_tiles(count: int, size: int) -> tuple[list[np.ndarray], Tensor]:
         corner = rng.integers(0, np.array(slide.dimensions) - 512)
         if mask.fraction(corner[None], 256)[0] > 0.7:
             tiles.append(slide.read(*map(int, corner), 512, 512, (512, 512)))
-    small = [np.asarray(torch.nn.functional.interpolate(
-        to_tensor(tile)[None, :, 128:384, 128:384], (size, size), mode="bilinear", antialias=True
-    )[0]) for tile in tiles]  # fmt: skip
+    small = [
+        np.asarray(
+            torch.nn.functional.interpolate(
+                to_tensor(tile)[None, :, 128:384, 128:384], (size, size), mode="bilinear", antialias=True
+            )[0]
+        )
+        for tile in tiles
+    ]
     return tiles, torch.from_numpy(np.stack(small))
 
 
@@ -105,9 +110,12 @@ def region(data: Path, size: int) -> Case:
     features = demo_features([tile[128:384, 128:384] for tile in tiles])
     around = demo_features([tile[::2, ::2] for tile in tiles])
     node = module(
-        "ssl.SSLEmbedder", embed_dim=features.shape[1], region_embed_dim=around.shape[1], context_dim=CONTEXT,
+        "ssl.SSLEmbedder",
+        embed_dim=features.shape[1],
+        region_embed_dim=around.shape[1],
+        context_dim=CONTEXT,
         normalize=False,
-    )  # fmt: skip
+    )
     return Case(images, {"ssl": features, "region": around}, node)
 
 
@@ -177,9 +185,7 @@ def gene_sets(data: Path, size: int) -> Case:
     _, images = tissue_tiles(16, size)
     genes, mutated = list(expression), list(mutation)
     sets = {"A": genes[:5], "B": genes[5:10], "C": genes[10:], "mutations": mutated}
-    node = module(
-        "omics.GeneSetEmbedder", gene_sets=sets, dim=CONTEXT, mutation_genes=mutated, expression_genes=genes
-    )
+    node = module("omics.GeneSetEmbedder", gene_sets=sets, dim=CONTEXT, mutation_genes=mutated, expression_genes=genes)
     return Case(images, _omics_batch(mutation, expression), node)
 
 
@@ -195,9 +201,12 @@ def text(data: Path, size: int) -> Case:
     rows = [row for row in table.itertuples() if (data / "text_cxr" / "images" / row.filename).is_file()]
     images = torch.stack([square(data / "text_cxr" / "images" / row.filename, size) for row in rows])
     node = module(
-        "text.TextEmbedder", model=str(ROOT / "configs" / "demo" / "tiny_clip.json"), chunks=2, trainable=True,
+        "text.TextEmbedder",
+        model=str(ROOT / "configs" / "demo" / "tiny_clip.json"),
+        chunks=2,
+        trainable=True,
         context_dim=CONTEXT,
-    )  # fmt: skip
+    )
     return Case(images, {"text": [row.clinical_notes for row in rows]}, node)
 
 
@@ -207,7 +216,7 @@ def slices(data: Path, size: int) -> Case:
         values = Volume(data / "mr" / "TCGA-FG-6692" / f"{name}.nii.gz").values()
         high = np.percentile(values[values > 0], 99.5)
         cuts = [to_tile(windowed(cut_slice(values, 2, z), 0, high), size) for z in range(50, 98, 3)]
-        pairs.append(torch.stack([to_tensor(cut)[:1] for cut in cuts]))         # (16,1,size,size)
+        pairs.append(torch.stack([to_tensor(cut)[:1] for cut in cuts]))  # (16,1,size,size)
     node = module("source_image.SourceImage", size=size, key="source")
     return Case(pairs[1], {"source": pairs[0]}, node, {"in_channels": 2, "out_channels": 1, "context_dim": None})
 
@@ -244,10 +253,13 @@ def overfit(name: str, case: Case, steps: int, seed: int = 0) -> Any:
     params = {
         "unet_config": {"target": "ldm.networks.unet.UNetModel", "params": unet},
         "first_stage_config": {
-            "target": "ldm.autoencoder.autoencoder.IdentityFirstStage", "params": {"channels": channels},
+            "target": "ldm.autoencoder.autoencoder.IdentityFirstStage",
+            "params": {"channels": channels},
         },
-        "cond_stage_config": case.conditioner, "parameterization": "x0", "use_ema": False,
-    }  # fmt: skip
+        "cond_stage_config": case.conditioner,
+        "parameterization": "x0",
+        "use_ema": False,
+    }
     model = instantiate_from_config({"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
@@ -288,9 +300,11 @@ def measure(model: LatentDiffusion, case: Case, guidance_scale: float = 2.0) -> 
     nulls = ldm.sample(model, count=NULLS, sampler=ldm.Sampler(seed=2, **settings))
     drawn = nearest(nulls, case.images).bincount(minlength=count)
     found = {
-        "items": count, "own": float(own), "null_images": int((drawn > 0).sum()),
+        "items": count,
+        "own": float(own),
+        "null_images": int((drawn > 0).sum()),
         "null_most": float(drawn.max() / NULLS),
-    }  # fmt: skip
+    }
     return found, samples
 
 
@@ -323,8 +337,9 @@ def main(argv: list[str] | None = None) -> None:
         rows[name] = found
         print(
             f"{name:<14}{found['items']:>6}{found['own']:>11.0%}{found['null_images']:>14}{found['null_most']:>12.0%}"
-            f"{time.monotonic() - began:>9.0f}", flush=True,
-        )  # fmt: skip
+            f"{time.monotonic() - began:>9.0f}",
+            flush=True,
+        )
         if found["own"] < 0.9 or found["null_images"] < 4 or found["null_most"] > 0.5:
             failed.append(name)
         if args.out:

@@ -33,9 +33,7 @@ def train_classifier(tiles: Mapping[str, Tensor], steps: int, seed: int = 0) -> 
     """A classifier (B,3,H,W) -> (B,K) of real tiles, in random orientation, brightness and contrast."""
     torch.manual_seed(seed)
     widths = (3, 16, 32, 64)
-    layers = [
-        nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.ReLU()) for a, b in pairwise(widths)
-    ]
+    layers = [nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.ReLU()) for a, b in pairwise(widths)]
     network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], len(tiles)))
     optimizer = torch.optim.AdamW(network.parameters(), 2e-3)
     rng = torch.Generator().manual_seed(seed)
@@ -116,9 +114,13 @@ def judged(
     """The measures of translations `image` of the tiles `chosen`, beside real tiles `other` of the target."""
     own = haematoxylin(chosen)
     return Pair(
-        way, source, target, called(classifier, image, names.index(target)), likeness(own, haematoxylin(image)),
+        way,
+        source,
+        target,
+        called(classifier, image, names.index(target)),
+        likeness(own, haematoxylin(image)),
         likeness(own, haematoxylin(other)),
-    )  # fmt: skip
+    )
 
 
 def together(pairs: Sequence[Pair], name: str) -> np.ndarray:

@@ -93,7 +93,7 @@ def real_images(cohort: str, split: str) -> dict[str, dict[str, Tensor]]:
 
 
 def by_nuclei(images: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """", many nuclei" and ", few nuclei" -> images of all kinds of tissue."""
+    """ ", many nuclei" and ", few nuclei" -> images of all kinds of tissue."""
     parts = {add: [each[add] for each in images.values() if add in each] for add in NUCLEI}
     return {add: torch.cat(part) for add, part in parts.items() if part}
 
@@ -142,12 +142,18 @@ def measure(
             half = (np.arange(count) * 2 // count).astype(int)
             each = [called(of_nuclei, made[kind], which) for which in (0, 1)]
             shown_nuclei[kind] = np.where(half == 0, *each)
-    known = [called(of_kind, torch.cat(list(held_out[kind].values())), kinds.index(kind))
-             for kind in kinds if kind in held_out]  # fmt: skip
+    known = [
+        called(of_kind, torch.cat(list(held_out[kind].values())), kinds.index(kind))
+        for kind in kinds
+        if kind in held_out
+    ]
     fresh = by_nuclei(held_out)
     seen = [called(of_nuclei, fresh[add], k) for k, add in enumerate(NUCLEI) if of_nuclei is not None and add in fresh]
-    real = {part: torch.cat(list(each[compared].values())) for part, each in (("train", train), ("val", held_out))
-            if compared in each}  # fmt: skip
+    real = {
+        part: torch.cat(list(each[compared].values()))
+        for part, each in (("train", train), ("val", held_out))
+        if compared in each
+    }
     copies = None
     if len(real) == 2 and len(real["val"]) >= LEAST:
         copies = memorisation(*map(in_pixels, (made[compared], real["val"], real["train"])))

@@ -80,8 +80,10 @@ def main() -> None:
     base = median(times["zarr default"])
     for name, each in times.items():
         ms = median(each)
-        print(f"{name:>13}: {ms:.2f} ms per random tile ({min(each):.2f}..{max(each):.2f}), "
-              f"{base / ms:.2f} times as fast as the default pipeline")  # fmt: skip
+        print(
+            f"{name:>13}: {ms:.2f} ms per random tile ({min(each):.2f}..{max(each):.2f}), "
+            f"{base / ms:.2f} times as fast as the default pipeline"
+        )
 
 
 if __name__ == "__main__":

@@ -172,18 +172,20 @@ def figures_section(out: Path) -> str:
     c = measured["conditioning"]
     rows = [
         (
-            "cosine similarity to its own condition", f"{c['own']:.3f}",
+            "cosine similarity to its own condition",
+            f"{c['own']:.3f}",
             f"{c['tiles']} held-out tiles, {c['steps']} steps",
         ),
         ("cosine similarity to shuffled conditions", f"{c['shuffled']:.3f}", "the other tiles' features"),
         (
-            "margin between the two", f"{c['margin']:.3f}",
+            "margin between the two",
+            f"{c['margin']:.3f}",
             f"95% interval {c['low']:.3f} to {c['high']:.3f}, bootstrap over {c['blocks']} blocks of slide columns",
         ),
         ("the same after the first stage alone", f"{c['reconstruction']:.3f}", "what sampling could reach at most"),
         *seam_rows("generated image", measured["seams"]),
         *seam_rows("real region", measured["seams_real"]),
-    ]  # fmt: skip
+    ]
     return (
         "<h2>Does it follow its condition? Do borders show?</h2>"
         + table(rows, ("figure", "value", "of"))
@@ -274,7 +276,7 @@ def build_report(out: Path, steps: list[Step], record: dict[str, Any], runs: dic
     page = (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>HistoLDM demo</title><style>{STYLE}</style><h1>HistoLDM: from a slide to a generated image</h1>"
-        f'<p class=lead>{SLIDE.name} · {date.today():%d %B %Y} · seed {SEED}</p>'
+        f"<p class=lead>{SLIDE.name} · {date.today():%d %B %Y} · seed {SEED}</p>"
         "<p class=note>Generated images on this page are SYNTHETIC, by a small model that was trained for minutes on "
         f"one slide. They show that the toolkit works, and are of no diagnostic use.</p>{''.join(sections)}</html>"
     )

@@ -24,9 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = Path(__file__).resolve().parent / "reference"
 WORDS = {int: "whole number", float: "number", str: "text", Path: "path", bool: "flag"}
 ROOMS = {
-    "Conditioners": "ldm.conditioners.", "Networks": "ldm.networks.", "First stages": "ldm.autoencoder.",
+    "Conditioners": "ldm.conditioners.",
+    "Networks": "ldm.networks.",
+    "First stages": "ldm.autoencoder.",
     "Data": "ldm.data.",
-}  # fmt: skip
+}
 HEAD = "| option | value | default | what it does |\n|---|---|---|---|"
 
 
@@ -190,8 +192,11 @@ def class_page() -> str:
     parts = ["# Classes of configs", f"What a `target:` names, with its `params`. {python}"]
     for title, packages in ROOMS.items():
         parts.append(f"## {title}")
-        parts += [f"```{{eval-rst}}\n.. autoclass:: {name}\n   :exclude-members: __init__\n```"
-                  for name in names if name.startswith(packages) and _is_class(name)]  # fmt: skip
+        parts += [
+            f"```{{eval-rst}}\n.. autoclass:: {name}\n   :exclude-members: __init__\n```"
+            for name in names
+            if name.startswith(packages) and _is_class(name)
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -39,11 +39,12 @@ FAMILIES = {
     "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
     "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),
     "Stable Diffusion": (
-        "ldm.interop.stable_diffusion.is_stable_diffusion", "ldm.interop.stable_diffusion.read_stable_diffusion",
+        "ldm.interop.stable_diffusion.is_stable_diffusion",
+        "ldm.interop.stable_diffusion.read_stable_diffusion",
     ),
     "latent-diffusion": ("ldm.interop.compvis.is_compvis", "ldm.interop.compvis.read_compvis"),
     "guided-diffusion": ("ldm.interop.guided.is_guided", "ldm.interop.guided.read_guided"),
-}  # fmt: skip
+}
 # Forms that model folders are written in: name -> writer(model folder, out, half, [betas]) -> what to say
 EXPORTS = {
     "diffusers": "ldm.interop.export.to_diffusers",

@@ -52,16 +52,18 @@ def tiny_model() -> LatentDiffusion:
     }  # fmt: skip
     conditioners = {
         "ssl": {"target": "ldm.conditioners.ssl.PatchEmbedder", "params": {"embed_dim": 8, "context_dim": 8}},
-        "class": {"target": "ldm.conditioners.class_token.ClassEmbedder",
-                  "params": {"classes": ["A", "B"], "dim": 32, "acts": "vector"}},
-    }  # fmt: skip
+        "class": {
+            "target": "ldm.conditioners.class_token.ClassEmbedder",
+            "params": {"classes": ["A", "B"], "dim": 32, "acts": "vector"},
+        },
+    }
     torch.manual_seed(0)
     model = LatentDiffusion(
         {"target": "ldm.networks.unet.UNetModel", "params": unet},
         {"target": "ldm.autoencoder.autoencoder.AutoencoderKL", "params": first_stage},
         {"target": "ldm.conditioners.compose.ConditionerSet", "params": {"conditioners": conditioners}},
         use_ema=False,
-    )  # fmt: skip
+    )
     return model.eval().requires_grad_(False)
 
 

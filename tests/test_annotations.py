@@ -91,8 +91,10 @@ def test_a_region_is_no_cell_and_what_is_listed_twice_is_one(database, tmp_path,
     database.cell([(100, 200)], MITOSIS, slide=2)
     cells = read_sliderunner(database.path)
     assert [(cell.slide, cell.x, cell.name) for cell in cells] == [
-        ("A.svs", 100, UNDECIDED), ("A.svs", 300, "eosinophilic granulocyte"), ("B.svs", 100, "Mitotic figure"),
-    ]  # fmt: skip
+        ("A.svs", 100, UNDECIDED),
+        ("A.svs", 300, "eosinophilic granulocyte"),
+        ("B.svs", 100, "Mitotic figure"),
+    ]
     told = capsys.readouterr().err
     assert "1 of 6 annotations of" in told
     assert "wider than 512 px: regions, which are no cells" in told
@@ -101,9 +103,10 @@ def test_a_region_is_no_cell_and_what_is_listed_twice_is_one(database, tmp_path,
 
     entry = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 50, 50], "labels": [1, 1]}
     content = {
-        "images": [{"id": 1, "file_name": "a.tif"}], "categories": [{"id": 1, "name": "mitotic figure"}],
+        "images": [{"id": 1, "file_name": "a.tif"}],
+        "categories": [{"id": 1, "name": "mitotic figure"}],
         "annotations": [entry, entry, {**entry, "bbox": [0, 0, 9000, 9000]}, {**entry, "bbox": [50, 0, 100, 50]}],
-    }  # fmt: skip
+    }
     (tmp_path / "m.json").write_text(json.dumps(content))
     assert [(cell.x, len(cell.votes)) for cell in read_midog(tmp_path / "m.json")] == [(25, 2), (75, 2)]
 

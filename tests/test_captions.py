@@ -51,8 +51,11 @@ def rows(path: Path, **options) -> list[tuple[str, str, str]]:
     ("text", "expected", "form"),
     [
         ("path, Text, modality\nimage/0.png, breast with tumor, MRI\n", ("breast with tumor", "MRI"), "CSV"),
-        ("path,Text,modal\nimage/0.png,A mass in the breast, indicating Her2.,BreastMRI\n",
-         ("A mass in the breast, indicating Her2.", "BreastMRI"), "unquoted"),
+        (
+            "path,Text,modal\nimage/0.png,A mass in the breast, indicating Her2.,BreastMRI\n",
+            ("A mass in the breast, indicating Her2.", "BreastMRI"),
+            "unquoted",
+        ),
         ("PATH , text , Modality\nimage/0.png, a, b, c, and d , CT \n", ("a, b, c, and d", "CT"), "unquoted"),
         ("path,Text\nimage/0.png,one, two, three\n", ("one, two, three", ""), "unquoted"),
         ('path,Text,modality\nimage/0.png,"one, ""two""",CT\n', ('one, "two"', "CT"), "CSV"),
@@ -65,7 +68,7 @@ def rows(path: Path, **options) -> list[tuple[str, str, str]]:
         ('filename\treport\nimage/0.png\t"12" film\n', ('"12" film', ""), "tab-separated"),
         ("\ufeffpath,Text\nimage/0.png,caf\u00e9 cr\u00e8me\u2028spots\n\n", ("café crème\u2028spots", ""), "CSV"),
     ],
-)  # fmt: skip
+)
 def test_forms(folder, text, expected, form):
     path = table(folder, text)
     assert rows(path) == [("image/0.png", *expected)]
@@ -82,8 +85,9 @@ def test_columns_by_name(folder):
     names = {"path_column": "Where", "text_column": "what", "modality_column": "kind", "patient": "who"}
     found = read_captions(path, images=folder / "image", **names)
     assert [(c.path, c.text, c.modality, c.patient, c.line) for c in found.captions] == [
-        ("0.png", "x", "CT", "A", 2), ("1.png", "y", "MRI", "B", 3),
-    ]  # fmt: skip
+        ("0.png", "x", "CT", "A", 2),
+        ("1.png", "y", "MRI", "B", 3),
+    ]
     with pytest.raises(UserError, match="no column 'whom'; did you mean 'who'"):
         read_captions(path, path_column="whom")
     with pytest.raises(UserError, match="--path-column"):
@@ -155,8 +159,9 @@ def test_from_table_to_batch(folder, capsys):
         assert words in printed
     index = read_index(cohort)
     assert index[["slide", "row", "text", "modality", "source"]].to_numpy().tolist() == [
-        ["minim", 0, "a mass, left", "CT", "image/0.png"], ["minim", 1, "no mass", "MRI", "image/1.png"],
-    ]  # fmt: skip
+        ["minim", 0, "a mass, left", "CT", "image/0.png"],
+        ["minim", 1, "no mass", "MRI", "image/1.png"],
+    ]
     store = TileStore.open(cohort / "slides" / "minim.zarr")
     assert store.attrs["licence"] == "CC0"
     expected = square(Picture.of_file(folder / "image" / "1.png").pixels(), 32)

@@ -106,9 +106,11 @@ def test_scores_lie_in_0_1_and_have_a_learned_null():
 def test_training_reaches_every_parameter_of_a_conditioner(conditioner):
     model = build(conditioner)
     batch = {
-        "image": torch.randn(6, 3, 16, 16).clamp(-1, 1), "class": ["LUAD", "LUSC", "HNSC"] * 2,
-        "score": torch.rand(6), "ssl": torch.randn(6, 5),
-    }  # fmt: skip
+        "image": torch.randn(6, 3, 16, 16).clamp(-1, 1),
+        "class": ["LUAD", "LUSC", "HNSC"] * 2,
+        "score": torch.rand(6),
+        "ssl": torch.randn(6, 5),
+    }
     model.loss(batch, torch.Generator().manual_seed(1)).mean().backward()
     for name, parameter in model.cond_stage_model.named_parameters():
         assert parameter.grad is not None, name
@@ -281,11 +283,13 @@ def test_a_training_becomes_a_model_folder_that_needs_nothing_else(tmp_path):
         "class": module("class_token.ClassEmbedder", classes=CLASSES, dim=24),
         "omics": module("omics.OmicsEmbedder", mutation_genes=str(sources / "genes.txt"), dim=128),
         "sets": module(
-            "omics.GeneSetEmbedder", gene_sets=str(sources / "sets.gmt"), dim=24,
+            "omics.GeneSetEmbedder",
+            gene_sets=str(sources / "sets.gmt"),
+            dim=24,
             expression_genes=str(sources / "genes.txt"),
         ),
         "text": module("text.TextEmbedder", model=str(sources / "tower.json"), trainable=True, context_dim=24),
-    }  # fmt: skip
+    }
     node = model_node(module("compose.ConditionerSet", conditioners=members))
     torch.manual_seed(0)
     model = instantiate_from_config(node).eval()
@@ -293,8 +297,11 @@ def test_a_training_becomes_a_model_folder_that_needs_nothing_else(tmp_path):
     model.on_save_checkpoint(checkpoint)
     torch.save(checkpoint, tmp_path / "last.ckpt")
     given = {
-        "class": "LUSC", "mutation": {"TP53": 1}, "expression": {"KRAS": 0.9}, "text": "a section of lung",
-    }  # fmt: skip
+        "class": "LUSC",
+        "mutation": {"TP53": 1},
+        "expression": {"KRAS": 0.9},
+        "text": "a section of lung",
+    }
     expected = model.condition(**given)
     ldm.export(tmp_path / "last.ckpt", tmp_path / "made")
     shutil.rmtree(sources)
@@ -363,9 +370,11 @@ def test_a_table_is_read_field_by_field(model, tmp_path):
     path.write_text("class, score\nLUAD,0.5\nLUSC,1\n")
     assert requested_tiles(model, AskedTiles(table=path)).values == {"class": ["LUAD", "LUSC"], "score": [0.5, 1.0]}
     for text, message in (
-        ("class,score\nLUAD,0.5,x\n", "line 2 has 3 cells"), ("class,score\nLUAD,\n", "row 2 has no score"),
-        ("", "has no rows"), ("class,class\nLUAD,LUAD\n", "2 columns called 'class'"),
-    ):  # fmt: skip
+        ("class,score\nLUAD,0.5,x\n", "line 2 has 3 cells"),
+        ("class,score\nLUAD,\n", "row 2 has no score"),
+        ("", "has no rows"),
+        ("class,class\nLUAD,LUAD\n", "2 columns called 'class'"),
+    ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
             requested_tiles(model, AskedTiles(table=path))

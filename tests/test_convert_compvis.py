@@ -274,8 +274,10 @@ def test_labels_within_the_unet(oracle, tmp_path):
     params = {
         "unet_config": {"target": targets.UNETS[0], "params": golden["config"]},
         "first_stage_config": {"target": "ldm.models.autoencoder.IdentityFirstStage"},
-        "cond_stage_config": {"target": "torch.nn.Identity"}, "conditioning_key": "adm", "image_size": 16,
-    }  # fmt: skip
+        "cond_stage_config": {"target": "torch.nn.Identity"},
+        "conditioning_key": "adm",
+        "image_size": 16,
+    }
     state = {f"model.diffusion_model.{name}": value for name, value in golden["state_dict"].items()}
     source = write(tmp_path / "adm", "ldm.models.diffusion.ddpm.LatentDiffusion", params, state)
     model = load_model(convert(source, tmp_path / "model", classes=list("abcde"), say=silent))
@@ -403,7 +405,7 @@ WEIGHT = "model.diffusion_model.out.2.weight"
         (lambda s, p: p.update(conditioning_key="concat"), "conditioning_key is 'concat', which does not fit"),
         (lambda s, p: [s.pop(n) for n in list(s) if n.startswith("model.")], "holds no network"),
     ],
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_what_does_not_fit_is_an_error_that_says_so(edited, tmp_path, edit, message):
     with pytest.raises(UserError, match=message):
@@ -472,9 +474,12 @@ def test_facts_of_the_user_are_stored(oracle, tmp_path):
     folder = convert(source, tmp_path / "m", encoder="ours", mpp=0.5, licence="CC BY-NC 4.0", say=silent)
     _, metadata = read_model_folder(folder)
     assert metadata == {
-        "licence": "CC BY-NC 4.0", "mpp": 0.5, "tile_size": 64, "converted_from": "model.ckpt",
+        "licence": "CC BY-NC 4.0",
+        "mpp": 0.5,
+        "tile_size": 64,
+        "converted_from": "model.ckpt",
         "encoder": {"encoder": "ours", "licence": "not recorded"},
-    }  # fmt: skip
+    }
     with pytest.raises(UserError, match="features of uni have 1024 values, the model takes 24"):
         convert(source, tmp_path / "m", encoder="uni", say=silent)
     with pytest.raises(UserError, match="above 0"):
@@ -572,7 +577,7 @@ ENCODERS = targets.ENCODERS
         (TXT2IMG, KL_F8, {"target": ENCODERS + "BERTEmbedder", "params": {"n_embed": 1280, "n_layer": 32}}, 872.3),
     ],
     ids=["brca", "crc", "cin256", "zoomldm", "celeba", "churches", "txt2img"],
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_published_configs_have_the_published_size(tmp_path, unet_params, first_stage, cond_stage, count):
     """The names and shapes of the tensors are those of a checkpoint made of that very config."""

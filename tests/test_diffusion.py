@@ -62,9 +62,7 @@ def test_ddim_with_guidance_reproduces_the_published_sampler(published):
     visited = schedules.table_sigmas(sigmas, io["S"], "legacy")
     start = io["x_T"] * (1 + visited[0] ** 2).sqrt()
     states: list[torch.Tensor] = []
-    out = sample_euler(
-        denoiser, start, visited, {"crossattn": raw["c"]}, callback=lambda i, x, x0: states.append(x)
-    )
+    out = sample_euler(denoiser, start, visited, {"crossattn": raw["c"]}, callback=lambda i, x, x0: states.append(x))
     scale = (1 + visited[-1] ** 2).sqrt()
     assert relative(out / scale, raw["ddim"]) < 1e-5
     for state, sigma, golden in zip(states, visited[1:], raw["ddim_x_inter"][1:]):
@@ -211,8 +209,10 @@ def test_noise_belongs_to_the_sample_and_to_the_position():
 def test_starts_cover_the_axis():
     for size in (32, 40, 57, 128):
         for starts in (
-            fixed_starts(size, 32, 16), fixed_starts(size, 32, 32), *(drawn_starts(size, 32, s) for s in range(32))
-        ):  # fmt: skip
+            fixed_starts(size, 32, 16),
+            fixed_starts(size, 32, 32),
+            *(drawn_starts(size, 32, s) for s in range(32)),
+        ):
             covered = torch.zeros(size)
             for start in starts:
                 assert 0 <= start <= size - 32
@@ -235,8 +235,9 @@ def test_tiling_a_per_pixel_denoiser_changes_nothing(batch_size):
     x, sigma = torch.randn(2, 3, 56, 72), torch.tensor([2.0, 2.0])
     expected = per_pixel(x, sigma, {"crossattn": torch.ones(2, 1, 3)})
     for canvas in (
-        tiled(per_pixel, 32, 8, constant_condition, batch_size), shifted(per_pixel, 32, constant_condition, batch_size)
-    ):  # fmt: skip
+        tiled(per_pixel, 32, 8, constant_condition, batch_size),
+        shifted(per_pixel, 32, constant_condition, batch_size),
+    ):
         torch.testing.assert_close(canvas(x, sigma, {}), expected)
 
 
@@ -255,7 +256,7 @@ def test_a_canvas_of_one_window_is_the_untiled_sample():
 
 
 def test_features_row_col_condition_the_image_there():
-    features = torch.arange(6.0).view(2, 3, 1)                                  # (rows=2, cols=3, D=1)
+    features = torch.arange(6.0).view(2, 3, 1)  # (rows=2, cols=3, D=1)
     field = FeatureField(features, (64, 96), 32)
 
     def paint(x, sigma, cond):
@@ -269,13 +270,11 @@ def test_features_row_col_condition_the_image_there():
 
 
 def test_the_field_interpolates_and_fills_holes():
-    features = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])                         # (1, 2, 2)
+    features = torch.tensor([[[0.0, 1.0], [1.0, 0.0]]])  # (1, 2, 2)
     middle = [(0, 16)]
     torch.testing.assert_close(FeatureField(features, (32, 64), 32).at(middle), torch.tensor([[0.5, 0.5]]))
     half = math.sqrt(0.5)
-    torch.testing.assert_close(
-        FeatureField(features, (32, 64), 32, "slerp").at(middle), torch.tensor([[half, half]])
-    )
+    torch.testing.assert_close(FeatureField(features, (32, 64), 32, "slerp").at(middle), torch.tensor([[half, half]]))
     torch.testing.assert_close(slerp(features[0, :1], features[0, :1], torch.tensor([[0.3]])), features[0, :1])
     holed = features.clone()
     holed[0, 1] = float("nan")
@@ -321,5 +320,5 @@ def test_the_lowest_level_is_the_likelihood_of_pixels():
     grays = (torch.arange(256.0) / 127.5 - 1).view(256, 1, 1, 1)
     estimate, place = torch.full_like(grays, 0.11), torch.full_like(grays, 0.4)
     bits = variational_bound(grays, estimate, place, table[:1].expand(256), table)
-    assert float((0.5**bits.double()).sum()) == pytest.approx(1.0, abs=1e-3)  # the 256 levels share all mass
+    assert float((0.5 ** bits.double()).sum()) == pytest.approx(1.0, abs=1e-3)  # the 256 levels share all mass
     assert int(bits.argmin()) == round((0.11 + 1) * 127.5)

@@ -117,8 +117,10 @@ def test_an_unreadable_image_is_reported_and_never_kept(world, tmp_path):
     said = run("score", "--scorer", world / "binary", "--images", tmp_path / "in", "--out", tmp_path / "s.csv")
     assert "1 images cannot be read: bad.png" in said
     assert pd.read_csv(tmp_path / "s.csv").set_index("file")["score"].isna().to_dict() == {
-        "0.png": False, "1.png": False, "bad.png": True,
-    }  # fmt: skip
+        "0.png": False,
+        "1.png": False,
+        "bad.png": True,
+    }
     said = run("filter", "--scorer", world / "binary", "--images", tmp_path / "in", "--top", 1, "--out", tmp_path / "o")
     assert "kept 2 of 3" in said
     for name in ("0.png", "1.png"):

@@ -22,7 +22,7 @@ from ldm.diffusion.guidance import (
     target_gradient,
     within,
     without_target,
-)  # fmt: skip
+)
 from ldm.networks.encoder_unet import EncoderUNetModel
 
 
@@ -187,7 +187,7 @@ def test_the_classifiers_gradient_is_the_published_one(published):
     with torch.no_grad():
         assert relative(net(classifier["x"], classifier["t"]), classifier["logits"]) < 1e-5
     sigma = denoiser.table[classifier["t"]]
-    scale = (1 + sigma**2).sqrt().view(-1, 1, 1, 1)                             # dx/dx_t
+    scale = (1 + sigma**2).sqrt().view(-1, 1, 1, 1)  # dx/dx_t
     gradient = target_gradient(log_probability, 1.0)(classifier["x"] * scale, sigma, {"target": classifier["y"]})
     assert relative(gradient * scale, classifier["grad"]) < 1e-4
 
@@ -200,9 +200,7 @@ def test_guided_samples_are_the_published_ones(published, name):
     guided = classifier_guidance(base, target_gradient(log_probability, run["scale"]))
     start = golden["x_T"] * (1 + sigmas[0] ** 2).sqrt()
     states: list[Tensor] = []
-    out = samplers.sample_euler(
-        guided, start, sigmas, told(golden["y"]), callback=lambda i, x, x0: states.append(x)
-    )
+    out = samplers.sample_euler(guided, start, sigmas, told(golden["y"]), callback=lambda i, x, x0: states.append(x))
     assert relative(out, run["out"]) < 1e-4
     for state, sigma, published_state in zip(states, sigmas[1:], run["intermediates"]):
         assert relative(state / (1 + sigma**2).sqrt(), published_state) < 1e-4

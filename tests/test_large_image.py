@@ -79,10 +79,10 @@ def test_features_land_at_row_col(mode, interpolation):
     windows = Windows(mode=mode, interpolation=interpolation)
     image = large_image(Stub(flat), grid(), sampler=sampler, windows=windows)
     assert image.shape == (1, 3, 3 * WINDOW, 4 * WINDOW)
-    corners = image[0, 0][[0, 0, -1, -1], [0, -1, 0, -1]]                       # one window alone covers each of them
+    corners = image[0, 0][[0, 0, -1, -1], [0, -1, 0, -1]]  # one window alone covers each of them
     torch.testing.assert_close(corners, grid()[[0, 0, -1, -1], [0, -1, 0, -1], 0], rtol=0, atol=1e-5)
     middles = image[0, 0, WINDOW // 2 :: WINDOW, WINDOW // 2 :: WINDOW]
-    assert (middles - grid()[..., 0]).abs().max() < 0.3                         # neighbours below differ by 0.65
+    assert (middles - grid()[..., 0]).abs().max() < 0.3  # neighbours below differ by 0.65
 
 
 @pytest.mark.parametrize("mode", ["shifted", "overlap"])
@@ -101,10 +101,13 @@ def test_one_window_is_the_untiled_sample_bitwise(mode):
 def test_a_canvas_in_main_memory_and_any_chunks_give_the_same_image(mode):
     images = [
         large_image(
-            Stub(mixed), grid(), sampler=Sampler(steps=4, batch_size=size, progress=False),
+            Stub(mixed),
+            grid(),
+            sampler=Sampler(steps=4, batch_size=size, progress=False),
             windows=Windows(mode=mode, offload=offload),
-        ) for size, offload in ((64, False), (1, False), (5, True))
-    ]  # fmt: skip
+        )
+        for size, offload in ((64, False), (1, False), (5, True))
+    ]
     for image in images[1:]:
         torch.testing.assert_close(image, images[0], rtol=0, atol=1e-5)
 
@@ -153,7 +156,7 @@ def test_a_large_canvas_is_decoded_in_parts_into_an_array(monkeypatch):
     parts = decode_canvas(model, latents, progress=False)
     assert parts.shape == (1, 3, 80, 112)
     assert np.array_equal(out, parts[0].movedim(0, -1).add(1).mul(127.5).round().numpy().astype(np.uint8))
-    assert (parts - whole).abs().mean() < 0.15 * whole.std()                    # halos are for trained decoders
+    assert (parts - whole).abs().mean() < 0.15 * whole.std()  # halos are for trained decoders
 
 
 def test_the_benchmarks_published_procedure_is_what_reproduces_the_published_code(monkeypatch):

@@ -279,8 +279,9 @@ def test_a_grid_of_cells_conditions_the_place_it_lies_at():
     cond = embedder({"ssl": feature.flatten(1)})
     torch.testing.assert_close(cond["concat"], feature)
     assert {part: value.shape for part, value in embedder.null().items()} == {
-        "crossattn": (1, 1, 8), "concat": (1, 3, 2, 2)
-    }  # fmt: skip
+        "crossattn": (1, 1, 8),
+        "concat": (1, 3, 2, 2),
+    }
     seen = []
 
     def network(x, time, context):

@@ -57,15 +57,17 @@ def model_node(**params) -> dict:
         "params": {
             "unet_config": {"target": "ldm.networks.lmi.LMIUNet", "params": {"unet": UNET}},
             "first_stage_config": {
-                "target": "ldm.autoencoder.autoencoder.IdentityFirstStage", "params": {"channels": 1},
+                "target": "ldm.autoencoder.autoencoder.IdentityFirstStage",
+                "params": {"channels": 1},
             },
             "cond_stage_config": {
-                "target": "ldm.conditioners.source_image.SourceImage", "params": {"size": 16},
+                "target": "ldm.conditioners.source_image.SourceImage",
+                "params": {"size": 16},
             },
             "use_ema": False,
             **params,
         },
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")

@@ -60,8 +60,10 @@ def test_kid_is_unbiased():
     assert abs(values.mean()) < 3 * values.std() / len(values) ** 0.5
     assert (values < 0).any()
     assert values.std() > 0
-    biased = [kernels.discrepancy(kernels.polynomial, *map(torch.from_numpy, pair), unbiased=False).value
-              for pair in zip(x[:40:2], x[1:40:2])]  # fmt: skip
+    biased = [
+        kernels.discrepancy(kernels.polynomial, *map(torch.from_numpy, pair), unbiased=False).value
+        for pair in zip(x[:40:2], x[1:40:2])
+    ]
     assert np.mean(biased) > 3 * values.std()  # the test can tell
 
 

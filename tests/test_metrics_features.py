@@ -271,8 +271,9 @@ def test_clip_is_that_of_transformers_and_of_open_clip(tiles, tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     text = transformers.CLIPTextConfig(hidden_size=16, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    vision = transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=128, num_hidden_layers=1,
-                                           num_attention_heads=2, image_size=32, patch_size=16)  # fmt: skip
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=16
+    )
     both = {"text_config": text.to_dict(), "vision_config": vision.to_dict()}
     theirs = transformers.CLIPModel(transformers.CLIPConfig(**both, projection_dim=16)).eval()
     torch.save(theirs.state_dict(), tmp_path / "clip.bin")

@@ -325,8 +325,9 @@ def test_the_configs_hold(tmp_path):
     assert set(conditions) == {key for key in model.keys if not key.endswith("_multiplier")}
     width = 4 * params["unet_config"]["params"]["model_channels"]
     assert {key: tuple(value.shape) for key, value in model.null().items()} == {
-        "class/vector": (1, width), "omics/vector": (1, width),
-    }  # fmt: skip
+        "class/vector": (1, width),
+        "omics/vector": (1, width),
+    }
     with torch.device("meta"):
         net = instantiate_from_config(params["unet_config"])
     assert sum(p.numel() for p in net.parameters()) == 420_505_606

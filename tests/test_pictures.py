@@ -60,11 +60,14 @@ KINDS = {
     "tiled-gray.tif": (lambda path: tifffile.imwrite(path, GRAY, photometric="minisblack", **TILED), GRAY, True),
     "white.tif": (lambda path: tifffile.imwrite(path, 255 - GRAY, photometric="miniswhite"), GRAY, True),
     "palette.tif": (palette, COLOURS[GRAY], False),
-    "planes.tif": (lambda path: tifffile.imwrite(path, COLOUR.transpose(2, 0, 1), photometric="rgb",
-                                                 planarconfig="separate"), COLOUR, False),
+    "planes.tif": (
+        lambda path: tifffile.imwrite(path, COLOUR.transpose(2, 0, 1), photometric="rgb", planarconfig="separate"),
+        COLOUR,
+        False,
+    ),
     "ours.ome.zarr": (lambda path: save_ome_zarr(path, COLOUR, 0.5, {}), COLOUR, False),
     "gray.zarr": (zarr_gray, GRAY, True),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(params=KINDS)
@@ -86,8 +89,11 @@ def test_every_command_reads_the_same_pixels(kind):
     assert np.array_equal(images.read(3), pixels[20:40, 20:40])
     told = describe(find([path])[0])
     assert (told["name"], told["width"], told["height"], told["synthetic"] is None) == (
-        path.name, 56, 40, not path.name.startswith("ours"),
-    )  # fmt: skip
+        path.name,
+        56,
+        40,
+        not path.name.startswith("ours"),
+    )
     assert find_slides([path.parent]) == [path]
     assert np.array_equal(np.concatenate(list(open_image(path).bands())), pixels)
 
@@ -103,9 +109,7 @@ def deep_tiff(path):
 def outside(path):
     zarr_gray(path.parent / "other.zarr")
     zarr_gray(path)
-    zarr.open_group(str(path)).attrs["multiscales"] = [
-        {"axes": ["y", "x"], "datasets": [{"path": "../other.zarr/0"}]}
-    ]
+    zarr.open_group(str(path)).attrs["multiscales"] = [{"axes": ["y", "x"], "datasets": [{"path": "../other.zarr/0"}]}]
 
 
 @pytest.mark.parametrize(
@@ -150,8 +154,9 @@ def test_which_images_a_folder_holds(tmp_path):
     assert [path.name for path in images_in(tmp_path)] == ["a.png", "b.PNG", "contact_sheet.png"]
     (tmp_path / "tiles.csv").write_text("file,class\na.png,x\nsub/c.png,y\n")
     assert [dict(own) for own in read_pictures(tmp_path).about] == [
-        {"file": "a.png", "class": "x"}, {"file": "sub/c.png", "class": "y"},
-    ]  # fmt: skip
+        {"file": "a.png", "class": "x"},
+        {"file": "sub/c.png", "class": "y"},
+    ]
 
 
 def test_parts_that_are_not_there_are_told(tmp_path):
@@ -161,8 +166,10 @@ def test_parts_that_are_not_there_are_told(tmp_path):
     with pytest.raises(UserError, match=r"a\.png is 56 x 40 px, smaller than the 41 px that are asked for"):
         picture.part(41).pixels()
     array = zarr.create_array(str(tmp_path / "a.zarr"), shape=(3, 40_000, 40_000), chunks=(3, 1000, 1000), dtype="u1")
-    zarr.create_group(str(tmp_path / "b.zarr"), attributes={"ome": {"multiscales": [
-        {"axes": ["c", "y", "x"], "datasets": [{"path": "0"}]}]}})  # fmt: skip
+    zarr.create_group(
+        str(tmp_path / "b.zarr"),
+        attributes={"ome": {"multiscales": [{"axes": ["c", "y", "x"], "datasets": [{"path": "0"}]}]}},
+    )
     (tmp_path / "a.zarr").rename(tmp_path / "b.zarr" / "0")
     huge = Picture.of_file(tmp_path / "b.zarr")
     assert huge.size == array.shape[:0:-1]

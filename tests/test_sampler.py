@@ -190,31 +190,31 @@ SETTINGS: dict[str, tuple[Callable[[Path], list[Any]], dict[str, Any]]] = {
     "schedule": (lambda world: ["--schedule", "exponential"], {"schedule": "exponential"}),
     "solver": (lambda world: ["--solver", "heun"], {"solver": "heun"}),
     "guidance scale": (lambda world: ["--guidance-scale", 3.5], {"guidance_scale": 3.5}),
-    "guidance scales by name": (
-        lambda world: ["--guidance-scale", "class=3.5"], {"guidance_scale": {"class": 3.5}}
-    ),
+    "guidance scales by name": (lambda world: ["--guidance-scale", "class=3.5"], {"guidance_scale": {"class": 3.5}}),
     "guidance interval": (
-        lambda world: ["--guidance-interval", "0.3,5", "--guidance-scale", 4], {"guidance_interval": [0.3, 5.0]}
+        lambda world: ["--guidance-interval", "0.3,5", "--guidance-scale", 4],
+        {"guidance_interval": [0.3, 5.0]},
     ),
-    "guidance rescale": (
-        lambda world: ["--guidance-rescale", 0.9, "--guidance-scale", 4], {"guidance_rescale": 0.9}
-    ),
+    "guidance rescale": (lambda world: ["--guidance-rescale", 0.9, "--guidance-scale", 4], {"guidance_rescale": 0.9}),
     "negative": (
-        lambda world: ["--negative-condition", "class=C", "--guidance-scale", 4], {"negative_condition": "class=C"}
+        lambda world: ["--negative-condition", "class=C", "--guidance-scale", 4],
+        {"negative_condition": "class=C"},
     ),
     "guide": (lambda world: ["--guide-model", world / "weak", "--guidance-scale", 4], {"guide_sha256": None}),
     "classifier": (
-        lambda world: ["--classifier", world / "judge", "--classifier-scale", 40], {"classifier_scale": 40.0}
+        lambda world: ["--classifier", world / "judge", "--classifier-scale", 40],
+        {"classifier_scale": 40.0},
     ),
     "cache": (lambda world: ["--cache", 2], {"cache": 2}),
     "seed": (lambda world: ["--seed", 5], {"seed": 5}),
     "precision": (lambda world: ["--precision", "bf16"], {"precision": "bf16"}),
-}  # fmt: skip
+}
 REFUSED = {
     ("large-image", "cache"): "windows of a large image move",
 }
 UNCHANGED = {  # the way that an image inverted exactly goes is its own, whatever the noise
-    ("translate", "seed"), ("sequence of images", "seed"),
+    ("translate", "seed"),
+    ("sequence of images", "seed"),
 }
 
 

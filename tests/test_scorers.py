@@ -343,9 +343,11 @@ def test_grades_and_classes_are_learnt(tmp_path):
     table = write_cells(tmp_path / "cells", 16, kinds, patients=6)
     table.to_csv(tmp_path / "cells" / "cells.csv", index=False)
     graded = train_scorer(
-        read_labelled(tmp_path / "cells" / "cells.csv", label="grade"), tmp_path / "graded",
-        recipe(epochs=7, views=8), progress=False,
-    )  # fmt: skip
+        read_labelled(tmp_path / "cells" / "cells.csv", label="grade"),
+        tmp_path / "graded",
+        recipe(epochs=7, views=8),
+        progress=False,
+    )
     rng = np.random.default_rng(5)
     images = torch.stack([to_range(cell(rng, g)).permute(2, 0, 1) for g in (0.0, 0.45, 1.0)])
     scores = graded(images)
@@ -455,8 +457,10 @@ def test_half_weights_are_stored_half_and_computed_whole(cells, trained, tmp_pat
         train_scorer(data, tmp_path / "s", recipe(), progress=False)
     for k in range(2):
         ours, theirs = (load_file(folder / f"member-{k}.safetensors") for folder in (tmp_path / "s", trained))
-        assert all(torch.equal(ours[name], theirs[name].half() if theirs[name].is_floating_point() else theirs[name])
-                   for name in theirs)  # fmt: skip
+        assert all(
+            torch.equal(ours[name], theirs[name].half() if theirs[name].is_floating_point() else theirs[name])
+            for name in theirs
+        )
     assert all(value.dtype == torch.float32 for value in made.parameters())
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert (made(images) - load_scorer(trained)(images)).abs().max() < 5e-3
@@ -492,6 +496,7 @@ def test_logits_do_not_depend_on_the_batch(trained):
     scorer = load_scorer(trained)
     images = np.random.default_rng(0).integers(0, 256, (130, 3, 16, 16), dtype=np.uint8)
     together = network_logits(scorer.networks[0], images, scorer.view, 1, "cpu")
-    np.testing.assert_allclose(network_logits(scorer.networks[0], images[128:], scorer.view, 1, "cpu"), together[128:],
-                               atol=1e-5)  # fmt: skip
+    np.testing.assert_allclose(
+        network_logits(scorer.networks[0], images[128:], scorer.view, 1, "cpu"), together[128:], atol=1e-5
+    )
     assert json.dumps(scorer.task.as_dict())

@@ -186,8 +186,11 @@ def test_moving_pictures_say_that_they_are_synthetic(tmp_path, name):
     frames = [np.full((9, 12, 3), value, np.uint8) for value in (0, 100, 250)]
     with Image.open(save_animation(tmp_path / name, frames, {"model": "m", "seed": 4})) as moving:
         assert moving.n_frames == 3
-        said = {"gif": lambda: moving.info["comment"].decode(), "webp": lambda: moving.getexif()[0x010E],
-                "png": lambda: moving.text["Description"]}[name[2:]]()  # fmt: skip
+        said = {
+            "gif": lambda: moving.info["comment"].decode(),
+            "webp": lambda: moving.getexif()[0x010E],
+            "png": lambda: moving.text["Description"],
+        }[name[2:]]()
         moving.seek(2)
         assert np.array_equal(np.asarray(moving.convert("RGB")), frames[2])
     assert said.startswith("SYNTHETIC")

@@ -94,8 +94,11 @@ def test_noise_is_relative_repeatable_and_of_training_only():
     assert torch.allclose(ratio, torch.tensor([0.2, 0.2]), atol=0.02)
     assert torch.equal(with_noise(torch.zeros(1, 5), 1.0), torch.zeros(1, 5))
     batch = {"ssl": torch.randn(4, 6), "region": torch.randn(4, 10)}
-    for model in (PatchEmbedder(6, 8, noise=0.3), SSLEmbedder(6, 10, 8, region_dropout=0, noise=0.3),
-                  GridPatchEmbedder(6 * 4, 8, noise=0.3)):  # fmt: skip
+    for model in (
+        PatchEmbedder(6, 8, noise=0.3),
+        SSLEmbedder(6, 10, 8, region_dropout=0, noise=0.3),
+        GridPatchEmbedder(6 * 4, 8, noise=0.3),
+    ):
         given = {**batch, "ssl": torch.randn(4, 24)} if isinstance(model, GridPatchEmbedder) else batch
 
         def tokens(model=model, given=given) -> torch.Tensor:

@@ -53,9 +53,12 @@ def hf_names(state: dict[str, torch.Tensor], prefix: str = "") -> dict[str, torc
     """A checkpoint of transformers' CLIPModel that has the weights of open_clip's `state`."""
     named = {f"{prefix}text_model.embeddings.position_ids": torch.arange(77)[None]}
     named[f"{prefix}vision_model.post_layernorm.weight"] = torch.ones(3)
-    whole = {"token_embedding.weight": "embeddings.token_embedding.weight", "positional_embedding":
-             "embeddings.position_embedding.weight", "ln_final.weight": "final_layer_norm.weight",
-             "ln_final.bias": "final_layer_norm.bias"}  # fmt: skip
+    whole = {
+        "token_embedding.weight": "embeddings.token_embedding.weight",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_final.weight": "final_layer_norm.weight",
+        "ln_final.bias": "final_layer_norm.bias",
+    }
     parts = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
              "attn.out_proj": "self_attn.out_proj"}  # fmt: skip
     for name, value in state.items():

@@ -31,7 +31,7 @@ def large(oracle):
     net = UNetModel(**load(oracle / "ldm_unet_A.pt")["config"]).eval()
     net.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     betas = schedules.make_betas("linear", 1000, 0.0015, 0.0195).float()
-    table = schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0))        # their cumprod is in float32
+    table = schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0))  # their cumprod is in float32
     late = TableDenoiser(lambda x, t, **cond: net(x, t + 1, **cond), table)
     field = FeatureField(golden["embeddings"].view(2, 2, 24), (128, 128), 64, "slerp")
     weight, bias = state["cond_stage_model.patch_fc.weight"], state["cond_stage_model.patch_fc.bias"]
@@ -67,7 +67,7 @@ def test_the_published_stochastic_large_image(large):
     noises = golden["ddim=1"]["step_noise"]
     for step in range(len(visited)):
         sigma, target = sigmas[step : step + 2]
-        ancestral = 1 - (1 + target**2) / (1 + sigma**2)                        # the stride's own beta
+        ancestral = 1 - (1 + target**2) / (1 + sigma**2)  # the stride's own beta
         eta = float((betas[visited[step]] / ancestral).sqrt())
         x = samplers.sample_ddim(canvas, x, sigmas[step : step + 2], {}, lambda _, k=step: noises[k], eta=eta)
     assert relative(x, golden["ddim=1"]["latent"]) < 1e-5
@@ -104,9 +104,10 @@ def sigmas_of(denoiser: TableDenoiser, steps: int = 3) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "make", [lambda d, n: tiled(d, 16, 8, batch_size=n), lambda d, n: shifted(d, 16, batch_size=n)],
+    "make",
+    [lambda d, n: tiled(d, 16, 8, batch_size=n), lambda d, n: shifted(d, 16, batch_size=n)],
     ids=["tiled", "shifted"],
-)  # fmt: skip
+)
 @pytest.mark.slow
 def test_chunks_and_batches_do_not_change_the_image(small, make):
     cond, sigmas = canvas_cond(2, 24, 40), sigmas_of(small)
@@ -121,9 +122,10 @@ def test_chunks_and_batches_do_not_change_the_image(small, make):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda d: tiled(d, 16, 8), lambda d: tiled(d, 16, 8, blend="smooth"), lambda d: shifted(d, 16)],
+    "make",
+    [lambda d: tiled(d, 16, 8), lambda d: tiled(d, 16, 8, blend="smooth"), lambda d: shifted(d, 16)],
     ids=["uniform", "smooth", "shifted"],
-)  # fmt: skip
+)
 def test_guidance_and_tiling_commute(small, make):
     cond, sigmas = canvas_cond(1, 24, 40), sigmas_of(small)
     null = {"crossattn": torch.zeros(1, 1, 8), "vector": torch.zeros(1, 128)}
@@ -155,9 +157,10 @@ def test_scales_of_their_own_and_intervals_commute_with_tiling(small, make):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda d: tiled(d, 16, 8), lambda d: tiled(d, 16, 4, blend="smooth"), lambda d: shifted(d, 16, seed=4)],
+    "make",
+    [lambda d: tiled(d, 16, 8), lambda d: tiled(d, 16, 4, blend="smooth"), lambda d: shifted(d, 16, seed=4)],
     ids=["uniform", "smooth", "shifted"],
-)  # fmt: skip
+)
 def test_a_canvas_of_one_window_is_the_untiled_sample_bitwise(small, make):
     cond, sigmas = canvas_cond(1, 16, 16), sigmas_of(small)
     x = canvas_noise(0, 3, 16, 16) * sigmas[0]
@@ -183,9 +186,9 @@ def test_shifted_windows_agree_on_the_field_wherever_they_lie():
     x, sigma = canvas_noise(0, 3, 96, 96), torch.ones(1)
     exact = blur(x, sigma, {})
     fields = torch.stack([shifted(blur, 32, seed=seed)(x, sigma, {}) for seed in range(8)])
-    off = (fields - exact).square()                                             # where windows meet alone
+    off = (fields - exact).square()  # where windows meet alone
     assert (off > 1e-9).float().mean((1, 2, 3, 4)).max() < 0.5
-    assert (fields.mean(0) - exact).square().mean() < 0.4 * off.mean()          # which is elsewhere each time
+    assert (fields.mean(0) - exact).square().mean() < 0.4 * off.mean()  # which is elsewhere each time
     assert len({float(field.sum()) for field in fields}) == 8
     assert not torch.equal(shifted(blur, 32)(x, sigma, {}), shifted(blur, 32)(x, 2 * sigma, {}))
 
@@ -200,7 +203,7 @@ def test_drawn_windows_overlap_everywhere_and_grow_in_number_as_the_axis_does():
     per_axis = [len(drawn_starts(count * 32, 32, 0)) / count for count in (4, 8, 16)]
     assert per_axis == [1.25] * 3
     places = torch.tensor([drawn_starts(512, 32, seed) for seed in range(64)]).float().std(0)
-    assert places[5:-5].min() > 2                                               # they move, in the middle as well
+    assert places[5:-5].min() > 2  # they move, in the middle as well
     assert drawn_starts(512, 32, 4, 5) == drawn_starts(512, 32, 4, 5) != drawn_starts(512, 32, 4, 6)
 
 
@@ -231,9 +234,11 @@ def test_every_pixel_weighs_one(blend):
     """A denoiser of each pixel by itself is the same tiled, at every blend and batch; so is what it gives beside x0."""
     x, sigma = torch.randn(2, 3, 37, 50), torch.ones(2)
     for canvas in (
-        lambda d: tiled(d, 16, 5, blend=blend, batch_size=4), lambda d: tiled(d, 16, 16, blend=blend),
-        lambda d: shifted(d, 16, seed=3), lambda d: shifted(d, 32),
-    ):  # fmt: skip
+        lambda d: tiled(d, 16, 5, blend=blend, batch_size=4),
+        lambda d: tiled(d, 16, 16, blend=blend),
+        lambda d: shifted(d, 16, seed=3),
+        lambda d: shifted(d, 32),
+    ):
         torch.testing.assert_close(canvas(lambda x, sigma, cond: 0.5 * x)(x, sigma, {}), 0.5 * x)
         x0, variance = canvas(lambda x, sigma, cond: (0.5 * x, x**2))(x, sigma, {})
         torch.testing.assert_close(x0, 0.5 * x)
@@ -247,7 +252,7 @@ def test_smooth_weights_fall_towards_inner_sides_alone():
     assert left[15] < 0.01
     assert middle[0] < 0.01
     torch.testing.assert_close(middle, middle.flip(0))
-    torch.testing.assert_close(middle[:8] + middle[8:], torch.ones(8))          # a stride of half a window sums to one
+    torch.testing.assert_close(middle[:8] + middle[8:], torch.ones(8))  # a stride of half a window sums to one
 
 
 def test_smooth_blends_have_no_steps():

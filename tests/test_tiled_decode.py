@@ -90,21 +90,24 @@ def test_parts_are_as_equal_as_can_be():
         assert parts[0].window.start == 0
         assert all(a.window.stop == a.tile.stop + 20 for a in parts[:-1])
     assert [span.window for span in spans(100, 30, 5, 8)] == [
-        slice(0, 32), slice(16, 56), slice(40, 80), slice(64, 100)
-    ]  # fmt: skip
+        slice(0, 32),
+        slice(16, 56),
+        slice(40, 80),
+        slice(64, 100),
+    ]
 
 
 def test_statistics_are_of_the_window_about_a_place():
     x = torch.randn(1, 6, 40, 56, generator=torch.Generator().manual_seed(2))
     mean, variance = local_statistics(x, 2, 16)
-    assert mean.shape == (1, 2, 7, 11)                                          # every 4 of 40 - 16 and of 56 - 16
+    assert mean.shape == (1, 2, 7, 11)  # every 4 of 40 - 16 and of 56 - 16
     window = x[0, 3:, 8:24, 20:36]
     torch.testing.assert_close(mean[0, 1, 2, 5], window.mean())
     torch.testing.assert_close(variance[0, 1, 2, 5], window.var(correction=0))
     across = spread(11, 56, 16)
     assert across.shape == (56, 11)
     torch.testing.assert_close(across.sum(1), torch.ones(56))
-    assert across[28, 5] > 0.999                                                # the middle of that window
+    assert across[28, 5] > 0.999  # the middle of that window
     assert 0.4 < across[30, 5] < across[29, 5] < 1
     assert across[0, 0] == across[-1, -1] == 1
 
@@ -121,7 +124,7 @@ def test_a_canvas_is_normalised_the_same_in_strips_of_any_height(monkeypatch, me
     mean, variance = local_statistics(x, 2, 16)
     place = (x[1, :, 16, 28].view(2, 3) - mean[1, :, 2, 5, None]) / (variance[1, :, 2, 5, None] + norm.eps).sqrt()
     torch.testing.assert_close(whole[1, :, 16, 28], norm.weight * place.flatten() + norm.bias)
-    monkeypatch.setattr(tiled_decode, "STRIP", 2 * 6 * 56)                      # one row at a time
+    monkeypatch.setattr(tiled_decode, "STRIP", 2 * 6 * 56)  # one row at a time
     with torch.no_grad():
         torch.testing.assert_close(tiled_decode.normalised(norm, x, 16), whole)
         half = tiled_decode.normalised(norm.bfloat16(), x.bfloat16(), 16)
@@ -139,5 +142,5 @@ def test_a_layer_that_sees_one_window_is_the_layer_itself_and_layers_are_given_b
         torch.testing.assert_close(norm(x), plain)
     wide = torch.cat([x, 5 * x + 3], -1)
     with local_group_norm(norm, 16, 32):
-        torch.testing.assert_close(norm(wide)[..., :8], plain[..., :8])         # up to the window's middle
+        torch.testing.assert_close(norm(wide)[..., :8], plain[..., :8])  # up to the window's middle
     assert torch.equal(norm(x), plain)

@@ -30,11 +30,13 @@ from ldm.requests.spec import load_spec, plan_of_flags, read_pairs, read_spec
 
 GENES = {"mutation_genes": ["TP53", "EGFR"], "expression_genes": ["MKI67", "PTEN", "ESR1"]}
 CONDITIONERS = {
-    "class": {"target": "ldm.conditioners.class_token.ClassEmbedder",
-              "params": {"classes": ["COAD", "LUAD", "BRCA"], "dim": 128, "acts": "vector"}},
+    "class": {
+        "target": "ldm.conditioners.class_token.ClassEmbedder",
+        "params": {"classes": ["COAD", "LUAD", "BRCA"], "dim": 128, "acts": "vector"},
+    },
     "omics": {"target": "ldm.conditioners.omics.OmicsEmbedder", "params": {"dim": 128, **GENES}},
     "ssl": {"target": "ldm.conditioners.ssl.PatchEmbedder", "params": {"embed_dim": 6, "context_dim": 16}},
-}  # fmt: skip
+}
 
 
 def pixel_node(channels: int = 3, cond: dict | None = None, **unet) -> dict:
@@ -136,7 +138,7 @@ def test_edits_keep_the_image_and_write_maps(world, tmp_path):
         name = f"COAD__a__MKI67-{text}.png"
         apart.append(np.abs(np.asarray(Image.open(tmp_path / name)) - source).mean())
         assert Image.open(tmp_path / "differences" / name).size == (16, 16)
-    assert apart[0] < 2                                                          # the source's own value: the image
+    assert apart[0] < 2  # the source's own value: the image
     assert min(apart[1:]) > 10
 
 
@@ -225,8 +227,9 @@ def test_tiles_of_a_store_without_conditions_are_what_the_source_says(tmp_path):
         for key, names in classes.items()}}}  # fmt: skip
     write_model(tmp_path / "model", pixel_node(3, node), {"conditions": {key: {"source": key} for key in classes}})
     tiles = np.random.default_rng(6).integers(0, 255, (2, 16, 16, 3), dtype=np.uint8)
-    write_store(tmp_path / "cohort", "a", lambda i: tiles[i], 2, attrs={"tile_size": 16, "mpp": 1.0},
-                coords=np.zeros((2, 2)))  # fmt: skip
+    write_store(
+        tmp_path / "cohort", "a", lambda i: tiles[i], 2, attrs={"tile_size": 16, "mpp": 1.0}, coords=np.zeros((2, 2))
+    )
     common = ["--model", tmp_path / "model", "--images", tmp_path / "cohort", "--target", "stain=ki67", "--steps", 2]
     assert "the condition 'stain' is to come from 'stain'" in refused(*common, "--out", tmp_path / "x")
     output = run(*common, "--source", "stain=he", "--out", tmp_path / "out").output
@@ -253,8 +256,10 @@ def test_a_classifier_guides_to_the_targets_class(world, tmp_path):
               "--strength", 0.7]  # fmt: skip
     run(*common, "--out", tmp_path / "plain")
     run(*common, "--classifier", tmp_path / "classifier", "--classifier-scale", 50, "--out", tmp_path / "guided")
-    pairs = [[np.asarray(Image.open(tmp_path / way / f"{name}__LUAD.png")) for way in ("plain", "guided")]
-             for name in ("COAD__a", "LUAD__large")]  # fmt: skip
+    pairs = [
+        [np.asarray(Image.open(tmp_path / way / f"{name}__LUAD.png")) for way in ("plain", "guided")]
+        for name in ("COAD__a", "LUAD__large")
+    ]
     assert all((plain != guided).any() for plain, guided in pairs)
     assert read_mark(tmp_path / "guided" / "COAD__a__LUAD.png")["classifier_scale"] == 50
     network.metadata = {"classes": ["BRCA", "KIRC", "COAD"]}
@@ -294,7 +299,7 @@ def test_unpaired_features_are_moved_to_the_targets(tmp_path):
     model = fit_transport(source, target, paired=False, steps=200, width=64, progress=False)
     mapped = model.map(source)
     assert (mapped.mean(0) - target.mean(0)).abs().max() < 0.5
-    assert mapped.abs().mean() > 1.2                                             # two groups, not their middle
+    assert mapped.abs().mean() > 1.2  # two groups, not their middle
     save_transport(tmp_path / "map", model, {"a": 1})
     torch.testing.assert_close(load_transport(tmp_path / "map").map(source), mapped)
     assert Transport(3, 3).map(source).shape == (300, 3)
@@ -320,7 +325,7 @@ def test_edits(conditioner):
     plan = plan_of_flags(conditioner, {"class": "COAD"}, ["class=LUAD"], ["mutation=TP53:1"])
     assert [target.label for target in plan.targets] == ["LUAD", "TP53-1"]
     assert plan.targets[1].values["class"] == "COAD"
-    assert np.isnan(plan.source["mutation"]).all()                               # unknown, not absent
+    assert np.isnan(plan.source["mutation"]).all()  # unknown, not absent
 
 
 @pytest.mark.parametrize(
@@ -454,6 +459,4 @@ def test_genes_of_the_sources_come_from_tables(world, tmp_path):
     rows = list(csv.DictReader((tmp_path / "out" / "translations.csv").open()))
     assert [row["file"] for row in rows] == ["COAD__a__TP53-0.png", "COAD__b__TP53-0.png"]
     same = [row["source_condition"] == row["target_condition"] for row in rows]
-    assert same == [False, True]                                                 # b's TP53 is 0 already
-
-
+    assert same == [False, True]  # b's TP53 is 0 already

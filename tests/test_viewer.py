@@ -70,8 +70,11 @@ def test_a_generated_file_says_that_it_is_synthetic_and_where_its_conditions_lie
     assert told["mpp"] == pytest.approx(0.499, rel=1e-3)
     assert told["synthetic"]["seed"] == 0
     assert (told["slide"], told["region"], told["grid"], told["tile_px"]) == (
-        "CMU-1-Small-Region.svs", REGION, [2, 3], 400,
-    )  # fmt: skip
+        "CMU-1-Small-Region.svs",
+        REGION,
+        [2, 3],
+        400,
+    )
 
 
 def test_a_slide_says_nothing_of_being_synthetic(demo_slide):
@@ -218,9 +221,7 @@ def test_the_command_serves_on_loopback_until_it_is_stopped(folder):
     code = "import sys, ldm.cli; sys.argv[0] = 'histoldm'; ldm.cli.main()"
     call = [sys.executable, "-c", code, "view", str(folder / "a.png"), "--no-browser"]
     heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell in the background leaves it ignored
-    with subprocess.Popen(
-        call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard
-    ) as process:  # fmt: skip
+    with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as process:
         line = process.stdout.readline()
         url = next(word for word in line.split() if word.startswith("http://127.0.0.1:"))
         told = json.load(urllib.request.urlopen(f"{url}pictures.json", timeout=30))

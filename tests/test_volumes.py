@@ -30,8 +30,9 @@ def write(path, values=None, affine=None, axes="RAS"):
     if values is None:
         values = np.random.default_rng(0).uniform(100, 900, SHAPE)
     image = nibabel.Nifti1Image(np.asarray(values, np.float32), np.eye(4) if affine is None else affine)
-    turn = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("RAS"),
-                                               nibabel.orientations.axcodes2ornt(axes))  # fmt: skip
+    turn = nibabel.orientations.ornt_transform(
+        nibabel.orientations.axcodes2ornt("RAS"), nibabel.orientations.axcodes2ornt(axes)
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     nibabel.save(image.as_reoriented(turn), path)
     return path
@@ -51,8 +52,7 @@ def folder(tmp_path):
 
 def run(source, out, *options):
     named = [] if "--modality" in options else ["--modality", "t1=*_t1.nii.gz", "t2=*_t2.nii.gz"]
-    main(["--volumes", str(source), *named, "--out", str(out), "--size", "16",
-          "--least-foreground", "0", *options])  # fmt: skip
+    main(["--volumes", str(source), *named, "--out", str(out), "--size", "16", "--least-foreground", "0", *options])
 
 
 def test_slices_of_each_subject_and_modality(folder, tmp_path, capsys):

@@ -285,9 +285,12 @@ def fit(model: Contrast, images: list[SourceImage], config: dict, out: Path, siz
             raise UserError(f"the loss is not finite at step {step}: lower train.learning_rate")
         if (step + 1) % train["save_every"] == 0 or step + 1 == train["steps"]:
             state = {
-                "model": model.state_dict(), "optimiser": optimiser.state_dict(), "step": step + 1,
-                "seconds": time.monotonic() - began, "config": config,
-            }  # fmt: skip
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "step": step + 1,
+                "seconds": time.monotonic() - began,
+                "config": config,
+            }
             with whole(state_path) as part:
                 torch.save(state, part)
     return time.monotonic() - began
@@ -334,9 +337,11 @@ def held_out_tiles(encoder: Encoder, config: dict, size: int) -> dict[str, np.nd
     ridge = torch.linalg.solve(known.T @ known + 10 * torch.eye(known.shape[1]), known.T @ fraction[outside])
     error = design[inside] @ ridge - fraction[inside]
     return {
-        "hit": hit.double().numpy(), "tissue": fraction[inside].numpy(), "error": error.numpy(),
+        "hit": hit.double().numpy(),
+        "tissue": fraction[inside].numpy(),
+        "error": error.numpy(),
         "column": column[inside] / side,
-    }  # fmt: skip
+    }
 
 
 def held_out_measures(encoder: Encoder, config: dict, size: int) -> dict[str, float]:
@@ -382,9 +387,12 @@ def build(config: dict) -> tuple[Contrast, int]:
     torch.manual_seed(config["seed"])
     try:
         spec = EncoderSpec(
-            name=config["name"], licence=config["licence"], source="self-supervised by demo.build.pretrain_encoder",
-            standardise=True, **config["encoder"],
-        )  # fmt: skip
+            name=config["name"],
+            licence=config["licence"],
+            source="self-supervised by demo.build.pretrain_encoder",
+            standardise=True,
+            **config["encoder"],
+        )
     except TypeError as error:
         raise UserError(f"the config's encoder: {error}") from error
     if spec.pooling != "grid" or spec.mpp is None:

@@ -24,12 +24,15 @@ READERS = {"scale": parse_guidance, "interval": parse_interval}
 SIMPLE = {"int": int, "float": float, "str": str, "bool": bool}
 GUIDES: dict[str, tuple[Any, Any, str, str]] = {  # parameter -> type, default, option, help
     "negative": (
-        list[str] | None, None, "--negative-condition", "Condition to move away from: name=value, as class=N (repeat)"
+        list[str] | None,
+        None,
+        "--negative-condition",
+        "Condition to move away from: name=value, as class=N (repeat)",
     ),
     "guide": (Path | None, None, "--guide-model", "Folder of a smaller or less trained model to move away from"),
     "classifier": (Path | None, None, "--classifier", "Folder of a classifier of noisy images to be guided by"),
     "classifier_scale": (float, 1.0, "--classifier-scale", "Scale of the classifier's gradient"),
-}  # fmt: skip
+}
 
 
 def settings(*tasks: Task, **defaults: str) -> Callable[[Command], Command]:

@@ -91,8 +91,11 @@ def find_slide_files(paths: Sequence[Path | str]) -> dict[str, SlideFiles]:
         inside = path.rglob("*") if path.is_dir() else [path]
         files += sorted(p for p in inside if p.suffix in (".h5", ".hdf5", ".pt", ".pth"))
     for path in [path for path in files if path.suffix in (".pt", ".pth")]:
-        near = [path.parent.parent / folder / f"{path.stem}{end}.h5"
-                for folder in ("h5_files", "patches") for end in ("", "_patches")]  # fmt: skip
+        near = [
+            path.parent.parent / folder / f"{path.stem}{end}.h5"
+            for folder in ("h5_files", "patches")
+            for end in ("", "_patches")
+        ]
         files += [p for p in near if p.is_file() and p not in files]
     if not files:
         raise UserError(f"no .h5 or .pt file in {', '.join(map(str, paths))}.")

@@ -25,9 +25,12 @@ from ldm.interop.text_names import from_open_clip, transformers_config
 AUTOENCODER_KL = "ldm.autoencoder.autoencoder.AutoencoderKL"
 ENDS = ("<|startoftext|>", "<|endoftext|>")
 DDIM = {  # settings of the scheduler beside those of the noise table
-    "class": "DDIMScheduler", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1,
+    "class": "DDIMScheduler",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
     "timestep_spacing": "leading",
-}  # fmt: skip
+}
 # defaults of our parameters that decide whether there is a counterpart
 UNET_DEFAULTS: dict[str, Any] = {
     "channel_mult": [1, 2, 4, 8], "context_dim": None, "conv_resample": True, "dropout": 0.0, "norm_groups": 32,

@@ -22,9 +22,12 @@ BUFFERS = (
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod",
 )  # fmt: skip
 OTHER_BUFFERS = (
-    "posterior_variance", "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
     "p2_loss_weight",
-)  # fmt: skip
+)
 
 
 def is_mitotic(path: Path, content: Any) -> bool:

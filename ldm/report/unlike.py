@@ -70,7 +70,7 @@ def _copies(sets: Mapping[str, ImageSet]) -> list[str]:
     files = {
         role: [path for path in dict.fromkeys(images.pictures.paths or ()) if path.is_file()]
         for role, images in sets.items()
-    }  # fmt: skip
+    }
     by_size: dict[int, list[tuple[str, Path]]] = defaultdict(list)
     for role, paths in files.items():
         for path in paths:

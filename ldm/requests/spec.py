@@ -38,9 +38,12 @@ from ldm.tables.text import read_table
 OWN = ("default", "files")
 ENTRY = ("source", "targets", "edits")
 MMDM = {
-    "y": "class", "genomics_mutation": "mutation", "transcriptomics_exp": "expression",
-    "genomics_multiplier": "mutation_multiplier", "transcriptomics_multiplier": "expression_multiplier",
-}  # fmt: skip
+    "y": "class",
+    "genomics_mutation": "mutation",
+    "transcriptomics_exp": "expression",
+    "genomics_multiplier": "mutation_multiplier",
+    "transcriptomics_multiplier": "expression_multiplier",
+}
 PREFIX = "sample_"  # of labels, as His-MMDM names its files
 
 

@@ -46,9 +46,14 @@ TASKS: dict[Task, dict[str, Any]] = {
 
 
 def setting(
-    default: Any, help: str, choices: Sequence[str] = (), low: float | None = None, high: float | None = None,
-    kind: str = "", recorded: bool = True,
-) -> Any:  # fmt: skip
+    default: Any,
+    help: str,
+    choices: Sequence[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+    kind: str = "",
+    recorded: bool = True,
+) -> Any:
     """A field of a carrier of settings, with what its command option needs.
 
     kind: how a command reads it where its type does not say: scale, interval; "" as it is, "none" not at all.
@@ -234,9 +239,7 @@ class Windows:
     mode: str = setting("shifted", "Windows at places drawn anew at every step, or overlapping as published", MODES)
     stride: int | None = setting(None, "Pixels between the windows of --mode overlap: by default a quarter tile", low=1)
     interpolation: str = setting("linear", "Interpolation between the features of the grid", INTERPOLATIONS)
-    offload: bool = setting(
-        False, "Keep the canvas in main memory, for one larger than the GPU holds", recorded=False
-    )
+    offload: bool = setting(False, "Keep the canvas in main memory, for one larger than the GPU holds", recorded=False)
 
     def __post_init__(self) -> None:
         check_settings(self)

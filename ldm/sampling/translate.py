@@ -34,10 +34,15 @@ Watch = Callable[[int, int, Tensor, Tensor], None]
 
 @torch.no_grad()
 def translate(
-    model: LatentDiffusion, images: Tensor, source: Cond | None = None, target: Cond | Sequence[Cond] | None = None,
-    sampler: Sampler | None = None, inversion: Inversion | None = None, first: int | Sequence[int] = 0,
+    model: LatentDiffusion,
+    images: Tensor,
+    source: Cond | None = None,
+    target: Cond | Sequence[Cond] | None = None,
+    sampler: Sampler | None = None,
+    inversion: Inversion | None = None,
+    first: int | Sequence[int] = 0,
     watch: Watch | None = None,
-) -> Tensor | list[Tensor]:  # fmt: skip
+) -> Tensor | list[Tensor]:
     """Images (N,C,H,W) in [-1,1] under other conditions, alike in size, on the CPU; a list for a list of targets.
 
     By inversion (His-MMDM): the image is followed up the noise levels under the source condition, once, and down again
@@ -134,9 +139,7 @@ class _Way:
     sigmas: Tensor
     tile: bool
 
-    def begin(
-        self, images: Tensor, source: Cond, noise: Callable[[int], Tensor], seen: samplers.Callback
-    ) -> Tensor:
+    def begin(self, images: Tensor, source: Cond, noise: Callable[[int], Tensor], seen: samplers.Callback) -> Tensor:
         """x at the first level."""
         z = encode_images(self.model, images).to(self.model.sample_dtype)
         if self.inversion.start != "invert":

@@ -90,9 +90,7 @@ def _check_schema(database: sqlite3.Connection, path: Path) -> bool:
     """UserError unless SlideRunner's tables and columns are there; whether annotations can be marked as deleted."""
     tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     lacking = [table for table in _SLIDERUNNER if table not in tables]
-    columns = {
-        table: {row[1] for row in database.execute(f"PRAGMA table_info({table})")} for table in _SLIDERUNNER
-    }
+    columns = {table: {row[1] for row in database.execute(f"PRAGMA table_info({table})")} for table in _SLIDERUNNER}
     for table, needed in _SLIDERUNNER.items():
         if table in tables:
             lacking += [f"{table}.{name}" for name in needed if name not in columns[table]]
@@ -110,9 +108,10 @@ def _sliderunner_cells(
     classes = {uid: name or f"class {uid}" for uid, name in database.execute("SELECT uid, name FROM Classes")}
     persons = dict(database.execute("SELECT uid, name FROM Persons"))
     chosen = _persons(persons, annotators)
-    slides = {uid: PurePosixPath((name or "").replace("\\", "/")).name for uid, name in database.execute(
-        "SELECT uid, filename FROM Slides"
-    )}  # fmt: skip
+    slides = {
+        uid: PurePosixPath((name or "").replace("\\", "/")).name
+        for uid, name in database.execute("SELECT uid, filename FROM Slides")
+    }
     places = {
         uid: (x, y, side)
         for uid, x, y, side in database.execute(

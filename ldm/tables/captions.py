@@ -188,9 +188,12 @@ def _fields(count: int) -> str:
 
 
 def _collect(
-    table: CaptionTable, rows: Iterator[Record], places: dict[str, int | None], folder: Path,
+    table: CaptionTable,
+    rows: Iterator[Record],
+    places: dict[str, int | None],
+    folder: Path,
     of_files: bool,
-) -> None:  # fmt: skip
+) -> None:
     seen: dict[tuple[str, str], int] = {}
     for line, fields in rows:
         values = {kind: fields[place].strip() if place is not None else "" for kind, place in places.items()}

@@ -19,9 +19,9 @@ _MONTHS = {
 _WORD = r"(?P<month>[A-Za-zäéû]{3,9})\.?"
 _CLOCK = r"(?:[ T]0?0:00(?::00)?)?"
 _NAMED = [
-    re.compile(rf"(?P<day>\d{{1,2}})[-. /]{{1,2}}{_WORD}(?:[- /]\d{{2,4}})?{_CLOCK}"),      # 2-Sep, 02-Sep-24, 2. Sep
-    re.compile(rf"{_WORD}[- /](?P<day>\d{{1,2}})(?:[-, /]{{1,2}}\d{{4}})?{_CLOCK}"),        # Sep-02, Sep 2, 2024
-]  # fmt: skip
+    re.compile(rf"(?P<day>\d{{1,2}})[-. /]{{1,2}}{_WORD}(?:[- /]\d{{2,4}})?{_CLOCK}"),  # 2-Sep, 02-Sep-24, 2. Sep
+    re.compile(rf"{_WORD}[- /](?P<day>\d{{1,2}})(?:[-, /]{{1,2}}\d{{4}})?{_CLOCK}"),  # Sep-02, Sep 2, 2024
+]
 _ISO = re.compile(rf"(?:19|20)\d\d[-/.](?P<month>\d{{1,2}})[-/.](?P<day>\d{{1,2}}){_CLOCK}")  # 2024-09-02
 _NUMBERS = re.compile(rf"(?P<one>\d{{1,2}})[/.-](?P<two>\d{{1,2}})[/.-](?:19|20)?\d\d{_CLOCK}")  # 02/09/2024, 9/2/24
 _SERIAL = re.compile(r"[34]\d{4}(?:\.0)?")
