@@ -119,7 +119,8 @@ def options_of(function: Callable[..., None]) -> Iterator[Option]:
     for name, parameter in inspect.signature(function).parameters.items():
         kind, info = typing.get_args(hints[name])[:2]
         argument = isinstance(info, ArgumentInfo)
-        decls = [decl for decl in (info.default, *(info.param_decls or ())) if str(decl).startswith("-")]
+        words = "/".join(map(str, (info.default, *(info.param_decls or ()))))  # --yes/--no are two
+        decls = [word for word in words.split("/") if word.startswith("-")]
         names = f"`{name}`" if argument else ", ".join(f"`{decl}`" for decl in decls)
         panel = info.rich_help_panel or ("Arguments" if argument else "Options")
         value, choices = value_of(kind, info)
