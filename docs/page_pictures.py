@@ -1,7 +1,7 @@
 """Pictures of README and pages, made by the shipped models of shipped data: `python docs/page_pictures.py`.
 
 Writes docs/images/capabilities.jpg, what the toolkit does in one strip, and docs/images/conditions.jpg, a row for each
-kind of condition. A few minutes on two CPU cores. Real images have a dark frame; all others are synthetic.
+kind of condition. Some ten minutes on two CPU cores. Real images have a dark frame; all others are synthetic.
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def sequences(count: int = 4) -> list[list[np.ndarray]]:
 def prompted() -> list[np.ndarray]:
     texts, modalities = zip(*PROMPTS)
     cond = model("demo-text").condition(text=list(texts), modality=list(modalities))
-    return pictures(ldm.sample(model("demo-text"), cond, sampler=ldm.Sampler(steps=12, guidance_scale=3, progress=False)))
+    return pictures(
+        ldm.sample(model("demo-text"), cond, sampler=ldm.Sampler(steps=12, guidance_scale=3, progress=False))
+    )
 
 
 @cache
@@ -139,7 +141,10 @@ def slices() -> dict[str, list[np.ndarray]]:
     heads = model("demo-slices")
     for source in ("t2", "fla"):
         gray = tensor([np.broadcast_to(image, (*image.shape[:2], 3)) for image in real[source]])[:, :1]
-        made = [ldm.translate(heads, gray, sampler=ldm.Sampler(steps=12, seed=seed, progress=False)) for seed in range(3)]
+        made = [
+            ldm.translate(heads, gray, sampler=ldm.Sampler(steps=12, seed=seed, guidance_scale=1.0, progress=False))
+            for seed in range(3)
+        ]
         real[f"t1 of {source}"] = pictures(torch.stack(made).mean(0))
     return {name: [np.broadcast_to(image, (*image.shape[:2], 3)) for image in images] for name, images in real.items()}
 
@@ -187,7 +192,7 @@ def capabilities() -> Image.Image:
         ("Modalities", "T2 | made T1 | real T1", block(brains)),
         ("Images of any size", "from a grid of features", large_image()),
     ]
-    return strip(panels, 250, 1200)
+    return strip(panels, 238, 1200)
 
 
 def conditions() -> Image.Image:
@@ -208,7 +213,7 @@ def conditions() -> Image.Image:
             real_one("real H&E", "he"), ("Ki67 made of it", others["ki67"]), ("FHL2 made of it", others["fhl2"]),
             real_one("real Ki67", "ki67"), real_one("real FHL2", "fhl2"),
         ]),
-        ("score\ndemo-mitosis", [(f"score {score:g}", cell) for score, cell in zip(SCORES, sequences()[0])]),
+        ("score\ndemo-mitosis", [(f"score {score:g}", cell) for score, cell in zip(SCORES, sequences()[1])]),
         ("text\ndemo-text", [(f"{text}", image) for (text, _), image in zip(PROMPTS, prompted())]),
         ("image\ndemo-slices", [
             real_one("real T2", "t2"), ("T1 made of it", heads["t1 of t2"][1]), real_one("real T1", "t1"),
