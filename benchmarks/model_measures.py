@@ -213,7 +213,8 @@ def slices(folder: Path, precision: str) -> list[Row]:
     files = {modality: f"TCGA-FG-6692_{modality}.nii.gz" for modality in ("t1", "t2", "fla")}
     run_quietly(
         slice_volumes.main, "--volumes", *(DATA / "samples/slices" / name for name in files.values()), "--modality",
-        *(f"{modality}=*_{modality}.nii.gz" for modality in files), "--size", 64, "--out", cohort,
+        *(f"{modality}=*_{modality}.nii.gz" for modality in files), "--size", 64, "--percentiles", "0,98",
+        "--out", cohort,  # the window that it was trained in
     )  # fmt: skip
     model, rows = ldm.load_model(folder), []
     for source, name in (("t2", "T2"), ("fla", "FLAIR")):
