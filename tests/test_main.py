@@ -398,4 +398,4 @@ def test_shipped_configs_are_found_by_name(capsys):
     assert train("-b", "demo/sll") == 2
     error = capsys.readouterr().err
     assert "config 'demo/sll' does not exist; did you mean 'demo/ssl'? Shipped configs: autoencoder/kl-f4," in error
-    assert "latent-diffusion/zoomldm_brca." in error
+    assert "own/first_stage, own/ssl." in error

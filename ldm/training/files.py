@@ -30,6 +30,9 @@ SOURCES = {  # path in the shipped configs -> where to get it
         "made by `histoldm convert sd-v1-4.ckpt --config autoencoder/kl-f8 --out weights/sd-v1-4-vae` of "
         f"{STABLE_DIFFUSION}"
     ),
+    "models/first-stage": (
+        "made by `histoldm export logs/*_first-stage --out models/first-stage` of a training of own/first_stage"
+    ),
     "demo_output/first-stage": DEMO,
     "demo_output/cohort": DEMO,
     "data/models/demo-ssl": SHIPPED,
