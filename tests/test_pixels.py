@@ -237,6 +237,7 @@ def test_ome_tiff(tmp_path, make, mpp, levels):
     [
         *[((dpi, dpi), "INCH", 0) for dpi in (72, 96, 300, 600, 1200, 2400)],
         *[((dpi / 2.54, dpi / 2.54), "CENTIMETER", 0) for dpi in (72, 300, 600, 1200)],
+        *[((dots, dots), "CENTIMETER", 0) for dots in (236, 472)],  # 600 and 1200 dpi in whole dots
         ((4, 4), "NONE", 0),
         ((40000, 40000), "CENTIMETER", 0.25),
         ((101600, 101600), "INCH", 0.25),
@@ -311,6 +312,26 @@ def test_ome_zarr_scales(tmp_path, version, unit, step):
     image = open_image(path)
     assert (image.mpp, image.mpp_source, len(image._levels)) == (pytest.approx(0.25), "OME-Zarr axes", 2)
     assert np.array_equal(image.read(0, 0, 256, 256, (128, 128)), TISSUE[::2, ::2])
+
+
+def test_ome_zarr_without_a_scale_has_none(tmp_path):
+    axes = [{"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"]
+    about = {"multiscales": [{"axes": axes, "datasets": [{"path": "0"}]}]}
+    zarr.create_group(str(tmp_path / "a.zarr"), attributes=about, zarr_format=2)
+    zarr.create_array(str(tmp_path / "a.zarr" / "0"), data=PLANES[0], zarr_format=2)
+    assert open_image(tmp_path / "a.zarr").mpp == 0
+
+
+@pytest.mark.parametrize("shards", [None, (128, 128)])
+def test_chunks_that_an_ome_zarr_lacks_are_told(tmp_path, shards):
+    axes = [{"name": axis, "type": "space"} for axis in "yx"]
+    about = {"ome": {"version": "0.5", "multiscales": [{"axes": axes, "datasets": [{"path": "0"}]}]}}
+    zarr.create_group(str(tmp_path / "a.zarr"), attributes=about)
+    zarr.create_array(str(tmp_path / "a.zarr" / "0"), data=PLANES[0], chunks=(64, 64), shards=shards)
+    assert open_image(tmp_path / "a.zarr").notes == ()
+    (tmp_path / "a.zarr" / "0" / "c" / "0" / "1").unlink()
+    (note,) = open_image(tmp_path / "a.zarr").notes
+    assert note.startswith(f"1 of {4 if shards else 16} chunks of its finest level have no file and are read as 0;")
 
 
 def test_parts_that_a_file_leaves_out_are_white(tmp_path):

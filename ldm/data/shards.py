@@ -75,7 +75,7 @@ def create_array(group: Path, name: str, shape: tuple[int, ...], dtype: str, who
 
 
 def open_writable(path: Path) -> zarr.Array:
-    """TODO.
+    """An array that is there, to write rows into; its empty chunks are written too.
 
     >>> _ = create_array(Path("."), "values", (10, 2), "float32")
     >>> open_writable(Path("values"))[0] = 3.0

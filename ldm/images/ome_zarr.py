@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -11,7 +12,7 @@ import zarr
 
 from ldm.errors import UserError
 from ldm.images.colour import converter, on_white, refuse_channels, refuse_deep, refuse_stack, says_rgb
-from ldm.images.scale import Scale, physical_scale
+from ldm.images.scale import UNKNOWN, Scale, physical_scale
 from ldm.images.source import Source
 
 
@@ -57,7 +58,16 @@ def open_ome_zarr(path: Path) -> Source:
         pixels = np.moveaxis(block, [kept.index("y"), kept.index("x")], [0, 1]).reshape(h, w, -1)
         return gray(pixels) if channels == 1 else on_white(pixels[..., :3], pixels[..., 3:].min(-1, initial=255))
 
-    return Source(levels, read, scale, gray=channels == 1)
+    return Source(levels, read, scale, gray=channels == 1, notes=_lacking(arrays[0]))
+
+
+def _lacking(array: zarr.Array) -> tuple[str, ...]:
+    """What to tell of chunks or shards without a file: Zarr leaves out those of its fill value; copies lose some."""
+    outer = array.shards or array.chunks
+    whole = math.prod(-(-side // part) for side, part in zip(array.shape, outer))
+    lost = whole - array.nchunks_initialized * math.prod(array.chunks) // math.prod(outer)
+    told = f"{lost} of {whole} chunks of its finest level have no file and are read as {array.fill_value}"
+    return (f"{told}; copy it again if they were lost",) if lost > 0 else ()
 
 
 def _array(path: Path, name: str) -> zarr.Array:
@@ -73,9 +83,11 @@ def _channels(told: dict[str, Any]) -> tuple[list[str], list[str]]:
 
 
 def _scale(path: Path, image: dict[str, Any], axes: Sequence[str]) -> Scale:
-    """Of the finest level: its own scale times that of all levels, in the unit of its axes."""
-    sides = dict.fromkeys("xy", 1.0)
-    for step in _scales(image):
+    """Of the finest level: its own scale times that of all levels, in the unit of its axes; unknown where both lack."""
+    sides, steps = dict.fromkeys("xy", 1.0), list(_scales(image))
+    if not steps:
+        return UNKNOWN
+    for step in steps:
         for axis in sides:
             sides[axis] *= float(step["scale"][axes.index(axis)])
     units = {axis["name"]: axis.get("unit") for axis in image["axes"] if isinstance(axis, dict)}
