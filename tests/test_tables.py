@@ -246,6 +246,21 @@ def test_which_matrix_of_an_h5ad_is_taken_is_said(tmp_path, sparse):
         read_gene_table(h5ad(tmp_path / "o.h5ad", {}), "expression")
 
 
+@pytest.mark.parametrize(
+    ("base", "by"), [(None, np.log1p), (2.0, lambda x: np.log2(x + 1)), (10.0, lambda x: np.log10(x + 1))]
+)
+def test_logs_of_scanpy_become_log2(tmp_path, base, by):
+    """scanpy's `log1p` takes natural logs unless it is told otherwise, and says the base in `uns`."""
+    path = h5ad(tmp_path / "t.h5ad", {"X": by(COUNTS).astype(np.float32), "layers/counts": COUNTS})
+    with h5py.File(path, "a") as file:
+        logged = file.create_group("uns/log1p")
+        logged["base"] = h5py.Empty("f4") if base is None else base
+    table = read_gene_table(path, "expression")
+    np.testing.assert_allclose(table.values, np.log2(COUNTS + 1), rtol=1e-5)
+    assert ("made log2" in table.layout) == (base != 2)
+    np.testing.assert_array_equal(read_gene_table(path, "expression", layer="counts").values, COUNTS)
+
+
 def test_z_scores_are_no_expression():
     scaled = (COUNTS - COUNTS.mean(0)) / COUNTS.std(0)
     with pytest.raises(UserError, match="they look like z-scores"):

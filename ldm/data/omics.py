@@ -205,6 +205,8 @@ class _Join:
         training = np.array([k not in held and (barcode(r) or (r,))[0] not in held for r, k in zip(raw, keys)])
         if self.source == "expression":
             values, unit, report.unit = to_log2(values, unit, self.path.name)
+            if unknown := int(np.isnan(values).sum()):
+                report.unit += f", {unknown} of {values.size} unknown"
         else:
             unit, report.unit = "calls", f"{int(np.nansum(values))} mutated, {int(np.isnan(values).sum())} unknown"
         frame = pd.DataFrame(values, index=pd.Index(keys, name="sample", dtype=object), columns=genes)

@@ -19,7 +19,7 @@ def read_h5ad(path: Path | str, layer: str | None = None) -> tuple[list[str], li
 
     Args:
         layer: X, raw or the name of a layer. None is X; raw where X has negative values, as scaled ones, or is not
-            there; the only layer where neither is.
+            there; the only layer where neither is. Natural logs of scanpy's `log1p` in X and raw become log2.
     Raises:
         UserError: no h5ad, no such matrix, several to choose from, names or sizes that do not fit it.
 
@@ -40,13 +40,13 @@ def read_h5ad(path: Path | str, layer: str | None = None) -> tuple[list[str], li
             name, why = _chosen(path, file, known, layer)
             samples = _names(file["obs"])
             genes = _names(file["raw/var" if name == "raw" and "var" in file["raw"] else "var"])
-            values = _values(path, known[name], (len(samples), len(genes)))
+            values, logs = _in_log2(file, name, _values(path, known[name], (len(samples), len(genes))))
     except UserError:
         raise
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise UserError(f"cannot read {path} as h5ad: {str(error).splitlines()[0]}.") from error
     others = [other for other in known if other != name]
-    said = f"{name}{why}" + (f"; --layer takes {some(others, 5)} instead" if others else "")
+    said = f"{name}{why}{logs}" + (f"; --layer takes {some(others, 5)} instead" if others else "")
     return samples, genes, values, said
 
 
@@ -98,6 +98,21 @@ def _values(path: Path, node: h5py.Dataset | h5py.Group, shape: tuple[int, int])
         return node[:].astype(np.float32)
     make = _SPARSE[_text(node.attrs["encoding-type"])]
     return make((node["data"][:], node["indices"][:], node["indptr"][:]), own).toarray().astype(np.float32)
+
+
+def _in_log2(file: h5py.File, name: str, values: np.ndarray) -> tuple[np.ndarray, str]:
+    """Values in log2 where scanpy's `log1p` left logs to another base, by default e, in X or raw; and what to say.
+
+    Whole numbers are counts that were set aside before, negative values were scaled after: both stay as they are.
+    """
+    logged = file.get("uns/log1p")
+    if logged is None or name not in ("X", "raw") or (values < 0).any() or (values == np.round(values)).all():
+        return values, ""
+    base = logged.get("base") if isinstance(logged, h5py.Group) else None
+    if base is None or base.shape is None or _text(base[()]) == "None":
+        return values / np.float32(np.log(2)), ", natural logs by uns/log1p, made log2"
+    factor = float(np.log2(float(base[()])))
+    return (values, "") if factor == 1 else (values * np.float32(factor), f", logs to base {base[()]:g}, made log2")
 
 
 def _names(axis: h5py.Group | h5py.Dataset) -> list[str]:
