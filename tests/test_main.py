@@ -244,7 +244,7 @@ REFUSALS = {
     "target": (["-b", TINY, "model.target=tiny_training.TinyModle"], "'tiny_training' has no 'TinyModle'; did"),
     "module": (["-b", TINY, "data.target=ldm.data.modul.Tiles"], "package 'ldm.data' has no 'modul'"),
     "foreign target": (["-b", TINY, "model.target=os.system"], "'os.system' is not allowed"),
-    "GPU": (["-b", TINY, "--gpus", "99,"], "--gpus 99,: this machine has"),
+    "GPU": (["-b", TINY, "--gpus", "99,"], "--gpus '99,': this machine has"),
     "GPU list": (["-b", TINY, "--gpus", "all"], "--gpus takes numbers of GPUs"),
     "monitor": (["-b", TINY, "model.params.monitor=val/los"], "'val/los'; did you mean 'val/loss'"),
     "data": (["-b", TINY, "data.params.length=0"], "there are no tiles"),

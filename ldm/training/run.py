@@ -65,6 +65,7 @@ def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Pat
     """
     from ldm.config import load_config, validate
 
+    gpus = _gpus(options.gpus)  # first: building what the config names takes longer
     own = [sorted((run / "configs").glob(f"*-{part}.yaml"))[-1] for part in ("project", "lightning")] if run else []
     if not own and not options.base:
         raise UserError("there is no config; give one with --base configs/<name>.yaml, or a run to --resume.")
@@ -72,7 +73,7 @@ def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Pat
     cfg = load_config([*own, *options.base], overrides, defaults)
     validate(cfg)
     lightning = cfg["lightning"] = cfg.get("lightning") or {}
-    trainer = lightning["trainer"] = {**(lightning.get("trainer") or {}), **_gpus(options.gpus)}
+    trainer = lightning["trainer"] = {**(lightning.get("trainer") or {}), **gpus}
     for key in trainer:
         check_trainer_key(key)
     if isinstance(trainer.get("val_check_interval"), int):  # batches, counted over all epochs
@@ -98,10 +99,10 @@ def _gpus(gpus: str | None) -> dict[str, Any]:
     count = torch.cuda.device_count()
     if not count:
         raise UserError(
-            f"--gpus {gpus}: this machine has no CUDA GPU that PyTorch can use; leave --gpus out to train on the CPU."
+            f"--gpus '{gpus}': this machine has no CUDA GPU that PyTorch can use; leave --gpus out to train on the CPU."
         )
     if max(indices) >= count:
-        raise UserError(f"--gpus {gpus}: choose from this machine's GPUs, 0 to {count - 1}.")
+        raise UserError(f"--gpus '{gpus}': choose from this machine's GPUs, 0 to {count - 1}.")
     return {"accelerator": "gpu", "devices": indices}
 
 
