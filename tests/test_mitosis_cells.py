@@ -9,7 +9,8 @@ from PIL import Image
 from test_annotations import EOSINOPHIL, MITOSIS, SlideRunner, crops, midog
 
 from conftest import ROOT
-from data_prep.mitosis_cells import cut_cell, main, prepare
+from data_prep.cut_cells import cut_cell
+from data_prep.mitosis_cells import main, prepare
 from ldm.data.cohort import read_index
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError

@@ -127,7 +127,7 @@ def test_a_real_cell_comes_back_under_its_own_score_and_moves_under_another(mode
 
 
 def test_the_middle_of_a_cell_is_what_training_saw(cells):
-    from data_prep.mitosis_cells import cut_cell
+    from data_prep.cut_cells import cut_cell
     from ldm.images.slides import open_slide
 
     slide = open_slide(cells[0], mpp=0.25)

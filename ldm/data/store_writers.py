@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import zarr
@@ -21,7 +23,17 @@ def _plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-class TileStoreWriter:
+class _Writer(AbstractContextManager):
+    """Closed at the end of its `with`, as complete unless an error ended it."""
+
+    @abstractmethod
+    def close(self, complete: bool) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(complete=kind is None)
+
+
+class TileStoreWriter(_Writer):
     """Writes one slide's tiles, coordinates and labels; a context manager. See `create`."""
 
     def __init__(
@@ -124,14 +136,8 @@ class TileStoreWriter:
         finally:
             self._lock.release()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(complete=kind is None)
-
-
-class ArrayWriter:
+class ArrayWriter(_Writer):
     """Writes one per-tile array of a finished store (features, latents, a label): resumable, whole shards, one writer.
 
     The array grows under a hidden name and takes its own when it is whole. Use as a context manager::
@@ -232,9 +238,3 @@ class ArrayWriter:
                     self._buffer = None
         finally:
             self._lock.release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(complete=kind is None)
