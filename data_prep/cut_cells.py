@@ -12,7 +12,8 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.cohort import UNKNOWN, patient_of, write_store
+from ldm.data.cohort import write_store
+from ldm.data.splits import UNKNOWN, patient_of
 from ldm.errors import UserError
 from ldm.images.slides import Slide, open_image, open_slide
 from ldm.tables.annotations import Cell

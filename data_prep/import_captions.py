@@ -36,8 +36,9 @@ from data_prep.options import (
 )
 from ldm.cli.options import PATIENT_RULE
 from ldm.cli.script import script
-from ldm.data.cohort import check_fractions, counted, merge_index, read_index, split_table, write_store
+from ldm.data.cohort import counted, merge_index, read_index, split_table, write_store
 from ldm.data.extent import tell
+from ldm.data.splits import check_fractions
 from ldm.errors import UserError, some
 from ldm.images.pictures import Picture, notes_of
 from ldm.tables.captions import RESIZES, Caption, CaptionTable, drop_unreadable, read_captions, square

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.cohort_index import tell_splits, update_index
 from data_prep.feature_match import Match, check_distinct, extent_of, match, pair, usual_step
 from data_prep.options import (
     LicenceOption,
@@ -39,12 +40,13 @@ from data_prep.options import (
     output,
     taken,
 )
-from data_prep.tile_slides import find_slides, tell_splits, update_index
+from data_prep.tile_slides import find_slides
 from ldm.cli.script import script
-from ldm.data.cohort import check_fractions, merge_index, read_index, write_store
+from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.extent import tell_scales
 from ldm.data.features import nearest_tiles
 from ldm.data.slide_files import SlideFiles, find_slide_files
+from ldm.data.splits import check_fractions
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY

@@ -40,16 +40,9 @@ from data_prep.options import (
     taken,
 )
 from ldm.cli.script import script
-from ldm.data.cohort import (
-    UNKNOWN,
-    check_fractions,
-    choose_splits,
-    counted,
-    merge_index,
-    patient_of,
-    tell_validation,
-)
+from ldm.data.cohort import counted, merge_index
 from ldm.data.extent import tell_scales
+from ldm.data.splits import UNKNOWN, check_fractions, choose_splits, patient_of, tell_validation
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.images.slides import open_slide

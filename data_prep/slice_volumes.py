@@ -39,7 +39,8 @@ from data_prep.options import (
     taken,
 )
 from ldm.cli.script import script
-from ldm.data.cohort import check_fractions, counted, merge_index, split_table, write_store
+from ldm.data.cohort import counted, merge_index, split_table, write_store
+from ldm.data.splits import check_fractions
 from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_tile, window_of, windowed
 from ldm.errors import UserError, note, suggest
 from ldm.files import sha256

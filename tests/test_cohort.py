@@ -13,8 +13,9 @@ from torch.utils.data import default_collate
 
 from ldm.data import dihedral
 from ldm.data.balance import Balanced
-from ldm.data.cohort import choose_splits, merge_index, read_index, split_of, tell_validation, write_store
+from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.datasets import TileDataset
+from ldm.data.splits import choose_splits, split_of, tell_validation
 from ldm.data.store_writers import ArrayWriter
 from ldm.errors import UserError
 

@@ -14,7 +14,8 @@ from PIL import Image
 from test_latent_diffusion import node
 from typer.testing import CliRunner
 
-from data_prep.tile_slides import tile_slide, update_index
+from data_prep.cohort_index import update_index
+from data_prep.tile_slides import tile_slide
 from ldm.cli import app
 from ldm.commands.generate import checked_mpp
 from ldm.config import instantiate_from_config

@@ -16,8 +16,9 @@ from torch import nn
 
 from conftest import ROOT
 from data_prep import encode_latents as latents_command
+from data_prep.cohort_index import update_index
 from data_prep.encode_latents import encode_latents
-from data_prep.tile_slides import tile_slide, update_index
+from data_prep.tile_slides import tile_slide
 from ldm.data import dihedral
 from ldm.data.cohort import merge_index, write_store
 from ldm.data.datasets import RegionDataset, TileDataset

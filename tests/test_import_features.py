@@ -15,7 +15,8 @@ from PIL import Image
 
 from conftest import ROOT
 from data_prep import grid_features, import_features
-from data_prep.tile_slides import tile_slide, update_index
+from data_prep.cohort_index import update_index
+from data_prep.tile_slides import tile_slide
 from ldm.conditioners.grid import GridEmbedder
 from ldm.data import dihedral
 from ldm.data.cohort import write_store

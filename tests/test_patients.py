@@ -11,8 +11,9 @@ from PIL import Image
 
 from conftest import ROOT
 from data_prep import import_captions, tile_slides
-from ldm.data.cohort import merge_index, read_index, split_of
+from ldm.data.cohort import merge_index, read_index
 from ldm.data.conditions import index_rows
+from ldm.data.splits import split_of
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.tables.patients import patients_of, perhaps_shared

@@ -14,7 +14,7 @@ from PIL import Image
 
 from conftest import ROOT
 from data_prep.tile_slides import find_slides, main, tile_slide
-from ldm.data.cohort import patient_of, split_of
+from ldm.data.splits import patient_of, split_of
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
 from ldm.images.slides import open_slide

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ldm.data import dihedral
-from ldm.data.cohort import fallen_apart, read_index
+from ldm.data.cohort import read_index
+from ldm.data.splits import fallen_apart
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, note, suggest
 

@@ -21,8 +21,8 @@ import pandas as pd
 from PIL import Image
 from tqdm import tqdm
 
-from ldm.data.cohort import patient_of
 from ldm.data.collection import Pictures, list_of, read_pictures
+from ldm.data.splits import patient_of
 from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, some
 from ldm.images.kinds import is_ome_zarr

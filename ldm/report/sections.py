@@ -12,8 +12,8 @@ import pandas as pd
 from einops import rearrange
 from torch import Tensor
 
-from ldm.data.cohort import patient_of
 from ldm.data.image_sets import TCGA, ImageSet, images_by_name
+from ldm.data.splits import patient_of
 from ldm.encoders.extractors import Extractor
 from ldm.encoders.feature_files import FeatureSet
 from ldm.files import sha256
