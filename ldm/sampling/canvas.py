@@ -21,7 +21,8 @@ from ldm.diffusion.tiled import shifted, tiled
 from ldm.errors import UserError
 from ldm.images.write import to_uint8
 from ldm.rng import canvas_noise
-from ldm.sampling.given import checked_sampler, tensor_of
+from ldm.sampling.calls import explained
+from ldm.sampling.given import checked_settings, tensor_of
 from ldm.sampling.local_norm import REACH, decode_tiles, local_group_norm, spans
 from ldm.sampling.sampler import Sampler, Windows
 
@@ -42,6 +43,7 @@ class Pixels(Protocol):
     def __setitem__(self, place: tuple[slice, slice], values: np.ndarray) -> None: ...
 
 
+@explained
 @torch.no_grad()
 def large_image(
     model: LatentDiffusion, features: Tensor | np.ndarray, size: tuple[int, int] | None = None,
@@ -65,8 +67,8 @@ def large_image(
     >>> large_image(model, grid, sampler=Sampler(steps=2, progress=False)).shape
     torch.Size([1, 3, 32, 48])
     """
-    windows = windows or Windows()
-    sampler = checked_sampler(sampler).settled(model, "large_image")
+    windows = checked_settings(Windows, windows)
+    sampler = checked_settings(Sampler, sampler).settled(model, "large_image")
     factor, window, tile = model.first_stage_model.downsampling, model.image_size, model.tile_size
     if isinstance(features, Mapping):
         raise UserError("a large image takes a grid of features, not a condition: ldm.large_image(model, grid)")

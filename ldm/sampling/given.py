@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,12 +11,14 @@ from torch import Tensor
 
 from ldm.conditioners.compose import keys_of
 from ldm.errors import UserError
-from ldm.sampling.sampler import Sampler
+from ldm.sampling.sampler import Inversion, Sampler, Windows
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
 
+Settings = TypeVar("Settings", Sampler, Windows, Inversion)
+_SETTINGS = {"Sampler": "steps=..., seed=...", "Windows": "mode=...", "Inversion": "start=..., strength=..."}
 PARTS = ("crossattn", "vector", "concat", "label")  # of a network, which a condition has; not what users name
 
 
@@ -55,16 +57,19 @@ def checked_condition(model: LatentDiffusion, cond: Any, name: str = "cond") -> 
     raise UserError(f"{name} is {what}, not a condition; {call} makes one: ldm.sample(model, {call})")
 
 
-def checked_sampler(sampler: Any) -> Sampler:
-    """The sampler given, or the usual one for None. UserError: something else, such as a number of steps.
+def checked_settings(kind: type[Settings], given: Any) -> Settings:
+    """A Sampler, Windows or Inversion that was given, or the usual one for None.
 
-    >>> checked_sampler(50)
+    UserError: something else, such as a number of steps.
+
+    >>> checked_settings(Sampler, 50)
     Traceback (most recent call last):
     ldm.errors.UserError: sampler is ldm.Sampler(steps=..., seed=...), got 50
     """
-    if not isinstance(sampler, Sampler | None):
-        raise UserError(f"sampler is ldm.Sampler(steps=..., seed=...), got {sampler!r}")
-    return sampler or Sampler()
+    if not isinstance(given, kind | None):
+        name = kind.__name__
+        raise UserError(f"{name.lower()} is ldm.{name}({_SETTINGS[name]}), got {given!r}")
+    return given or kind()
 
 
 def checked_images(images: Any) -> Tensor:

@@ -28,6 +28,7 @@ from ldm.diffusion.guidance import (
     without_target,
 )
 from ldm.errors import UserError, suggest
+from ldm.sampling.calls import explained
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -37,6 +38,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 Cover = Callable[[Denoiser], Denoiser]  # a denoiser of windows as one of a canvas
 
 
+@explained
 @dataclass(frozen=True, eq=False)
 class Classifier:
     """A classifier of noisy images to guide by (arXiv:2105.05233).
@@ -96,11 +98,9 @@ class GuidedSolver:
             return replace(self, denoiser=keep_variance(self.denoiser, change))
         return replace(self, denoiser=change(self.denoiser))
 
-    def solve(
-        self, x: Tensor, sigmas: Tensor, cond: Cond, noise: samplers.Noise, seen: samplers.Callback
-    ) -> Tensor:
+    def solve(self, x: Tensor, sigmas: Tensor, cond: Cond, noise: samplers.Noise, seen: samplers.Callback) -> Tensor:
         """x at the last of sigmas (N+1,), from x (B,C,H,W) at the first. noise(step): what solvers add."""
-        name = "ddim" if self.solver == "euler_ancestral" else self.solver      # the same in these coordinates
+        name = "ddim" if self.solver == "euler_ancestral" else self.solver  # the same in these coordinates
         run = getattr(samplers, f"sample_{name}")
         if self.solver in STOCHASTIC:
             return run(self.denoiser, x, sigmas, cond, noise, self.eta, callback=seen)

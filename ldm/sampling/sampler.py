@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ldm.diffusion.choices import INTERPOLATIONS, SCHEDULES, SOLVERS, STOCHASTIC
 from ldm.errors import UserError
+from ldm.sampling.calls import explained
 
 if TYPE_CHECKING:
     import torch
@@ -87,6 +88,7 @@ def check_settings(carrier: Any) -> None:
             raise UserError(f"{each.name} must be a {'whole ' if whole else ''}number {bounds}; got {value!r}.")
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """How images are sampled. Every generating function and command takes all of it, or says why not.
@@ -220,6 +222,7 @@ class Sampler:
         return guided_solver(self, model, cond, given)
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class Windows:
     """How windows cover a canvas.
@@ -247,6 +250,7 @@ class Windows:
             raise UserError(f"a stride goes with the mode 'overlap'; got mode '{self.mode}', stride {self.stride}.")
 
 
+@explained
 @dataclass(frozen=True, kw_only=True)
 class Inversion:
     """Where a translation begins, and what of the image it keeps.

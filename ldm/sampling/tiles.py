@@ -16,13 +16,15 @@ from ldm.diffusion.samplers import Noise
 from ldm.errors import UserError
 from ldm.networks.takes import declared
 from ldm.rng import fold, sample_noise
-from ldm.sampling.given import checked_condition, checked_sampler
+from ldm.sampling.calls import explained
+from ldm.sampling.given import checked_condition, checked_settings
 from ldm.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
 
+@explained
 @torch.no_grad()
 def sample(
     model: LatentDiffusion,
@@ -43,7 +45,7 @@ def sample(
     >>> sample(model, count=2, sampler=Sampler(steps=2, progress=False)).shape
     torch.Size([2, 3, 16, 16])
     """
-    sampler, cond = checked_sampler(sampler), checked_condition(model, cond)
+    sampler, cond = checked_settings(Sampler, sampler), checked_condition(model, cond)
     if not cond:
         if sampler.named:
             raise UserError("guidance scales by name need conditions by name; none is given.")

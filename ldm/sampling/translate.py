@@ -20,8 +20,9 @@ from ldm.diffusion.guidance import clip, expand_cond
 from ldm.diffusion.tiled import tiled
 from ldm.errors import UserError
 from ldm.rng import canvas_noise, fold, sample_noise
+from ldm.sampling.calls import explained
 from ldm.sampling.canvas import decode_latents, encode_images
-from ldm.sampling.given import checked_condition, checked_images, checked_sampler
+from ldm.sampling.given import checked_condition, checked_images, checked_settings
 from ldm.sampling.guided import PRECISIONS
 from ldm.sampling.inversion import invert, invert_exactly, invert_published, invertible
 from ldm.sampling.sampler import EXACT, ODE_SOLVERS, Inversion, Sampler
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 Watch = Callable[[int, int, Tensor, Tensor], None]
 
 
+@explained
 @torch.no_grad()
 def translate(
     model: LatentDiffusion,
@@ -61,7 +63,8 @@ def translate(
     torch.Size([1, 3, 16, 16])
     """
     images = checked_images(images)
-    sampler, inversion = settled(checked_sampler(sampler), inversion or Inversion(), model)
+    sampler, inversion = checked_settings(Sampler, sampler), checked_settings(Inversion, inversion)
+    sampler, inversion = settled(sampler, inversion, model)
     low, count = None, len(images)
     if inversion.enlarge:
         low = images
