@@ -81,13 +81,34 @@ READ = {
     "levels.ome.tif": (ome, 0),
     "ours.ome.zarr": (lambda path: save_image(path, PICTURE, {}, 0.5), 0),
 }
+
+
+def frames(path: Path) -> None:
+    """An animation of three frames."""
+    first, *others = (Image.fromarray(np.roll(PICTURE, shift, 0)) for shift in (0, 8, 16))
+    first.save(path, save_all=True, append_images=others)
+
+
+def pages(path: Path) -> None:
+    """A small picture before the large one, as some exports have it."""
+    with tifffile.TiffWriter(path) as file:
+        for pixels in (PICTURE[::2, ::2].copy(), PICTURE):
+            file.write(pixels, photometric="rgb", metadata=None)
+
+
 DEEP, STAINS = "more than 8 bits per sample", "3 channels (DAPI, CD8, PanCK) that are no colours"
+SEVERAL = "single ones are read: save the one that you mean"
 CHANNELS = {"axes": "CYX", "Channel": {"Name": ["DAPI", "CD8", "PanCK"]}}
 REFUSED = {
     "strips.tif": (tiff(PICTURE.astype(np.uint16) * 16), DEEP),
     "tiles.tif": (tiff(PICTURE.astype(np.uint16) * 16, **TILED), DEEP),
     "gray.png": (pillow(pixels=PICTURE[..., 0].astype(np.uint16) * 257), DEEP),
     "rgb.png": (lambda path: path.write_bytes(imagecodecs.png_encode(PICTURE.astype(np.uint16) * 257)), DEEP),
+    "frames.png": (frames, SEVERAL),
+    "frames.webp": (frames, SEVERAL),
+    "frames.gif": (frames, SEVERAL),
+    "pages.tif": (pages, SEVERAL),
+    "planes.tif": (lambda path: tifffile.imwrite(path, np.stack([PICTURE] * 3), photometric="rgb"), SEVERAL),
     "a.ome.tif": (lambda path: tifffile.imwrite(path, PLANES, photometric="minisblack", metadata=CHANNELS), STAINS),
 }
 

@@ -109,6 +109,14 @@ def test_a_store_is_scored_by_slide_and_row_and_its_tiles_are_kept(world, tmp_pa
         assert np.array_equal(np.asarray(Image.open(tmp_path / "kept" / name)), images[row])
 
 
+def test_images_that_are_read_in_part_are_told(world, tmp_path):
+    (tmp_path / "photographs").mkdir()
+    first, preview = (Image.fromarray(cell(np.random.default_rng(0), 1.0)) for _ in range(2))
+    first.save(tmp_path / "photographs" / "a.jpg", format="MPO", save_all=True, append_images=[preview])
+    said = run("score", "--scorer", world / "binary", "--images", tmp_path / "photographs", "--out", tmp_path / "s.csv")
+    assert "note: its file holds 2 images, of which the first is read (a.jpg)" in said
+
+
 def test_an_unreadable_image_is_reported_and_never_kept(world, tmp_path):
     for i, grade in enumerate((1.0, 0.0)):
         (tmp_path / "in").mkdir(exist_ok=True)

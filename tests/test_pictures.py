@@ -117,7 +117,7 @@ def outside(path):
     [
         ("a.png", lambda path: Image.fromarray(GRAY.astype(np.uint16)).save(path), "more than 8 bits"),
         ("a.tif", deep_tiff, "more than 8 bits"),
-        ("a.tif", stack, "holds a stack, [QZI]YX"),
+        ("a.tif", stack, "holds several images, [QZI]YX"),
         ("a.png", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(300)), "cannot be read|not a slide"),
         ("a.jpg", lambda path: path.write_text("<html>"), "holds text"),
         ("a.zarr", outside, "lies outside of it"),

@@ -260,6 +260,13 @@ def test_the_first_of_several_images_is_read_and_told(tmp_path):
     assert open_image(tmp_path / "a.tif").notes == ("its file holds 2 images, of which the first is read",)
 
 
+def test_previews_behind_a_photograph_are_told(tmp_path):
+    first = Image.fromarray(TISSUE)
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[first.resize((64, 64))], quality=95)
+    assert np.abs(np.subtract(colours(tmp_path / "a.jpg"), [MARK, CENTRE, GLASS])).max() <= 6
+    assert open_image(tmp_path / "a.jpg").notes == ("its file holds 2 images, of which the first is read",)
+
+
 def test_transparency_of_one_colour_and_of_palettes(tmp_path):
     Image.fromarray(TISSUE).save(tmp_path / "a.png", transparency=GLASS)
     Image.fromarray(TISSUE[..., 0]).save(tmp_path / "b.png", transparency=245)

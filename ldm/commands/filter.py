@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from ldm.data.collection import LIST, Pictures, read_pictures
+from ldm.data.extent import tell
 from ldm.errors import UserError, some
 from ldm.files import whole, writable_folder, write_text
 from ldm.images.sheets import contact_sheet
@@ -47,6 +48,7 @@ def score_images(
         raise UserError(f"--out is a .csv file; got {out}.")
     writable_folder(out.parent)
     network, pictures = load_scorer(scorer, device), read_pictures(images, where).middle(crop)
+    tell(pictures.notes)
     task = network.task
     wanted = None if target is None else targets_of(pictures.column(target), task, pictures)
     work = out.with_name(f".{out.name}.partial.npz")  # what a stopped run has scored
@@ -106,6 +108,7 @@ def filter_images(
 ) -> None:
     """`histoldm filter`: a folder of the images that pass, with their list, all scores and contact sheets."""
     network, pictures = load_scorer(scorer, device), read_pictures(images).middle(crop)
+    tell(pictures.notes)
     if out.resolve() == images.resolve():
         raise UserError(f"--out {out} is the folder of the images; give another.")
     values_of = None if by is None else pictures.column(by)
@@ -195,6 +198,7 @@ def _sheet(pictures: Pictures, rows: Sequence[int], values: np.ndarray, path: Pa
 def rate(images: Path, out: Path, count: int, scale: str, seed: int) -> None:
     """`histoldm rate`: numbered contact sheets and a table for people to fill in."""
     pictures, names = read_pictures(images), parse_scale(scale)
+    tell(pictures.notes)
     if out.resolve() == images.resolve():
         raise UserError(f"--out {out} is the folder of the images; give another.")
     written = write_rating_folder(pictures, out, count, names, seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ldm.data.collection import joined
+from ldm.data.extent import tell
 from ldm.errors import UserError, some
 from ldm.files import write_text
 from ldm.scorers.calibration import measures, with_intervals
@@ -41,6 +42,7 @@ class AskedLabels:
 def labelled(data: Path, asked: AskedLabels, crop: int | None = None, skip_unrated: bool = False) -> Labelled:
     """The middle `crop` px of labelled images, or of a rating folder or its table."""
     images = _read(data, asked, skip_unrated)
+    tell(images.pictures.notes)
     return replace(images, pictures=images.pictures.middle(crop))
 
 

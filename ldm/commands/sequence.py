@@ -19,10 +19,11 @@ from ldm.commands.sequence_pictures import film, sheet
 from ldm.conditioners.compose import known_key, parse_conditions
 from ldm.convert import load_model, weights_of
 from ldm.data.collection import read_pictures
+from ldm.data.extent import tell
 from ldm.data.tile_store import holds_stores
 from ldm.errors import UserError
 from ldm.files import sha256, writable_folder, write_text
-from ldm.images.pictures import Picture
+from ldm.images.pictures import Picture, notes_of
 from ldm.images.write import save_animation, save_png, to_uint8
 from ldm.requests.sampling import AskedSampler
 from ldm.requests.tiles import AskedTiles, requested_tiles
@@ -189,6 +190,7 @@ def read_real(model: LatentDiffusion, real: AskedReal) -> tuple[Tensor | None, M
         if real.mpp is not None and not wanted:
             raise UserError("the model does not know its micrometres per pixel; cut the images to its size.")
         pictures = list(read_pictures(path, subfolders=False, mpp=real.mpp))[: real.count]
+        tell(notes_of(pictures))
         extents = [side if real.mpp is None else side * (wanted / own.mpp) for own in pictures]  # in the images' pixels
         pixels = np.stack([own.part(extent).pixels((side, side)) for own, extent in zip(pictures, extents)])
         names = [picture.file for picture in pictures]

@@ -20,7 +20,7 @@ from ldm.data.cohort import read_index
 from ldm.data.tile_store import TileStore, holds_stores, open_cohort
 from ldm.errors import UserError, some, suggest
 from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
-from ldm.images.pictures import Picture
+from ldm.images.pictures import Picture, notes_of
 from ldm.tables.text import read_table
 
 LIST, SHEET = "tiles.csv", "contact_sheet"  # what `histoldm sample` writes beside its tiles
@@ -61,6 +61,12 @@ class Pictures:
         """Their files; None for tiles of stores."""
         paths = [picture.path for picture in self.items]
         return None if None in paths else paths
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of how their files are read."""
+        files = {own.path: own for own in reversed(self.items) if own.path is not None}
+        return notes_of(files.values())
 
     def read(self, i: int) -> np.ndarray:
         """The i-th image, (H,W,3) uint8."""

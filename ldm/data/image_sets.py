@@ -26,7 +26,7 @@ from ldm.data.splits import patient_of
 from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, some
 from ldm.images.kinds import is_ome_zarr
-from ldm.images.pictures import Picture, notes_of
+from ldm.images.pictures import Picture
 from ldm.images.slides import Slide, open_image
 
 CROP = 256
@@ -88,7 +88,7 @@ def open_images(
                 raise UserError(f"--crop cuts files of images; {path} holds tiles of stores, which are cut already.")
             pictures, kind = _crops(pictures, crop), "crops of a folder"
     sizes, grey = _looked_at(pictures, "crop" in kind or kind == "large image")
-    warnings = [] if pictures.paths is None else notes_of({own.path: own for own in reversed(pictures.items)}.values())
+    warnings = pictures.notes
     if len(sizes) > 1 and side is None:
         listed = ", ".join(f"{w} x {h} px ({len(rows)}, as {pictures.name(rows[0])})" for (w, h), rows in sizes.items())
         raise UserError(

@@ -112,12 +112,21 @@ def refuse_channels(path: Path, count: int, names: list[str]) -> UserError:
 
 
 def refuse_stack(path: Path, held: str) -> UserError:
-    """What to say of several planes or times in one file. held: in words.
+    """What to say of several planes, times or pictures in one file. held: in words.
 
     >>> str(refuse_stack(Path("a.tif"), "ZYX (5, 64, 64)"))
-    'a.tif holds a stack, ZYX (5, 64, 64); single images are read: save the plane that you mean'
+    'a.tif holds several images, ZYX (5, 64, 64); single ones are read: save the one that you mean'
     """
-    return UserError(f"{path} holds a stack, {held}; single images are read: save the plane that you mean")
+    return UserError(f"{path} holds several images, {held}; single ones are read: save the one that you mean")
+
+
+def of_several(count: int) -> str:
+    """What to tell of a file whose other images are smaller than the first, as thumbnails, labels and previews are.
+
+    >>> of_several(2)
+    'its file holds 2 images, of which the first is read'
+    """
+    return f"its file holds {count} images, of which the first is read"
 
 
 def says_rgb(names: list[str], colours: list[str]) -> bool:

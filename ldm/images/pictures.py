@@ -137,12 +137,18 @@ class Picture:
 def notes_of(pictures: Iterable[Picture]) -> list[str]:
     """What a user should know of how images are read, each once, with the names of those that it is of.
 
+    Of those that cannot be opened nothing: whoever reads their pixels says why.
+
     >>> Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save("a.tif", dpi=(25400, 25400))
     >>> notes_of([Picture.of_file(Path("a.tif"), mpp=0.5)])
     ['its TIFF resolution tag says 1 um per pixel, which holds; the 0.5 given is for files that say none (a.tif)']
     """
     found: dict[str, list[str]] = {}
     for picture in pictures:
-        for note in picture.notes:
+        try:
+            notes = picture.notes
+        except UserError:
+            continue
+        for note in notes:
             found.setdefault(note, []).append(picture.file)
     return [f"{note} ({some(names, 3)})" for note, names in found.items()]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ldm.errors import UserError
-from ldm.images.colour import CHANNELS, Convert, converter, on_white, refuse_deep
+from ldm.images.colour import CHANNELS, Convert, converter, of_several, on_white, refuse_deep, refuse_stack
 from ldm.images.damage import refuse_damaged
 from ldm.images.source import Source, upright
 
@@ -24,7 +24,7 @@ def open_plain(path: Path) -> Source | None:
     """An image that Pillow knows; None of others. Its header alone is read until pixels are asked for.
 
     Raises:
-        UserError: more than 8 bits, damaged, too large to be decoded whole.
+        UserError: more than 8 bits, several pictures, damaged, too large to be decoded whole.
 
     >>> Image.new("LA", (4, 6)).save("a.png")
     >>> open_plain(Path("a.png")).read(0, 0, 0, 1, 1).tolist()
@@ -33,7 +33,10 @@ def open_plain(path: Path) -> Source | None:
     try:
         with Image.open(path) as image:
             size, mode, orientation, deep = image.size, image.mode, _orientation(image), _is_deep(image)
+            notes = _one_picture(path, image)
             convert, told = converter(_BASE.get(mode, "RGB"), image.info.get("icc_profile"))
+    except UserError:
+        raise
     except Image.DecompressionBombError as error:
         raise UserError(f"{path} is too large for a plain image: {error}; convert it to a pyramidal TIFF") from None
     except Image.UnidentifiedImageError:
@@ -47,7 +50,7 @@ def open_plain(path: Path) -> Source | None:
     def read(level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         return pixels()[y : y + h, x : x + w]
 
-    return upright(Source([size], read, gray=mode in _GRAY, notes=(told,) * bool(told)), orientation)
+    return upright(Source([size], read, gray=mode in _GRAY, notes=(*notes, *[told] * bool(told))), orientation)
 
 
 def read_gray_values(path: Path) -> np.ndarray:
@@ -60,7 +63,10 @@ def read_gray_values(path: Path) -> np.ndarray:
     refuse_damaged(path)
     try:
         with Image.open(path) as image:
+            _one_picture(path, image)
             return np.asarray(image if image.mode in _DEEP else image.convert("L"))
+    except UserError:
+        raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise _damaged(path, error) from None
 
@@ -95,6 +101,17 @@ def _is_deep(image: Image.Image) -> bool:
     layouts = [tile[3] for tile in getattr(image, "tile", ())]
     raw = [layout[0] if isinstance(layout, tuple) else layout for layout in layouts]
     return any(isinstance(layout, str) and re.search(r";(16[BLN]|32)", layout) for layout in raw)
+
+
+def _one_picture(path: Path, image: Image.Image) -> tuple[str, ...]:
+    """What to tell of a file of several pictures, the first of which is read: cameras put previews behind it.
+
+    UserError: it holds an animation or pages, and which is meant nobody can know.
+    """
+    count = getattr(image, "n_frames", 1)
+    if count > 1 and image.format != "MPO":
+        raise refuse_stack(path, f"{count} frames of an animation or pages")
+    return (of_several(count),) * (count > 1)
 
 
 def _orientation(image: Image.Image) -> int:

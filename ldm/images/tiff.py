@@ -15,8 +15,17 @@ import numpy as np
 import tifffile
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 
-from ldm.errors import UserError
-from ldm.images.colour import CHANNELS, Convert, converter, on_white, refuse_channels, refuse_deep, refuse_stack
+from ldm.errors import UserError, some
+from ldm.images.colour import (
+    CHANNELS,
+    Convert,
+    converter,
+    of_several,
+    on_white,
+    refuse_channels,
+    refuse_deep,
+    refuse_stack,
+)
 from ldm.images.scale import INCH, UNITS, UNKNOWN, Scale, physical_scale, printed, scale_of
 from ldm.images.source import Source, upright
 
@@ -68,8 +77,7 @@ def open_tiff(path: Path) -> Source | None:
         except Exception:  # whatever a decoder raises; Pillow's libtiff may know it
             return None
     to_rgb, notes = _to_rgb(path, page, mode)
-    if (count := len(file.series)) > 1:
-        notes += (f"its file holds {count} images, of which the first is read",)
+    notes += _first_of_several(path, file)
 
     def read(level: int, x: int, y: int, w: int, h: int) -> np.ndarray:
         return to_rgb(reads[level](x, y, w, h))
@@ -90,6 +98,18 @@ def _check_axes(path: Path, series: tifffile.TiffPageSeries, ome: dict[str, Any]
         channels = channels if isinstance(channels, list) else [channels]
         raise refuse_channels(path, sizes["C"], [str(channel.get("Name", "")) for channel in channels])
     raise refuse_stack(path, f"{series.axes} {series.shape}")
+
+
+def _first_of_several(path: Path, file: tifffile.TiffFile) -> tuple[str, ...]:
+    """What to tell of a file of several images, the first of which is read.
+
+    UserError: another is as large or larger, and which is meant nobody can know.
+    """
+    sizes = [(series.keyframe.imagewidth, series.keyframe.imagelength) for series in file.series]
+    if max((w * h for w, h in sizes[1:]), default=0) >= sizes[0][0] * sizes[0][1]:
+        listed = some([f"{w} x {h} px" for w, h in sizes], 5)
+        raise refuse_stack(path, f"{len(sizes)} of {listed}, and the first is not larger than the others")
+    return (of_several(len(sizes)),) * (len(sizes) > 1)
 
 
 def _to_rgb(path: Path, page: tifffile.TiffPage, mode: str) -> tuple[Convert, tuple[str, ...]]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.errors import UserError, some
-from ldm.images.pictures import Picture
+from ldm.images.pictures import Picture, notes_of
 from ldm.metrics.intervals import mean_of
 from ldm.metrics.measure import HIGHER, LOWER, NONE, Measure, measure_of
 
@@ -102,7 +102,7 @@ def compare(
             with torch.inference_mode():
                 own["lpips"] = float(perceptual(*(_tensor(each, device).float() / 127.5 - 1 for each in (a, b))))
         rows.append(own)
-    warnings = []
+    warnings = notes_of(Picture.of_file(path) for pair in pairs for path in pair)
     if grey:
         warnings.append(f"{grey} of {len(rows)} pairs hold a grey image, which has no stains: left out of their SSIM.")
     if same := sum(row["psnr"] == IDENTICAL for row in rows):

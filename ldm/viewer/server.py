@@ -29,7 +29,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from ldm.errors import UserError
+from ldm.errors import UserError, note
+from ldm.images.pictures import notes_of
 from ldm.images.slides import Slide
 from ldm.viewer.pictures import Source, describe, find
 
@@ -200,6 +201,8 @@ def serve(paths: Sequence[Path], host: str, port: int, browser: bool, mpp: float
     gallery = Gallery(find(paths), mpp)
     for message in gallery.skipped:
         print(f"left out: {message}", file=sys.stderr)
+    for message in notes_of(source.picture for source in gallery.sources):
+        note(message)
     with ViewerServer(gallery, host, port) as server:
         print(f"{len(gallery.sources)} pictures at {server.url}  (Ctrl-C ends it)", flush=True)
         if not server.local:
