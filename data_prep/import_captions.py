@@ -38,7 +38,7 @@ from ldm.cli.options import PATIENT_RULE
 from ldm.cli.script import script
 from ldm.data.cohort import counted, merge_index, read_index, split_table, write_store
 from ldm.data.extent import tell
-from ldm.data.splits import check_fractions
+from ldm.data.splits import fractions
 from ldm.errors import UserError, some
 from ldm.images.pictures import Picture, notes_of
 from ldm.tables.captions import RESIZES, Caption, CaptionTable, drop_unreadable, read_captions, square
@@ -93,7 +93,7 @@ def import_table(
         rows["modality"] = [caption.modality for caption in captions]
     instead = "Or --patient names a finer column, or `where` in the config holds out some of the images."
     rows, note = split_table(rows, out, validation, test, instead)
-    merge_index(out, rows)
+    merge_index(out, rows, (validation, test))
     return rows, note
 
 
@@ -196,9 +196,9 @@ def main(
         bool, taken("--skip-bad", help="Leave out rows that cannot be used, and list them, instead of stopping.")
     ] = False,
     validation: ValidationOption = None,
-    test: TestOption = 0.0,
+    test: TestOption = None,
 ) -> None:
-    check_fractions(validation, test)
+    validation, test = fractions(out, validation, test)
     if len({path.stem for path in table}) < len(table):
         raise UserError("two tables have the same name, and their stores would have it too; rename one of them")
     tables = []

@@ -40,13 +40,13 @@ from data_prep.options import (
     output,
     taken,
 )
-from data_prep.tile_slides import find_slides
+from data_prep.slide_table import find_slides
 from ldm.cli.script import script
 from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.extent import tell_scales
 from ldm.data.features import nearest_tiles
 from ldm.data.slide_files import SlideFiles, find_slide_files
-from ldm.data.splits import check_fractions
+from ldm.data.splits import fractions
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY
@@ -357,11 +357,11 @@ def main(
         Missing, taken("--missing", help="Tiles without a feature are an error, or left out of the new cohort --out.")
     ] = Missing.error,
     validation: ValidationOption = None,
-    test: TestOption = 0.0,
+    test: TestOption = None,
 ) -> None:
     if bool(store) == bool(slides):
         raise UserError("give either --store, tiles that get features, or --slides, to cut tiles where the files say")
-    check_fractions(validation, test)
+    validation, test = fractions(out, validation, test)
     found = find_slide_files(files)
     if store:
         if not name:

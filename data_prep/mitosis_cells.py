@@ -42,7 +42,7 @@ from data_prep.options import (
 from ldm.cli.script import script
 from ldm.data.cohort import counted, merge_index
 from ldm.data.extent import tell_scales
-from ldm.data.splits import UNKNOWN, check_fractions, choose_splits, patient_of, tell_validation
+from ldm.data.splits import UNKNOWN, choose_splits, fractions, patient_of, tell_validation
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.images.slides import open_slide
@@ -186,7 +186,7 @@ def prepare(
     balance: bool = False,
     negatives_per_slide: int | None = None,
     validation: float | None = None,
-    test: float = 0.0,
+    test: float | None = None,
     skip_missing: bool = False,
     licence: str = "",
     seed: int = 0,
@@ -195,7 +195,7 @@ def prepare(
     """Cut the cells of one source of annotations and return the report; see the options of the command."""
     sources = {"sqlite": sqlite, "midog": midog, "crops": crops}
     source = _source(sources, {"slides": slides, "images": images, "votes": votes})
-    check_fractions(validation, test)
+    validation, test = fractions(out, validation, test)
     if annotators and source == "midog":
         raise UserError("a MIDOG file does not say whose votes it has; --annotators goes with --sqlite and --crops")
     if negatives_per_slide is not None and (source == "crops" or negatives_per_slide < 0):
@@ -240,7 +240,7 @@ def prepare(
         index, scales = cut_crops(present, table, Path(crops), out, attrs, size, mpp, slide_mpp), []
         if (index["patient"] == UNKNOWN).any():
             notes.append("patients are unknown: crops were split one by one, so a patient may be in several splits")
-    merge_index(out, index.drop(columns="cell"))
+    merge_index(out, index.drop(columns="cell"), (validation, test))
     told = report(cells, index, positive, missing, outside, mirrored)
     return "\n".join([told, *scales, *(f"note: {note}" for note in notes)])
 
@@ -319,7 +319,7 @@ def main(
     ] = False,
     seed: SeedOption = 0,
     validation: ValidationOption = None,
-    test: TestOption = 0.0,
+    test: TestOption = None,
 ) -> None:
     told = prepare(
         out, sqlite=sqlite, slides=slides, midog=midog, images=images, crops=crops, votes=votes, positive=positive,

@@ -33,6 +33,14 @@ WeightsOption = Annotated[
     Path | None,
     inputs("--weights", help="File of its weights (default: in its folder, or in $HISTOLDM_WEIGHTS/<name>/)."),
 ]
+SlidesOption = Annotated[
+    list[Path],
+    inputs(
+        "--slides",
+        help="Slides or images, folders of them, patterns as 'slides/**/*.svs', or a table (CSV) with the column path "
+        "and maybe mpp, patient, split, stain, roi, exclude: one or several.",
+    ),
+]
 SlideMppOption = Annotated[
     float | None,
     inputs("--slide-mpp", help="Micrometres per pixel of the slides or images, where their files do not say it."),
@@ -57,7 +65,9 @@ ValidationOption = Annotated[
         help="Fraction of the patients in split 'val', from 0 to 1 (default: 0.1, at least one of three or more).",
     ),
 ]
-TestOption = Annotated[float, splits("--test", help="Fraction of the patients in split 'test', from 0 to 1.")]
+TestOption = Annotated[
+    float | None, splits("--test", help="Fraction of the patients in split 'test', from 0 to 1 (default: 0).")
+]
 BatchOption = Annotated[int, speed("--batch-size", help="Tiles or captions per network call.")]
 PrecisionOption = Annotated[Precision, speed("--precision", help="Precision of the network's arithmetic.")]
 

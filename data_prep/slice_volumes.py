@@ -40,7 +40,7 @@ from data_prep.options import (
 )
 from ldm.cli.script import script
 from ldm.data.cohort import counted, merge_index, split_table, write_store
-from ldm.data.splits import check_fractions
+from ldm.data.splits import fractions
 from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_tile, window_of, windowed
 from ldm.errors import UserError, note, suggest
 from ldm.files import sha256
@@ -358,7 +358,7 @@ def main(
     ] = None,
     size: SizeOption = 128,
     validation: ValidationOption = None,
-    test: TestOption = 0.0,
+    test: TestOption = None,
 ) -> None:
     if bool(volumes) == bool(images):
         raise UserError("give either --volumes with --modality, or --images")
@@ -374,7 +374,7 @@ def main(
         raise UserError(f"--least-foreground is a fraction from 0 to 1; got {least:g}")
     if not 0 <= low <= high <= 100:
         raise UserError(f"--percentiles lie from 0 to 100; got {low:g},{high:g}")
-    check_fractions(validation, test)
+    validation, test = fractions(out, validation, test)
     settings = Settings(
         AXIS[axis],
         interval(int, between, "--range"),
@@ -393,7 +393,7 @@ def main(
         table, left_out = slice_all(out, volumes, patterns, settings)
     instead = "Or `where` in the config holds out some of the slices, as configs/demo/slices_lmi.yaml does."
     table, note = split_table(table, out, validation, test, instead)
-    index = merge_index(out, table)
+    index = merge_index(out, table, (validation, test))
     subjects = number(table["subject"].nunique(), "subject")
     print(f"{subjects}, slices: {counted(table['modality'])}; table of all tiles: {index}")
     print(f"splits: {counted(table['split'])}" + (f"\nnote: {note}" if note else ""))

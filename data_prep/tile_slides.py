@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -31,22 +30,21 @@ from data_prep.options import (
     PatientOption,
     SeedOption,
     SlideMppOption,
+    SlidesOption,
     TestOption,
     ValidationOption,
-    inputs,
     number,
     speed,
     splits,
     taken,
 )
+from data_prep.slide_table import read_slides
 from ldm.cli.script import script
 from ldm.data.extent import tell_scales
-from ldm.data.splits import check_fractions
+from ldm.data.splits import fractions
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import TOLD, TileStore
 from ldm.errors import UserError
-from ldm.images.dicom import one_per_series
-from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
 from ldm.images.slides import Slide, open_slide
 from ldm.images.tissue import TissueMask
 from ldm.requests.parse import parse_integers
@@ -66,6 +64,7 @@ def tile_slide(
     keep_background: float = 0.05,
     licence: str = "",
     slide_mpp: float | None = None,
+    slide_mpp_holds: bool = False,
     seed: int = 0,
     workers: int | None = None,
 ) -> Path:
@@ -83,6 +82,7 @@ def tile_slide(
         keep_background: fraction of the other tiles that is kept, so that models know glass too.
         licence: recorded in the store.
         slide_mpp: micrometres per level-0 pixel, where the header lacks it.
+        slide_mpp_holds: take them even where the header says others, as a table of slides does.
         seed: picks the background tiles.
         workers: threads that read the slide; None is up to 8.
     Raises:
@@ -95,7 +95,7 @@ def tile_slide(
     if tile_size < 8 or stride < 1:
         raise UserError(f"tile_size is at least 8 px and stride at least 1 px; got {tile_size} and {stride}")
     path = Path(path)
-    slide = open_slide(path, slide_mpp)
+    slide = open_slide(path, slide_mpp, slide_mpp_holds)
     mpp = slide.mpp if mpp is None else mpp
     if mpp < slide.mpp * 0.99:
         raise UserError(
@@ -165,28 +165,9 @@ def _choose(
     return coords[keep], tissue[keep]
 
 
-def find_slides(paths: Sequence[Path | str]) -> list[Path]:
-    """Files given, and slide files of folders given; of a DICOM series one.
-
-    UserError for none, or for two that would get the same store.
-    """
-    slides: list[Path] = []
-    for p in map(Path, paths):
-        slides += images_in(p) if p.is_dir() and not is_ome_zarr(p) else [p]
-    slides = one_per_series(slides)
-    if not slides:
-        raise UserError(f"no slide found in {', '.join(map(str, paths))}; slides end in {ENDINGS}")
-    stems: dict[str, Path] = {}
-    for slide in slides:
-        if slide.stem in stems:
-            raise UserError(f"{stems[slide.stem]} and {slide} would both become {slide.stem}.zarr; rename one of them")
-        stems[slide.stem] = slide
-    return slides
-
-
 @script("data_prep.tile_slides", __doc__)
 def main(
-    slides: Annotated[list[Path], inputs("--slides", help="Slides or images, or folders of them: one or several.")],
+    slides: SlidesOption,
     out: OutOption,
     slide_mpp: SlideMppOption = None,
     patient: PatientOption = None,
@@ -205,7 +186,7 @@ def main(
     ] = 0.05,
     seed: SeedOption = 0,
     validation: ValidationOption = None,
-    test: TestOption = 0.0,
+    test: TestOption = None,
     holdout: Annotated[
         str | None,
         splits(
@@ -216,37 +197,26 @@ def main(
     ] = None,
     workers: Annotated[int | None, speed("--workers", help="Threads that read a slide (default: up to 8).")] = None,
 ) -> None:
-    found, box = find_slides(slides), parse_integers(holdout, 4, "--holdout", "x,y,width,height")
-    check_fractions(validation, test)
+    found, box = read_slides(slides), parse_integers(holdout, 4, "--holdout", "x,y,width,height")
+    validation, test = fractions(out, validation, test)
     if box is not None and len(found) > 1:
         raise UserError(
             f"--holdout is a box of one slide, and there are {len(found)}; use --validation and --test, which hold out "
             "patients"
         )
     failures, stores = [], []
-    for path in found:
+    asked = {"mpp": mpp, "tile_size": tile_size, "stride": stride, "min_tissue": min_tissue, "seed": seed}
+    asked |= {"keep_background": keep_background, "licence": licence, "slide_mpp": slide_mpp, "workers": workers}
+    for entry in found:
         try:
-            store = tile_slide(
-                path,
-                out,
-                mpp=mpp,
-                tile_size=tile_size,
-                stride=stride,
-                min_tissue=min_tissue,
-                keep_background=keep_background,
-                licence=licence,
-                slide_mpp=slide_mpp,
-                seed=seed,
-                workers=workers,
-            )
-            stores.append(TileStore.open(store))
+            stores.append(TileStore.open(tile_slide(entry.path, out, **asked | entry.settings())))
         except UserError as error:
             if len(found) == 1:
                 raise
             failures.append(str(error))
             tqdm.write(f"error: {error}", file=sys.stderr)
     if stores:
-        path = update_index(out, validation, test, {found[0].name: box} if box else None, patient)
+        path = update_index(out, validation, test, {found[0].path.name: box} if box else None, patient, found)
         where = f"{number(len(stores), 'store')} in {out / 'slides'}"
         print(f"{sum(map(len, stores))} tiles in {where}; table of all tiles: {path}")
         print("\n".join(tell_scales(stores)))

@@ -13,7 +13,8 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from data_prep.tile_slides import find_slides, main, tile_slide
+from data_prep.slide_table import find_slides
+from data_prep.tile_slides import main, tile_slide
 from ldm.data.collection import read_pictures
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError

@@ -98,6 +98,9 @@ def test_a_corrected_column_of_the_index_is_followed(slides, later, capsys):
 def test_fractions_of_a_second_run_are_not_ignored_silently(slides, capsys):
     tiled(slides, "--validation", "0.2", "--patient", r"^P\d+")
     capsys.readouterr()
+    with pytest.raises(UserError, match=r"were split with --validation 0\.2, and --validation 0\.9 is asked for"):
+        tiled(slides, "--validation", "0.9", "--patient", r"^P\d+")
+    (slides.parent / "cohort" / "splits.json").unlink()  # as a cohort of before, which does not say it
     tiled(slides, "--validation", "0.9", "--patient", r"^P\d+")
     assert "keeps the splits of its patients" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import tifffile
 import zarr
 from PIL import Image
 
-from data_prep.tile_slides import find_slides
+from data_prep.slide_table import find_slides
 from ldm.data.collection import pictures_of_files, read_pictures
 from ldm.data.image_sets import open_images
 from ldm.errors import UserError

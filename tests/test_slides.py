@@ -13,7 +13,8 @@ import tifffile
 from PIL import Image
 
 from conftest import ROOT
-from data_prep.tile_slides import find_slides, main, tile_slide
+from data_prep.slide_table import find_slides
+from data_prep.tile_slides import main, tile_slide
 from ldm.data.splits import patient_of, split_of
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command

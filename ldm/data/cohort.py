@@ -16,7 +16,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ldm.data.shards import WriterLock
-from ldm.data.splits import choose_splits, owner_of, patient_of, tell_validation, together
+from ldm.data.splits import choose_splits, owner_of, patient_of, record_fractions, tell_validation, together
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, note
@@ -123,12 +123,16 @@ def read_index(cohort: Path | str) -> pd.DataFrame:
     return index
 
 
-def merge_index(cohort: Path | str, table: pd.DataFrame) -> Path:
+def merge_index(
+    cohort: Path | str, table: pd.DataFrame, drawn: tuple[float | None, float] | None = None
+) -> Path:
     """Bring rows of `table` (slide, row, any other columns) into the cohort's index.parquet.
 
     Rows that the index knows get the table's columns and keep their others; new rows are added. x and y come from the
     stores; patient and split, where nothing gives them, are `patient_of(slide)` and "train".
 
+    Args:
+        drawn: the fractions (validation, test) that the table's splits were drawn by, to be remembered.
     Raises:
         UserError: the same slide and row twice, a slide without a store, a row that its store does not have, a column
             that would hold text and numbers.
@@ -146,7 +150,7 @@ def merge_index(cohort: Path | str, table: pd.DataFrame) -> Path:
     if twice := table.duplicated(keys).sum():
         first = table[table.duplicated(keys)].iloc[0]
         raise UserError(f"{twice} tiles are listed twice, the first is row {first['row']} of {first['slide']}")
-    stores = {store.slide: store for store in _stores(cohort)}
+    stores = {store.slide: store for store in finished_stores(cohort)}
     for slide, rows in table.groupby("slide")["row"]:
         if slide not in stores:
             raise UserError(f"{cohort} has no finished store of the slide '{slide}'")
@@ -170,6 +174,8 @@ def merge_index(cohort: Path | str, table: pd.DataFrame) -> Path:
         merged = merged[first + [name for name in merged if name not in first]]
         with whole(path) as part:
             merged.to_parquet(part, index=False)
+        if drawn:
+            record_fractions(cohort, *drawn, merged["split"])
     return path
 
 
@@ -197,6 +203,11 @@ def _kind(column: pd.Series) -> str:
     return "numbers" if pd.api.types.is_numeric_dtype(column.infer_objects()) else "text"
 
 
-def _stores(cohort: Path) -> list[TileStore]:
-    found = [TileStore.open(p, allow_incomplete=True) for p in sorted((cohort / "slides").glob("*.zarr"))]
+def finished_stores(cohort: Path | str) -> list[TileStore]:
+    """The stores of a cohort that are finished, by their names.
+
+    >>> [store.slide for store in finished_stores(store.path.parent.parent)]
+    ['CMU-1-Small-Region.svs']
+    """
+    found = [TileStore.open(p, allow_incomplete=True) for p in sorted((Path(cohort) / "slides").glob("*.zarr"))]
     return [store for store in found if store.attrs["complete"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -12,9 +13,12 @@ import pandas as pd
 
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, some
+from ldm.files import write_text
+from ldm.tables.text import read_text
 
 UNKNOWN = "unknown"  # the patient of images that nothing says it of
 HELD_OUT = ("test", "val")
+SPLITS = "splits.json"  # in a cohort: the fractions that its splits were drawn by
 VALIDATION = 0.1  # fraction of the patients in split 'val' where none is asked for
 
 
@@ -61,8 +65,8 @@ def choose_splits(
             at least one patient; none where it has one or two patients, whom a training would miss.
         index: patient and split of the cohort's other tiles; their patients keep their split.
 
-    >>> choose_splits(["a", "b"], None, 0.0), Counter(choose_splits("abcdefgh", None, 0.0).values())
-    ({'a': 'train', 'b': 'train'}, Counter({'train': 7, 'val': 1}))
+    >>> choose_splits(["a", "b"], None, 0.0), sorted(choose_splits("abcde", None, 0.0).values())
+    ({'a': 'train', 'b': 'train'}, ['train', 'train', 'train', 'train', 'val'])
     """
     patients = sorted(set(patients))
     known: dict[str, set[str]] = {} if index is None else index.groupby("patient")["split"].agg(set).to_dict()
@@ -139,15 +143,63 @@ def tell_validation(
     return f"{told}--validation {math.ceil(least * 100 + 1) / 100:g} would take one of the {len(known)} patients"
 
 
-def check_fractions(validation: float | None, test: float) -> None:
-    """UserError unless these fractions of the patients can be in the splits val and test.
+def fractions(cohort: Path | str | None, validation: float | None, test: float | None) -> tuple[float | None, float]:
+    """The fractions of its patients that a cohort holds out: those asked for, or else those that it was split by.
 
-    >>> check_fractions(0.5, 0.6)
+    A cohort without a tile in split 'val' may still get some: `validation` is then free.
+
+    Args:
+        cohort: its folder; None where there is none yet.
+        validation, test: as of `choose_splits`; None where they are not asked for.
+    Raises:
+        UserError: no fractions, or others than those that the cohort was split by.
+
+    >>> fractions("cohort", None, 0.2), fractions("cohort", 0.5, 0.6)
     Traceback (most recent call last):
     ldm.errors.UserError: --validation and --test are fractions from 0 to 1 that sum to 1 at most; got 0.5 and 0.6
     """
-    asked = VALIDATION if validation is None else validation
-    if not (asked >= 0 and test >= 0 and asked + test <= 1):
+    taken = VALIDATION if validation is None else validation
+    if not (taken >= 0 and (test or 0) >= 0 and taken + (test or 0) <= 1):
         raise UserError(
-            f"--validation and --test are fractions from 0 to 1 that sum to 1 at most; got {asked:g} and {test:g}"
+            f"--validation and --test are fractions from 0 to 1 that sum to 1 at most; got {taken:g} and {test or 0:g}"
         )
+    before = None if cohort is None else _recorded(cohort)
+    if before is None:
+        return validation, test or 0.0
+    free = not before["held"]  # no tile is in split 'val' yet
+    asked = {"validation": None if free else validation, "test": test}
+    drawn = {"validation": VALIDATION if before["validation"] is None else before["validation"], "test": before["test"]}
+    if differ := [name for name, value in asked.items() if value is not None and value != drawn[name]]:
+        old = " ".join(f"--{name} {drawn[name]:g}" for name in differ)
+        new = " ".join(f"--{name} {asked[name]:g}" for name in differ)
+        raise UserError(
+            f"the patients of {cohort} were split with {old}, and {new} is asked for now. Leave that out to keep the "
+            f"splits, or delete index.parquet and {SPLITS} in it and give the command again to draw all anew; then "
+            "train again whatever was trained with the old ones"
+        )
+    return validation if free and validation is not None else before["validation"], before["test"]
+
+
+def record_fractions(cohort: Path | str, validation: float | None, test: float, splits: Iterable[str]) -> None:
+    """Remember the fractions that the splits of a cohort were drawn by. splits: of its tiles.
+
+    >>> record_fractions("cohort", 0.1, 0.2, ["train", "val"])
+    >>> json.loads(Path("cohort/splits.json").read_text())
+    {'validation': 0.1, 'test': 0.2, 'held': True}
+    """
+    told = {"validation": validation, "test": test, "held": "val" in set(splits)}
+    if told != _recorded(cohort):
+        Path(cohort).mkdir(parents=True, exist_ok=True)
+        write_text(Path(cohort) / SPLITS, json.dumps(told) + "\n")
+
+
+def _recorded(cohort: Path | str) -> dict[str, float | None] | None:
+    path = Path(cohort) / SPLITS
+    if not (path.is_file() and path.with_name("index.parquet").is_file()):
+        return None
+    try:
+        told = json.loads(read_text(path))
+        drawn = None if told["validation"] is None else float(told["validation"])
+        return {"validation": drawn, "test": float(told["test"]), "held": bool(told["held"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is broken; delete it, and the fractions asked for act on new patients") from None

@@ -43,7 +43,7 @@ class Slide:
         notes: what a user should know of how it is read.
     """
 
-    def __init__(self, path: Path, source: Source, mpp: float | None = None) -> None:
+    def __init__(self, path: Path, source: Source, mpp: float | None = None, holds: bool = False) -> None:
         self.path, self.dimensions, self.magnification = path, source.levels[0], source.magnification
         self.gray, self.patient, self._levels, self._read_level = (
             source.gray,
@@ -52,11 +52,13 @@ class Slide:
             source.read,
         )
         said = source.scale
-        self.mpp, self.mpp_source = (said.mpp, said.origin) if said.mpp or not mpp else (mpp, GIVEN)
+        own = said.mpp and not holds
+        self.mpp, self.mpp_source = (said.mpp, said.origin) if own or not mpp else (mpp, GIVEN)
         self.notes = source.notes + said.notes
         if mpp and said.mpp and abs(said.mpp / mpp - 1) > 0.01:
-            held = f"its {said.origin} says {said.mpp:g} um per pixel, which holds"
-            self.notes += (f"{held}; the {mpp:g} given is for files that say none",)
+            told = f"its {said.origin} says {said.mpp:g} um per pixel"
+            given = f"the {mpp:g} given" + (" for it holds" if holds else " is for files that say none")
+            self.notes += (f"{told}; {given}" if holds else f"{told}, which holds; {given}",)
 
     @classmethod
     def of_pixels(cls, pixels: np.ndarray, path: Path = Path("image"), mpp: float | None = None) -> Slide:
@@ -154,7 +156,7 @@ class Slide:
         return out
 
 
-def open_image(path: Path | str, mpp: float | None = None) -> Slide:
+def open_image(path: Path | str, mpp: float | None = None, holds: bool = False) -> Slide:
     """Open a slide or an image of any kind: what every command reads pixels through.
 
     Pixels are RGB of 8 bits, upright, white where the file is transparent. Of PNG and its like the header alone is read
@@ -162,6 +164,7 @@ def open_image(path: Path | str, mpp: float | None = None) -> Slide:
 
     Args:
         mpp: micrometres per level-0 pixel of a file that does not say them. One that does keeps its own; `notes` tell.
+        holds: `mpp` is of this very file, and holds even where it says another; `notes` tell.
     Raises:
         UserError: no such file, no image, more than 8 bits, channels that are no colours, several planes, pixels that
             are not square, cut short; or OpenSlide's reason.
@@ -175,21 +178,21 @@ def open_image(path: Path | str, mpp: float | None = None) -> Slide:
     if not path.exists():
         raise UserError(f"there is no slide or image at {path}")
     if path.is_dir():
-        return Slide(path, open_ome_zarr(path), mpp)
+        return Slide(path, open_ome_zarr(path), mpp, holds)
     refuse_damaged(path)
     for opener in (open_plain,) if is_plain(path) else (open_scanned, open_tiff, open_plain):
         if (source := opener(path)) is not None:
-            return Slide(path, source, mpp)
+            return Slide(path, source, mpp, holds)
     raise UserError(f"{path} is not a slide or image that OpenSlide, tifffile or Pillow can read")
 
 
-def open_slide(path: Path | str, mpp: float | None = None) -> Slide:
+def open_slide(path: Path | str, mpp: float | None = None, holds: bool = False) -> Slide:
     """As `open_image`, of one whose micrometres per pixel are known: UserError where neither it nor `mpp` says them.
 
     >>> open_slide(slide_path).mpp
     0.499
     """
-    slide = open_image(path, mpp)
+    slide = open_image(path, mpp, holds)
     if not slide.mpp:
         wrong = f" ({'; '.join(slide.notes)})" if slide.notes else ""
         known = f"at {slide.magnification:g}x probably {10 / slide.magnification:g}" if slide.magnification else ""

@@ -1,0 +1,194 @@
+"""The slides that --slides names: files, folders, patterns, or a table that says more of each."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from ldm.errors import UserError, nearest, note, some
+from ldm.images.dicom import one_per_series
+from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
+from ldm.images.scale import MOST
+from ldm.tables.text import as_values, read_table
+
+TABLES = (".csv", ".tsv", ".txt")
+_PATH = ("path", "wsi", "slide", "slide_path", "filename", "file")  # the column of the files; wsi is TRIDENT's
+_SPLITS = ("train", "val", "test", "none")
+_NO = ("", "0", "0.0", "no", "false", "n", "f")
+_YES = ("1", "1.0", "yes", "true", "y", "t")
+
+
+@dataclass(frozen=True)
+class SlideEntry:
+    """A slide, and what a table says of it; what it leaves empty is None or "".
+
+    Attributes:
+        path: its file or folder.
+        mpp: micrometres per level-0 pixel, which hold even where the slide's header says others.
+        patient, split: whose it is; train, val, test or none.
+        roi: regions drawn on it, GeoJSON.
+        min_tissue, keep_background: as of `tile_slide`, for this slide.
+        labels: further columns, which become columns of the cohort's table of tiles.
+    """
+
+    path: Path
+    mpp: float | None = None
+    patient: str = ""
+    split: str = ""
+    roi: Path | None = None
+    min_tissue: float | None = None
+    keep_background: float | None = None
+    labels: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self) -> dict[str, Any]:
+        """What the table says of how it is tiled, as arguments of `tile_slide`.
+
+        >>> SlideEntry(Path("a.svs"), mpp=0.25).settings()
+        {'slide_mpp': 0.25, 'slide_mpp_holds': True}
+        """
+        own = {"min_tissue": self.min_tissue, "keep_background": self.keep_background}
+        own |= {"slide_mpp": self.mpp, "slide_mpp_holds": True} if self.mpp else {}
+        return {name: value for name, value in own.items() if value is not None}
+
+
+def read_slides(given: Sequence[Path | str]) -> list[SlideEntry]:
+    """The slides of files, folders, patterns such as "slides/**/*.svs", and tables (CSV, TSV).
+
+    A table has a column path (or wsi, as TRIDENT's; slide; filename), relative to the table's folder; and may have mpp,
+    patient, split, roi, exclude, min_tissue and keep_background. exclude holds yes, no or the reason why a slide is
+    left out. Other columns, as stain, become labels of the tiles.
+
+    Raises:
+        UserError: nothing found, a file that a table names and that is not there, a value out of range, one slide
+            twice, a patient in two splits.
+
+    >>> _ = Path("slides.csv").write_text(f"path,stain\\n{slide_path.resolve()},he\\n")
+    >>> [(each.path.name, each.labels) for each in read_slides(["slides.csv"])]
+    [('CMU-1-Small-Region.svs', {'stain': 'he'})]
+    """
+    entries: list[SlideEntry] = []
+    paths: list[Path] = []
+    for each in map(Path, given):
+        if each.suffix.lower() in TABLES and each.is_file():
+            entries += _of_table(each)
+        elif not each.exists() and glob.has_magic(str(each)):
+            found = sorted(map(Path, glob.glob(str(each), recursive=True)))
+            if not found:
+                raise UserError(f"no file matches {each}")
+            paths += found
+        else:
+            paths.append(each)
+    known: dict[Path, SlideEntry] = {}
+    for entry in entries:
+        if known.setdefault(entry.path, entry) is not entry:
+            raise UserError(f"{entry.path} is listed twice; leave one of its rows")
+    listed = [known.get(path, SlideEntry(path)) for path in find_slides([*paths, *known])]
+    _check_patients(listed)
+    return listed
+
+
+def find_slides(paths: Sequence[Path | str]) -> list[Path]:
+    """Files given, and slide files of folders given; of a DICOM series one.
+
+    UserError for none, or for two that would get the same store.
+    """
+    slides: list[Path] = []
+    for p in map(Path, paths):
+        slides += images_in(p) if p.is_dir() and not is_ome_zarr(p) else [p]
+    slides = one_per_series(slides)
+    if not slides:
+        raise UserError(f"no slide found in {', '.join(map(str, paths))}; slides end in {ENDINGS}")
+    stems: dict[str, Path] = {}
+    for slide in slides:
+        if slide.stem in stems:
+            raise UserError(f"{stems[slide.stem]} and {slide} would both become {slide.stem}.zarr; rename one of them")
+        stems[slide.stem] = slide
+    return slides
+
+
+def _of_table(path: Path) -> list[SlideEntry]:
+    table = read_table(path)
+    names = {name.strip().lower(): name for name in table.columns}
+    column = next((names[name] for name in _PATH if name in names), None)
+    if column is None:
+        raise UserError(
+            f"{path} has no column of slides; call it path (or {', '.join(_PATH[1:])}). Its columns: "
+            f"{some(list(table.columns))}"
+        )
+    known = ("mpp", "patient", "split", "roi", "exclude", "min_tissue", "keep_background")
+    of = {name: names[name] for name in known if name in names}
+    others = [name for name in table.columns if name != column and name not in of.values()]
+    for name in others:
+        if not nearest(name.lower(), known) == ".":
+            note(f"{path}: the column '{name}' becomes a label of the tiles{nearest(name.lower(), known)}")
+    if table[column].isna().any():
+        raise UserError(f"{path} has {int(table[column].isna().sum())} rows without a slide in '{column}'")
+    typed = {name: as_values(table[name], path) for name in others}
+    numbers = {name: _numbers(table[of[name]], path) for name in ("mpp", "min_tissue", "keep_background") if name in of}
+    entries, left, missing = [], [], []
+    for i, row in table.iterrows():
+        file = path.parent / str(row[column])
+        reason = _cell(row, of, "exclude")
+        if reason.lower() not in _NO:
+            left.append(f"{file.name}{'' if reason.lower() in _YES else f': {reason}'}")
+            continue
+        if not file.exists():
+            missing.append(str(file))
+            continue
+        roi = _cell(row, of, "roi")
+        split = _cell(row, of, "split")
+        if split and split not in _SPLITS:
+            raise UserError(f"{path}: {file.name} has the split '{split}'; splits are {', '.join(_SPLITS)}")
+        if roi and not (path.parent / roi).exists():
+            missing.append(str(path.parent / roi))
+        own = {name: float(values[i]) for name, values in numbers.items() if pd.notna(values[i])}
+        _check_numbers(own, file, path)
+        labels = {name: values[i] for name, values in typed.items()}
+        entry = SlideEntry(file, patient=_cell(row, of, "patient"), split=split, labels=labels, **own)
+        entries.append(entry if not roi else SlideEntry(**{**vars(entry), "roi": path.parent / roi}))
+    if missing:
+        raise UserError(f"{path} names {len(missing)} files that are not there: {some(missing, 3)}")
+    if left:
+        note(f"{path} leaves out {len(left)} of {len(table)} slides ({some(left, 5)})")
+    if not entries:
+        raise UserError(f"{path} leaves out all of its {len(table)} slides")
+    return entries
+
+
+def _cell(row: pd.Series, of: Mapping[str, str], name: str) -> str:
+    value = row[of[name]] if name in of else None
+    return "" if value is None or pd.isna(value) else str(value).strip()
+
+
+def _numbers(column: pd.Series, path: Path) -> pd.Series:
+    values = as_values(column, path)
+    if not pd.api.types.is_numeric_dtype(values) and values.notna().any():
+        wrong = next(cell for cell in values.dropna() if not pd.notna(pd.to_numeric(cell, errors="coerce")))
+        raise UserError(f"{path}: '{wrong}' in the column {column.name} is no number")
+    return values
+
+
+def _check_numbers(own: Mapping[str, float], file: Path, path: Path) -> None:
+    if not 0 < own.get("mpp", 1) <= MOST:
+        raise UserError(f"{path}: {file.name} has mpp {own['mpp']:g}; it is above 0 and up to {MOST:g}")
+    for name in ("min_tissue", "keep_background"):
+        if not 0 <= own.get(name, 0) <= 1:
+            raise UserError(f"{path}: {file.name} has {name} {own[name]:g}; it is a fraction from 0 to 1")
+
+
+def _check_patients(entries: Iterable[SlideEntry]) -> None:
+    splits: dict[str, tuple[str, Path]] = {}
+    for entry in entries:
+        if not entry.patient or not entry.split:
+            continue
+        split, path = splits.setdefault(entry.patient, (entry.split, entry.path))
+        if split != entry.split:
+            raise UserError(
+                f"patient {entry.patient} is in split '{split}' by {path.name} and in '{entry.split}' by "
+                f"{entry.path.name}; slides of one patient belong in one split"
+            )
