@@ -74,6 +74,10 @@ GOOD: dict[str, Callable[[Path], Path]] = {
     "a parameter": lambda d: pt(d / "pt_files" / "S1.pt", torch.nn.Parameter(T)),
     "a list of one": lambda d: pt(d / "pt_files" / "S1.pt", [T]),
     "a dict": lambda d: pt(d / "pt_files" / "S1.pt", {"features": T[None], "coords": torch.tensor(COORDS)}),
+    "an array": lambda d: pt(d / "pt_files" / "S1.pt", VALUES),
+    "arrays": lambda d: pt(
+        d / "pt_files" / "S1.pt", {"feats": VALUES.astype(np.float16), "coords": COORDS, "patch_size": np.int64(SIDE)}
+    ),
     "bfloat16": lambda d: pt(d / "pt_files" / "S1.pt", T.bfloat16()),
 }
 
@@ -117,7 +121,15 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "two features for a slide": (lambda d: h5(d / "S1.h5", VALUES[:2], COORDS, **TRIDENT), "2 features but coords of"),
     "one feature for a slide": (lambda d: h5(d / "S1.h5", VALUES[:1], COORDS), "one feature of 8 values, of a wh"),
     "only slides' features": (lambda d: h5(d / "S1.h5", VALUES[0], COORDS), "no file has features"),
-    "NumPy in a tensor file": (lambda d: pt(d / "pt_files" / "S1.pt", {"feats": VALUES}), "cannot be read as .pt"),
+    "objects in a tensor file": (
+        lambda d: pt(d / "pt_files" / "S1.pt", {"features": T, "from": d}),
+        r"holds objects of Python \(pathlib\.\w+\), .* Save the features alone, as torch\.save",
+    ),
+    "an array of objects": (lambda d: pt(d / "pt_files" / "S1.pt", VALUES.astype(object)), "holds object, not numbers"),
+    "no tensor file": (
+        lambda d: d.mkdir() or ((d / "S1.pt").write_bytes(b"no tensor" * 9) and d),
+        "it is no file of torch.save, or damaged or cut short",
+    ),
     "another name": (lambda d: pt(d / "pt_files" / "S1.pt", {"feature": T}), "it holds feature"),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def read_features(path: Path | str, feature: str | None = None, dim: int | None 
 
     Args:
         path: .npy of (N, D) or (rows, cols, D); .h5 with `features`, `feats` or `embeddings` and maybe `coords`;
-            .pt with a tensor, or a dict with one of these names; or a tile store (.zarr).
+            .pt with a tensor or array, or a dict with one of these names; or a tile store (.zarr).
         feature: name of the features in a tile store.
         dim: dimension D that is wanted.
     Raises:
@@ -153,10 +154,7 @@ def _number(value: Any, name: str, path: str) -> float:
 
 
 def _from_pt(path: Path) -> Features:
-    import torch
-
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    coords = None
+    content, coords = _load_pt(path), None
     if isinstance(content, dict):
         name = next((n for n in H5_NAMES if n in content), None)
         if name is None:
@@ -167,10 +165,39 @@ def _from_pt(path: Path) -> Features:
         content = content[name]
     if isinstance(content, (list, tuple)) and len(content) == 1:
         content = content[0]
-    if not isinstance(content, torch.Tensor):
-        raise UserError(f"{path} holds {type(content).__name__}, not a tensor of features.")
-    values = _unbatched(_floats(content.detach().float().numpy(), path))
+    if hasattr(content, "detach"):
+        content = content.detach().float().numpy()
+    if not isinstance(content, np.ndarray):
+        raise UserError(f"{path} holds {type(content).__name__}, not a tensor or array of features.")
+    values = _unbatched(_floats(content, path))
     return Features(values, None if coords is None else Places(_unbatched(np.asarray(coords))))
+
+
+def _load_pt(path: Path) -> Any:
+    """What torch.save wrote: tensors, NumPy arrays and numbers in containers; nothing else is read of a pickle."""
+    import torch
+
+    def empty(*_: Any) -> np.ndarray:  # its shape and bytes come after it, and are checked against each other
+        return np.empty(0, np.uint8)
+
+    known: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in np.typecodes["All"])]
+    for module in ("numpy.core", "numpy._core"):
+        known += [(empty, f"{module}.multiarray._reconstruct"), (_scalar, f"{module}.multiarray.scalar")]
+    try:
+        with torch.serialization.safe_globals(known):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch raises of a file that is none of its own
+        found = re.search(r"GLOBAL (\S+)|Unsupported class (\S+)", str(error))
+        if not found:
+            raise UserError(f"{path} cannot be read: it is no file of torch.save, or damaged or cut short.") from None
+        raise UserError(
+            f"{path} holds objects of Python ({found[1] or found[2]}), which are not read: they could run code. Save "
+            "the features alone, as torch.save(torch.as_tensor(features), ...), as .npy or as .h5."
+        ) from None
+
+
+def _scalar(kind: np.dtype, value: bytes) -> Any:
+    return np.frombuffer(value, kind)[0]
 
 
 def _from_store(path: Path, feature: str | None) -> Features:
