@@ -5,11 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,6 +22,7 @@ import pytest
 import zarr
 from browser import Browser
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from ldm.data.store_writers import TileStoreWriter
 from ldm.errors import UserError
@@ -141,15 +145,79 @@ def test_folders_and_tile_stores_become_galleries(folder, pixels, tmp_path):
     assert (gallery.thumbnail(5) == pixels[:64, 64:128]).all()
 
 
-def test_a_damaged_file_of_a_folder_is_left_out_and_a_named_one_is_an_error(folder, tmp_path):
+def test_what_cannot_be_read_is_told_in_its_place(folder, tmp_path):
     (tmp_path / "good.png").write_bytes((folder / "tiles" / "00000.png").read_bytes())
     (tmp_path / "bad.png").write_bytes((folder / "a.png").read_bytes()[:20])
-    gallery = Gallery(find([tmp_path]))
-    assert [told["name"] for told in gallery.told] == ["good.png"]
-    assert "bad.png" in gallery.skipped[0]
+    (tmp_path / "huge.png").write_bytes(png_header(50_000, 50_000))
+    about = {"slide": "s.svs", "mpp": 0.5, "tile_size": 64, "stride": 64, "downsample": 1}
+    TileStoreWriter.create(tmp_path / "cut.zarr", 2, about).close(complete=False)
+    for given in ([tmp_path], sorted(tmp_path.iterdir())):
+        bad, cut, good, huge = Gallery(find(given)).told
+        assert (good["name"], good["width"]) == ("good.png", 64)
+        assert "damaged" in bad["why"]
+        assert "is too large for a plain image" in huge["why"]
+        assert "cut.zarr is not finished: 0 of 2 tiles" in cut["why"]
     (tmp_path / "bad.png").write_bytes((folder / "a.png").read_bytes()[:3000])
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"no picture can be shown: .*damaged"):
         Gallery(find([tmp_path / "bad.png"]))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG of RGB that has but a few of its pixels."""
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        '{"seed": Infinity, "mpp": NaN, "more": [-Infinity, {"a": 1e999}]}',
+        '{"region": "here", "grid": {"rows": 2}, "tile_px": [1], "slide": 7, "mpp": "half"}',
+        '{"region": [0, 0, 1e999, 2], "grid": [1000000000, 1], "tile_px": -4, "mpp": true}',
+        '{"region": [0, 0, 5, -1], "grid": [0, 1], "slide": {}, "mpp": 1e300}',
+        '{"a": ' + "[" * 5000 + "]" * 5000 + "}",
+        '{"a": ' + "9" * 5000 + "}",
+    ],
+)
+def test_whatever_a_picture_says_of_itself_the_page_can_read_it(tmp_path, said):
+    text = PngInfo()
+    text.add_text("SYNTHETIC", said)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=text)
+    server = ViewerServer(Gallery(find([tmp_path])))
+    server.server_close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"browsers do not read {constant}")
+
+    (told,) = json.loads(server.page, parse_constant=refuse)["pictures"]
+    assert told["width"] == 8
+    assert (told["slide"], told["region"], told["grid"], told["tile_px"], told["mpp"]) == (None,) * 5
+
+
+def test_links_out_of_a_folder_are_refused(folder, tmp_path):
+    shown, secret = tmp_path / "shown", tmp_path / "secret"
+    for place in (shown, secret):
+        place.mkdir()
+        save_png(place / f"{place.name}.png", np.zeros((8, 8, 3), np.uint8), {})
+    (shown / "file.png").symlink_to(secret / "secret.png")
+    (shown / "inside.png").symlink_to("shown.png")
+    (shown / "folder.ome.zarr").symlink_to(folder / "a.ome.zarr")
+    save_ome_zarr(shown / "part.ome.zarr", np.ones((8, 8, 3), np.uint8), 0.5, {})
+    chunk = next(path for path in (shown / "part.ome.zarr").rglob("*") if path.is_file() and path.suffix != ".json")
+    chunk.rename(secret / "chunk")
+    chunk.symlink_to(secret / "chunk")
+    told = {picture["name"]: picture.get("why", "") for picture in Gallery(find([shown])).told}
+    assert told.pop("inside.png") == told.pop("shown.png") == ""
+    assert sorted(told) == ["file.png", "folder.ome.zarr", "part.ome.zarr"]
+    for name, why in told.items():
+        assert f"{name} is not shown: " in why
+        assert f"is a link that leads out of {shown}" in why
+    (named,) = Gallery(find([shown / "file.png"])).told
+    assert named["width"] == 8
 
 
 def test_mistakes_are_told(tmp_path, served):
@@ -195,6 +263,23 @@ def test_only_the_page_and_the_given_pictures_are_served(served):
     ):  # fmt: skip
         assert get(served, path)[0] == 404, path
     assert get(served, base, method="POST")[0] == 501
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"),
+    [
+        (b"GET http://[/ HTTP/1.1", 400), (b"GET //[::1/ HTTP/1.1", 404), (b"GET", 400), (b"GET / HTTP/9.9", 505),
+        (b"GET /\xff\xfe HTTP/1.1", 404), (b"GET /%ff%00 HTTP/1.1", 404), (b"\x16\x03\x01\x02", 400),
+        (b"GET /" + b"a" * 70_000 + b" HTTP/1.1", 414), (b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 200, 431),
+    ],
+)  # fmt: skip
+def test_malformed_requests_are_answered_without_a_traceback(served, capfd, request_line, status):
+    with socket.create_connection(served.server_address[:2], timeout=30) as connection:
+        connection.sendall(request_line + b"\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n")
+        answer = connection.makefile("rb").read()
+    assert answer.split(b" ")[1] == b"%d" % status or f"Error code: {status}".encode() in answer
+    assert get(served, f"/{served.secret}/")[0] == 200
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_host_that_was_rebound_is_refused(served):
@@ -297,3 +382,34 @@ def test_the_page_in_a_browser(served, tmp_path):
         assert browser.evaluate(f"{cards}.every(card => card.scrollHeight === card.clientHeight)")  # nothing is cut off
         # a tile that comes after its pane was reset is nothing wrong
         assert [error for error in browser.errors if not error.startswith("Ignoring tile")] == []
+
+
+@pytest.mark.slow
+def test_one_bad_picture_leaves_the_others_on_the_page(folder, tmp_path):
+    shown = tmp_path / "shown"
+    shown.mkdir()
+    (shown / "cut.png").write_bytes((folder / "a.png").read_bytes()[:3000])  # its header is whole
+    (shown / "huge.png").write_bytes(png_header(50_000, 50_000))
+    (shown / "good.png").write_bytes((folder / "a.png").read_bytes())
+    text = PngInfo()
+    text.add_text("SYNTHETIC", '{"seed": Infinity, "grid": [1000000000, 1], "tile_px": 4}')
+    Image.new("RGB", (8, 8)).save(shown / "odd.png", pnginfo=text)
+    with ViewerServer(Gallery(find([shown]))) as server, Browser(tmp_path / "profile") as browser:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser.open(server.url)
+        browser.wait("document.querySelectorAll('.card').length === 4")
+        browser.wait("document.querySelectorAll('.card > p').length === 2")
+        why = browser.evaluate("[...document.querySelectorAll('.card > p')].map(p => p.innerText)")
+        assert "damaged or was cut short" in why[0]
+        assert "is too large for a plain image" in why[1]
+        browser.evaluate("document.querySelectorAll('.card')[1].click()")
+        browser.wait(f"{LOADED} === 1")
+        assert browser.evaluate("document.querySelector('.pane .title b').innerText") == "good.png"
+        for key in "nng":
+            browser.key(key)
+        browser.wait("document.querySelector('.pane .title b').innerText === 'cut.png'")
+        browser.evaluate("location.hash = '#2'")  # what cannot be shown
+        browser.wait("document.querySelectorAll('.card').length === 4")
+        browser.evaluate("location.hash = '#3'")
+        browser.wait(f"{LOADED} === 1 && document.querySelector('.pane .title b').innerText === 'odd.png'")
+        server.shutdown()

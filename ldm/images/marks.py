@@ -8,6 +8,7 @@ in the attribute `histoldm` of an OME-Zarr (`description`: the same text).
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,13 @@ def _of_text(text: str) -> dict[str, Any]:
 
 
 def _of_json(text: str) -> dict[str, Any]:
+    """The object of a mark. Numbers beyond those of JSON, as Infinity and 1e999, stay text."""
     try:
-        found = json.loads(text)
+        found = json.loads(text, parse_constant=str, parse_float=_finite)
     except ValueError:
         found = text
     return MARK | found if isinstance(found, dict) else {KEY: str(found)}
+
+
+def _finite(text: str) -> float | str:
+    return number if math.isfinite(number := float(text)) else text

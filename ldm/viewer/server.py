@@ -66,29 +66,31 @@ class Gallery:
         sources: what was asked for.
         mpp: micrometres per pixel of pictures that do not say it.
     Raises:
-        UserError: a picture that was named itself cannot be read; none of those that were found can.
+        UserError: none of the pictures can be read.
     Attributes:
-        told: what the page is told of each picture (`describe`). skipped: messages about found files left out.
+        told: what the page is told of each picture (`describe`); of one that cannot be read its name, and why.
     """
 
     def __init__(self, sources: Sequence[Source], mpp: float | None = None) -> None:
-        self.sources: list[Source] = []
-        self.told: list[dict[str, Any]] = []
-        self.skipped: list[str] = []
+        self.sources = list(sources)
+        self.told = [self._tell(source, mpp) for source in self.sources]
         self._open: OrderedDict[int, tuple[Slide, threading.Lock]] = OrderedDict()
         self._lock = threading.Lock()
-        for source in sources:
-            try:
-                about = describe(source)
-            except UserError as error:
-                if not source.listed:
-                    raise
-                self.skipped.append(str(error))
-                continue
-            self.told.append(about | {"mpp": about["mpp"] or mpp, "listed": source.listed})
-            self.sources.append(source)
-        if not self.sources:
-            raise UserError(f"no picture can be shown: {'; '.join(self.skipped[:3]) or 'none was given'}")
+        if len(self.failed) == len(self.told):
+            raise UserError(f"no picture can be shown: {'; '.join(self.failed[:3]) or 'none was given'}")
+
+    @staticmethod
+    def _tell(source: Source, mpp: float | None) -> dict[str, Any]:
+        try:
+            about = describe(source)
+            return about | {"mpp": about["mpp"] or mpp, "listed": source.listed}
+        except UserError as error:
+            return {"name": source.picture.file, "why": str(error), "listed": source.listed}
+
+    @property
+    def failed(self) -> list[str]:
+        """Why pictures cannot be shown, those that cannot."""
+        return [told["why"] for told in self.told if "why" in told]
 
     def _picture(self, number: int) -> tuple[Slide, threading.Lock]:
         with self._lock:
@@ -164,7 +166,7 @@ class ViewerServer(ThreadingHTTPServer):
 
     def __init__(self, gallery: Gallery, host: str = "127.0.0.1", port: int = 0) -> None:
         self.gallery, self.host, self.secret = gallery, host, secrets.token_urlsafe(16)
-        told = {"pictures": gallery.told, "skipped": gallery.skipped, "tile": TILE, "border": BORDER}
+        told = {"pictures": gallery.told, "tile": TILE, "border": BORDER}
         self.page = json.dumps(told).encode()
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -199,12 +201,11 @@ def serve(paths: Sequence[Path], host: str, port: int, browser: bool, mpp: float
     ldm.errors.UserError: there is nothing at tiles; give images, slides, OME-Zarr, or folders of them.
     """
     gallery = Gallery(find(paths), mpp)
-    for message in gallery.skipped:
-        print(f"left out: {message}", file=sys.stderr)
-    for message in notes_of(source.picture for source in gallery.sources):
+    shown = [source.picture for source, told in zip(gallery.sources, gallery.told) if "why" not in told]
+    for message in [*gallery.failed, *notes_of(shown)]:
         note(message)
     with ViewerServer(gallery, host, port) as server:
-        print(f"{len(gallery.sources)} pictures at {server.url}  (Ctrl-C ends it)", flush=True)
+        print(f"{len(shown)} pictures at {server.url}  (Ctrl-C ends it)", flush=True)
         if not server.local:
             print(
                 "warning: whoever can reach this machine and has the address can look at these pictures, without "
@@ -229,7 +230,11 @@ class Handler(BaseHTTPRequestHandler):
         if not host_allowed(self.headers.get("Host", ""), self.server.host):
             self._send(HTTPStatus.FORBIDDEN, b"this host name is not served")
             return
-        secret, _, route = urlsplit(self.path).path.removeprefix("/").partition("/")
+        try:
+            secret, _, route = urlsplit(self.path).path.removeprefix("/").partition("/")
+        except ValueError:
+            self._send(HTTPStatus.BAD_REQUEST, b"this is no address of a page")
+            return
         if not secrets.compare_digest(secret.encode(), self.server.secret.encode()):
             self._send(HTTPStatus.NOT_FOUND, b"no such page: open the whole address that histoldm view printed")
             return
@@ -255,7 +260,7 @@ class Handler(BaseHTTPRequestHandler):
         gallery = self.server.gallery
         if match := re.fullmatch(r"(\d{1,9})/(?:thumbnail|(\d{1,2})/(\d{1,7})_(\d{1,7}))\.jpg", route, re.ASCII):
             number, *place = (int(part) for part in match.groups() if part is not None)
-            if number < len(gallery.sources):
+            if number < len(gallery.told) and "why" not in gallery.told[number]:
                 pixels = gallery.tile(number, *place) if place else gallery.thumbnail(number)
                 return None if pixels is None else (_jpeg(pixels), "image/jpeg")
         return None

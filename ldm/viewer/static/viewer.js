@@ -20,7 +20,7 @@ const others = {
 
 function state() {
   const [numbers, mode] = location.hash.slice(1).split("/");
-  const given = numbers.split(",").filter((n) => /^\d+$/.test(n) && n < pictures.length);
+  const given = numbers.split(",").filter((n) => /^\d+$/.test(n) && pictures[n] && !pictures[n].why);
   const shown = given.map(Number).slice(0, MOST_PANES);
   return { shown, mode: shown.length === 0 ? "gallery" : mode === "swipe" && shown.length === 2 ? "swipe" : "side" };
 }
@@ -55,10 +55,16 @@ function spread(seen, mode) {
 function gallery() {
   document.title = "HistoLDM";
   const synthetic = pictures.filter((picture) => picture.synthetic).length;
-  const counted = `${pictures.length} pictures, ${synthetic} of them say that they are synthetic.`;
+  const failed = pictures.filter((picture) => picture.why).length;
+  const counted = `${pictures.length} pictures, ${synthetic} of them say that they are synthetic`
+    + (failed ? `, ${failed} cannot be shown.` : ".");
   stage.append(make("p", { className: "note", textContent: `${counted} Tick two or more to compare them.` }));
-  stage.append(...server.skipped.map((text) => make("p", { className: "note", textContent: `Left out: ${text}` })));
-  stage.append(...pictures.map(card));
+  stage.append(...pictures.map((picture) => picture.why ? failure(picture) : card(picture)));
+}
+
+function failure(picture) {
+  return make("div", { className: "card failed", title: picture.name }, make("p", { textContent: picture.why }),
+    make("div", {}, make("b", { textContent: picture.name }), make("small", { textContent: "cannot be shown" })));
 }
 
 function card(picture) {
@@ -70,8 +76,10 @@ function card(picture) {
     controls([], "gallery");
   });
   const image = make("img", { loading: "lazy", alt: "", src: `${picture.number}/thumbnail.jpg` });
-  const failed = make("p", { className: "note", textContent: "cannot be read" });
-  image.addEventListener("error", () => image.replaceWith(failed));
+  image.addEventListener("error", async () => {
+    const why = await fetch(image.src).then((answer) => answer.text(), () => "cannot be read");
+    image.replaceWith(make("p", { textContent: why }));
+  });
   const element = make("div", { className: "card", tabIndex: 0, role: "link", title: picture.name }, image, box,
     make("div", {}, make("b", { textContent: picture.name }),
       make("small", { textContent: `${picture.width} × ${picture.height} px` }),
@@ -122,7 +130,8 @@ function mode(wanted) {
 
 function step(by) {
   const { shown } = state();
-  if (shown.length === 1) go([(shown[0] + by + pictures.length) % pictures.length]);
+  const good = pictures.filter((picture) => !picture.why).map((picture) => picture.number);
+  if (shown.length === 1) go([good[(good.indexOf(shown[0]) + by + good.length) % good.length]]);
 }
 
 function key(event) {
@@ -169,7 +178,7 @@ async function start() {
   window.addEventListener("resize", redraw);
   const named = pictures.filter((picture) => !picture.listed);
   settings.grid = pictures.some((picture) => picture.grid);
-  if (location.hash || named.length !== pictures.length || named.length > 4) show();
+  if (location.hash || named.length !== pictures.length || named.length > 4 || named.some((p) => p.why)) show();
   else { history.replaceState(null, "", `#${pictures.map((picture) => picture.number).join(",")}`); show(); }
 }
 
