@@ -67,7 +67,7 @@ def update_index(
     path = cohort / "index.parquet"
     legacy = path.exists() and not (cohort / SPLITS).exists()
     asked, (validation, test) = (validation, test), fractions(cohort, validation, test)
-    said = {entry.path.name: entry for entry in entries}
+    said = {entry.name: entry for entry in entries}
     with WriterLock(cohort / ".lock-index"):
         old = read_index(cohort) if path.exists() else pd.DataFrame({"slide": [], "patient": [], "split": []})
         stores = finished_stores(cohort)

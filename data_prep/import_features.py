@@ -40,7 +40,7 @@ from data_prep.options import (
     output,
     taken,
 )
-from data_prep.slide_table import find_slides
+from data_prep.slide_table import find_slides, slide_names, tell_renamed
 from ldm.cli.script import script
 from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.extent import tell_scales
@@ -51,7 +51,7 @@ from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError
-from ldm.images.kinds import images_in
+from ldm.images.kinds import called, images_in
 from ldm.images.slides import GIVEN, open_image, open_slide
 from ldm.images.tissue import TissueMask
 
@@ -195,6 +195,7 @@ def cut(
     out: Path,
     name: str | None,
     *,
+    slide_name: str | None = None,
     tile_size: int | None = None,
     patch_size: float | None = None,
     licence: str = "",
@@ -204,6 +205,7 @@ def cut(
     """Cut the tiles of a slide where its files say, and write their features.
 
     Args:
+        slide_name: what the slide is called; None: as its file or folder is.
         tile_size: pixels of a tile; None is what the files say. patch_size: level-0 pixels that a tile covers, where
             the files do not say.
         licence: of the slide. slide_mpp: micrometres per level-0 pixel, where the slide lacks it.
@@ -215,7 +217,8 @@ def cut(
     if values is not None and name is None:
         raise UserError(f"{files.features} has features; give them a --name, as --name uni")
     check_distinct(places, files)
-    if path.is_dir():
+    slide_name, of_pictures = slide_name or called(path), is_picture_folder(path)
+    if of_pictures:
         folder = PictureFolder(path)
         extent = extent_of(places, patch_size, files) or float(folder.size)
         tile_size = tile_size or folder.size
@@ -260,7 +263,7 @@ def cut(
 
     downsample = extent / tile_size
     attrs = {
-        "slide": path.name,
+        "slide": slide_name,
         "mpp": None if mpp is None else mpp * downsample,
         **about,
         "tile_size": tile_size,
@@ -272,7 +275,7 @@ def cut(
     }
     if path.is_file():
         attrs["slide_bytes"] = path.stat().st_size
-    stem = path.name if path.is_dir() else path.stem
+    stem = slide_name if of_pictures else Path(slide_name).stem
     store = write_store(out, stem, read, len(coords), attrs=attrs, coords=coords, labels=labels, desc=f"tiling {stem}")
     if values is not None:
         write_features(store, name, values[rows], encoder_attrs(name, values.shape[1], encoder_licence))
@@ -285,11 +288,11 @@ def _gap(coords: np.ndarray) -> float:
     return float(gaps.min()) if len(gaps) else 0.0
 
 
-def slide_paths(paths: Sequence[Path]) -> list[Path]:
-    """Slides, the slides in folders, and folders of pictures as they are."""
-    folders = [path for path in paths if is_picture_folder(path)]
+def slide_paths(paths: Sequence[Path]) -> dict[Path, str]:
+    """Slides, the slides in folders, and folders of pictures as they are, and what each is called."""
+    folders = {path: path.name for path in paths if is_picture_folder(path)}
     others = [path for path in paths if path not in folders]
-    return folders + (find_slides(others) if others else [])
+    return folders | (slide_names(find_slides(others)) if others else {})
 
 
 def cut_all(
@@ -303,12 +306,14 @@ def cut_all(
     **settings: str | float | None,
 ) -> list[TileStore]:
     """Cut all slides that have files, each with the settings of `cut`. UserError if one of them cannot be cut."""
-    paths, stores, failures = slide_paths(slides), [], []
-    for path, files in zip(paths, pair([path.name if path.is_dir() else path.stem for path in paths], found)):
+    names, stores, failures = slide_paths(slides), [], []
+    tell_renamed(names, out)
+    stems = [own if is_picture_folder(path) else Path(own).stem for path, own in names.items()]
+    for (path, own), stem, files in zip(names.items(), stems, pair(stems, found)):
         try:
             if files is None:
-                raise UserError(f"{path} has no file of its name among --files")
-            stores.append(cut(path, files, out, name, **settings))
+                raise UserError(f"{path} has no file of its name ({stem}) among --files")
+            stores.append(cut(path, files, out, name, slide_name=own, **settings))
         except UserError as error:
             failures.append(str(error))
     if stores:
@@ -317,7 +322,7 @@ def cut_all(
         print(tell_splits(path, validation, test, instead))
     if failures:
         listed = "".join(f"\n  {failure}" for failure in failures)
-        raise UserError(f"{len(failures)} of {len(paths)} slides could not be cut:{listed}")
+        raise UserError(f"{len(failures)} of {len(names)} slides could not be cut:{listed}")
     return stores
 
 

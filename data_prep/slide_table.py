@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from ldm.errors import UserError, nearest, note, some
-from ldm.images.dicom import one_per_series
-from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
+from ldm.images.dicom import SUFFIX, one_per_series
+from ldm.images.kinds import ENDINGS, called, images_in, is_ome_zarr
 from ldm.images.scale import MOST
 from ldm.tables.text import as_values, read_table
 
@@ -34,6 +34,7 @@ class SlideEntry:
         roi: regions drawn on it, GeoJSON.
         min_tissue, keep_background: as of `tile_slide`, for this slide.
         labels: further columns, which become columns of the cohort's table of tiles.
+        name: what it is called, see `slide_names`.
     """
 
     path: Path
@@ -44,14 +45,15 @@ class SlideEntry:
     min_tissue: float | None = None
     keep_background: float | None = None
     labels: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     def settings(self) -> dict[str, Any]:
-        """What the table says of how it is tiled, as arguments of `tile_slide`.
+        """Its name, and what the table says of how it is tiled, as arguments of `tile_slide`.
 
-        >>> SlideEntry(Path("a.svs"), mpp=0.25).settings()
-        {'slide_mpp': 0.25, 'slide_mpp_holds': True}
+        >>> SlideEntry(Path("a.svs"), mpp=0.25, name="a.svs").settings()
+        {'name': 'a.svs', 'slide_mpp': 0.25, 'slide_mpp_holds': True}
         """
-        own = {"min_tissue": self.min_tissue, "keep_background": self.keep_background}
+        own = {"name": self.name, "min_tissue": self.min_tissue, "keep_background": self.keep_background}
         own |= {"slide_mpp": self.mpp, "slide_mpp_holds": True} if self.mpp else {}
         return {name: value for name, value in own.items() if value is not None}
 
@@ -87,28 +89,61 @@ def read_slides(given: Sequence[Path | str]) -> list[SlideEntry]:
     for entry in entries:
         if known.setdefault(entry.path, entry) is not entry:
             raise UserError(f"{entry.path} is listed twice; leave one of its rows")
-    listed = [known.get(path, SlideEntry(path)) for path in find_slides([*paths, *known])]
+    names = slide_names(find_slides([*paths, *known]))
+    listed = [replace(known.get(path, SlideEntry(path)), name=name) for path, name in names.items()]
     _check_patients(listed)
     return listed
 
 
 def find_slides(paths: Sequence[Path | str]) -> list[Path]:
-    """Files given, and slide files of folders given; of a DICOM series one.
-
-    UserError for none, or for two that would get the same store.
-    """
+    """Files given, and slide files of folders given; of a DICOM series one. UserError for none."""
     slides: list[Path] = []
     for p in map(Path, paths):
         slides += images_in(p) if p.is_dir() and not is_ome_zarr(p) else [p]
     slides = one_per_series(slides)
     if not slides:
         raise UserError(f"no slide found in {', '.join(map(str, paths))}; slides end in {ENDINGS}")
-    stems: dict[str, Path] = {}
-    for slide in slides:
-        if slide.stem in stems:
-            raise UserError(f"{stems[slide.stem]} and {slide} would both become {slide.stem}.zarr; rename one of them")
-        stems[slide.stem] = slide
     return slides
+
+
+def slide_names(slides: Iterable[Path]) -> dict[Path, str]:
+    """What each slide is called in a cohort, with its ending; its store is named by it, without.
+
+    That is its file's name; of DICOM series whose files have one name, as exports give it, their folders' before it.
+    UserError: two other slides would get the same store.
+
+    >>> slide_names([Path("a.svs"), Path("x/DCM_0.dcm"), Path("y/DCM_0.dcm")])
+    {PosixPath('a.svs'): 'a.svs', PosixPath('x/DCM_0.dcm'): 'x_DCM_0.dcm', PosixPath('y/DCM_0.dcm'): 'y_DCM_0.dcm'}
+    """
+    names = {slide: called(slide) for slide in slides}
+    alike = {name: [slide for slide, own in names.items() if own == name] for name in names.values()}
+    for name, own in alike.items():
+        depth = 0
+        while len({names[slide] for slide in own}) < len(own) and Path(name).suffix.lower() == SUFFIX:
+            depth += 1
+            names |= {slide: "_".join((*slide.resolve().parts[-1 - depth : -1], name)) for slide in own}
+    stores: dict[str, Path] = {}
+    for slide, name in names.items():
+        if (other := stores.setdefault(Path(name).stem, slide)) is not slide:
+            raise UserError(f"{other} and {slide} would both become {Path(name).stem}.zarr; rename one of them")
+    return names
+
+
+def tell_renamed(names: Mapping[Path, str], out: Path) -> None:
+    """Say which slides are called by their folders too. UserError: the cohort has one of them by its file's name.
+
+    >>> tell_renamed({Path("x/DCM_0.dcm"): "x_DCM_0.dcm", Path("y/DCM_0.dcm"): "y_DCM_0.dcm"}, Path("cohort"))
+    """
+    renamed = {slide: name for slide, name in names.items() if name != called(slide)}
+    for slide in renamed:
+        if (store := out / "slides" / f"{slide.stem}.zarr").exists():
+            raise UserError(
+                f"{store} is of a slide whose file has the name of others given now, and which would be there twice; "
+                "delete it and give all of them at once"
+            )
+    if renamed:
+        slide, name = next(iter(renamed.items()))
+        note(f"{len(renamed)} DICOM series have files of one name; they are called by folder, as {slide} is {name}")
 
 
 def _of_table(path: Path) -> list[SlideEntry]:

@@ -38,13 +38,14 @@ from data_prep.options import (
     splits,
     taken,
 )
-from data_prep.slide_table import read_slides
+from data_prep.slide_table import read_slides, tell_renamed
 from ldm.cli.script import script
 from ldm.data.extent import tell_scales
 from ldm.data.splits import fractions
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import TOLD, TileStore
 from ldm.errors import UserError
+from ldm.images.kinds import called
 from ldm.images.slides import Slide, open_slide
 from ldm.images.tissue import TissueMask
 from ldm.requests.parse import parse_integers
@@ -57,6 +58,7 @@ def tile_slide(
     path: Path | str,
     out: Path | str,
     *,
+    name: str | None = None,
     mpp: float | None = None,
     tile_size: int = 256,
     stride: int | None = None,
@@ -68,7 +70,7 @@ def tile_slide(
     seed: int = 0,
     workers: int | None = None,
 ) -> Path:
-    """Tile one slide into the store `out`/slides/<stem>.zarr and return its path.
+    """Tile one slide into the store `out`/slides/<stem of its name>.zarr and return its path.
 
     Tiles lie on the lattice that starts at the slide's corner, whole tiles only, row by row. The label `tissue` holds
     each tile's tissue fraction.
@@ -76,6 +78,7 @@ def tile_slide(
     Args:
         path: slide or image file.
         out: cohort folder.
+        name: what the slide is called; None: as its file, see `ldm.images.kinds.called`.
         mpp: micrometres per tile pixel; None is the slide's own. Finer than the slide is refused.
         tile_size, stride: in tile pixels; stride None is the tile size: tiles that touch.
         min_tissue: least tissue fraction of a tile, 0..1; at 0 all tiles are kept.
@@ -88,13 +91,14 @@ def tile_slide(
     Raises:
         UserError: unreadable slide, no mpp, no tissue, unwritable folder, a store made with other settings.
     """
-    for name, value in {"min_tissue": min_tissue, "keep_background": keep_background}.items():
+    for fraction, value in {"min_tissue": min_tissue, "keep_background": keep_background}.items():
         if not 0 <= value <= 1:
-            raise UserError(f"{name} is a fraction from 0 to 1; got {value}")
+            raise UserError(f"{fraction} is a fraction from 0 to 1; got {value}")
     stride = tile_size if stride is None else stride
     if tile_size < 8 or stride < 1:
         raise UserError(f"tile_size is at least 8 px and stride at least 1 px; got {tile_size} and {stride}")
     path = Path(path)
+    name = name or called(path)
     slide = open_slide(path, slide_mpp, slide_mpp_holds)
     mpp = slide.mpp if mpp is None else mpp
     if mpp < slide.mpp * 0.99:
@@ -105,7 +109,7 @@ def tile_slide(
     downsample = mpp / slide.mpp
     extent = tile_size * downsample
     attrs = {
-        "slide": path.name,
+        "slide": name,
         "slide_bytes": path.stat().st_size,
         "mpp": mpp,
         **slide.about,
@@ -116,10 +120,10 @@ def tile_slide(
         "tissue": {"min_tissue": min_tissue, "keep_background": keep_background, "seed": seed},
         "licence": licence,
     }
-    store = Path(out) / "slides" / f"{path.stem}.zarr"
+    store = Path(out) / "slides" / f"{Path(name).stem}.zarr"
     if (store / "zarr.json").exists():
         before = TileStore.open(store, allow_incomplete=True).attrs
-        if before["complete"] and all(before.get(name) == attrs[name] for name in attrs.keys() - {*TOLD}):
+        if before["complete"] and all(before.get(each) == attrs[each] for each in attrs.keys() - {*TOLD}):
             return store
     coords, tissue = _choose(slide, extent, stride * downsample, min_tissue, keep_background, seed)
 
@@ -132,7 +136,7 @@ def tile_slide(
         ThreadPoolExecutor(workers) as pool,
     ):
         start = writer.rows
-        with tqdm(total=len(coords), initial=start, desc=f"tiling {path.name}", unit="tile") as bar:
+        with tqdm(total=len(coords), initial=start, desc=f"tiling {name}", unit="tile") as bar:
             for first in range(start, len(coords), _BATCH):
                 part = slice(first, min(first + _BATCH, len(coords)))
                 tiles = np.stack(list(pool.map(read, coords[part])))  # (n, T, T, 3)
@@ -204,6 +208,7 @@ def main(
             f"--holdout is a box of one slide, and there are {len(found)}; use --validation and --test, which hold out "
             "patients"
         )
+    tell_renamed({entry.path: entry.name for entry in found}, out)
     failures, stores = [], []
     asked = {"mpp": mpp, "tile_size": tile_size, "stride": stride, "min_tissue": min_tissue, "seed": seed}
     asked |= {"keep_background": keep_background, "licence": licence, "slide_mpp": slide_mpp, "workers": workers}
@@ -216,7 +221,7 @@ def main(
             failures.append(str(error))
             tqdm.write(f"error: {error}", file=sys.stderr)
     if stores:
-        path = update_index(out, validation, test, {found[0].path.name: box} if box else None, patient, found)
+        path = update_index(out, validation, test, {found[0].name: box} if box else None, patient, found)
         where = f"{number(len(stores), 'store')} in {out / 'slides'}"
         print(f"{sum(map(len, stores))} tiles in {where}; table of all tiles: {path}")
         print("\n".join(tell_scales(stores)))

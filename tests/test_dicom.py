@@ -13,8 +13,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from data_prep.slide_table import find_slides
+from data_prep.slide_table import find_slides, slide_names
 from data_prep.tile_slides import main, tile_slide
+from ldm.data.cohort import read_index
 from ldm.data.collection import read_pictures
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
@@ -40,7 +41,7 @@ class Series:
     """Writes the files of one series into a folder, as IDC's are: a file for each level, TILED_FULL, not compressed."""
 
     def __init__(self, folder: Path, patient: str = "P1") -> None:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.patient = folder, patient
         self.study, self.series, self.frame, self.dimension = (generate_uid() for _ in range(4))
 
@@ -119,6 +120,35 @@ def test_a_series_of_levels_is_one_slide_of_one_patient(tmp_path, capsys):
     assert index.groupby("patient")["split"].nunique().max() == 1
     said = capsys.readouterr().out
     assert "source of the micrometres per pixel: header (dicom) (again0.dcm, level0.dcm, other0.dcm)" in said
+
+
+def test_series_whose_files_have_one_name_are_called_by_folder(tmp_path, capsys):
+    for name, patient in (("left", "P1"), ("right", "P2")):
+        slide_of_levels(tmp_path / "export" / name, patient)
+    out, both = tmp_path / "cohort", [str(tmp_path / "export" / name) for name in ("left", "right")]
+    main(["--slides", *both, "--out", str(out), "--tile-size", "128", "--min-tissue", "0"])
+    assert "2 DICOM series have files of one name; they are called by folder, as " in capsys.readouterr().err
+    index = read_index(out)
+    assert index.groupby("slide")["patient"].first().to_dict() == {"left_level0.dcm": "P1", "right_level0.dcm": "P2"}
+    assert sorted(path.name for path in (out / "slides").iterdir()) == ["left_level0.zarr", "right_level0.zarr"]
+    main(["--slides", *both, "--out", str(out), "--tile-size", "128", "--min-tissue", "0"])
+    assert len(read_index(out)) == len(index)
+
+
+def test_a_slide_does_not_come_in_twice_under_another_name(tmp_path):
+    for name in ("left", "right"):
+        slide_of_levels(tmp_path / "export" / name)
+    out, both = tmp_path / "cohort", [str(tmp_path / "export" / name) for name in ("left", "right")]
+    main(["--slides", both[0], "--out", str(out), "--tile-size", "128", "--min-tissue", "0"])
+    with pytest.raises(UserError, match=r"level0\.zarr is of a slide whose file has the name of others given now"):
+        main(["--slides", *both, "--out", str(out), "--tile-size", "128", "--min-tissue", "0"])
+
+
+def test_folders_are_told_as_far_as_they_differ(tmp_path):
+    slides = [tmp_path / name / "DCM_0.dcm" for name in ("a/x", "b/x")]
+    assert list(slide_names(slides).values()) == ["a_x_DCM_0.dcm", "b_x_DCM_0.dcm"]
+    with pytest.raises(UserError, match=r"would both become DCM_0\.zarr; rename one"):
+        slide_names([tmp_path / "DCM_0.dcm", tmp_path / "DCM_0.tif"])
 
 
 def test_labels_and_overviews_are_no_slides(tmp_path):

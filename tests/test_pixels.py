@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import imagecodecs
@@ -13,7 +14,10 @@ import zarr
 from PIL import Image, ImageCms
 
 from conftest import ROOT
+from data_prep.tile_slides import tile_slide
+from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
+from ldm.images.pictures import Picture
 from ldm.images.slides import open_image, open_slide
 from ldm.images.write import save_bigtiff
 
@@ -327,6 +331,52 @@ def test_ome_zarr_without_a_scale_has_none(tmp_path):
     zarr.create_group(str(tmp_path / "a.zarr"), attributes=about, zarr_format=2)
     zarr.create_array(str(tmp_path / "a.zarr" / "0"), data=PLANES[0], zarr_format=2)
     assert open_image(tmp_path / "a.zarr").mpp == 0
+
+
+def of_bioformats2raw(root: Path, sides: Sequence[int], version: str = "0.4") -> Path:
+    """A folder as bioformats2raw writes it: OME with the XML, and a numbered image for each side."""
+    kind = {"zarr_format": 2 if version == "0.4" else 3}
+
+    def told(about: dict) -> dict:
+        return about if version == "0.4" else {"ome": {"version": version, **about}}
+
+    zarr.create_group(str(root), attributes=told({"bioformats2raw.layout": 3}), **kind)
+    zarr.create_group(str(root / "OME"), attributes=told({"series": [str(i) for i in range(len(sides))]}), **kind)
+    for i, side in enumerate(sides):
+        axes = [{"name": n, "type": "space", "unit": "micrometer"} if n in "xy" else {"name": n} for n in "tczyx"]
+        datasets = [{"path": "0", "coordinateTransformations": [{"type": "scale", "scale": [1, 1, 1, 0.5, 0.5]}]}]
+        zarr.create_group(
+            str(root / str(i)), attributes=told({"multiscales": [{"axes": axes, "datasets": datasets}]}), **kind
+        )
+        zarr.create_array(str(root / str(i) / "0"), data=PLANES[None, :, None, :side, :side].copy(), **kind)
+    return root
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_a_folder_of_bioformats2raw_is_its_image(tmp_path, version):
+    image = open_image(of_bioformats2raw(tmp_path / "a.zarr", [256], version))
+    assert (image.dimensions, image.mpp) == ((256, 256), 0.5)
+    assert np.array_equal(image.read(0, 0, 256, 256), TISSUE)
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_several_images_in_a_folder_are_named(tmp_path, version):
+    path = of_bioformats2raw(tmp_path / "a.zarr", [256, 64, 32], version)
+    named = ", ".join(re.escape(str(path / str(i))) for i in range(3))
+    with pytest.raises(UserError, match=rf"a\.zarr holds 3 images \({named}\); give the one you mean"):
+        open_image(path)
+    assert open_image(path / "1").dimensions == (64, 64)
+    assert Picture.of_file(path / "1").name == "a_1"
+    store = TileStore.open(tile_slide(path / "0", tmp_path / "cohort", tile_size=128, min_tissue=0))
+    assert (store.path.name, store.slide, len(store)) == ("a_0.zarr", "a_0.zarr", 4)
+
+
+def test_a_plate_of_wells_is_told(tmp_path):
+    plate = {"plate": {"wells": []}}
+    zarr.create_group(str(tmp_path / "p.zarr"), attributes=plate, zarr_format=2)
+    of_bioformats2raw(tmp_path / "p.zarr" / "A" / "1", [64, 64])
+    with pytest.raises(UserError, match=r"is a plate of 2 images \(.*A/1/0, .*A/1/1\); give the one you mean"):
+        open_image(tmp_path / "p.zarr")
 
 
 @pytest.mark.parametrize("shards", [None, (128, 128)])

@@ -13,7 +13,7 @@ import tifffile
 from PIL import Image
 
 from conftest import ROOT
-from data_prep.slide_table import find_slides
+from data_prep.slide_table import find_slides, slide_names
 from data_prep.tile_slides import main, tile_slide
 from ldm.data.splits import patient_of, split_of
 from ldm.data.tile_store import TileStore
@@ -273,7 +273,7 @@ def test_a_cohort_of_patients_gets_a_validation_split(demo_slide: Path, tmp_path
 def test_same_name_twice(demo_slide: Path, tmp_path: Path):
     (tmp_path / demo_slide.name).write_bytes(b"x")
     with pytest.raises(UserError, match="both become"):
-        find_slides([demo_slide, tmp_path])
+        slide_names(find_slides([demo_slide, tmp_path]))
     with pytest.raises(UserError, match="no slide found"):
         find_slides([Path(__file__).parent / "configs"])
 

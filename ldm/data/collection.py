@@ -19,7 +19,7 @@ import pandas as pd
 from ldm.data.cohort import read_index
 from ldm.data.tile_store import TileStore, holds_stores, open_cohort
 from ldm.errors import UserError, some, suggest
-from ldm.images.kinds import ENDINGS, images_in, is_ome_zarr
+from ldm.images.kinds import ENDINGS, called, images_in, is_ome_zarr
 from ldm.images.pictures import Picture, notes_of
 from ldm.tables.text import read_table
 
@@ -150,7 +150,7 @@ def read_pictures(
             raise UserError(f"there is no image in {path}; known endings: {ENDINGS}.")
         pictures = pictures_of_files(files, [{"file": str(p.relative_to(path))} for p in files], str(path), mpp)
     else:
-        pictures = pictures_of_files([path], [{"file": path.name}], str(path), mpp)
+        pictures = pictures_of_files([path], [{"file": called(path)}], str(path), mpp)
     return pictures.chosen(where or {})
 
 

@@ -11,6 +11,7 @@ PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # without a scale; decoded w
 _JPEG = b"\xff\xd8\xff"
 _PLAIN = (b"\x89PNG", _JPEG, b"BM", b"GIF8")
 SLIDES = (".tif", ".tiff", ".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".svslide", ".vms", ".vmu", ".czi", ".dcm")
+SEVERAL, PLATE = "bioformats2raw.layout", "plate"  # what OME-Zarr folders of several images, of wells say that they are
 ENDINGS = " ".join((*PLAIN, *SLIDES, ".ome.zarr"))
 
 
@@ -47,7 +48,7 @@ def is_image(path: Path) -> bool:
 
 
 def is_ome_zarr(path: Path) -> bool:
-    """Whether a path is a folder that holds an OME-Zarr image (0.4 or 0.5); a tile store is none.
+    """Whether a path is a folder that holds OME-Zarr (0.4 or 0.5), one image or several; a tile store is none.
 
     >>> is_ome_zarr(store.path)
     False
@@ -56,10 +57,21 @@ def is_ome_zarr(path: Path) -> bool:
         try:
             told = json.loads((path / name).read_text(encoding="utf-8"))
             told = told["attributes"]["ome"] if name == "zarr.json" else told
-            return bool(told["multiscales"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return any(told.get(kind) for kind in ("multiscales", SEVERAL, PLATE))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
     return False
+
+
+def called(path: Path) -> str:
+    """What the image at a path is called: as its file is, and of one in a folder of several as this and the folder.
+
+    >>> called(slide_path)
+    'CMU-1-Small-Region.svs'
+    """
+    several = path.parent
+    inside = path.is_dir() and several.suffix == ".zarr" and is_ome_zarr(several)
+    return f"{several.stem}_{path.name}{several.suffix}" if inside else path.name
 
 
 def images_in(folder: Path, subfolders: bool = False) -> list[Path]:

@@ -10,25 +10,29 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ldm.errors import UserError
+from ldm.errors import UserError, some
 from ldm.images.colour import converter, on_white, refuse_channels, refuse_deep, refuse_stack, says_rgb
+from ldm.images.kinds import PLATE, SEVERAL, is_ome_zarr
 from ldm.images.scale import UNKNOWN, Scale, physical_scale
 from ldm.images.source import Source
 
 
 def open_ome_zarr(path: Path) -> Source:
-    """An OME-Zarr image of 8 bits: gray, RGB, or RGB with opacity.
+    """An OME-Zarr image of 8 bits: gray, RGB, or RGB with opacity; of a folder of bioformats2raw the one in it.
 
     Raises:
-        UserError: no OME-Zarr image, more than 8 bits, channels that are no colours, several planes or times.
+        UserError: no OME-Zarr image or several, more than 8 bits, channels that are no colours, several planes or
+            times.
 
     >>> from ldm.images.write import save_ome_zarr
     >>> open_ome_zarr(save_ome_zarr("a.ome.zarr", tile, 0.5, {})).scale
     Scale(mpp=0.5, origin='OME-Zarr axes', notes=())
     """
     try:
-        attributes = zarr.open_group(str(path), mode="r").attrs.asdict()
-        told = attributes.get("ome", attributes)
+        told = _told(path)
+        if SEVERAL in told or PLATE in told:
+            path = _only_image(path, PLATE in told)
+            told = _told(path)
         image = told["multiscales"][0]
         axes = [axis["name"] if isinstance(axis, dict) else axis for axis in image["axes"]]
         arrays = [_array(path, str(dataset["path"])) for dataset in image["datasets"]]
@@ -59,6 +63,23 @@ def open_ome_zarr(path: Path) -> Source:
         return gray(pixels) if channels == 1 else on_white(pixels[..., :3], pixels[..., 3:].min(-1, initial=255))
 
     return Source(levels, read, scale, gray=channels == 1, notes=_lacking(arrays[0]))
+
+
+def _told(path: Path) -> dict[str, Any]:
+    attributes = zarr.open_group(str(path), mode="r").attrs.asdict()
+    return attributes.get("ome", attributes)
+
+
+def _only_image(path: Path, plate: bool) -> Path:
+    """The image of a folder of images. UserError: it holds several, or the wells of a plate, or none."""
+    depth = "*/*/*" if plate else "*"  # row, column, field
+    images = sorted(filter(is_ome_zarr, path.glob(depth)), key=lambda image: (len(image.name), str(image)))
+    if len(images) == 1:
+        return images[0]
+    if not images:
+        raise UserError(f"{path} says that it holds OME-Zarr images, and none is in it; copy it again from its source")
+    what = "is a plate of" if plate else "holds"
+    raise UserError(f"{path} {what} {len(images)} images ({some([str(i) for i in images], 4)}); give the one you mean")
 
 
 def _lacking(array: zarr.Array) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ldm.errors import UserError, some
-from ldm.images.kinds import PLAIN
+from ldm.images.kinds import PLAIN, called
 from ldm.images.marks import read_mark
 from ldm.images.slides import Slide, open_image
 
@@ -42,13 +42,14 @@ class Picture:
     ) -> Picture:
         """An image file or OME-Zarr.
 
-        file: what it is called; None: as the path is. mpp: micrometres per pixel, where it does not say them.
+        file: what it is called; None: as the path is, see `kinds.called`. mpp: micrometres per pixel, where it does not
+        say them.
 
         >>> picture = Picture.of_file(slide_path)
         >>> picture.name, picture.size, picture.mpp, picture.suffix
         ('CMU-1-Small-Region', (2220, 2967), 0.499, '.tif')
         """
-        return cls(path.name if file is None else file, lambda: open_image(path, mpp), path, about or {})
+        return cls(called(path) if file is None else file, lambda: open_image(path, mpp), path, about or {})
 
     @classmethod
     def of_pixels(cls, pixels: np.ndarray, file: str, about: Mapping[str, Any] | None = None) -> Picture:
