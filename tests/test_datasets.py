@@ -232,7 +232,7 @@ def test_splits_that_a_cohort_does_not_have(store: Path, capsys: pytest.CaptureF
     data = TileDataModule(nodes["train"], nodes["train"], nodes["test"], stores=cohort)
     assert data.test_dataloader() == []
     assert capsys.readouterr().out.startswith("there is nothing to test on: none of the ")
-    with pytest.raises(UserError, match=r"'split': 'val'\}; the data_prep command .* again with --validation"):
+    with pytest.raises(UserError, match=r"selected by split=val; the data_prep command .* again with --validation"):
         TileDataModule(nodes["train"], nodes["val"], stores=cohort)
     with pytest.raises(UserError, match="none of the"):
         TileDataModule({"target": TARGET, "params": {"where": {"split": "test"}}}, stores=cohort)

@@ -107,7 +107,7 @@ def test_a_report_has_everything_that_the_sets_allow(evaluated):
     assert section(out, "memorisation")["data"]["verdict"] == "no sign"
     real = found["sets"]["real"]
     assert (real["count"], real["splits"], real["patients"], real["licence"]) == (100, {"test": 100}, 2, "CC0-1.0")
-    assert real["where"] == {"split": "test"}
+    assert real["where"] == ["split=test"]
     assert len(real["pixels_sha256"]) == 64
     assert real["unit"] == "blocks"
     assert found["extractors"]["pixels"]["dim"] == 3072

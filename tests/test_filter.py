@@ -449,5 +449,5 @@ def test_utility_tests_on_the_images_that_are_named(world):
     assert test.sum() == 4
     with pytest.raises(UserError, match=r"are on both sides of --held-out label=good: P0, P1"):
         held_out_of(own, Recipe(test=0.3), {"label": "good"})
-    with pytest.raises(UserError, match="no real image has patient=P9"):
+    with pytest.raises(UserError, match=r"no image of .* has patient=P9"):
         held_out_of(own, Recipe(test=0.3), {"patient": "P9"})

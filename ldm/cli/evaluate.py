@@ -10,6 +10,7 @@ import typer
 
 from ldm.cli.app import app
 from ldm.cli.options import DeviceOption, SeedOption, choices, inputs, output
+from ldm.data.where import FORMS
 from ldm.devices import pick_device
 from ldm.errors import UserError
 
@@ -32,7 +33,7 @@ def evaluate(
     ] = None,
     real: Annotated[Path | None, inputs("--real", help="Real images to compare with, in any of these forms.")] = None,
     where: Annotated[
-        list[str] | None, inputs("--where", help="Selection of the real images, label=value, as split=test (repeat).")
+        list[str] | None, inputs("--where", help=f"Selection of the real images: {FORMS} (repeat).")
     ] = None,
     features: Annotated[
         list[str] | None,
@@ -110,12 +111,12 @@ def evaluate(
         raise UserError("--compare takes two finished reports, and nothing else but --out.")
     from ldm.commands.evaluate import Asked, compare_reports
     from ldm.commands.evaluate import evaluate as run
-    from ldm.requests.parse import parse_where
+    from ldm.data.where import parse_where
 
     if compare is not None:
         compare_reports(*compare, out)
         return
-    selected = parse_where(where or []), parse_where(train_where or [])
+    selected = parse_where(where), parse_where(train_where)
     asked = Asked(
         out,
         generated,

@@ -27,9 +27,9 @@ from ldm.cli.options import (
     wanted,
 )
 from ldm.cli.sampling import settings
+from ldm.data.where import FORMS, parse_where
 from ldm.devices import pick_device
 from ldm.errors import UserError
-from ldm.requests.parse import parse_where
 from ldm.requests.sampling import AskedSampler
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ LabelOption = Annotated[str | None, learnt("--label", help="Column of the label;
 KindOption = Annotated[Kind | None, learnt("--kind", help="Kind of label; by default what the labels look like.")]
 PositiveOption = Annotated[str | None, learnt("--positive", help="Class that a binary score is for.")]
 ChosenOption = Annotated[
-    list[str] | None, inputs("--where", help="Selection of the images by their table, name=value (repeat).")
+    list[str] | None, inputs("--where", help=f"Selection of the images by their table: {FORMS} (repeat).")
 ]
 PatientOption = Annotated[
     str | None,
@@ -172,7 +172,7 @@ def train_scorer(
         views=views,
         seed=seed,
     )
-    asked = AskedLabels(label, kind and kind.value, positive, patient, parse_where(where or []))
+    asked = AskedLabels(label, kind and kind.value, positive, patient, parse_where(where))
     bf16 = precision is Precision.bf16
     train(data, out, asked, recipe, pick_device(device), bf16, licence, half, crop, skip_unrated)
 
@@ -198,7 +198,7 @@ def score(
     """
     from ldm.commands.filter import score_images
 
-    score_images(scorer, images, out, pick_device(device), batch_size, crop, parse_where(where or []), target)
+    score_images(scorer, images, out, pick_device(device), batch_size, crop, parse_where(where), target)
 
 
 @app.command("filter", rich_help_panel="Measure and choose")
@@ -295,7 +295,7 @@ def resample(
 
     if features is None and table is None and count is not None:
         raise UserError("--count goes with --features or --table; --until says how many tiles are to pass.")
-    asked = AskedTiles(features, feature, parse_where(where or []), condition or [], table, count)
+    asked = AskedTiles(features, feature, parse_where(where), condition or [], table, count)
     run(model, scorer, out, pick_device(device), asked, until, max_attempts, above or [], class_name, matches, sampler)
 
 
@@ -361,4 +361,4 @@ def utility(
     )
     asked = AskedLabels(label, kind and kind.value, positive, patient)
     bf16 = precision is Precision.bf16
-    run(real, synthetic, out, asked, recipe, pick_device(device), bf16, parse_where(held_out or []), crop)
+    run(real, synthetic, out, asked, recipe, pick_device(device), bf16, parse_where(held_out), crop)

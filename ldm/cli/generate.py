@@ -19,8 +19,9 @@ from ldm.cli.options import (
     wanted,
 )
 from ldm.cli.sampling import settings
+from ldm.data.where import parse_where
 from ldm.devices import pick_device
-from ldm.requests.parse import parse_integers, parse_where
+from ldm.requests.parse import parse_integers
 from ldm.requests.sampling import AskedSampler
 from ldm.sampling.sampler import Windows
 
@@ -59,7 +60,7 @@ def sample(
     from ldm.commands.generate import sample_tiles
     from ldm.requests.tiles import AskedTiles
 
-    asked = AskedTiles(features, feature, parse_where(where or []), condition or [], table, count)
+    asked = AskedTiles(features, feature, parse_where(where), condition or [], table, count)
     sample_tiles(model, out, pick_device(device), asked, sampler)
 
 

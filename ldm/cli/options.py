@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from ldm.config import allowing
+from ldm.data.where import FORMS
 
 inputs = partial(typer.Option, rich_help_panel="Input")
 wanted = partial(typer.Option, rich_help_panel="What is made")
@@ -19,7 +20,6 @@ speed = partial(typer.Option, rich_help_panel="Speed")
 
 # what `ldm.tables.patients` takes for an option --patient
 PATIENT_RULE = "a table with columns slide and patient, or a regular expression of the patient's part of the name"
-
 
 
 def choices(name: str, values: Iterable[str]) -> type[StrEnum]:
@@ -61,7 +61,7 @@ ConditionOption = Annotated[
 ]
 WhereOption = Annotated[
     list[str] | None,
-    inputs("--where", help="Selection of tiles in a store, label=value, as split=val (repeat)."),
+    inputs("--where", help=f"Selection of tiles in a store: {FORMS} (repeat)."),
 ]
 SeedOption = Annotated[int, wanted("--seed", help="Seed of everything random.")]
 BatchOption = Annotated[int, speed("--batch-size", min=1, help="Tiles that the network sees at once.")]

@@ -18,8 +18,8 @@ from ldm.cli.options import (
     wanted,
 )
 from ldm.cli.sampling import settings
+from ldm.data.where import parse_where
 from ldm.devices import pick_device
-from ldm.requests.parse import parse_where
 from ldm.requests.sampling import AskedSampler
 
 Animation = choices("Animation", ("gif", "apng", "webp"))
@@ -72,5 +72,5 @@ def sequence(
     """
     from ldm.commands.sequence import AskedReal, write_sequences
 
-    real = AskedReal(images, images_mpp, parse_where(where or []), source or [], strength, count)
+    real = AskedReal(images, images_mpp, parse_where(where), source or [], strength, count)
     write_sequences(model, out, pick_device(device), vary, condition or [], scorer, animation.value, real, sampler)

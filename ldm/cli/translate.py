@@ -11,8 +11,9 @@ import typer
 from ldm.cli.app import app
 from ldm.cli.options import AllowTargetOption, DeviceOption, ModelOption, WhereOption, inputs, output, wanted
 from ldm.cli.sampling import settings
+from ldm.data.where import parse_where
 from ldm.devices import pick_device
-from ldm.requests.parse import parse_integers, parse_where
+from ldm.requests.parse import parse_integers
 from ldm.requests.sampling import AskedSampler
 from ldm.sampling.sampler import Inversion
 
@@ -109,7 +110,7 @@ def translate(
     asked = AskedTranslations(
         parse_integers(region, 4, "--region", "x,y,width,height"),
         mpp,
-        parse_where(where or []),
+        parse_where(where),
         count,
         source or [],
         target or [],

@@ -13,6 +13,7 @@ import torch
 from torch.hub import get_dir
 
 from ldm.data.image_sets import ImageSet
+from ldm.data.where import Where
 from ldm.encoders.feature_files import SUFFIXES, FeatureSet, check_alike
 from ldm.errors import UserError, suggest
 from ldm.files import sha256, writable_folder, write_text
@@ -43,8 +44,8 @@ class Asked:
     conditions: Path | None = None
     pairs: Path | None = None
     scores: Path | None = None
-    where: dict[str, str] = field(default_factory=dict)
-    train_where: dict[str, str] = field(default_factory=dict)
+    where: Where = ()
+    train_where: Where = ()
     features: list[str] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     resize: str = "clean"
@@ -108,7 +109,7 @@ def evaluate(asked: Asked, device: str) -> None:
 def compare_sets(asked: Asked, report: Report, extractors: Extractors, device: str) -> None:
     """Distances, conditions, classes, captions, memorisation, canvas."""
     given = {
-        "generated": (asked.generated, {}),
+        "generated": (asked.generated, ()),
         "real": (asked.real, asked.where),
         "train": (asked.train, asked.train_where),
     }

@@ -14,6 +14,7 @@ import pandas as pd
 
 from ldm.data.collection import LIST, Pictures, read_pictures
 from ldm.data.extent import tell
+from ldm.data.where import Where
 from ldm.errors import UserError, some
 from ldm.files import whole, writable_folder, write_text
 from ldm.images.sheets import contact_sheet
@@ -36,7 +37,7 @@ def score_images(
     device: str,
     batch_size: int,
     crop: int | None,
-    where: Mapping[str, str],
+    where: Where,
     target: str | None = None,
 ) -> None:
     """`histoldm score`: a table of what the networks say of each image.

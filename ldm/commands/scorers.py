@@ -11,6 +11,7 @@ import numpy as np
 
 from ldm.data.collection import joined
 from ldm.data.extent import tell
+from ldm.data.where import Where, parse_where
 from ldm.errors import UserError, some
 from ldm.files import write_text
 from ldm.scorers.calibration import measures, with_intervals
@@ -29,14 +30,14 @@ class AskedLabels:
 
     Attributes:
         label, patient: columns. kind: binary, graded or classes. positive: class that a binary score is for.
-        where: column -> value of the images that count.
+        where: which images count, see `ldm.data.where`.
     """
 
     label: str | None = None
     kind: str | None = None
     positive: str | None = None
     patient: str | None = None
-    where: Mapping[str, str] | None = None
+    where: Where = ()
 
 
 def labelled(data: Path, asked: AskedLabels, crop: int | None = None, skip_unrated: bool = False) -> Labelled:
@@ -101,7 +102,7 @@ def utility(
     recipe: Recipe,
     device: str,
     bf16: bool,
-    held_out: Mapping[str, str],
+    held_out: Where,
     crop: int | None = None,
 ) -> None:
     """`histoldm utility`: what synthetic images are worth for training a classifier.
@@ -130,14 +131,14 @@ def utility(
     found = compared(tested, scores)
     about = {"real": real.name, "synthetic": synthetic.name, "test": len(tested), "synthetic_images": len(made)}
     about |= {"test_groups": len(set(tested.groups)), "real_images": len(arms), "recipe": recipe.__dict__}
-    about["held_out"] = dict(held_out)
+    about["held_out"] = [*map(str, parse_where(held_out))]
     write_text(out / "utility.json", json.dumps({**about, "figures": found}, indent=1))
     for name, value in found.items():
         print(f"{name:<28} {value[0]:+.4f} [{value[1]:+.4f}, {value[2]:+.4f}]")
     print("95% intervals: a bootstrap over the held-out groups; another training's chance is not in them")
 
 
-def held_out_of(own: Labelled, recipe: Recipe, named: Mapping[str, str]) -> np.ndarray:
+def held_out_of(own: Labelled, recipe: Recipe, named: Where) -> np.ndarray:
     """(N,) bool: the real images to test on: those of which their table says so, else a part of the groups at random.
 
     UserError: none, all, or a group on both sides.
@@ -147,11 +148,10 @@ def held_out_of(own: Labelled, recipe: Recipe, named: Mapping[str, str]) -> np.n
         if not test.any():
             raise UserError("--test 0 leaves no real images to compare on; give a fraction.")
         return test
-    words = ", ".join(f"{name}={value}" for name, value in named.items())
-    each = [[str(own_value) == value for own_value in own.pictures.column(name)] for name, value in named.items()]
-    test = np.all(each, axis=0)
-    if test.all() or not test.any():
-        raise UserError(f"{'every' if test.all() else 'no'} real image has {words}; --held-out names a part of them.")
+    words = " and ".join(map(str, parse_where(named)))
+    test = own.pictures.which(named)
+    if test.all():
+        raise UserError(f"every real image has {words}; --held-out names a part of them.")
     if both := sorted(set(own.groups[test]) & set(own.groups[~test])):
         raise UserError(f"{len(both)} groups are on both sides of --held-out {words}: {some(both, 5)}.")
     return test

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +21,7 @@ from ldm.convert import load_model, weights_of
 from ldm.data.collection import read_pictures
 from ldm.data.extent import tell
 from ldm.data.tile_store import holds_stores
+from ldm.data.where import Where
 from ldm.errors import UserError
 from ldm.files import sha256, writable_folder, write_text
 from ldm.images.pictures import Picture, notes_of
@@ -54,7 +55,7 @@ class AskedReal:
 
     images: Path | None = None
     mpp: float | None = None
-    where: Mapping[str, str] = field(default_factory=dict)
+    where: Where = ()
     source: Sequence[str] = ()
     strength: float = 1.0
     count: int | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import pandas as pd
 
 from ldm.data.cohort import read_index
 from ldm.data.tile_store import TileStore, holds_stores, open_cohort
+from ldm.data.where import Where, parse_where, select, unknown
 from ldm.errors import UserError, some, suggest
 from ldm.images.kinds import ENDINGS, called, images_in, is_ome_zarr
 from ldm.images.pictures import Picture, notes_of
@@ -83,13 +84,18 @@ class Pictures:
         return [self.source, *names, *(f"{stat.st_size} {stat.st_mtime_ns}" for stat in stats)]
 
     def column(self, name: str) -> list[Any]:
-        """What the list says of each image under `name`. UserError where it does not."""
+        """What the list says of each image under `name`. UserError where it does not, of any."""
+        values = self._told(name)
+        if missing := [self.name(i) for i, value in enumerate(values) if pd.isna(value)]:
+            raise UserError(f"{len(missing)} images of {self.source} have no {name}: {some(missing, 5)}.")
+        return values
+
+    def _told(self, name: str) -> list[Any]:
+        """What the list says of each image under `name`, None where nothing. UserError where it never does."""
         known = {key for own in self.about for key in own}
         if name not in known:
             raise UserError(f"nothing says the '{name}' of the images in {self.source}{suggest(name, known)}")
-        if missing := [self.name(i) for i, own in enumerate(self.about) if pd.isna(own.get(name))]:
-            raise UserError(f"{len(missing)} images of {self.source} have no {name}: {some(missing, 5)}.")
-        return [own[name] for own in self.about]
+        return [own.get(name) for own in self.about]
 
     def middle(self, crop: int | None) -> Pictures:
         """The same images, of which only the middle `crop` px are seen; None: all. A smaller one is a UserError."""
@@ -104,16 +110,18 @@ class Pictures:
         """The images at these places."""
         return replace(self, items=[self.items[int(row)] for row in rows])
 
-    def chosen(self, where: Mapping[str, Any]) -> Pictures:
-        """The images of which the list beside them says so, `{"split": "test"}`. UserError where there is none."""
-        found = self
-        for name, value in where.items():
-            told = found.column(name)
-            rows = [i for i, own in enumerate(told) if str(own) == str(value)]
-            if not rows:
-                known = suggest(str(value), set(map(str, told)))
-                raise UserError(f"no image of {self.source} has {name}={value}{known}")
-            found = found.take(rows)
+    def chosen(self, where: Where) -> Pictures:
+        """The images of which the list beside them says so. UserError where there is none."""
+        return self.take(np.flatnonzero(self.which(where))) if where else self
+
+    def which(self, where: Where) -> np.ndarray:
+        """(N,) bool: the images of which the list beside them says so, see `ldm.data.where`. UserError for none."""
+        clauses, column = parse_where(where), cache(self._told)
+        if no_such := unknown(clauses, column, f"no image of {self.source}"):
+            raise UserError(no_such)
+        found = select(clauses, len(self), column)
+        if not found.any():
+            raise UserError(f"no image of {self.source} has {' and '.join(map(str, clauses))}.")
         return found
 
     def told(self, about: Sequence[Mapping[str, Any]]) -> Pictures:
@@ -121,13 +129,11 @@ class Pictures:
         return replace(self, items=[replace(picture, about=own) for picture, own in zip(self.items, about)])
 
 
-def read_pictures(
-    path: Path | str, where: Mapping[str, Any] | None = None, subfolders: bool = True, mpp: float | None = None
-) -> Pictures:
+def read_pictures(path: Path | str, where: Where = None, subfolders: bool = True, mpp: float | None = None) -> Pictures:
     """The images at `path`: an image, a folder, an output of `histoldm sample`, a store, a cohort.
 
     Args:
-        where: keeps those of which the list (tiles.csv, index.parquet) says so, `{"split": "test"}`.
+        where: keeps those of which the list (tiles.csv, index.parquet) says so, `["split=test"]`; see `ldm.data.where`.
         subfolders: take those of a folder's subfolders too.
         mpp: micrometres per pixel of image files that do not say them.
     Raises:
@@ -151,7 +157,7 @@ def read_pictures(
         pictures = pictures_of_files(files, [{"file": str(p.relative_to(path))} for p in files], str(path), mpp)
     else:
         pictures = pictures_of_files([path], [{"file": called(path)}], str(path), mpp)
-    return pictures.chosen(where or {})
+    return pictures.chosen(where)
 
 
 def joined(first: Pictures, second: Pictures) -> Pictures:

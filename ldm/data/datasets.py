@@ -9,11 +9,11 @@ never depends on workers or on the order of reading.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -22,6 +22,7 @@ from ldm.data import dihedral as d4
 from ldm.data.conditions import TileConditions, index_rows
 from ldm.data.extent import tell
 from ldm.data.tile_store import TileStore, open_cohort
+from ldm.data.where import Clause, Where, parse_where, select, unknown
 from ldm.errors import UserError, suggest
 from ldm.images.slides import open_slide
 from ldm.images.tissue import TissueMask
@@ -81,8 +82,8 @@ class TileDataset(Dataset):
         feature: name of the features for ssl; latents: name of the latents for latent.
         dihedral: show each tile in a random one of its eight orientations. Latents, which cannot be turned, must have
             been cached in all eight; features that were not are used as they are.
-        where: keeps tiles by label or by column of the cohort's index.parquet: `{split: train}`,
-            `{split: [train, test]}`, `{tissue: {min: 0.5}}`.
+        where: keeps tiles by label or by column of the cohort's index.parquet, see `ldm.data.where`:
+            `[split=train, tissue>0.5]`, `{split: [train, test]}`, `{tissue: {min: 0.5}}`.
         include: keeps tiles that lie wholly in one of these boxes; exclude: drops tiles that touch one of these boxes
             (x, y, width, height in level-0 pixels).
         in_memory: hold tiles, features and latents in memory.
@@ -103,7 +104,7 @@ class TileDataset(Dataset):
         feature: str | None = None,
         latents: str | None = None,
         dihedral: bool = False,
-        where: Mapping[str, Any] | None = None,
+        where: Where = None,
         include: Sequence[Box] | None = None,
         exclude: Sequence[Box] = (),
         in_memory: bool = False,
@@ -125,10 +126,14 @@ class TileDataset(Dataset):
             _require(latents, "latents", self.stores[0].latent_names)
         self._check_arrays(feature, latents)
         self._coords = [store.coords for store in self.stores]
-        kept = [
-            np.flatnonzero(_select(store, coords, where or {}, include, exclude))
-            for store, coords in zip(self.stores, self._coords)
-        ]
+        clauses = parse_where(where)
+        column = cache(lambda name: np.concatenate([_values(store, name) for store in self.stores]))
+        within = [_placed(store, coords, include, exclude) for store, coords in zip(self.stores, self._coords)]
+        keep = np.concatenate(within) & select(clauses, sum(map(len, within)), column)
+        no_such = unknown(clauses, column, "no tile")
+        if no_such and keep.any():
+            raise UserError(no_such)
+        kept = [np.flatnonzero(own) for own in np.split(keep, np.cumsum([len(own) for own in within])[:-1])]
         if clash := sorted(set(conditions or {}) & set(self.names)):
             raise UserError(f"'{clash[0]}' is in `keys` and in `conditions`; leave it out of one of them.")
         self.conditions = TileConditions(self.stores, kept, conditions or {}, missing)
@@ -137,12 +142,12 @@ class TileDataset(Dataset):
         self._row_of = np.concatenate(kept)
         self._first = np.concatenate([[0], np.cumsum([len(rows) for rows in kept])])
         if not len(self._row_of):
-            given = {"where": where, "include": include, "exclude": exclude, "missing": conditions and missing}
-            chosen = ", ".join(f"{name}={value}" for name, value in given.items() if value)
-            unsplit = (where or {}).get("split") == "val"
+            given = {"include": include, "exclude": exclude, "missing": conditions and missing}
+            chosen = [*map(str, clauses), *(f"{name}={value}" for name, value in given.items() if value)]
+            unsplit = Clause("split", "=", ("val",)) in clauses
             raise NoTiles(
-                f"none of the {sum(map(len, self.stores))} tiles of {stores} is selected by {chosen}"
-                + (MAKE_VALIDATION if unsplit else _known_values(self.stores, where or {}))
+                f"none of the {len(keep)} tiles of {stores} is selected by {' and '.join(chosen)}"
+                + (MAKE_VALIDATION if unsplit else f"; {no_such}" if no_such else "")
             )
         held = {**self.names, **({"image": "tiles"} if "image" in keys else {})}
         self._memory = {
@@ -262,64 +267,26 @@ def _require(name: str | None, what: str, known: Sequence[str]) -> None:
         raise UserError(f"name the {what} to read{suggest('', known)}")
 
 
-def _number(value: Any, column: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise UserError(f"'{column}' is a number; it is never '{value}'.") from None
-
-
-def _known_values(stores: Sequence[TileStore], where: Mapping[str, Any]) -> str:
-    """The end of a message about a selection of no tile: which values there are of what it names."""
-    told = []
-    for column, wanted in where.items():
-        if isinstance(wanted, Mapping):
-            continue
-        values = [_values(store, column) for store in stores]
-        known = {str(value) for own in values for value in pd.unique(pd.Series(own).dropna())}
-        listed = [str(each) for each in (wanted if isinstance(wanted, (list, tuple)) else [wanted])]
-        if unknown := [value for value in listed if value not in known]:
-            told.append(f"no tile has {column}={unknown[0]}{suggest(unknown[0], known)}")
-    return "; " + " ".join(told) if told else ""
-
-
 def _values(store: TileStore, column: str) -> np.ndarray:
     """A label of a store's tiles, or a column of the index of its cohort; UserError where neither has that name."""
     if column in store.label_names:
         return store.labels(column)
+    if column == "slide":
+        return np.full(len(store), store.slide, object)
     index = index_rows(store)
     if column in index.columns:
         return index[column].to_numpy()
-    raise UserError(
-        f"tiles of {store.path} have no '{column}'{suggest(column, {*store.label_names, *index.columns})}"
-    )
+    raise UserError(f"tiles of {store.path} have no '{column}'{suggest(column, {*store.label_names, *index.columns})}")
 
 
-def _select(
-    store: TileStore,
-    coords: np.ndarray,
-    where: Mapping[str, Any],
-    include: Sequence[Box] | None,
-    exclude: Sequence[Box],
-) -> np.ndarray:
-    """(N,) bool: which tiles of a store are chosen."""
+def _placed(store: TileStore, coords: np.ndarray, include: Sequence[Box] | None, exclude: Sequence[Box]) -> np.ndarray:
+    """(N,) bool: which tiles of a store lie in the boxes that are included and touch none that are excluded."""
     side = store.tile_size * store.downsample
     keep = np.ones(len(store), bool)
     if include is not None:
         keep &= np.any([_within(coords, side, box) for box in include], axis=0)
     for box in exclude:
         keep &= ~_overlaps(coords, side, box)
-    for column, wanted in where.items():
-        values = _values(store, column)
-        if isinstance(wanted, Mapping):
-            if unknown := set(wanted) - {"min", "max"}:
-                raise UserError(f"where.{column} takes a value, a list, or min and max; got {sorted(unknown)}.")
-            keep &= (values >= wanted.get("min", -np.inf)) & (values <= wanted.get("max", np.inf))
-        else:
-            listed = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted]
-            if np.issubdtype(values.dtype, np.number):
-                listed = [_number(each, column) for each in listed]
-            keep &= np.isin(values, listed)
     return keep
 
 

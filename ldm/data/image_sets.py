@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from ldm.data.collection import Pictures, list_of, read_pictures
 from ldm.data.splits import patient_of
 from ldm.data.tile_store import open_cohort
+from ldm.data.where import Where, parse_where
 from ldm.errors import UserError, some
 from ldm.images.kinds import is_ome_zarr
 from ldm.images.pictures import Picture
@@ -62,9 +62,7 @@ class ImageSet:
         return np.asarray(Image.fromarray(image).resize((self.side, self.side), Image.Resampling.LANCZOS))
 
 
-def open_images(
-    path: Path, where: Mapping[str, Any] | None = None, crop: int | None = None, side: int | None = None
-) -> ImageSet:
+def open_images(path: Path, where: Where = None, crop: int | None = None, side: int | None = None) -> ImageSet:
     """The images at `path`.
 
     where: which tiles of a cohort or rows of a list. crop: cut images into squares of so many pixels side by side; a
@@ -102,7 +100,7 @@ def open_images(
     about = {
         "path": path.name or str(path), "kind": kind, "count": len(pictures), "mpp": pictures.mpp,
         "size": [side, side] if side else list(first), "original_size": list(first),
-        "where": dict(where or {}), "grey": len(grey), "licence": pictures.licence,
+        "where": [*map(str, parse_where(where))], "grey": len(grey), "licence": pictures.licence,
         "listing_sha256": _listing_sha256(path, pictures),
     }  # fmt: skip
     table = table_of(pictures)

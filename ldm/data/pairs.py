@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from ldm.data.cohort import read_index
 from ldm.data.datasets import Key, TileDataset
+from ldm.data.where import Clause, Where, parse_where
 from ldm.errors import UserError, suggest
 
 
@@ -33,7 +33,7 @@ class PairDataset(Dataset):
         source: str,
         target: str,
         gray: bool = True,
-        where: Mapping[str, Any] | None = None,
+        where: Where = None,
         dihedral: bool = False,
     ) -> None:
         index = read_index(cohort)
@@ -47,12 +47,12 @@ class PairDataset(Dataset):
                 raise UserError(f"{cohort} has no modality '{modality}'{suggest(modality, known)}")
         named = {"subject": "subject", "slice": "slice"}
 
-        def tiles(modality: str, chosen: Mapping[str, Any]) -> TileDataset:
-            chosen = {**chosen, "modality": modality}
+        def tiles(modality: str, chosen: Where) -> TileDataset:
+            chosen = [*parse_where(chosen), Clause("modality", "=", (modality,))]
             return TileDataset(cohort, where=chosen, conditions=named, gray=gray, dihedral=dihedral)
 
         self.source, self.target = source, target
-        self.targets, self.sources = tiles(target, where or {}), tiles(source, {})
+        self.targets, self.sources = tiles(target, where), tiles(source, None)
         places: dict[tuple[str, int], int] = {}
         for place, key in enumerate(_places(self.sources)):
             if key in places:

@@ -24,6 +24,7 @@ from ldm.data.collection import read_pictures
 from ldm.data.features import read_features
 from ldm.data.image_sets import ImageSet, table_of
 from ldm.data.tile_store import open_cohort
+from ldm.data.where import Where, parse_where
 from ldm.encoders.extractors import Extractor
 from ldm.errors import UserError
 from ldm.files import remove, tool_version, whole, writable_folder, write_text
@@ -198,7 +199,7 @@ def _sha256_of(values: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
 
 
-def features_of_stores(path: Path, feature: str, where: Mapping[str, Any] | None = None) -> FeatureSet:
+def features_of_stores(path: Path, feature: str, where: Where = None) -> FeatureSet:
     """The features `feature` that the tiles of a store or cohort have already. UserError where they have none.
 
     >>> features_of_stores(store.path, "uni")
@@ -224,7 +225,7 @@ def features_of_stores(path: Path, feature: str, where: Mapping[str, Any] | None
         "kind": "features of stores",
         "count": len(table),
         "mpp": pictures.mpp,
-        "where": dict(where or {}),
+        "where": [*map(str, parse_where(where))],
         "licence": pictures.licence,
         "features_sha256": _sha256_of(values),
         "slides": int(table["slide"].nunique()),

@@ -299,5 +299,5 @@ def _told(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {_told(each)}" for key, each in value.items())
     if isinstance(value, (list, tuple)):
-        return " × ".join(_told(each) for each in value)
+        return (", " if any(isinstance(each, str) for each in value) else " × ").join(map(_told, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

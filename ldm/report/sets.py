@@ -13,6 +13,7 @@ import pandas as pd
 from ldm.data.collection import read_pictures
 from ldm.data.image_sets import ImageSet, open_images, table_of
 from ldm.data.tile_store import holds_stores, open_cohort
+from ldm.data.where import Where
 from ldm.encoders.clip import load_clip
 from ldm.encoders.encoder import find_encoder
 from ldm.encoders.extractors import CLIP, Extractor, load_extractor
@@ -66,7 +67,7 @@ class Source:
 
     role: str
     path: Path
-    where: dict[str, str]
+    where: Where
     crop: int | None = None
     side: int | None = None
 

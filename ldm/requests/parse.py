@@ -8,19 +8,6 @@ from typing import Literal
 from ldm.errors import UserError
 
 
-def parse_where(where: Sequence[str]) -> dict[str, str]:
-    """`label=value` selections.
-
-    >>> parse_where(["split=val"])
-    {'split': 'val'}
-    """
-    pairs = [item.partition("=") for item in where]
-    for item, (name, equals, value) in zip(where, pairs):
-        if not (name and equals and value):
-            raise UserError(f"--where takes label=value, as split=val; got '{item}'.")
-    return {name: value for name, _, value in pairs}
-
-
 def parse_guidance(texts: Sequence[str]) -> float | dict[str, float] | None:
     """One guidance scale, or one for each condition; None for none given.
 

@@ -15,6 +15,7 @@ from ldm.conditioners.compose import known_key, parse_conditions
 from ldm.data.conditions import has_condition
 from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
+from ldm.data.where import Where
 from ldm.errors import UserError, suggest
 from ldm.images.write import to_uint8
 from ldm.tables.text import read_table
@@ -71,7 +72,7 @@ class AskedTiles:
     Attributes:
         features: a file of features, one tile for each; or a cohort or store, one for each tile selected by `where`,
             with all that the model is conditioned on as its training data had it.
-        feature: name of the feature in a store. where: label -> value.
+        feature: name of the feature in a store. where: see `ldm.data.where`.
         conditions: "name=value", the same for every tile; they replace those of a store.
         table: CSV or TSV with a column for each condition and a tile for each row.
         count: how many; at most so many, evenly chosen, of features, store or table.
@@ -79,7 +80,7 @@ class AskedTiles:
 
     features: Path | None = None
     feature: str | None = None
-    where: Mapping[str, str] = field(default_factory=dict)
+    where: Where = ()
     conditions: Sequence[str] = ()
     table: Path | None = None
     count: int | None = None
@@ -136,9 +137,7 @@ def _of_table(conditioner: Conditioner | None, path: Path, fixed: dict[str, Any]
     return Requests(about, values, fixed)
 
 
-def _of_file(
-    model: LatentDiffusion, path: Path, where: Mapping[str, str], fixed: dict[str, Any], count: int | None
-) -> Requests:
+def _of_file(model: LatentDiffusion, path: Path, where: Where, fixed: dict[str, Any], count: int | None) -> Requests:
     if where:
         raise UserError(f"--where selects tiles of a store; {path} is a file of features.")
     key = known_key(model.cond_stage_model, "features")
@@ -153,7 +152,7 @@ def _of_store(
     model: LatentDiffusion,
     path: Path,
     feature: str | None,
-    where: Mapping[str, str],
+    where: Where,
     fixed: dict[str, Any],
     count: int | None,
 ) -> Requests:

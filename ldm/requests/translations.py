@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from ldm.conditioners.compose import keys_of, parse_conditions
 from ldm.data.collection import read_pictures
 from ldm.data.features import read_features
 from ldm.data.tile_store import holds_stores, open_cohort
+from ldm.data.where import Where
 from ldm.encoders.encoder import load_encoder
 from ldm.encoders.feature_map import load_transport
 from ldm.errors import UserError, some
@@ -47,7 +48,7 @@ class AskedTranslations:
 
     region: Sequence[int] | None = None
     mpp: float | None = None
-    where: Mapping[str, str] = field(default_factory=dict)
+    where: Where = ()
     count: int | None = None
     source: Sequence[str] = ()
     targets: Sequence[str] = ()

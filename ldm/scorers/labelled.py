@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pandas as pd
 
 from ldm.data.collection import Pictures, list_of, pictures_of_files, read_pictures
 from ldm.data.tile_store import holds_stores
+from ldm.data.where import Where
 from ldm.errors import UserError, some, suggest
 from ldm.scorers.calibration import KINDS
 from ldm.tables.patients import patients_of
@@ -97,7 +98,7 @@ def read_labelled(
     kind: str | None = None,
     positive: str | None = None,
     patient: str | None = None,
-    where: Mapping[str, Any] | None = None,
+    where: Where = None,
     task: Task | None = None,
 ) -> Labelled:
     """Labelled images.
@@ -109,7 +110,7 @@ def read_labelled(
         kind: binary, graded or classes; by default what the labels look like: two names, numbers, several names.
         positive: the class that a binary scorer gives the probability of; not asked for where the labels are 0 and 1.
         patient: column that says whose an image is; default: `patient`, `group`, `case` or `slide`, if there is one.
-        where: keeps images of which the table says so.
+        where: keeps images of which the table says so, see `ldm.data.where`.
         task: the labels are to fit that task, of other images.
     Raises:
         UserError: one class only, labels missing or of no use, images that are not there.
@@ -125,7 +126,7 @@ def read_labelled(
         pictures = _of_table(path)
     else:
         pictures = read_pictures(path)
-    pictures = pictures.chosen(where or {})
+    pictures = pictures.chosen(where)
     columns = set(pictures.about[0])
     if label is None:
         label = next((name for name in LABELS if name in columns), None)
