@@ -26,7 +26,7 @@ from ldm.data.features import read_features
 from ldm.data.tile_store import open_cohort
 from ldm.devices import pick_device
 from ldm.errors import UserError
-from ldm.files import writable_folder
+from ldm.files import owns
 
 HELD_OUT = 8  # every so manyth pair tells how good the map is
 training = partial(typer.Option, rich_help_panel="Training")
@@ -47,6 +47,7 @@ def read_set(path: Path, feature: str | None) -> tuple[np.ndarray, dict[str, Any
     return np.concatenate(rows), about
 
 
+@owns(beside=True)
 def train(
     source: Path,
     target: Path,
@@ -68,7 +69,6 @@ def train(
     from ldm.encoders.feature_map import fit_transport, save_transport
 
     (a, of_source), (b, of_target) = read_set(source, source_feature), read_set(target, target_feature)
-    writable_folder(out.parent)
     settings = {"paired": paired, "steps": steps, "seed": seed}
     metadata = {"source": of_source, "target": of_target, **settings, "counts": [len(a), len(b)]}
     a, b = torch.from_numpy(a), torch.from_numpy(b)

@@ -23,6 +23,7 @@ from demo.steps import OUT, SLIDE, Step, demo_steps, executable
 from ldm.cli.script import script
 from ldm.devices import faster_precision
 from ldm.errors import UserError
+from ldm.files import owns
 
 IMPORT_SECONDS = 5
 ENVIRONMENT = {
@@ -82,13 +83,10 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+@owns()
 def run_demo(out: Path) -> None:
     if not SLIDE.is_file():
         raise UserError(f"{SLIDE} is not here; run the demo in the root folder of the repository")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
     steps = demo_steps(out, faster_precision()[0])
     record = Record(out / "times.json")
     for number, step in enumerate(steps, start=1):

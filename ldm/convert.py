@@ -20,7 +20,7 @@ from ldm.config import allowing, instantiate_from_config, modules_only
 from ldm.diffusion.schedules import make_betas
 from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError, suggest
-from ldm.files import sha256
+from ldm.files import owns, sha256
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
 from ldm.interop.export import apart
@@ -54,6 +54,7 @@ OWN = "histoldm_config"  # in checkpoints of this toolkit's own trainings
 SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 
 
+@owns(beside=True)
 def convert(
     source: str | Path,
     out: str | Path,
@@ -85,6 +86,7 @@ def convert(
     )
 
 
+@owns(beside=True)
 def export_as(form: str, folder: str | Path, out: str | Path, half: bool = False) -> list[str]:
     """Write a model folder in the form of others, one of EXPORTS; gives what is to be said of it.
 

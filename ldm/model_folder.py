@@ -8,7 +8,6 @@ Checkpoints (`.ckpt`) are for resuming; `export` makes a model folder of one.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from ldm.autoencoder.weights import read_state_dict
 from ldm.config import instantiate_from_config, load_config, modules_only, save_config
 from ldm.devices import pick_device
 from ldm.errors import UserError
-from ldm.files import CARD
+from ldm.files import CARD, names_in, owns, whole
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.weights import averaged, check_finite, in_words, not_finite
 
@@ -58,10 +57,6 @@ def write_model_folder(
     {'licence': 'MIT'}
     """
     folder = Path(folder)
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if folder.is_file() or (held - {CARD} and "config.yaml" not in held):
-        raise UserError(f"{folder} exists and is not a model folder; give another --out.")
-    part, old = folder.with_name(folder.name + ".part"), folder.with_name(folder.name + ".old")
     tensors = {
         name: (value.to(dtype) if dtype and value.is_floating_point() and value.ndim else value)
         for name, value in state.items()
@@ -71,19 +66,18 @@ def write_model_folder(
         way = "float16 does not hold such values: store them in full" if narrow else "take an earlier checkpoint"
         raise UserError(f"{folder} is not written: {in_words(wrong, tensors)}; {way}.")
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part / WEIGHTS)
-        save_config({"model": dict(node), "metadata": dict(metadata)}, part / "config.yaml")
-        for name, text in (files or {}).items():
-            (part / name).write_text(text, encoding="utf-8")
-        if CARD in held:
-            shutil.copy(folder / CARD, part / CARD)
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(part, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole(folder) as part:
+            held = set(names_in(folder)) if folder.is_dir() else set()
+            if folder.is_file() or (held - {CARD} and "config.yaml" not in held):
+                raise UserError(f"{folder} exists and is not a model folder; give another --out.")
+            part.mkdir()
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part / WEIGHTS)
+            save_config({"model": dict(node), "metadata": dict(metadata)}, part / "config.yaml")
+            for name, text in (files or {}).items():
+                (part / name).write_text(text, encoding="utf-8")
+            if CARD in held:
+                shutil.copy(folder / CARD, part / CARD)
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}. Give a folder that can be written.") from error
     return folder
@@ -242,6 +236,7 @@ def _filled(node: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) ->
     return module
 
 
+@owns(beside=True)
 def export(
     path: str | Path, out: str | Path, dtype: torch.dtype | None = None, metadata: Mapping[str, Any] | None = None
 ) -> Path:

@@ -50,6 +50,12 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path):
         writable_folder(tmp_path / "file" / "out")
 
 
+@pytest.mark.parametrize("command", [extract, encode_latents])
+def test_commands_refuse_unknown_devices(command):
+    with pytest.raises(UserError, match="device 'foo'"):
+        command([], "encoder", device="foo")
+
+
 def test_devices(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
@@ -57,9 +63,6 @@ def test_devices(monkeypatch: pytest.MonkeyPatch):
     for name in ("cuda", "cuda:7", "foo"):
         with pytest.raises(UserError, match=f"this machine has no device '{name}'; choose auto, cpu"):
             pick_device(name)
-    for command in (extract, encode_latents):
-        with pytest.raises(UserError, match="device 'foo'"):
-            command([], "encoder", device="foo")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert (pick_device("auto"), pick_device("cuda"), pick_device("cuda:1")) == ("cuda:0", "cuda:0", "cuda:1")
 

@@ -409,7 +409,7 @@ FOREIGN = {
     "os.system": {"command": "touch {mark}"},
     "ldm.files.os.system": {"command": "touch {mark}"},
     "ldm.files.write_text": {"path": "{mark}", "text": "harm"},
-    "ldm.data.shards.WriterLock": {"path": "{mark}"},
+    "ldm.locks.Lock": {"path": "{mark}"},
     "ldm.data.datasets.TileDataset": {"path": "{mark}"},
     "pytorch_lightning.loggers.CSVLogger": {"save_dir": "{mark}"},
     "torch.nn.modules.module.torch.load": {"f": "{mark}"},

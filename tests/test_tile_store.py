@@ -21,10 +21,11 @@ import zarr
 from ldm.data import dihedral
 from ldm.data.cohort import merge_index
 from ldm.data.datasets import TileDataset
-from ldm.data.shards import WriterLock, codec_settings
+from ldm.data.shards import codec_settings
 from ldm.data.store_writers import ArrayWriter, TileStoreWriter
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError
+from ldm.locks import Lock
 
 COUNT, SIDE = 2500, 16  # three shards, the last one not full
 ATTRS = {
@@ -160,7 +161,7 @@ def test_two_writers_are_refused(tmp_path: Path):
 def test_lock_of_another_host_is_respected(tmp_path: Path):
     (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere"}')
     with pytest.raises(UserError, match=r"process 1 on elsewhere.*delete"):
-        WriterLock(tmp_path / ".lock").acquire()
+        Lock(tmp_path / ".lock").acquire()
 
 
 def test_other_settings_are_refused(store: TileStore):

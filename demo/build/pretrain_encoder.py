@@ -44,7 +44,7 @@ from ldm.data.augment import restained
 from ldm.encoders.encoder import Encoder, load_encoder
 from ldm.encoders.registry import EncoderSpec
 from ldm.errors import UserError, suggest
-from ldm.files import whole, writable_folder, write_text
+from ldm.files import owns, whole, write_text
 from ldm.images.slides import open_slide
 
 # rows haematoxylin, eosin, DAB (Ruifrok and Johnston 2001): optical density per channel
@@ -402,12 +402,12 @@ def build(config: dict) -> tuple[Contrast, int]:
     return model, 2 * math.ceil(half + config["views"]["shift"] * spec.input_size / spec.tile_size)
 
 
+@owns()
 def pretrain(config: dict, out: Path) -> None:
     """Train, standardise, measure, and write the encoder folder."""
     model, size = build(config)
     encoder = model.encoder
     images = load_images(config, encoder.spec, size)
-    writable_folder(out)
     seconds = fit(model, images, config, out, size)
     encoder.eval()
     set_standardisation(encoder, images, config, size)

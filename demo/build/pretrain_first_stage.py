@@ -31,7 +31,7 @@ from ldm.config import instantiate_from_config, load_config
 from ldm.data.datasets import RegionDataset, to_tensor
 from ldm.devices import TRAINER, faster_precision
 from ldm.errors import UserError
-from ldm.files import writable_folder
+from ldm.files import owns
 from ldm.images.sheets import grid
 from ldm.images.slides import open_slide
 from ldm.images.write import save_png, to_uint8
@@ -137,6 +137,7 @@ class Export(pl.Callback):
             save_file(halves, self.out / "discriminator.safetensors")
 
 
+@owns(beside=True)
 def pretrain(config_path: Path, out: Path) -> None:
     config = load_config([config_path])
     check_keys(config, KEYS, "the config")
@@ -151,7 +152,6 @@ def pretrain(config_path: Path, out: Path) -> None:
     length = train["steps_per_epoch"] * train["batch_size"]
     crops = RegionDataset(config["images"], train["crop"], length, train["mpp"], background=train["glass"])
     held_out = HeldOut(config["images"], size=256)
-    writable_folder(run)
     checkpoint = ModelCheckpoint(run, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
     trainer = pl.Trainer(
         accelerator="cpu",

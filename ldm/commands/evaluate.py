@@ -16,7 +16,7 @@ from ldm.data.image_sets import ImageSet
 from ldm.data.where import Where
 from ldm.encoders.feature_files import SUFFIXES, FeatureSet, check_alike
 from ldm.errors import UserError, suggest
-from ldm.files import sha256, writable_folder, write_text
+from ldm.files import owned, owns, sha256, write_text
 from ldm.images.kinds import is_ome_zarr
 from ldm.images.slides import Slide, open_image
 from ldm.metrics.conditional import few_images
@@ -79,7 +79,11 @@ def is_large(path: Path) -> bool:
 
 def evaluate(asked: Asked, device: str) -> None:
     """Measure, write report.html and report.json into `asked.out`, and print the figures."""
-    writable_folder(asked.out)
+    with owned(asked.out):
+        _evaluate(asked, device)
+
+
+def _evaluate(asked: Asked, device: str) -> None:
     exact = "cpu" if device == "mps" else device  # Apple's GPUs have no float64, which distances are in
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(asked).items()}
     report = Report(asked.title, settings, date=f"{date.today():%d %B %Y}")
@@ -300,10 +304,10 @@ def lpips_of(asked: Asked, report: Report, device: str) -> LPIPS | None:
         return LPIPS("alex", str(file)).to(device).eval()
 
 
+@owns()
 def compare_reports(a: Path, b: Path, out: Path) -> None:
     """`histoldm evaluate --compare`: two reports side by side, as a page and on the terminal."""
     reports = [read_report(path) for path in (a, b)]
-    writable_folder(out)
     rows, warnings = compared(*reports)
     write_text(out / "comparison.html", compare_page(*reports, rows, warnings))
     print("\n".join(compare_lines(rows)))

@@ -16,7 +16,7 @@ from ldm.data.collection import LIST, Pictures, read_pictures
 from ldm.data.extent import tell
 from ldm.data.where import Where
 from ldm.errors import UserError, some
-from ldm.files import whole, writable_folder, write_text
+from ldm.files import hidden, names_in, owns, whole, write_text
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, save_real_png
 from ldm.requests.tiles import evenly
@@ -27,9 +27,10 @@ from ldm.scorers.ratings import MOST, parse_scale, write_rating_folder
 from ldm.scorers.select import chosen, merit, score_pictures, score_table
 
 SHOWN = 48  # images of a contact sheet
-SETTINGS, SCORES, PARTIAL = "filter.json", "scores.csv", ".scores.partial.npz"
+SETTINGS, SCORES, PARTIAL = "filter.json", "scores.csv", ".scored"
 
 
+@owns(beside=True)
 def score_images(
     scorer: Sequence[Path],
     images: Path,
@@ -47,12 +48,11 @@ def score_images(
     """
     if out.suffix.lower() != ".csv":
         raise UserError(f"--out is a .csv file; got {out}.")
-    writable_folder(out.parent)
     network, pictures = load_scorer(scorer, device), read_pictures(images, where).middle(crop)
     tell(pictures.notes)
     task = network.task
     wanted = None if target is None else targets_of(pictures.column(target), task, pictures)
-    work = out.with_name(f".{out.name}.partial.npz")  # what a stopped run has scored
+    work = hidden(out, PARTIAL)  # what a stopped run has scored
     table = score_table(network.task, score_pictures(network, pictures, batch_size, work), pictures)
     if wanted is not None:
         table["target"] = as_scores(task, wanted, table)
@@ -93,6 +93,7 @@ def parse_above(texts: Sequence[str]) -> dict[str, float]:
     return found
 
 
+@owns()
 def filter_images(
     scorer: Sequence[Path],
     images: Path,
@@ -116,7 +117,6 @@ def filter_images(
     least = parse_above(above)
     begin = {"scorer": network.name, "scorer_sha256": network.identity, "images": images.name, "above": least}
     begin |= {"top": top, "class": class_name, "matches": matches, "by": by, "crop": crop, "count": len(pictures)}
-    writable_folder(out)
     _check_folder(out, begin)
     scores = score_pictures(network, pictures, batch_size, out / PARTIAL)
     values = merit(network.task, scores.mean(1), pictures, class_name, matches)
@@ -157,7 +157,7 @@ def _check_folder(out: Path, begin: Mapping[str, Any]) -> None:
         before = json.loads((out / SETTINGS).read_text())
         if differ := sorted(name for name, value in begin.items() if before.get(name) != json.loads(json.dumps(value))):
             raise UserError(f"{out} holds images kept otherwise ({', '.join(differ)} differ); give another --out.")
-    elif files := sorted(path.name for path in out.iterdir() if path.name != PARTIAL):
+    elif files := [name for name in names_in(out) if name != PARTIAL]:
         raise UserError(f"{out} holds other files ({files[0]}, ...); give an --out that is empty or new.")
 
 
@@ -196,6 +196,7 @@ def _sheet(pictures: Pictures, rows: Sequence[int], values: np.ndarray, path: Pa
         save_png(path, sheet, {"of": LIST})
 
 
+@owns()
 def rate(images: Path, out: Path, count: int, scale: str, seed: int) -> None:
     """`histoldm rate`: numbered contact sheets and a table for people to fill in."""
     pictures, names = read_pictures(images), parse_scale(scale)

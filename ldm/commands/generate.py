@@ -19,7 +19,7 @@ from ldm.data.extent import extent_differs, tell
 from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError
-from ldm.files import writable_folder, write_text
+from ldm.files import owns, write_text
 from ldm.images.pictures import Picture
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import SCALED, SUFFIXES, save_image, save_png, to_uint8
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 SHEET_TILES = 64
 
 
+@owns()
 def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sampler: AskedSampler) -> None:
     """`histoldm sample`: one PNG per tile asked for, tiles.csv that says which is which, and a contact sheet.
 
     Tiles are written as they are made. Those that an interrupted run of the same settings left are kept.
     """
-    writable_folder(out)
     model = load_model(model_path, device)
     tiles = requested_tiles(model, asked)
     if tiles.absent:
@@ -86,6 +86,7 @@ def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sa
     print(f"wrote {len(paths) - len(kept)} tiles to {out}, kept {len(kept)}; with tiles.csv and contact_sheet.png")
 
 
+@owns("outs", beside=True)
 def generate_large_image(
     model_path: Path,
     features: Path,
@@ -103,7 +104,6 @@ def generate_large_image(
     for out in outs:
         if not str(out).endswith(SUFFIXES):
             raise UserError(f"--out must end in {', '.join(SUFFIXES)}; got {out}.")
-        writable_folder(out.parent)
     model = load_model(model_path, device)
     chosen = sampler.loaded(model)
     given = parse_conditions(model.cond_stage_model, conditions)

@@ -20,7 +20,7 @@ from ldm.commands.outputs import differing, provenance
 from ldm.convert import load_model, weights_of
 from ldm.data.collection import LIST, Pictures
 from ldm.errors import UserError
-from ldm.files import whole, writable_folder, write_text
+from ldm.files import names_in, owns, whole, write_text
 from ldm.images.pictures import Picture
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, to_uint8
@@ -74,6 +74,7 @@ class Log:
         self.passed[row["request"]] += bool(row["kept"])
 
 
+@owns()
 def resample(
     model_path: Path,
     scorer: Sequence[Path],
@@ -97,7 +98,6 @@ def resample(
         raise UserError("--above takes one number here; requests of a --table that differ are told by --matches.")
     if until < 1 or max_attempts < until:
         raise UserError(f"--until {until} tiles cannot pass in --max-attempts {max_attempts}.")
-    writable_folder(out)
     network, model = load_scorer(scorer, device), load_model(model_path, device)
     tiles = requested_tiles(model, asked)
     chosen = replace(sampler.loaded(model), progress=False)
@@ -190,7 +190,7 @@ def _name(out: Path, index: int) -> Path:
 def _held(out: Path, begin: dict[str, Any], usual: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     """Attempts of an earlier run of the same settings by index; UserError if `out` holds anything else."""
     if not (out / SETTINGS).is_file():
-        if files := sorted(path.name for path in out.iterdir()):
+        if files := names_in(out):
             raise UserError(f"{out} holds other files ({files[0]}, ...); give an --out that is empty or new.")
         write_text(out / SETTINGS, json.dumps(begin, indent=1))
     before = json.loads((out / SETTINGS).read_text())

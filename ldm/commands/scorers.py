@@ -13,7 +13,7 @@ from ldm.data.collection import joined
 from ldm.data.extent import tell
 from ldm.data.where import Where, parse_where
 from ldm.errors import UserError, some
-from ldm.files import write_text
+from ldm.files import owns, write_text
 from ldm.scorers.calibration import measures, with_intervals
 from ldm.scorers.ensemble import Ensemble
 from ldm.scorers.labelled import Labelled, read_labelled
@@ -94,6 +94,7 @@ def report(scorer: Ensemble) -> list[str]:
     return [*lines, f"temperature {scorer.temperature:.3f}; best epochs {scorer.about['best_epochs']}"]
 
 
+@owns()
 def utility(
     real: Path,
     synthetic: Path,

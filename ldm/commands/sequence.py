@@ -23,7 +23,7 @@ from ldm.data.extent import tell
 from ldm.data.tile_store import holds_stores
 from ldm.data.where import Where
 from ldm.errors import UserError
-from ldm.files import sha256, writable_folder, write_text
+from ldm.files import owns, sha256, write_text
 from ldm.images.pictures import Picture, notes_of
 from ldm.images.write import save_animation, save_png, to_uint8
 from ldm.requests.sampling import AskedSampler
@@ -61,6 +61,7 @@ class AskedReal:
     count: int | None = None
 
 
+@owns()
 def write_sequences(
     model_path: Path,
     out: Path,
@@ -77,7 +78,6 @@ def write_sequences(
     Images are written as they are made; those that an interrupted run of the same settings left are kept.
     """
     sweep = parse_sweep(vary)
-    writable_folder(out)
     model, judge = load_model(model_path, device), load_scorer(scorer, device) if scorer else None
     if judge is not None:
         if judge.task.kind == "classes":

@@ -22,7 +22,7 @@ from ldm.commands.outputs import kept_images, provenance
 from ldm.convert import load_model, weights_of
 from ldm.data.extent import scale_differs, tell
 from ldm.errors import UserError
-from ldm.files import writable_folder, write_text
+from ldm.files import owns, write_text
 from ldm.images.pictures import Picture, notes_of
 from ldm.images.sheets import coloured, difference, labelled_sheet
 from ldm.images.write import save_image, save_png, to_uint8
@@ -50,6 +50,7 @@ class Output:
     text: dict[str, Any]
 
 
+@owns()
 def translate_pictures(
     model_path: Path,
     images: Path,
@@ -66,7 +67,6 @@ def translate_pictures(
     Images are written as they are made; those that a run of the same settings left are kept, those of others are an
     error.
     """
-    writable_folder(out)
     model = load_model(model_path, device)
     pictures, plans = pictures_and_plans(model, images, asked)
     chosen, inversion = settled(sampler.loaded(model), inversion, model)

@@ -15,12 +15,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ldm.data.shards import WriterLock
 from ldm.data.splits import choose_splits, owner_of, patient_of, record_fractions, tell_validation, together
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, note
 from ldm.files import whole
+from ldm.locks import Lock
 
 _BATCH = 64
 
@@ -156,7 +156,7 @@ def merge_index(
             raise UserError(f"{cohort} has no finished store of the slide '{slide}'")
         if rows.min() < 0 or rows.max() >= len(stores[slide]):
             raise UserError(f"{stores[slide].path} has {len(stores[slide])} tiles; the table has row {rows.max()}")
-    with WriterLock(cohort / ".lock-index"):
+    with Lock(cohort / ".lock-index"):
         old = read_index(cohort) if path.exists() else pd.DataFrame({"slide": [], "row": []})
         merged = _updated(old, table, keys)
         for slide in table["slide"].unique():

@@ -6,21 +6,15 @@ and writes it at once, by renaming a finished file. How many rows are durable is
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import importlib.util
-import json
 import multiprocessing
 import os
-import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import zarr
-
-from ldm.errors import UserError
 
 SHARD_ROWS = 1024
 SHARD_BYTES = 256 << 20
@@ -84,65 +78,6 @@ def open_writable(path: Path) -> zarr.Array:
     """
     with zarr.config.set(_WRITING):
         return zarr.open_array(str(path), mode="r+")
-
-
-class WriterLock:
-    """An exclusive lock file that names its holder's process and host. UserError when another live writer holds it.
-
-    The kernel drops the lock with its process, so the lock of a killed local writer is simply taken over. A lock file
-    left by another host is respected, because from here nobody can see whether that process lives.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        self._file: int | None = None
-
-    def acquire(self) -> Self:
-        while self._file is None:
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                holder = self._holder(handle)
-                os.close(handle)
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise UserError(f"{self.path.parent} is on a file system without locks ({error}).") from None
-                raise UserError(
-                    f"{self.path.parent} is being written by process {holder.get('pid', '?')} on "
-                    f"{holder.get('host', '?')}; wait for it or stop it."
-                ) from None
-            if not self.path.exists() or os.fstat(handle).st_ino != self.path.stat().st_ino:
-                os.close(handle)  # released and removed by its holder while we waited for it
-                continue
-            holder = self._holder(handle)
-            if holder.get("host", socket.gethostname()) != socket.gethostname():
-                os.close(handle)
-                raise UserError(
-                    f"{self.path.parent} is being written by process {holder.get('pid')} on {holder['host']}; "
-                    f"if that process is dead, delete {self.path}."
-                )
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
-            self._file = handle
-        return self
-
-    @staticmethod
-    def _holder(handle: int) -> dict[str, Any]:
-        try:
-            return json.loads(os.pread(handle, 4096, 0) or b"{}")
-        except ValueError:
-            return {}
-
-    def release(self) -> None:
-        if self._file is not None:
-            self.path.unlink(missing_ok=True)
-            os.close(self._file)
-            self._file = None
-
-    __enter__ = acquire
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 class ShardBuffer:

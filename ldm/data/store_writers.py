@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ldm.data.shards import ShardBuffer, WriterLock, create_array, open_writable
+from ldm.data.shards import ShardBuffer, create_array, open_writable
 from ldm.data.tile_store import FORMAT, GROUPS, TOLD, TileStore
 from ldm.errors import UserError
 from ldm.files import tool_version
+from ldm.locks import Lock
 
 
 def _plain(value: Any) -> Any:
@@ -36,9 +37,7 @@ class _Writer(AbstractContextManager):
 class TileStoreWriter(_Writer):
     """Writes one slide's tiles, coordinates and labels; a context manager. See `create`."""
 
-    def __init__(
-        self, path: Path, lock: WriterLock, group: zarr.Group, attrs: dict[str, Any], buffer: ShardBuffer | None
-    ):
+    def __init__(self, path: Path, lock: Lock, group: zarr.Group, attrs: dict[str, Any], buffer: ShardBuffer | None):
         self.path, self.attrs = path, attrs
         self._lock, self._group, self._buffer = lock, group, buffer
 
@@ -63,7 +62,7 @@ class TileStoreWriter(_Writer):
             raise UserError(f"a tile store holds at least one tile, got count={count}")
         try:
             path.mkdir(parents=True, exist_ok=True)
-            lock = WriterLock(path / ".lock-tiles").acquire()
+            lock = Lock(path / ".lock-tiles").acquire()
         except OSError as error:
             raise UserError(f"cannot write to {path}: {error.strerror}") from None
         try:
@@ -73,7 +72,7 @@ class TileStoreWriter(_Writer):
             raise
 
     @classmethod
-    def _begin(cls, path: Path, lock: WriterLock, attrs: dict[str, Any], labels: dict[str, str]) -> TileStoreWriter:
+    def _begin(cls, path: Path, lock: Lock, attrs: dict[str, Any], labels: dict[str, str]) -> TileStoreWriter:
         names = ["tiles", "coords", *(f"labels/{name}" for name in labels)]
         if (path / "zarr.json").exists():
             before = TileStore.open(path, allow_incomplete=True).attrs
@@ -169,7 +168,7 @@ class ArrayWriter(_Writer):
         self._buffer: ShardBuffer | None = None
         shape = (self.count, *map(int, shape_tail))
         try:
-            self._lock = WriterLock(store.path / f".lock-{group}-{leaf}").acquire()
+            self._lock = Lock(store.path / f".lock-{group}-{leaf}").acquire()
         except OSError as error:
             raise UserError(f"cannot write to {store.path}: {error.strerror}") from None
         try:

@@ -7,7 +7,6 @@ pyramids take any array that can be sliced, such as a zarr array or a memory map
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,27 +155,26 @@ def save_bigtiff(path: Path | str, image: Any, mpp: float, metadata: Mapping[str
     _check_mpp(mpp)
 
     def write(part: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=part.parent, prefix=".levels-") as scratch:
-            levels = _pyramid(image, Path(scratch))
-            with tifffile.TiffWriter(part, bigtiff=True) as file:
-                for level, pixels in enumerate(levels):
-                    factor = image.shape[0] / pixels.shape[0], image.shape[1] / pixels.shape[1]
-                    file.write(
-                        _tiles(pixels),
-                        shape=pixels.shape,
-                        dtype=np.uint8,
-                        tile=(TILE, TILE),
-                        photometric="rgb",
-                        compression="jpeg",
-                        compressionargs={"level": quality},
-                        subsampling=(1, 1),  # H&E lives in its colours
-                        resolution=(1e4 / (mpp * factor[1]), 1e4 / (mpp * factor[0])),
-                        resolutionunit="CENTIMETER",
-                        description=mark_text(metadata) if level == 0 else None,
-                        software=f"HistoLDM {tool_version()}",
-                        subfiletype=0 if level == 0 else 1,
-                        metadata=None,
-                    )
+        levels = _pyramid(image, part.parent)
+        with tifffile.TiffWriter(part, bigtiff=True) as file:
+            for level, pixels in enumerate(levels):
+                factor = image.shape[0] / pixels.shape[0], image.shape[1] / pixels.shape[1]
+                file.write(
+                    _tiles(pixels),
+                    shape=pixels.shape,
+                    dtype=np.uint8,
+                    tile=(TILE, TILE),
+                    photometric="rgb",
+                    compression="jpeg",
+                    compressionargs={"level": quality},
+                    subsampling=(1, 1),  # H&E lives in its colours
+                    resolution=(1e4 / (mpp * factor[1]), 1e4 / (mpp * factor[0])),
+                    resolutionunit="CENTIMETER",
+                    description=mark_text(metadata) if level == 0 else None,
+                    software=f"HistoLDM {tool_version()}",
+                    subfiletype=0 if level == 0 else 1,
+                    metadata=None,
+                )
 
     return _whole(path, write)
 
@@ -192,38 +190,37 @@ def save_ome_zarr(path: Path | str, image: Any, mpp: float, metadata: Mapping[st
     _check_mpp(mpp)
 
     def write(part: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=part.parent, prefix=".levels-") as scratch:
-            levels = _pyramid(image, Path(scratch))
-            datasets = []
-            for i, pixels in enumerate(levels):
-                fy, fx = image.shape[0] / pixels.shape[0], image.shape[1] / pixels.shape[1]
-                scale = {"type": "scale", "scale": [1.0, mpp * fy, mpp * fx]}
-                shift = {"type": "translation", "translation": [0.0, mpp * (fy - 1) / 2, mpp * (fx - 1) / 2]}
-                datasets.append({"path": str(i), "coordinateTransformations": [scale, shift]})
-            axes = [{"name": "c", "type": "channel"}] + [
-                {"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"
-            ]
-            colours = [{"label": n, "color": c, "active": True} for n, c in zip("RGB", ("FF0000", "00FF00", "0000FF"))]
-            for channel in colours:
-                channel["window"] = {"min": 0, "max": 255, "start": 0, "end": 255}
-            ome = {
-                "version": "0.5",
-                "multiscales": [{"name": Path(path).name, "axes": axes, "datasets": datasets, "type": "mean"}],
-                "omero": {"channels": colours, "rdefs": {"model": "color"}},
-            }
-            about = mark_of(metadata) | {"description": mark_text(metadata)}
-            zarr.create_group(str(part), attributes={"ome": ome, "histoldm": about})
-            for i, pixels in enumerate(levels):
-                array = zarr.create_array(
-                    str(part / str(i)),
-                    shape=(3, *pixels.shape[:2]),
-                    dtype="u1",
-                    chunks=(3, TILE, TILE),
-                    dimension_names=("c", "y", "x"),
-                )
-                for y, x in _blocks(pixels.shape, _BLOCK):
-                    block = np.asarray(pixels[y : y + _BLOCK, x : x + _BLOCK])
-                    array[:, y : y + _BLOCK, x : x + _BLOCK] = np.moveaxis(block, -1, 0)
+        levels = _pyramid(image, part.parent)
+        datasets = []
+        for i, pixels in enumerate(levels):
+            fy, fx = image.shape[0] / pixels.shape[0], image.shape[1] / pixels.shape[1]
+            scale = {"type": "scale", "scale": [1.0, mpp * fy, mpp * fx]}
+            shift = {"type": "translation", "translation": [0.0, mpp * (fy - 1) / 2, mpp * (fx - 1) / 2]}
+            datasets.append({"path": str(i), "coordinateTransformations": [scale, shift]})
+        axes = [{"name": "c", "type": "channel"}] + [
+            {"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"
+        ]
+        colours = [{"label": n, "color": c, "active": True} for n, c in zip("RGB", ("FF0000", "00FF00", "0000FF"))]
+        for channel in colours:
+            channel["window"] = {"min": 0, "max": 255, "start": 0, "end": 255}
+        ome = {
+            "version": "0.5",
+            "multiscales": [{"name": Path(path).name, "axes": axes, "datasets": datasets, "type": "mean"}],
+            "omero": {"channels": colours, "rdefs": {"model": "color"}},
+        }
+        about = mark_of(metadata) | {"description": mark_text(metadata)}
+        zarr.create_group(str(part), attributes={"ome": ome, "histoldm": about})
+        for i, pixels in enumerate(levels):
+            array = zarr.create_array(
+                str(part / str(i)),
+                shape=(3, *pixels.shape[:2]),
+                dtype="u1",
+                chunks=(3, TILE, TILE),
+                dimension_names=("c", "y", "x"),
+            )
+            for y, x in _blocks(pixels.shape, _BLOCK):
+                block = np.asarray(pixels[y : y + _BLOCK, x : x + _BLOCK])
+                array[:, y : y + _BLOCK, x : x + _BLOCK] = np.moveaxis(block, -1, 0)
 
     return _whole(path, write)
 
@@ -274,7 +271,7 @@ def _pyramid(image: Any, scratch: Path) -> list[Any]:
     while max(levels[-1].shape[:2]) > TILE:
         fine = levels[-1]
         shape = (-(-fine.shape[0] // 2), -(-fine.shape[1] // 2), 3)
-        coarse = np.memmap(scratch / str(len(levels)), np.uint8, "w+", shape=shape)
+        coarse = np.memmap(scratch / f".level-{len(levels)}", np.uint8, "w+", shape=shape)
         for y, x in _blocks(fine.shape, _BLOCK):
             block = np.asarray(fine[y : y + _BLOCK, x : x + _BLOCK])
             block = np.pad(block, ((0, block.shape[0] % 2), (0, block.shape[1] % 2), (0, 0)), mode="edge")

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.files import whole, writable_folder
+from ldm.files import names_in, whole
 from ldm.interop import targets
 from ldm.interop.converted import Converted
 from ldm.interop.diffusers_config import PREDICTIONS, SCHEDULES
@@ -371,9 +371,8 @@ def check_free(out: Path, mark: str) -> None:
     >>> Path("notes").mkdir()
     >>> check_free(Path("notes"), "model.ckpt")
     """
-    if out.is_file() or (out.is_dir() and not (out / mark).exists() and any(out.iterdir())):
+    if out.is_file() or (out.is_dir() and not (out / mark).exists() and names_in(out)):
         raise UserError(f"{out} exists and holds something else than a model in this form; name another with --out.")
-    writable_folder(out.parent)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ import pandas as pd
 
 from ldm.data.collection import Pictures, pictures_of_files
 from ldm.errors import UserError, some
-from ldm.files import sha256, whole, writable_folder, write_text
+from ldm.files import sha256, whole, write_text
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, save_real_png
 from ldm.rng import fold
@@ -56,7 +56,7 @@ def write_rating_folder(pictures: Pictures, out: Path, count: int, scale: Sequen
     """
     if (out / TABLE).is_file():
         raise UserError(f"{out / TABLE} is there already and may hold ratings; choose another --out.")
-    writable_folder(out / "images")
+    (out / "images").mkdir(parents=True, exist_ok=True)
     rows = np.random.default_rng(fold(seed)).permutation(len(pictures))[:count]
     digits = max(3, len(str(len(rows))))
     about, shown, synthetic = [], [], False

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.errors import UserError
-from ldm.files import CARD, remove, tool_version, whole, writable_folder, write_text
+from ldm.files import CARD, names_in, owns, remove, tool_version, whole, write_text
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
 from ldm.rng import fold, generator
@@ -111,6 +112,7 @@ class Run:
         return found if self.kind == "classes" else found[:, 0]
 
 
+@owns()
 def train_scorer(
     data: Labelled, out: Path | str, recipe: Recipe, device: str = "cpu", bf16: bool = False,
     test: np.ndarray | None = None, licence: str = "", progress: bool = True, half: bool = False,
@@ -131,9 +133,8 @@ def train_scorer(
     out = Path(out)
     folds = folds_of(data, recipe, test)
     make_network(recipe.arch, 1, recipe.kwargs)  # a mistake in it shows before any work
-    writable_folder(out)
     known = (WORK, TEST_SCORES, CONFIG, CARD)
-    strange = [p.name for p in out.iterdir() if p.name not in known and not p.match(MEMBER.format("*"))]
+    strange = [name for name in names_in(out) if name not in known and not fnmatch(name, MEMBER.format("*"))]
     if strange:
         raise UserError(f"{out} holds other files ({strange[0]}, ...); give an --out that is empty or new.")
     images, sides = prepared(data.pictures, recipe.size, out / WORK, progress)

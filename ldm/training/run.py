@@ -8,10 +8,12 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm.errors import UserError, suggest
+from ldm.files import owned
 from ldm.training.files import check_files
 
 if TYPE_CHECKING:  # imported when training begins, so that --help does not wait for it
@@ -229,8 +231,10 @@ class Training:
             reason = error.strerror
             raise UserError(f"cannot make the run folder '{run}': {reason}; choose another --logdir.") from error
         trainer.print(f"run folder {run}")
+        owner = owned(run, otherwise="stop it") if trainer.is_global_zero else nullcontext()
         try:
-            trainer.fit(self.model, self.data, ckpt_path=self.checkpoint, weights_only=True)
+            with owner:
+                trainer.fit(self.model, self.data, ckpt_path=self.checkpoint, weights_only=True)
         except (Stopped, SystemExit):  # Lightning raises SystemExit after a second Ctrl-C
             where = f"continue with: {again}" if last.exists() else "nothing was saved yet"
             trainer.print(f"stopped at step {trainer.global_step}; {where}")
