@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from data_prep.encode_latents import encode_latents
 from data_prep.tile_slides import tile_slide
 from ldm.data import dihedral
 from ldm.data.cohort import merge_index, write_store
+from ldm.data.collection import read_pictures
 from ldm.data.datasets import RegionDataset, TileDataset
 from ldm.data.features import features_to_grid, read_features
 from ldm.data.module import TileDataModule
@@ -224,6 +227,34 @@ def test_values_that_no_tile_has_are_told_with_those_that_there_are(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             TileDataset(str(written.path), where=where)
+
+
+def test_a_table_of_tiles_that_is_lost_is_told(tmp_path, capsys):
+    tile = np.zeros((16, 16, 3), np.uint8)
+    written = write_store(tmp_path, "a", lambda i: tile, 2, attrs={"tile_size": 16})
+    merge_index(tmp_path, pd.DataFrame({"slide": "a", "row": [0, 1], "split": "val", "class": "x"}))
+    os.rename(tmp_path / "index.parquet", tmp_path / "kept.parquet")
+    message = rf"there is no table of tiles at {tmp_path / 'index.parquet'}, .* data_prep command that wrote the tiles"
+    for asked in ({"where": {"split": "val"}}, {"conditions": {"class": "class"}}):
+        with pytest.raises(UserError, match=message):
+            TileDataset(str(tmp_path), **asked)
+    assert len(read_pictures(tmp_path)) == 2
+    assert re.search(f"note: {message}", capsys.readouterr().err)
+    shutil.copytree(written.path, tmp_path / "alone.zarr")
+    read_pictures(tmp_path / "alone.zarr")
+    assert "note:" not in capsys.readouterr().err
+    for content, told in ((b"PAR1", "is broken"), (b"", "is broken")):
+        (tmp_path / "index.parquet").write_bytes(content)
+        for take in (lambda: TileDataset(str(tmp_path), where={"split": "val"}), lambda: read_pictures(tmp_path)):
+            with pytest.raises(UserError, match=f"the table of tiles .* {told}"):
+                take()
+    (tmp_path / "index.parquet").unlink()
+    os.rename(tmp_path / "kept.parquet", tmp_path / "index.parquet")
+    index = pd.read_parquet(tmp_path / "index.parquet")
+    index.iloc[:1].to_parquet(tmp_path / "index.parquet")
+    for take in (lambda: TileDataset(str(tmp_path), where={"split": "val"}), lambda: read_pictures(tmp_path)):
+        with pytest.raises(UserError, match="has 1 rows for a but its store has 2 tiles; delete it"):
+            take()
 
 
 def test_splits_that_a_cohort_does_not_have(store: Path, capsys: pytest.CaptureFixture[str]):

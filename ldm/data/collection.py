@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ldm.data.cohort import read_index
-from ldm.data.tile_store import TileStore, holds_stores, open_cohort
+from ldm.data.conditions import index_rows, lost_index
+from ldm.data.tile_store import holds_stores, open_cohort
 from ldm.data.where import Where, parse_where, select, unknown
-from ldm.errors import UserError, some, suggest
+from ldm.errors import UserError, note, some, suggest
 from ldm.images.kinds import ENDINGS, called, images_in, is_ome_zarr
 from ldm.images.pictures import Picture, notes_of
 from ldm.tables.text import read_table
@@ -189,24 +189,18 @@ def _pictures_of_stores(path: Path) -> Pictures:
     stores = open_cohort(path)
     resolutions = {store.mpp for store in stores}
     licences = {str(store.attrs["licence"]) for store in stores if store.attrs.get("licence")}
-    known, tiles = {}, []
-    for folder in {_cohort_of(store) for store in stores} - {None}:
-        rows = read_index(folder).set_index(["slide", "row"])
-        known |= rows[~rows.index.duplicated()].to_dict("index")
+    tiles = []
+    for lost in dict.fromkeys(map(lost_index, stores)):
+        if lost:
+            note(f"{lost}.")
     for store in stores:
         labels = {name: store.labels(name).tolist() for name in store.label_names}
-        for row in range(len(store)):
+        listed = index_rows(store).to_dict("records") or [{}] * len(store)
+        for row, known in enumerate(listed):
             own = {name: values[row] for name, values in labels.items()}
-            about = {"slide": store.slide, "row": row} | known.get((store.slide, row), {}) | own
-            tiles.append(store.picture(row, about))
+            tiles.append(store.picture(row, {"slide": store.slide, "row": row} | known | own))
     mpp = resolutions.pop() if len(resolutions) == 1 else None
     return Pictures(tiles, str(path), mpp, "; ".join(sorted(licences)))
-
-
-def _cohort_of(store: TileStore) -> Path | None:
-    """The cohort folder that a store lies in, if it has an index."""
-    folder = store.path.resolve().parent.parent
-    return folder if (folder / "index.parquet").is_file() else None
 
 
 def list_of(folder: Path) -> Path | None:

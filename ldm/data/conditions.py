@@ -110,7 +110,7 @@ class TileConditions:
         if source not in index:
             raise UserError(
                 f"the condition '{key}' is to come from '{source}', which tiles of {store.path} do not have"
-                f"{suggest(source, {*store.label_names, *index.columns})}"
+                f"{suggest(source, {*store.label_names, *index.columns})} {lost_index(store)}".rstrip()
             )
         column = index[source]
         return column.to_numpy(float) if pd.api.types.is_numeric_dtype(column) else column.to_numpy(object)
@@ -210,7 +210,7 @@ def _omics_table(cohort: Path, source: str, changed: int) -> OmicsTable:
 
 def _cohort_of(store: TileStore) -> Path:
     """The cohort folder that a store lies in."""
-    return store.path.parent.parent
+    return store.path.absolute().parent.parent
 
 
 @lru_cache(maxsize=4)
@@ -225,13 +225,38 @@ def _index_of(path: Path, changed: int) -> dict[str, pd.DataFrame]:
     return {slide: rows.sort_values("row") for slide, rows in index.groupby("slide", sort=False)}
 
 
+def index_path(store: TileStore) -> Path:
+    """Where the table of tiles of a store's cohort is, if there is one.
+
+    >>> index_path(store).parent == store.path.parent.parent
+    True
+    """
+    return _cohort_of(store) / "index.parquet"
+
+
+def lost_index(store: TileStore) -> str:
+    """That a store lies in a cohort without a table of tiles, and what makes it anew; "" where it is there, or where
+    the store stands by itself.
+
+    >>> lost_index(store)
+    'there is no table of tiles at ...index.parquet, where patients, splits and conditions stand; copy it there, or ...'
+    """
+    path = index_path(store)
+    if path.is_file() or store.path.absolute().parent.name != "slides":
+        return ""
+    return (
+        f"there is no table of tiles at {path}, where patients, splits and conditions stand; copy it there, or give "
+        "the data_prep command that wrote the tiles again, which keeps them"
+    )
+
+
 def index_rows(store: TileStore) -> pd.DataFrame:
     """The rows of the cohort's index.parquet that are this store's, in its order; empty where there is no index.
 
     >>> index_rows(store).empty                                                     # the store stands by itself
     True
     """
-    path = _cohort_of(store) / "index.parquet"
+    path = index_path(store)
     if not path.is_file():
         return pd.DataFrame()
     index = _index_of(path, path.stat().st_mtime_ns).get(store.slide, pd.DataFrame({"row": []}))

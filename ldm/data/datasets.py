@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm.data import dihedral as d4
-from ldm.data.conditions import TileConditions, index_rows
+from ldm.data.conditions import TileConditions, index_rows, lost_index
 from ldm.data.extent import tell
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.data.where import Clause, Where, parse_where, select, unknown
@@ -276,7 +276,10 @@ def _values(store: TileStore, column: str) -> np.ndarray:
     index = index_rows(store)
     if column in index.columns:
         return index[column].to_numpy()
-    raise UserError(f"tiles of {store.path} have no '{column}'{suggest(column, {*store.label_names, *index.columns})}")
+    raise UserError(
+        f"tiles of {store.path} have no '{column}'{suggest(column, {*store.label_names, *index.columns})} "
+        f"{lost_index(store)}".rstrip()
+    )
 
 
 def _placed(store: TileStore, coords: np.ndarray, include: Sequence[Box] | None, exclude: Sequence[Box]) -> np.ndarray:

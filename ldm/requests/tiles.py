@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ldm.conditioners.compose import known_key, parse_conditions
-from ldm.data.conditions import has_condition
+from ldm.data.conditions import has_condition, lost_index
 from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.data.where import Where
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError, note, suggest
 from ldm.images.write import to_uint8
 from ldm.tables.text import read_table
 
@@ -172,6 +172,8 @@ def _of_store(
     if fixed:  # the user said what the tiles are: what no store says besides is unknown, and no mistake
         absent = [key for key, source in sources.items() if not any(has_condition(store, source) for store in stores)]
         sources = {key: source for key, source in sources.items() if key not in absent}
+        for lost in {lost_index(store) for store in stores if absent} - {""}:
+            note(f"{lost}.")
     for key, source in sources.items():
         if source.startswith("features/"):
             for store in stores:
