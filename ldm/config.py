@@ -14,13 +14,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from types import MethodType, ModuleType
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from ldm.errors import UserError, nearest, suggest
 from ldm.files import write_text
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from ldm.foreign.settings import check_settings, read_yaml, yaml_text
 
 SHIPPED = Path(__file__).parent / "configs"  # the repository's configs/, or those of an installed package
 ALLOWED = ("ldm.", "torch.optim.", "torch.nn.", "pytorch_lightning.callbacks.", "pytorch_lightning.loggers.")
@@ -59,7 +57,7 @@ def load_config(
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    parts = [_load_yaml(path) for path in paths]
+    parts = [OmegaConf.create(_read(path)) for path in paths]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key or key.startswith("-") or "" in key.split("."):
@@ -77,6 +75,25 @@ def load_config(
         raise UserError(f"cannot merge the configs {files}: {_one_line(error)}") from error
 
 
+def foreign_config(path: str | Path) -> dict[str, Any]:
+    """A YAML that others wrote as plain containers: the config of a model folder, the YAML of a published model.
+
+    A file, or the name of a shipped config. What a user's own config may, refer to the environment and to other keys,
+    it may not: every value stands in it.
+
+    Raises:
+        UserError: missing or unreadable, no YAML, too large or nested too deeply; a value that refers to another.
+
+    >>> write_text("config.yaml", "metadata: {licence: '${oc.env:TOKEN}'}")
+    >>> foreign_config("config.yaml")
+    Traceback (most recent call last):
+    ldm.errors.UserError: config.yaml: metadata.licence refers to something else by ${...}; settings that came with ...
+    """
+    content = _read(path)
+    check_settings(content, path)
+    return content
+
+
 def shipped(path: str | Path) -> Path:
     """The path of a config: `path` where it is a file, else the shipped config of that name (`.yaml` may be left out).
 
@@ -91,24 +108,18 @@ def shipped(path: str | Path) -> Path:
     return found[0] if found else path
 
 
-def _load_yaml(path: str | Path) -> DictConfig:
-    import yaml
-    from omegaconf import DictConfig, OmegaConf
-
+def _read(path: str | Path) -> dict[str, Any]:
     path = shipped(path)
-    try:
-        part = OmegaConf.load(path)
-    except FileNotFoundError:
+    if not path.exists():
         names = sorted(str(p.relative_to(SHIPPED).with_suffix("")) for p in SHIPPED.glob("*/*.yaml"))
         near = nearest(str(path), [*names, *(f"{name}.yaml" for name in names), *map(str, path.parent.glob("*.y*ml"))])
-        raise UserError(f"config '{path}' does not exist{near} Shipped configs: {', '.join(names)}.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config '{path}': {_one_line(error)}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config '{path}' is not valid YAML: {_one_line(error)}") from error
-    if not isinstance(part, DictConfig):
+        raise UserError(f"config '{path}' does not exist{near} Shipped configs: {', '.join(names)}.")
+    content = read_yaml(path, "the config")
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
         raise UserError(f"config '{path}' must hold `key: value` pairs at its top level, not a list or a single value")
-    return part
+    return content
 
 
 def save_config(cfg: Mapping[str, Any], path: str | Path) -> None:
@@ -118,9 +129,7 @@ def save_config(cfg: Mapping[str, Any], path: str | Path) -> None:
     >>> Path("a.yaml").read_text()
     'name: demo\\n'
     """
-    from omegaconf import OmegaConf
-
-    write_text(path, OmegaConf.to_yaml(OmegaConf.create(dict(cfg))))
+    write_text(path, yaml_text(dict(cfg)))
 
 
 def instantiate_from_config(node: Node | Mapping[str, Any], allow: Iterable[str] = (), **extra: Any) -> Any:

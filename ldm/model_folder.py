@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.autoencoder.weights import read_state_dict
-from ldm.config import instantiate_from_config, load_config, modules_only, save_config
+from ldm.config import foreign_config, instantiate_from_config, modules_only, save_config
 from ldm.devices import pick_device
 from ldm.errors import UserError
 from ldm.files import CARD, names_in, owns, whole
+from ldm.foreign.settings import check_settings
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.weights import averaged, check_finite, in_words, not_finite
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
 WEIGHTS = "model.safetensors"
 AUTOENCODER = "autoencoder."  # the first stage within its training
+EMBEDDED = ("histoldm_config", "histoldm_metadata", "histoldm_conditioner", "histoldm_first_stage")  # in checkpoints
 TRAINING_ONLY = ("ckpt_path", "seed", "ema_decay", "warmup_steps", "decay_steps", "weight_decay", "monitor")
 HEADINGS = ("What it is", "Data", "Training", "Figures", "Use", "Must not be used for", "Licence")
 FIGURES = "| measure | value | 95% interval | on |\n|---|---|---|---|"
@@ -57,6 +59,7 @@ def write_model_folder(
     {'licence': 'MIT'}
     """
     folder = Path(folder)
+    check_settings({"model": node, "metadata": metadata}, folder)
     tensors = {
         name: (value.to(dtype) if dtype and value.is_floating_point() and value.ndim else value)
         for name, value in state.items()
@@ -97,7 +100,7 @@ def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any
             f"{folder} {state}. A model folder holds config.yaml and "
             "model.safetensors; `histoldm export RUN_FOLDER --out FOLDER` makes one of a training run."
         )
-    config = load_config([folder / "config.yaml"])
+    config = foreign_config(folder / "config.yaml")
     if "model" not in config:
         raise UserError(f"{folder / 'config.yaml'} has no `model: {{target, params}}`.")
     return within(config["model"], folder), config.get("metadata", {})
@@ -264,6 +267,13 @@ def _read(checkpoint: Path) -> dict[str, Any]:
     content = read_checkpoint(checkpoint)
     if not isinstance(content, dict) or "histoldm_config" not in content:
         raise UserError(f"{checkpoint} is no checkpoint of this toolkit; `histoldm convert` takes those of others.")
+    return _checked(content, checkpoint)
+
+
+def _checked(content: Mapping[str, Any], checkpoint: Path) -> Mapping[str, Any]:
+    """The content of a checkpoint of this toolkit, whose configs are no more than `foreign_config` lets in."""
+    for key in EMBEDDED:
+        check_settings(content.get(key), checkpoint, key)
     return content
 
 
@@ -329,7 +339,7 @@ def _described(path: str | Path) -> dict[str, Any] | None:
         if (path / "config.yaml").is_file():
             node = read_model_folder(path)[0].get("params", {}).get("cond_stage_config")
         elif isinstance(content := read_checkpoint(path), dict) and "histoldm_conditioner" in content:
-            for name, text in content["histoldm_files"].items():
+            for name, text in _checked(content, path)["histoldm_files"].items():
                 Path(folder, name).write_text(text, encoding="utf-8")
             node = within(content["histoldm_conditioner"], Path(folder))
         if node is None:

@@ -523,7 +523,7 @@ def test_targets_of_others_are_refused_unless_allowed(edited, tmp_path, monkeypa
     ("text", "message"),
     [
         ("model: !!python/object/apply:os.system ['touch harmed']", "is not valid YAML"),
-        ("model: {target: '${oc.env:HOME}'}", "asks for the environment"),
+        ("model: {target: '${oc.env:HOME}'}", "model.target refers to something else"),
         ("a: 1", "has no `model:"),
         ("model: {target: ldm.Nothing}", "model.target 'ldm.Nothing' is not known"),
     ],

@@ -425,7 +425,7 @@ def test_a_folder_comes_back_whole_and_runs_nothing(trained, tmp_path):
     with pytest.raises(UserError, match="timm has no network 'hf-hub:someone/network'"):
         load_scorer(tmp_path / "b")
     broken(lambda c: f"scorer: !!python/object/apply:os.system ['touch {tmp_path}/ran']")
-    with pytest.raises(UserError, match="does not describe a scorer"):
+    with pytest.raises(UserError, match="is not valid YAML"):
         load_scorer(tmp_path / "b")
     assert not (tmp_path / "ran").exists()
     broken(lambda c: c["scorer"]["task"].update(kind="other"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm.autoencoder.autoencoder import Reconstruction
 from ldm.autoencoder.weights import load_discriminator, load_weights
-from ldm.config import instantiate_from_config, load_config
+from ldm.config import foreign_config, instantiate_from_config
 from ldm.errors import UserError
 from ldm.metrics.pairs import psnr
 from ldm.rng import generator, training_generator
@@ -161,7 +161,7 @@ class AutoencoderStage(pl.LightningModule):
 def _metadata(ckpt_path: str | None) -> dict:
     """Licence, mpp and origin of the model folder that training started from: they hold for what is trained from it."""
     config = Path(ckpt_path or "") / "config.yaml"
-    return load_config([config]).get("metadata", {}) if ckpt_path is not None and config.is_file() else {}
+    return foreign_config(config).get("metadata", {}) if ckpt_path is not None and config.is_file() else {}
 
 
 class _uncounted:

@@ -94,8 +94,7 @@ ViewsOption = Annotated[int, network("--views", help="Number of orientations tha
 
 
 def _recipe(arch_args: list[str] | None, weights: Path | None, **given: Any) -> Recipe:
-    import yaml
-
+    from ldm.foreign.settings import parse_yaml
     from ldm.scorers.training import Recipe
 
     kwargs = {}
@@ -103,10 +102,7 @@ def _recipe(arch_args: list[str] | None, weights: Path | None, **given: Any) -> 
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise UserError(f"--arch-arg takes name=value, as channels=[32,64,128,256]; got '{text}'.")
-        try:
-            kwargs[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"--arch-arg {text}: cannot read the value as YAML.") from error
+        kwargs[name] = parse_yaml(value, f"the value of --arch-arg {text}")
     return Recipe(kwargs=kwargs or None, weights=None if weights is None else str(weights), **given)
 
 

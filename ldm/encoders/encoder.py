@@ -19,7 +19,6 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
-import yaml
 from einops import rearrange
 from timm.layers import SwiGLUPacked, to_2tuple
 from timm.models import swin_transformer
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from ldm.devices import pick_device
 from ldm.encoders.registry import REGISTRY, EncoderSpec, weights_home
 from ldm.errors import UserError, suggest
+from ldm.foreign.settings import read_yaml
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
 
@@ -189,10 +189,7 @@ def _read_spec(path: Path) -> EncoderSpec:
     """The specification in an encoder.yaml. Its keys `training` and `figures` are a record for people."""
     if not path.is_file():
         raise UserError(f"encoder folder {path.parent} has no {path.name}")
-    try:
-        record = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+    record = read_yaml(path, "the encoder's specification")
     if not isinstance(record, dict):
         raise UserError(f"{path} holds no specification of an encoder")
     known = [entry.name for entry in fields(EncoderSpec)]

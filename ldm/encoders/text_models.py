@@ -15,6 +15,7 @@ from ldm.config import shipped
 from ldm.encoders.registry import weights_home
 from ldm.encoders.text_registry import REGISTRY, TextModel
 from ldm.errors import UserError, suggest
+from ldm.foreign.settings import read_json
 from ldm.interop.text_names import open_clip_config
 
 TOKEN_TRANSFORMER = "token_transformer"  # in text_cfg: the tower is CompVis' own
@@ -129,10 +130,7 @@ def read_config(path: Path) -> dict[str, Any]:
     >>> read_config(Path("config.json"))["text_cfg"]["width"]
     768
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the text model's config {path}: {error}") from error
+    config = read_json(path, "the text model's config")
     if not isinstance(config, dict):
         raise UserError(f"the text model's config {path} is a {type(config).__name__}, not an object of settings")
     config = config.get("model_cfg", config)
@@ -145,5 +143,5 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path} names the text tower {config['text_cfg']['hf_model_name']}, whose own config is not beside "
                 f"it: put its config.json into {path.parent}, and its tokenizer.json."
             )
-        config = {**config, "hf_config": json.loads(bert.read_text(encoding="utf-8"))}
+        config = {**config, "hf_config": read_json(bert, "the text tower's config")}
     return config

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.foreign.settings import read_json
 from ldm.interop.text_names import open_clip_config
 
 HEAD_WIDTH = 64  # of every published CLIP
@@ -63,8 +64,5 @@ def tower_config(tower: Mapping[str, Tensor], version: str, beside: Path, quick_
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the text tower's config {path}: {error}") from error
+    config = read_json(path, "the text tower's config")
     return config if "text_cfg" in config else open_clip_config(config)

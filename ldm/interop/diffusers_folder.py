@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.config import load_config
+from ldm.config import foreign_config
 from ldm.errors import UserError
+from ldm.foreign.settings import read_json
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.clip_config import KNOWN
 from ldm.interop.converted import Converted
@@ -89,12 +90,9 @@ def read_diffusers(path: Path, content: Any, *, base: str | Path | None = None, 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """A JSON file's mapping. UserError: missing or unreadable."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; copy the whole folder.") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    if not path.exists():
+        raise UserError(f"{path} does not exist; copy the whole folder.")
+    content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no settings by name.")
     return content
@@ -173,7 +171,7 @@ def read_own(folder: Path) -> Converted:
     >>> read_own(models / "demo-ssl").metadata["mpp"]
     0.499
     """
-    config = load_config([folder / "config.yaml"])
+    config = foreign_config(folder / "config.yaml")
     node = config.get("model") or {}
     if node.get("target") not in (LATENT_DIFFUSION, *FIRST_STAGES.values()):
         raise UserError(

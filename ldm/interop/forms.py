@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.foreign.settings import read_json
 
 WRAPPERS = ("_forward_module.", "module.")  # before all names: of Lightning's strategies, of DataParallel
 COMPILED = re.compile(r"(^|\.)_orig_mod\.")  # of torch.compile, before the names of what was compiled
@@ -131,13 +131,13 @@ def shards_of(index: Path) -> dict[Path, list[str]]:
     ldm.errors.UserError: model.safetensors.index.json names 1.safetensors, which is not in its folder; copy ...
     """
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = read_json(index, "the index")["weight_map"]
         found: dict[Path, list[str]] = {}
         for tensor, name in places.items():
             if Path(name).name != name:
                 raise ValueError(name)
             found.setdefault(index.parent / name, []).append(tensor)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} does not say in which file of its folder each tensor is.") from error
     if lost := [path.name for path in found if not path.is_file()]:
         raise UserError(f"{index} names {lost[0]}, which is not in its folder; copy the whole folder.")

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ldm.config import foreign_config
 from ldm.errors import UserError, suggest
 from ldm.interop import targets
 from ldm.interop.checkpoint import state_dict_of
@@ -248,7 +249,7 @@ def _pool(state: Mapping[str, Tensor]) -> tuple[str, str]:
 
 def _read_flags(path: Path, notes: list[str]) -> dict[str, Any]:
     """The flags of a YAML of `flag: value` pairs, as His-MMDM's args.yaml; what concerns no network is left out."""
-    config = targets.load_config([path])
+    config = foreign_config(path)
     flags = {name: value for name, value in config.items() if name in FLAGS and value is not None}
     left = [name for name in config if name not in FLAGS]
     if left:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldm.config import load_config
+from ldm.config import foreign_config
 from ldm.errors import UserError, suggest
 from ldm.interop.converted import Converted
 from ldm.interop.guided import heads_of, unet_shape
@@ -158,7 +158,7 @@ def _used(weights: dict[str, Tensor], found: Converted) -> dict[str, Tensor]:
 
 def _settings(config: str | Path | None, found: Converted) -> dict[str, dict[str, Any]]:
     """Sections of settings, the config's over the published ones."""
-    given = load_config([config]) if config else {}
+    given = foreign_config(config) if config else {}
     if given and not set(given) & set(SECTIONS):  # the arguments alone
         given = {ARGUMENTS: given}
     for name, section in given.items():

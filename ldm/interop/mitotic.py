@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm.config import load_config
+from ldm.config import foreign_config
 from ldm.errors import UserError, suggest
 from ldm.interop.converted import Converted
 
@@ -91,7 +91,7 @@ def _weights(content: Any) -> dict[str, Tensor]:
 
 
 def _settings(config: str | Path | None, found: Converted) -> dict[str, int]:
-    given = load_config([config]) if config else {}
+    given = foreign_config(config) if config else {}
     for name, value in given.items():
         if name not in SETTINGS:
             raise UserError(f"{config}: '{name}' is no setting of this network{suggest(name, SETTINGS)}")

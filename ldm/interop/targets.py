@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ldm.config import load_config, shipped
+from ldm.config import foreign_config
 from ldm.errors import UserError, suggest
 
 UNET = "ldm.networks.unet.UNetModel"
@@ -92,20 +92,13 @@ class Conditioning:
 def read_project(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The model node and the whole of a project YAML, or of a config that trains a first stage here.
 
-    It may be the name of a shipped one (`ldm.config.shipped`). Nothing in it is executed, and no environment is read.
+    It may be the name of a shipped one (`ldm.config.shipped`). Nothing in it is executed or refers to anything else.
 
     >>> node, whole = read_project(published / "ldm_ckpt_lid_vq" / "config.yaml")
     >>> node["target"]
     'ldm.models.diffusion.ddpm.LatentDiffusion'
     """
-    path = shipped(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {getattr(error, 'strerror', None) or error}.") from error
-    if "${oc." in text:
-        raise UserError(f"{path} asks for the environment or other values outside of it (${{oc. ...}}); write them in.")
-    config = load_config([path])
+    config = foreign_config(path)
     node = config.get("model", config)
     if isinstance(node, Mapping) and node.get("target") == TRAINING:  # of this toolkit: what it trains
         node = (node.get("params") or {}).get("first_stage")

@@ -27,11 +27,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ldm.conditioners.base import Conditioner
 from ldm.conditioners.compose import keys_of, known_key, parse_conditions
 from ldm.errors import UserError, some, suggest
+from ldm.foreign.settings import read_yaml
 from ldm.requests.edits import Target, completed, edited, gene_values, parse_edits, safe
 from ldm.tables.text import read_table
 
@@ -152,8 +151,10 @@ def load_spec(path: Path) -> dict[str, Any]:
         if path.suffix in (".pkl", ".pickle"):
             content = _Plain(io.BytesIO(path.read_bytes())).load()
         else:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, EOFError, yaml.YAMLError, pickle.UnpicklingError, IndexError, KeyError) as error:
+            content = read_yaml(path, "the specification")
+    except UserError:
+        raise
+    except (OSError, ValueError, EOFError, pickle.UnpicklingError, IndexError, KeyError) as error:
         raise UserError(f"the specification {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
         raise UserError(f"the specification {path} holds a {type(content).__name__}, not files with what they become.")

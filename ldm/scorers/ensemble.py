@@ -30,6 +30,7 @@ from ldm.data import dihedral
 from ldm.devices import pick_device
 from ldm.errors import UserError, suggest
 from ldm.files import sha256, whole
+from ldm.foreign.settings import read_yaml
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
 from ldm.scorers.labelled import Task
@@ -221,7 +222,7 @@ def _of_folder(folder: Path) -> Ensemble:
         state = "is no scorer: it has no config.yaml" if folder.is_dir() else "does not exist"
         raise UserError(f"the scorer {folder} {state}. `histoldm train-scorer --out FOLDER` makes one.")
     try:
-        config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_yaml(folder / CONFIG, "the scorer's config")
         own, seen = config["scorer"], config["preprocessing"]
         task = Task(**own["task"] | {"classes": tuple(own["task"]["classes"])})
         view = View(**{f.name: tuple(v) if isinstance(v := seen[f.name], list) else v for f in fields(View)})
@@ -232,7 +233,7 @@ def _of_folder(folder: Path) -> Ensemble:
             task, view, own["arch"], count, own["kwargs"], own["temperature"], own["offset"], own["views"],
             folder.resolve().name, about,
         )  # fmt: skip
-    except (KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder / CONFIG} does not describe a scorer: {type(error).__name__}: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from ldm.errors import UserError, some
+from ldm.foreign.settings import parse_json, read_yaml
 from ldm.tables.gene_dates import dates_among
 from ldm.tables.text import read_text
 
@@ -34,10 +33,10 @@ def read_genes(genes: Sequence[str] | str | Path, what: str) -> tuple[str, ...]:
     if isinstance(genes, (str, Path)):
         source, text = f" ({genes})", read_text(genes, what)
         if Path(genes).suffix == ".json":
-            try:
-                genes = json.loads(text)["genes"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{genes} is no omics/<source>.json: it has no list `genes`.") from error
+            told = parse_json(text, genes)
+            if not isinstance(told, Mapping) or not isinstance(told.get("genes"), list):
+                raise UserError(f"{genes} is no omics/<source>.json: it has no list `genes`.")
+            genes = told["genes"]
         else:
             genes = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
     names = tuple(str(name) for name in genes)
@@ -78,17 +77,14 @@ def read_scaler(path: Path | str) -> Scaler:
     Raises:
         UserError: an unreadable file, no ranges in it, ranges that are not those of its genes.
 
-    >>> told = {"genes": ["TP53", "EGFR"], "scaler": {"low": [0, 1], "high": [5, 9]}}
-    >>> _ = Path("expression.json").write_text(json.dumps(told))
+    >>> told = '{"genes": ["TP53", "EGFR"], "scaler": {"low": [0, 1], "high": [5, 9]}}'
+    >>> _ = Path("expression.json").write_text(told)
     >>> read_scaler("expression.json").high.tolist()
     [5.0, 9.0]
     """
     path = Path(path)
     file = path / "config.yaml" if path.is_dir() else path
-    try:
-        content = yaml.safe_load(read_text(file, "scaler"))  # JSON is YAML
-    except yaml.YAMLError as error:
-        raise UserError(f"cannot read `scaler` from {file}: {str(error).splitlines()[0]}.") from error
+    content = read_yaml(file, "the scaler")  # JSON is YAML
     about = _in_model(content, path) if path.is_dir() else content
     if not isinstance(about, Mapping) or not isinstance(about.get("scaler"), Mapping):
         raise UserError(
