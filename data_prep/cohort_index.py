@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep.slide_table import SlideEntry
-from ldm.data.cohort import counted, finished_stores, read_index
+from ldm.data.cohort import counted, finished_stores, index_lock, read_index
 from ldm.data.splits import (
     SPLITS,
     choose_splits,
@@ -23,7 +23,6 @@ from ldm.data.splits import (
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, note
 from ldm.files import whole
-from ldm.locks import Lock
 from ldm.tables.patients import patients_of, perhaps_shared
 
 
@@ -68,7 +67,7 @@ def update_index(
     legacy = path.exists() and not (cohort / SPLITS).exists()
     asked, (validation, test) = (validation, test), fractions(cohort, validation, test)
     said = {entry.name: entry for entry in entries}
-    with Lock(cohort / ".lock-index"):
+    with index_lock(cohort):
         old = read_index(cohort) if path.exists() else pd.DataFrame({"slide": [], "patient": [], "split": []})
         stores = finished_stores(cohort)
         owners = _owners(stores, old, patient) | {name: each.patient for name, each in said.items() if each.patient}

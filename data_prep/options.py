@@ -56,6 +56,16 @@ LicenceOption = Annotated[str, output("--licence", help="Licence of the data, re
 MppOption = Annotated[
     float | None, taken("--mpp", help="Micrometres per pixel of the tiles (default: those of the slide).")
 ]
+TileSizeOption = Annotated[int, taken("--tile-size", help="Side of the square tiles in pixels.")]
+StrideOption = Annotated[
+    int | None, taken("--stride", help="Pixels from a tile to the next (default: its side, so that they touch).")
+]
+MinTissueOption = Annotated[
+    float, taken("--min-tissue", help="Least fraction of tissue in a tile; 0 takes all tiles.")
+]
+KeepBackgroundOption = Annotated[
+    float, taken("--keep-background", help="Fraction kept of the tiles with less, so that models know glass.")
+]
 SizeOption = Annotated[int, taken("--size", callback=check_side, help="Side of the square tiles in pixels.")]
 SeedOption = Annotated[int, taken("--seed", help="Seed of what is drawn at random: the same seed draws the same.")]
 ValidationOption = Annotated[

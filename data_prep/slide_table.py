@@ -5,12 +5,13 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from ldm.errors import UserError, nearest, note, some
+from ldm.errors import UserError, note, some
 from ldm.images.dicom import SUFFIX, one_per_series
 from ldm.images.kinds import ENDINGS, called, images_in, is_ome_zarr
 from ldm.images.scale import MOST
@@ -159,8 +160,8 @@ def _of_table(path: Path) -> list[SlideEntry]:
     of = {name: names[name] for name in known if name in names}
     others = [name for name in table.columns if name != column and name not in of.values()]
     for name in others:
-        if not nearest(name.lower(), known) == ".":
-            note(f"{path}: the column '{name}' becomes a label of the tiles{nearest(name.lower(), known)}")
+        if meant := get_close_matches(name.lower(), known, n=1, cutoff=0.75):
+            note(f"{path}: the column '{name}' becomes a label of the tiles; did you mean '{meant[0]}'?")
     if table[column].isna().any():
         raise UserError(f"{path} has {int(table[column].isna().sum())} rows without a slide in '{column}'")
     typed = {name: as_values(table[name], path) for name in others}

@@ -24,19 +24,22 @@ from tqdm import tqdm
 
 from data_prep.cohort_index import tell_splits, update_index
 from data_prep.options import (
+    KeepBackgroundOption,
     LicenceOption,
+    MinTissueOption,
     MppOption,
     OutOption,
     PatientOption,
     SeedOption,
     SlideMppOption,
     SlidesOption,
+    StrideOption,
     TestOption,
+    TileSizeOption,
     ValidationOption,
     number,
     speed,
     splits,
-    taken,
 )
 from data_prep.slide_table import read_slides, tell_renamed
 from ldm.cli.script import script
@@ -136,7 +139,7 @@ def tile_slide(
         ThreadPoolExecutor(workers) as pool,
     ):
         start = writer.rows
-        with tqdm(total=len(coords), initial=start, desc=f"tiling {name}", unit="tile") as bar:
+        with tqdm(total=len(coords), initial=start, desc=f"tiling {name}", unit="tile", leave=None) as bar:
             for first in range(start, len(coords), _BATCH):
                 part = slice(first, min(first + _BATCH, len(coords)))
                 tiles = np.stack(list(pool.map(read, coords[part])))  # (n, T, T, 3)
@@ -177,17 +180,10 @@ def main(
     patient: PatientOption = None,
     licence: LicenceOption = "",
     mpp: MppOption = None,
-    tile_size: Annotated[int, taken("--tile-size", help="Side of the square tiles in pixels.")] = 256,
-    stride: Annotated[
-        int | None, taken("--stride", help="Pixels from a tile to the next (default: its side, so that they touch).")
-    ] = None,
-    min_tissue: Annotated[
-        float, taken("--min-tissue", help="Least fraction of tissue in a tile; 0 takes all tiles.")
-    ] = 0.25,
-    keep_background: Annotated[
-        float,
-        taken("--keep-background", help="Fraction kept of the tiles with less, so that models know glass."),
-    ] = 0.05,
+    tile_size: TileSizeOption = 256,
+    stride: StrideOption = None,
+    min_tissue: MinTissueOption = 0.25,
+    keep_background: KeepBackgroundOption = 0.05,
     seed: SeedOption = 0,
     validation: ValidationOption = None,
     test: TestOption = None,

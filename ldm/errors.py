@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from difflib import get_close_matches
 
 from tqdm import tqdm
 
 LISTED = 25  # most names that a message lists
+_NOTES: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 
 
 class UserError(ValueError):
@@ -21,7 +24,27 @@ def note(text: str) -> None:
 
     >>> note("3 rows are empty and left out")
     """
-    tqdm.write(f"note: {text}", file=sys.stderr)
+    if (kept := _NOTES.get()) is not None:
+        kept.append(text)
+    else:
+        tqdm.write(f"note: {text}", file=sys.stderr)
+
+
+@contextmanager
+def notes_kept() -> Iterator[list[str]]:
+    """A context in which notes are kept in the list that it gives, and not told: whoever opens it tells them.
+
+    >>> with notes_kept() as notes:
+    ...     note("3 rows are empty")
+    >>> notes
+    ['3 rows are empty']
+    """
+    notes: list[str] = []
+    token = _NOTES.set(notes)
+    try:
+        yield notes
+    finally:
+        _NOTES.reset(token)
 
 
 def suggest(given: str, known: Iterable[str]) -> str:

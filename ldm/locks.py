@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import socket
+import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +34,7 @@ class Lock:
         path: the file. of: what is written, by default the folder of the file.
         otherwise: what a user can do if it is held, but to wait.
         strict: respect what another machine left.
+        wait: seconds to wait for another process, before it is Held.
 
     >>> with Lock(Path(".lock")):
     ...     Lock(Path(".lock"), of="tiles").acquire()
@@ -42,12 +44,29 @@ class Lock:
 
     handles: set[int] = set()  # noqa: RUF012, of all locks that this process holds
 
-    def __init__(self, path: Path | str, of: Path | str | None = None, otherwise: str = "stop it", strict: bool = True):
-        self.path, self.otherwise, self.strict = Path(path), otherwise, strict
+    def __init__(
+        self,
+        path: Path | str,
+        of: Path | str | None = None,
+        otherwise: str = "stop it",
+        strict: bool = True,
+        wait: float = 0.0,
+    ) -> None:
+        self.path, self.otherwise, self.strict, self.wait = Path(path), otherwise, strict, wait
         self.of = self.path.parent if of is None else of
         self._handle, self._pid = -1, 0
 
     def acquire(self) -> Self:
+        until = time.monotonic() + self.wait
+        while True:
+            try:
+                return self._acquire()
+            except Held:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.1)
+
+    def _acquire(self) -> Self:
         while self._handle < 0:
             with ExitStack() as undo:
                 handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)

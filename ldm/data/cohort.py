@@ -123,6 +123,16 @@ def read_index(cohort: Path | str) -> pd.DataFrame:
     return index
 
 
+def index_lock(cohort: Path | str) -> Lock:
+    """The lock of a cohort's table of tiles, which whoever changes the table holds; a second one waits.
+
+    >>> with index_lock("."):
+    ...     print(Path(".lock-index").exists())
+    True
+    """
+    return Lock(Path(cohort) / ".lock-index", wait=300)
+
+
 def merge_index(
     cohort: Path | str, table: pd.DataFrame, drawn: tuple[float | None, float] | None = None
 ) -> Path:
@@ -156,7 +166,7 @@ def merge_index(
             raise UserError(f"{cohort} has no finished store of the slide '{slide}'")
         if rows.min() < 0 or rows.max() >= len(stores[slide]):
             raise UserError(f"{stores[slide].path} has {len(stores[slide])} tiles; the table has row {rows.max()}")
-    with Lock(cohort / ".lock-index"):
+    with index_lock(cohort):
         old = read_index(cohort) if path.exists() else pd.DataFrame({"slide": [], "row": []})
         merged = _updated(old, table, keys)
         for slide in table["slide"].unique():

@@ -251,6 +251,15 @@ class TileStore:
                 array[start : start + rows]
 
 
+def is_finished(path: Path) -> bool:
+    """Whether there is a tile store, and all of its tiles are written.
+
+    >>> is_finished(store.path), is_finished(Path("nowhere.zarr"))
+    (True, False)
+    """
+    return (path / "zarr.json").is_file() and bool(TileStore.open(path, allow_incomplete=True).attrs.get("complete"))
+
+
 def holds_stores(path: Path) -> bool:
     """Whether a path is a tile store, or a folder or cohort of them, rather than images.
 

@@ -1,0 +1,115 @@
+"""What a run on a cohort did: runs/<time>.json for programs, summary.html for people."""
+
+from __future__ import annotations
+
+import html
+import json
+import platform
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_prep.engine import DONE, FAILED, Outcome
+from ldm.files import tool_version, write_text
+from ldm.report.page import document
+
+PACKAGES = ("torch", "zarr", "numpy", "openslide-python", "tifffile", "timm")
+
+
+class RunRecord:
+    """Outcomes of a run, as they come.
+
+    Args:
+        out: the cohort. entries: its slides as the run took them. asked: its settings.
+    """
+
+    def __init__(self, out: Path, entries: Sequence[Mapping[str, Any]], asked: Mapping[str, Any]) -> None:
+        self.out, self.entries, self.asked = out, list(entries), dict(asked)
+        self.started = datetime.now().astimezone()
+        self.outcomes: list[Outcome] = []
+        self.tiles = 0
+
+    def add(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.tiles += outcome.facts.get("tiles", 0)
+
+    def failed(self) -> list[Outcome]:
+        return [outcome for outcome in self.outcomes if outcome.state == FAILED]
+
+    def notes(self) -> dict[str, list[str]]:
+        """What was told of slides: text -> slides."""
+        found: dict[str, list[str]] = defaultdict(list)
+        for outcome in self.outcomes:
+            for text in outcome.notes:
+                found[text].append(outcome.slide)
+        return dict(found)
+
+    def seconds(self) -> dict[str, float]:
+        """Stage -> seconds that all its tasks took together."""
+        total: dict[str, float] = defaultdict(float)
+        for outcome in self.outcomes:
+            total[outcome.stage] += outcome.seconds
+        return dict(total)
+
+    def write(self) -> None:
+        """runs/<time>.json, and summary.html, which shows the last run."""
+        ended = datetime.now().astimezone()
+        runs = self.out / "runs"
+        runs.mkdir(parents=True, exist_ok=True)
+        about = {
+            "version": tool_version(), "python": platform.python_version(), "machine": platform.node(),
+            "packages": {name: version(name) for name in PACKAGES}, "command": sys.argv,
+            "started": self.started.isoformat(timespec="seconds"), "ended": ended.isoformat(timespec="seconds"),
+            "settings": self.asked, "tiles": self.tiles, "minutes": {k: v / 60 for k, v in self.seconds().items()},
+            "notes": self.notes(), "slides": self.entries, "outcomes": [asdict(each) for each in self.outcomes],
+        }  # fmt: skip
+        name = self.started.strftime("%Y-%m-%dT%H-%M-%S")
+        path = next(path for i in range(1000) if not (path := runs / f"{name}{f'-{i}' if i else ''}.json").exists())
+        write_text(path, json.dumps(about, indent=1, default=str, ensure_ascii=False))
+        write_text(self.out / "summary.html", self._page(ended))
+
+    def _page(self, ended: datetime) -> str:
+        by_slide: dict[str, dict[str, Outcome]] = defaultdict(dict)
+        for outcome in self.outcomes:
+            by_slide[outcome.slide][outcome.stage] = outcome
+        failed = {outcome.slide for outcome in self.failed()}
+        size = sum(outcome.facts.get("bytes", 0) for outcome in self.outcomes if outcome.stage == "check")
+        figures: list[tuple[str, Any]] = [("slides", len(by_slide)), ("failed", len(failed)), ("tiles", self.tiles)]
+        figures += [("GB", f"{size / 1e9:.2f}")]
+        figures += [(f"min of {stage}", f"{seconds / 60:.1f}") for stage, seconds in self.seconds().items()]
+        body = "".join(f'<div class="tile"><b>{value}</b><span>{name}</span></div>' for name, value in figures)
+        body = f'<div class="tiles">{body}</div>'
+        notes = self.notes().items()
+        if listed := "".join(f"<li>{html.escape(text)} <small>({len(own)} slides)</small></li>" for text, own in notes):
+            body += f'<section><h2>Told of slides</h2><ul class="warn">{listed}</ul></section>'
+        stages = list(dict.fromkeys(outcome.stage for outcome in self.outcomes))
+        head = "".join(f"<th>{html.escape(stage)}</th>" for stage in ("slide", "", *stages, "tiles", "MB"))
+        order = sorted(by_slide, key=lambda slide: (slide not in failed, slide))
+        rows = "".join(self._row(slide, by_slide[slide], stages) for slide in order)
+        body += f'<section><h2>Slides</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>{rows}</table></div>'
+        settings = html.escape(json.dumps(self.asked, indent=1, default=str))
+        body += f"</section><section><h2>Settings</h2><pre>{settings}</pre></section>"
+        minutes = (ended - self.started).total_seconds() / 60
+        lead = f"{self.started:%d %B %Y, %H:%M} · {minutes:.1f} minutes · HistoLDM {tool_version()}"
+        return document(f"Cohort {self.out.absolute().name}", lead, body)
+
+    def _row(self, slide: str, found: Mapping[str, Outcome], stages: Sequence[str]) -> str:
+        """The row of a slide; its picture is referred to, as a page of ten thousand could not hold them."""
+        picture, cells = f"previews/{Path(slide).stem}.png", ""
+        if (self.out / picture).exists():
+            cells = f'<img loading="lazy" width="160" alt="" src="{html.escape(picture)}">'
+        cells = f"<td>{cells}</td>"
+        for stage in stages:
+            outcome = found.get(stage, Outcome(slide, stage, ""))
+            seconds = f" {outcome.seconds:.1f} s" if outcome.state == DONE else ""
+            why = f'<span class="why">{html.escape(outcome.reason)}</span>' if outcome.reason else ""
+            cells += f"<td>{outcome.state}{seconds}{why}</td>"
+        tiles = found["tiles"].facts.get("tiles", "") if "tiles" in found else ""
+        size = found["check"].facts.get("bytes") if "check" in found else None
+        held = "" if size is None else f"{size / 1e6:.1f}"
+        return f'<tr><th>{html.escape(slide)}</th>{cells}<td class="n">{tiles}</td><td class="n">{held}</td></tr>'
