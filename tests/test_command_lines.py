@@ -16,7 +16,7 @@ import typer
 from scripts import MODULES, examples_of, script_of
 
 import ldm.cli
-import ldm.commands.models
+import ldm.commands.describe
 from ldm.cli.script import script
 
 STOPPED = "stopped; run the same command again to continue.\n"
@@ -80,10 +80,10 @@ def fill_disk(*_: object, **__: object) -> None:
 
 
 def test_histoldm_is_stopped_by_ctrl_c_and_by_a_full_disk(monkeypatch, capsys):
-    monkeypatch.setattr(ldm.commands.models, "describe_model", interrupt)
+    monkeypatch.setattr(ldm.commands.describe, "describe_model", interrupt)
     assert exit_of(ldm.cli.main, ["describe", "x"], monkeypatch) == 130
     assert capsys.readouterr().err == STOPPED
-    monkeypatch.setattr(ldm.commands.models, "describe_model", fill_disk)
+    monkeypatch.setattr(ldm.commands.describe, "describe_model", fill_disk)
     assert exit_of(ldm.cli.main, ["describe", "x"], monkeypatch) == 2
     assert capsys.readouterr().err == FULL
 
@@ -92,7 +92,7 @@ def test_histoldm_tells_a_mistake_once(monkeypatch, capsys, tmp_path: Path):
     assert exit_of(ldm.cli.main, ["describe", str(tmp_path / "none")], monkeypatch) == 2
     assert capsys.readouterr().err == f"error: model {tmp_path / 'none'} does not exist.\n"
     assert exit_of(ldm.cli.main, ["describe"], monkeypatch) == 2
-    assert "\n\nError: Missing argument 'model'.\n" in capsys.readouterr().err
+    assert "\n\nError: Missing argument 'path'.\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", MODULES)

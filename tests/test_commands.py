@@ -196,3 +196,19 @@ def test_a_guidance_interval_is_two_noise_levels_or_all(world, tmp_path, text):
     call = ["large-image", "--model", folder / "model", "--features", store, "--out", tmp_path / "a.png"]
     with pytest.raises(UserError, match="low,high"):
         run(*call, f"--guidance-interval={text}")
+
+
+def test_a_cohort_is_described_with_the_source_of_its_scale(tmp_path, demo_slide):
+    Image.fromarray(np.full((64, 64, 3), 120, np.uint8)).save(tmp_path / "plain.png")
+    out = tmp_path / "cohort"
+    for path, known in ((demo_slide, {}), (tmp_path / "plain.png", {"slide_mpp": 0.499})):
+        tile_slide(path, out, tile_size=64, min_tissue=0.0 if known else 0.99, keep_background=0.0, **known)
+    said = CliRunner().invoke(app, ["describe", str(out)], catch_exceptions=False).output
+    assert "tiles of 64 px at 0.499 um per pixel" in said
+    assert "source of the micrometres per pixel: header (aperio) (CMU-1-Small-Region.svs)" in said
+    assert "source of the micrometres per pixel: given by hand (plain.png)" in said
+    assert f"note: there is no table of tiles at {out / 'index.parquet'}" in said
+    update_index(out, test=0.5)
+    said = CliRunner().invoke(app, ["describe", str(out / "slides" / "plain.zarr")], catch_exceptions=False).output
+    assert "plain.zarr: 1 tiles in 1 store\n" in said
+    assert "1 patient; splits: 1 t" in said

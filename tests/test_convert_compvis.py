@@ -631,8 +631,8 @@ def test_the_command_converts_a_published_folder(oracle, tmp_path, monkeypatch, 
 
 
 def test_a_published_checkpoint_is_a_model_to_every_command(oracle, tmp_path, capsys):
+    from ldm.commands.describe import describe_model
     from ldm.commands.generate import sample_tiles
-    from ldm.commands.models import describe_model
     from ldm.requests.sampling import AskedSampler
     from ldm.requests.tiles import AskedTiles
     from ldm.sampling.sampler import Sampler

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from conftest import ROOT
 from ldm.commands import doctor
 from ldm.encoders.registry import REGISTRY as ENCODERS
 from ldm.encoders.text_registry import REGISTRY as TEXTS
@@ -27,11 +28,15 @@ def test_the_report_is_whole_and_this_installation_works(monkeypatch, capsys, tm
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] is True
     found = {(entry["group"], entry["name"]): entry for entry in report["findings"]}
-    groups = ["Versions", "Devices", "Encoders", "Text models", "Metrics and losses", "Folders", "Self-test"]
-    assert list(dict.fromkeys(group for group, _ in found)) == groups
+    groups = "Versions, Devices, Shipped models, Encoders, Text models, Metrics and losses, Folders, Self-test"
+    assert ", ".join(dict.fromkeys(group for group, _ in found)) == groups
     assert found["Versions", "torch"]["state"] == "ok"
     assert {name for group, name in found if group == "Encoders"} == set(ENCODERS)
     assert {name for group, name in found if group == "Text models"} == set(TEXTS)
+    shipped = {name: entry for (group, name), entry in found.items() if group == "Shipped models"}
+    assert set(shipped) == {path.name for path in (ROOT / "data" / "models").iterdir() if path.is_dir()}
+    assert "): A small residual network that turns H&E tiles into" in shipped["demo-encoder"]["said"]
+    assert {entry["state"] for entry in shipped.values()} == {"ok"}
     for check in ("tile store", "pyramidal TIFF", "model on the CPU"):
         assert found["Self-test", check]["state"] == "ok"
 

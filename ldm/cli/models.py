@@ -13,18 +13,19 @@ from ldm.cli.options import AllowTargetOption, Form, inputs, output
 
 @app.command(rich_help_panel="Models")
 def describe(
-    model: Annotated[Path, typer.Argument(help="Model folder (or a training run's folder).")],
+    path: Annotated[Path, typer.Argument(help="Model folder, run folder, tile store, or cohort of tile stores.")],
     allow_target: AllowTargetOption = None,
 ) -> None:
-    """Say what a model is and which conditions it takes, by name.
+    """Say what a model is and which conditions it takes, by name; or what tile stores hold, and at which scale.
 
-    Example:
+    Examples:
 
         histoldm describe data/models/demo-ssl
+        histoldm describe cohort
     """
-    from ldm.commands.models import describe_model
+    from ldm.commands.describe import describe as say
 
-    describe_model(model)
+    say(path)
 
 
 @app.command(rich_help_panel="Models")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -21,7 +22,7 @@ from typing import Any
 from packaging.requirements import Requirement
 
 from ldm.errors import UserError
-from ldm.files import sha256, tool_version, writable_folder
+from ldm.files import CARD, sha256, tool_version, writable_folder
 
 MARKS = {"ok": "ok", "missing": "--", "problem": "!!"}
 FREE_BYTES = 5e9  # less than this on a disk is a problem: stores, latents and checkpoints fill it soon
@@ -65,6 +66,7 @@ def examine() -> Iterator[Finding]:
     """All findings, group by group."""
     yield from versions()
     yield from devices()
+    yield from shipped_models()
     yield from encoder_weights()
     yield from text_weights()
     yield from metric_weights()
@@ -151,6 +153,24 @@ def main_memory() -> tuple[int, int] | None:
         return tuple(int(rows[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
     except (OSError, KeyError, ValueError):
         return None
+
+
+def shipped_models() -> Iterator[Finding]:
+    """The models that come with the repository, by what their cards say of them."""
+    home = Path(__file__).resolve().parents[2] / "data" / "models"
+    folders = sorted(card.parent for card in home.glob(f"*/{CARD}"))
+    if not folders:
+        do = "clone the repository, in whose data/models they are"
+        yield Finding("Shipped models", "demo models", "missing", "they do not come with the package alone", do)
+    for folder in folders:
+        card = (folder / CARD).read_text(encoding="utf-8")
+        what = " ".join(card.partition("## What it is")[2].strip().partition("\n\n")[0].split())
+        what = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", what)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+        if size < 0.01:  # nothing, or Git LFS pointers
+            yield Finding("Shipped models", folder.name, "problem", f"{folder} lacks its weights", "git lfs pull")
+        else:
+            yield Finding("Shipped models", folder.name, "ok", f"{folder} ({size:.0f} MB): {what}")
 
 
 def encoder_weights() -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""Bodies of `histoldm describe` and `convert`."""
+"""Body of `histoldm convert`."""
 
 from __future__ import annotations
 
@@ -6,31 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm.conditioners.compose import ConditionerSet
-from ldm.convert import convert, export_as, load_model
+from ldm.convert import convert, export_as
 from ldm.errors import UserError
 from ldm.tables.text import read_text
-
-
-def describe_model(model_path: Path) -> None:
-    """`histoldm describe`: what a model is, and every condition that it takes with an example of how to give it."""
-    model = load_model(model_path)
-    side = model.tile_size
-    count = sum(p.numel() for p in model.model.parameters()) / 1e6
-    first = type(model.first_stage_model).__name__
-    print(f"{model_path}: tiles of {side} px; UNet of {count:.1f} M parameters over {first}, {model.parameterization}")
-    for name in ("mpp", "licence", "slide_licence"):
-        if name in model.metadata:
-            print(f"  {name}: {model.metadata[name]}")
-    if "encoder" in model.metadata:
-        encoder = model.metadata["encoder"]
-        print(f"  features: {encoder.get('encoder')} ({encoder.get('licence', 'licence not recorded')})")
-    conditioner = model.cond_stage_model
-    print("conditions:" if conditioner is not None else "  unconditional")
-    for key, about in ({} if conditioner is None else conditioner.describe()).items():
-        print(f"  {key:<12} {about.words()}")
-    if isinstance(conditioner, ConditionerSet):
-        print(f"guidance scales by name: {', '.join(conditioner.members)}")
 
 
 def convert_model(source: Path, out: Path, asked: Mapping[str, Any], form: str | None, half: bool) -> None:
