@@ -14,6 +14,7 @@ from ldm.errors import UserError
 __all__ = ["DeviceOption", "choices", "inputs", "output", "speed"]  # as those of `histoldm`
 
 taken = partial(typer.Option, rich_help_panel="What is taken")
+regional = partial(typer.Option, rich_help_panel="Regions")
 splits = partial(typer.Option, rich_help_panel="Splits")
 
 
@@ -24,6 +25,7 @@ def check_side(size: int) -> int:
     return size
 
 
+Origin = choices("Origin", ("slide", "bounds"))
 Precision = choices("Precision", ("fp32", "bf16", "fp16"))
 
 StoreOption = Annotated[
@@ -65,6 +67,23 @@ MinTissueOption = Annotated[
 ]
 KeepBackgroundOption = Annotated[
     float, taken("--keep-background", help="Fraction kept of the tiles with less, so that models know glass.")
+]
+RegionsOption = Annotated[
+    Path | None,
+    regional("--regions", help="GeoJSON of regions, as QuPath exports it, or a folder with one called as each slide."),
+]
+InsideOption = Annotated[
+    list[str] | None, regional("--inside", help="Classes of regions to tile: one or several (default: all).")
+]
+OutsideOption = Annotated[
+    list[str] | None, regional("--outside", help="Classes of regions to leave out: one or several.")
+]
+MinInsideOption = Annotated[
+    float, regional("--min-inside", help="Least fraction of a tile that lies in them; at 0 they are labels alone.")
+]
+RegionOriginOption = Annotated[
+    Origin | None,
+    regional("--region-origin", help="Corner that coordinates count from (default: as file and extent tell)."),
 ]
 SizeOption = Annotated[int, taken("--size", callback=check_side, help="Side of the square tiles in pixels.")]
 SeedOption = Annotated[int, taken("--seed", help="Seed of what is drawn at random: the same seed draws the same.")]

@@ -47,14 +47,19 @@ from data_prep.fetch import Fetched, fetch
 from data_prep.options import (
     BatchOption,
     DeviceOption,
+    InsideOption,
     KeepBackgroundOption,
     LicenceOption,
+    MinInsideOption,
     MinTissueOption,
     MppOption,
     OutOption,
+    OutsideOption,
     PatientOption,
     Precision,
     PrecisionOption,
+    RegionOriginOption,
+    RegionsOption,
     SeedOption,
     SlideMppOption,
     SlidesOption,
@@ -75,6 +80,7 @@ from ldm.data.splits import fractions
 from ldm.data.tile_store import TileStore, is_finished
 from ldm.errors import UserError, note, some
 from ldm.locks import Held, Lock
+from ldm.tables.regions import check_files
 
 STAGES = (AHEAD, "tiles", "features", "latents", "check")
 PAUSE = 5.0  # seconds until slides that another run is at work on are tried again
@@ -290,6 +296,8 @@ def _check_before(
         find_encoder(encoder["encoder_name"], encoder.get("weights"))
     if first_stage is not None:
         load_first_stage(str(first_stage["first_stage_folder"]))
+    drawn = [(entry.roi or tiling.get("regions"), entry.name) for entry in entries]
+    check_files([each for each in drawn if each[0]], tiling.get("inside", ()), tiling.get("outside", ()))
     for entry in entries:
         if not is_finished(store := store_of(out, entry.name)):
             continue
@@ -322,6 +330,11 @@ def main(
     seed: SeedOption = 0,
     validation: ValidationOption = None,
     test: TestOption = None,
+    regions: RegionsOption = None,
+    inside: InsideOption = None,
+    outside: OutsideOption = None,
+    min_inside: MinInsideOption = 0.5,
+    region_origin: RegionOriginOption = None,
     encoder: Annotated[
         str | None, inputs("--encoder", help="Encoder of features: the name of a published one, or an encoder folder.")
     ] = None,
@@ -358,6 +371,8 @@ def main(
     tiling = {
         "mpp": mpp, "tile_size": tile_size, "stride": stride, "min_tissue": min_tissue, "seed": seed,
         "keep_background": keep_background, "licence": licence, "slide_mpp": slide_mpp,
+        "regions": regions and regions.absolute(), "inside": inside or [], "outside": outside or [],
+        "min_inside": min_inside, "region_origin": region_origin and region_origin.value,
     }  # fmt: skip
     shared = {"batch_size": batch_size, "device": device, "precision": precision.value, "with_dihedral": dihedral}
     of_encoder = encoder and {"encoder_name": encoder, "weights": weights, "any_mpp": any_mpp, **shared}

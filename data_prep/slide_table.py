@@ -56,6 +56,7 @@ class SlideEntry:
         """
         own = {"name": self.name, "min_tissue": self.min_tissue, "keep_background": self.keep_background}
         own |= {"slide_mpp": self.mpp, "slide_mpp_holds": True} if self.mpp else {}
+        own |= {"regions": self.roi}
         return {name: value for name, value in own.items() if value is not None}
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated
@@ -24,12 +25,17 @@ from tqdm import tqdm
 
 from data_prep.cohort_index import tell_splits, update_index
 from data_prep.options import (
+    InsideOption,
     KeepBackgroundOption,
     LicenceOption,
+    MinInsideOption,
     MinTissueOption,
     MppOption,
     OutOption,
+    OutsideOption,
     PatientOption,
+    RegionOriginOption,
+    RegionsOption,
     SeedOption,
     SlideMppOption,
     SlidesOption,
@@ -52,6 +58,8 @@ from ldm.images.kinds import called
 from ldm.images.slides import Slide, open_slide
 from ldm.images.tissue import TissueMask
 from ldm.requests.parse import parse_integers
+from ldm.tables.geojson import read_geojson
+from ldm.tables.regions import LABEL, SlideRegions, check_files, find_regions
 
 # what is taken when a folder is given
 _BATCH = 64
@@ -70,13 +78,18 @@ def tile_slide(
     licence: str = "",
     slide_mpp: float | None = None,
     slide_mpp_holds: bool = False,
+    regions: Path | str | None = None,
+    inside: Sequence[str] = (),
+    outside: Sequence[str] = (),
+    min_inside: float = 0.5,
+    region_origin: str | None = None,
     seed: int = 0,
     workers: int | None = None,
 ) -> Path:
     """Tile one slide into the store `out`/slides/<stem of its name>.zarr and return its path.
 
     Tiles lie on the lattice that starts at the slide's corner, whole tiles only, row by row. The label `tissue` holds
-    each tile's tissue fraction.
+    each tile's tissue fraction, `region` the class of regions that has most of it.
 
     Args:
         path: slide or image file.
@@ -89,14 +102,23 @@ def tile_slide(
         licence: recorded in the store.
         slide_mpp: micrometres per level-0 pixel, where the header lacks it.
         slide_mpp_holds: take them even where the header says others, as a table of slides does.
+        regions: GeoJSON of regions on it, or a folder where it lies by the slide's name, see `ldm.tables.geojson`.
+        inside, outside: classes of regions to tile, and to leave out. None inside: all of the slide that is not
+            outside; neither: all regions.
+        min_inside: least fraction of a tile that lies inside and not outside; at 0 regions are labels alone.
+        region_origin: what their coordinates count from, see `ldm.tables.regions.SlideRegions`.
         seed: picks the background tiles.
         workers: threads that read the slide; None is up to 8.
     Raises:
-        UserError: unreadable slide, no mpp, no tissue, unwritable folder, a store made with other settings.
+        UserError: unreadable slide, no mpp, no tissue, unwritable folder, a store made with other settings, regions
+            that are not there or of another slide.
     """
-    for fraction, value in {"min_tissue": min_tissue, "keep_background": keep_background}.items():
+    fractions = {"min_tissue": min_tissue, "keep_background": keep_background, "min_inside": min_inside}
+    for fraction, value in fractions.items():
         if not 0 <= value <= 1:
             raise UserError(f"{fraction} is a fraction from 0 to 1; got {value}")
+    if (inside or outside) and regions is None:
+        raise UserError(f"{', '.join([*inside, *outside])}: classes of regions need a file of them; give regions")
     stride = tile_size if stride is None else stride
     if tile_size < 8 or stride < 1:
         raise UserError(f"tile_size is at least 8 px and stride at least 1 px; got {tile_size} and {stride}")
@@ -122,20 +144,35 @@ def tile_slide(
         "downsample": downsample,
         "tissue": {"min_tissue": min_tissue, "keep_background": keep_background, "seed": seed},
         "licence": licence,
+        "regions": None,
     }
+    drawn = None if regions is None else read_geojson(find_regions(regions, name))
+    if drawn is not None:
+        asked = {"inside": sorted(inside), "outside": sorted(outside), "min_inside": min_inside}
+        asked["origin"] = region_origin
+        attrs["regions"] = {"file": drawn.path.name, "sha256": drawn.sha256, **asked}
     store = Path(out) / "slides" / f"{Path(name).stem}.zarr"
     if (store / "zarr.json").exists():
         before = TileStore.open(store, allow_incomplete=True).attrs
         if before["complete"] and all(before.get(each) == attrs[each] for each in attrs.keys() - {*TOLD}):
             return store
-    coords, tissue = _choose(slide, extent, stride * downsample, min_tissue, keep_background, seed)
+    coords = _lattice(slide, extent, stride * downsample)
+    labels, wanted = {"tissue": TissueMask(slide).fraction(coords, extent)}, np.ones(len(coords), bool)
+    if drawn is not None:
+        on_slide = SlideRegions(drawn, slide, region_origin)
+        attrs["notes"] = [*slide.notes, *on_slide.notes, *on_slide.check(inside, outside)]
+        attrs["texts"] = {LABEL: on_slide.names}
+        labels[LABEL] = on_slide.labels(coords, extent)
+        wanted = on_slide.wanted(coords, extent, inside, outside, min_inside)
+    keep = _choose(labels["tissue"], wanted, slide, min_tissue, keep_background, seed)
+    coords, labels = coords[keep], {label: values[keep] for label, values in labels.items()}
 
     def read(corner: np.ndarray) -> np.ndarray:
         return slide.read(*corner.tolist(), extent, extent, (tile_size, tile_size))
 
     workers = workers or min(8, os.cpu_count() or 1)
     with (
-        TileStoreWriter.create(store, len(coords), attrs, {"tissue": "f4"}) as writer,
+        TileStoreWriter.create(store, len(coords), attrs, {each: str(labels[each].dtype) for each in labels}) as writer,
         ThreadPoolExecutor(workers) as pool,
     ):
         start = writer.rows
@@ -143,15 +180,13 @@ def tile_slide(
             for first in range(start, len(coords), _BATCH):
                 part = slice(first, min(first + _BATCH, len(coords)))
                 tiles = np.stack(list(pool.map(read, coords[part])))  # (n, T, T, 3)
-                writer.append(tiles, coords[part], {"tissue": tissue[part]})
+                writer.append(tiles, coords[part], {label: values[part] for label, values in labels.items()})
                 bar.update(len(tiles))
     return store
 
 
-def _choose(
-    slide: Slide, extent: float, step: float, min_tissue: float, keep_background: float, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Coordinates (n, 2) i4 and tissue fractions (n,) of the tiles to keep."""
+def _lattice(slide: Slide, extent: float, step: float) -> np.ndarray:
+    """Corners (n, 2) i4 of all whole tiles of a slide, row by row."""
     cols, rows = (int((d - extent + 1e-6) // step) + 1 for d in slide.dimensions)
     if cols < 1 or rows < 1:
         width, height = slide.dimensions
@@ -159,17 +194,21 @@ def _choose(
             f"{slide.path} is {width} x {height} px, smaller than one tile of {extent:g} level-0 px; ask for a smaller"
         )
     y, x = np.meshgrid(np.arange(rows), np.arange(cols), indexing="ij")
-    coords = np.floor(np.stack([x.ravel(), y.ravel()], 1) * step).astype(np.int32)
-    mask = TissueMask(slide)
-    tissue = mask.fraction(coords, extent)
-    keep = tissue >= min_tissue
+    return np.floor(np.stack([x.ravel(), y.ravel()], 1) * step).astype(np.int32)
+
+
+def _choose(
+    tissue: np.ndarray, wanted: np.ndarray, slide: Slide, min_tissue: float, keep_background: float, seed: int
+) -> np.ndarray:
+    """(n,) bool: which tiles to keep, by their tissue fractions (n,), among those that are wanted (n,) bool."""
+    keep = wanted & (tissue >= min_tissue)
     if not keep.any():
+        of = "in its regions " if not wanted.all() else ""
         raise UserError(
-            f"no tissue found on {slide.path}: no tile has a tissue fraction of {min_tissue:g} or more "
-            f"(the most is {tissue.max():.2f}). Is it the right slide? A lower --min-tissue takes more, 0 all tiles"
+            f"no tissue found {of}on {slide.path}: no tile {of}has a tissue fraction of {min_tissue:g} or more (the "
+            f"most is {tissue[wanted].max():.2f}). Is it the right slide? A lower --min-tissue takes more, 0 all tiles"
         )
-    keep |= np.random.default_rng(seed).random(len(coords)) < keep_background
-    return coords[keep], tissue[keep]
+    return keep | (wanted & (np.random.default_rng(seed).random(len(tissue)) < keep_background))
 
 
 @script("data_prep.tile_slides", __doc__)
@@ -195,6 +234,11 @@ def main(
             "border in none.",
         ),
     ] = None,
+    regions: RegionsOption = None,
+    inside: InsideOption = None,
+    outside: OutsideOption = None,
+    min_inside: MinInsideOption = 0.5,
+    region_origin: RegionOriginOption = None,
     workers: Annotated[int | None, speed("--workers", help="Threads that read a slide (default: up to 8).")] = None,
 ) -> None:
     found, box = read_slides(slides), parse_integers(holdout, 4, "--holdout", "x,y,width,height")
@@ -205,9 +249,13 @@ def main(
             "patients"
         )
     tell_renamed({entry.path: entry.name for entry in found}, out)
+    drawn = {"inside": inside or [], "outside": outside or []}
+    check_files([(entry.roi or regions, entry.name) for entry in found if entry.roi or regions], **drawn)
+    drawn |= {"regions": regions, "min_inside": min_inside, "region_origin": region_origin and region_origin.value}
     failures, stores = [], []
     asked = {"mpp": mpp, "tile_size": tile_size, "stride": stride, "min_tissue": min_tissue, "seed": seed}
     asked |= {"keep_background": keep_background, "licence": licence, "slide_mpp": slide_mpp, "workers": workers}
+    asked |= drawn
     for entry in found:
         try:
             stores.append(TileStore.open(tile_slide(entry.path, out, **asked | entry.settings())))

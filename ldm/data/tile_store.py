@@ -38,7 +38,7 @@ class TileStore:
     Attributes:
         attrs: what the store says of itself: version, slide, mpp, mpp_source (where the slide's are from),
             magnification, tile_size, stride, level0_size (w, h), downsample (level-0 pixels per tile pixel), tissue
-            (settings), licence, count, rows, complete.
+            (settings), licence, count, rows, complete; where labels stand for text, texts: label -> their values.
         path: the `.zarr` folder.
     """
 
@@ -190,8 +190,10 @@ class TileStore:
         return self._named("latents", name, "Make them with `python -m data_prep.encode_latents`.")
 
     def labels(self, name: str) -> np.ndarray:
-        """One value per tile, (N,)."""
-        return np.asarray(self._named("labels", name, "")[:])
+        """One value per tile, (N,): numbers, or text where the store says which number stands for which (`texts`)."""
+        values = np.asarray(self._named("labels", name, "")[:])
+        texts = self.attrs.get("texts", {}).get(name)
+        return values if texts is None else np.array(texts, object)[values]
 
     def grid(self, region: Sequence[int] | None, feature: str) -> tuple[np.ndarray, np.ndarray]:
         """Features on the lattice of tiles inside a region of the slide.

@@ -48,7 +48,9 @@ def open_scanned(path: Path) -> Source | None:
     scale = scale_of(path, x, y, f"header ({vendor})")
     notes = ("its ICC profile is not applied",) if "openslide.icc-size" in properties else ()
     patient = (properties.get("dicom.PatientID") or "").strip() or None
-    return Source(list(file.level_dimensions), read, scale, power, patient=patient, notes=notes)
+    sides = [_number(properties.get(f"openslide.bounds-{side}")) for side in ("x", "y", "width", "height")]
+    bounds = None if None in sides or not any(sides[:2]) else tuple(map(int, sides))
+    return Source(list(file.level_dimensions), read, scale, power, patient=patient, notes=notes, bounds=bounds)
 
 
 def _number(text: str | None) -> float | None:

@@ -41,6 +41,7 @@ class Slide:
         gray: whether it has one channel; it is read as three that are alike.
         patient: whom the file names, as DICOM does; None where it names nobody.
         notes: what a user should know of how it is read.
+        bounds: (x, y, width, height) of the part that a scanner filled, where it left a margin around it; else None.
     """
 
     def __init__(self, path: Path, source: Source, mpp: float | None = None, holds: bool = False) -> None:
@@ -51,6 +52,7 @@ class Slide:
             source.levels,
             source.read,
         )
+        self.bounds = source.bounds
         said = source.scale
         own = said.mpp and not holds
         self.mpp, self.mpp_source = (said.mpp, said.origin) if own or not mpp else (mpp, GIVEN)

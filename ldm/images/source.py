@@ -25,6 +25,7 @@ class Source:
         gray: whether it has one channel; it is read as three that are alike.
         patient: whom the file names, None where it names nobody.
         notes: what a user should know of its pixels.
+        bounds: (x, y, width, height) of the part that a scanner filled, where it left a margin around it; else None.
     """
 
     levels: list[tuple[int, int]]
@@ -34,6 +35,7 @@ class Source:
     gray: bool = False
     patient: str | None = None
     notes: tuple[str, ...] = ()
+    bounds: tuple[int, int, int, int] | None = None
 
 
 def upright(source: Source, orientation: int) -> Source:
