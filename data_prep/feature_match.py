@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ldm.data.features import Places, nearest_tiles
+from ldm.data.features import nearest_tiles
+from ldm.data.places import Places
 from ldm.data.slide_files import SlideFiles, files_of
+from ldm.data.spatial_zarr import mpp_of_slide
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 
@@ -19,12 +21,14 @@ class Match:
 
     Attributes:
         rows: (N,) the feature of each tile, -1 for none. shape: (number, dimension) of the file's features.
+        coarse: pixels of the tiles that the features were made of, where these show less than the store's.
     """
 
     store: TileStore
     files: SlideFiles | None
     rows: np.ndarray
     shape: tuple[int, int] = (0, 0)
+    coarse: int | None = None
 
     @property
     def without(self) -> int:
@@ -48,6 +52,8 @@ def match(store: TileStore, files: SlideFiles | None, patch_size: float | None =
     values, places = files.read()
     if values is None:
         raise UserError(f"{files.source} has coordinates but no features; --slides cuts tiles there")
+    places = places.in_pixels(mpp_of_slide(store), files.source)
+    check_slide(places, store.attrs.get("level0_size"), files, store.path)
     extent = store.tile_size * store.downsample
     given = extent_of(places, patch_size, files)
     apart = usual_step(places.coords)
@@ -77,7 +83,17 @@ def match(store: TileStore, files: SlideFiles | None, patch_size: float | None =
             f"no tile of {store.path} lies where {files.source} has one: its first is at {own}, the file's at {other}. "
             "Is it the same slide, tiled with the same stride? --slides cuts tiles where the file says"
         )
-    return Match(store, files, rows, values.shape)
+    coarse = places.size if places.size and extent / places.size > 1.01 * store.downsample else None
+    return Match(store, files, rows, values.shape, coarse)
+
+
+def check_slide(places: Places, size: Sequence[int] | None, files: SlideFiles, of: object) -> None:
+    """UserError if files say that their slide has another size (width, height) than this one."""
+    if places.slide and size and any(abs(own / other - 1) > 0.01 for own, other in zip(places.slide, size)):
+        raise UserError(
+            f"{files.source} is of a slide of {places.slide[0]:g} x {places.slide[1]:g} px, and that of {of} has "
+            f"{size[0]} x {size[1]} px; is it the file of another slide?"
+        )
 
 
 def extent_of(places: Places, patch_size: float | None, files: SlideFiles) -> float | None:

@@ -1,17 +1,19 @@
-r"""Import features, and cut tiles, from the files that CLAM, TRIDENT or the like have written.
+r"""Import features, and cut tiles, from the files that CLAM, TRIDENT, STAMP, LazySlide or the like have written.
 
 With --store the tiles of a cohort get the features of the same places. With --slides the tiles of slides are cut where
 the files say, as large as they say, and get their features; from files of coordinates alone they are only cut.
 
-Slides and files belong together by name, tiles and features by level-0 coordinates, within half a tile pixel. A folder
-of pictures that are named by their coordinates ("Tile_(512,1024).jpg", "a_512_1024.png") counts as a slide.
+Of several features, as in a job folder of TRIDENT or a Zarr of LazySlide, --feature says which; those of whole slides
+are left out. Slides and files belong together by name, tiles and features by level-0 coordinates, within half a tile
+pixel. A folder of pictures that are named by their coordinates ("Tile_(512,1024).jpg", "a_512_1024.png") counts as a
+slide.
 
 Examples:
 
     python -m data_prep.import_features --slides slides/*.svs \
-        --files TRIDENT_JOB --name uni --out cohort
+        --files TRIDENT_JOB --feature uni_v1 --name uni --out cohort
     python -m data_prep.import_features --store cohort \
-        --files TRIDENT_JOB --name uni
+        --files slides/*.zarr --feature uni2
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.cohort_index import tell_splits, update_index
-from data_prep.feature_match import Match, check_distinct, extent_of, match, pair, usual_step
+from data_prep.feature_match import Match, check_distinct, check_slide, extent_of, match, pair, usual_step
 from data_prep.options import (
     LicenceOption,
     PatientOption,
@@ -45,17 +47,18 @@ from ldm.cli.script import script
 from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.extent import tell_scales
 from ldm.data.features import nearest_tiles
-from ldm.data.slide_files import SlideFiles, find_slide_files
+from ldm.data.slide_files import SlideFiles, find_slide_files, told_in
 from ldm.data.splits import fractions
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.encoders.registry import REGISTRY
-from ldm.errors import UserError
+from ldm.errors import UserError, note, some
 from ldm.images.kinds import called, images_in
 from ldm.images.slides import GIVEN, open_image, open_slide
 from ldm.images.tissue import TissueMask
 
 _PLACE = re.compile(r"\((\d+)\s*,\s*(\d+)\)|(?:^|[_-])x?_?(\d+)[_-]y?_?(\d+)$", re.IGNORECASE)
+_TOLD = ("encoder", "licence", "non_commercial", "source", "weights_sha256")  # taken from files of our own
 Missing = choices("Missing", ("error", "drop"))
 
 
@@ -89,12 +92,22 @@ def import_features(
             "them out by --missing drop --out NEW_COHORT, or cut tiles where the features are by --slides. "
             "(data_prep.tile_slides keeps some background, which CLAM and TRIDENT do not.)"
         )
+    if coarse := [each for each in matches if each.coarse]:
+        first = coarse[0]
+        note(
+            f"the features of {number(len(coarse), 'slide')} were made of coarser tiles than those of the stores "
+            f"({first.files.source}: {first.coarse} px, {first.store.path}: {first.store.tile_size} px over the same "
+            "tissue); models conditioned on them see less than the tile shows."
+        )
     dims = sorted({each.shape[1] for each in matches if each.files})
     if len(dims) > 1:
         raise UserError(
             f"the files have features of {' and '.join(map(str, dims))} values; give the files of one encoder"
         )
-    attrs = encoder_attrs(name, dims[0], licence)
+    told = [told_in(each.files.features) for each in matches if each.files]
+    if len(made := sorted({str(own["weights_sha256"]) for own in told if "weights_sha256" in own})) > 1:
+        raise UserError(f"the files have features of different weights ({some(made, 2)}); give those of one encoder")
+    attrs = encoder_attrs(name, dims[0], licence, told[0])
     done = []
     for each in tqdm(matches, desc=f"features {name}", unit="slide"):
         if each.files is None:
@@ -128,8 +141,8 @@ def _kept(each: Match, cohort: Path) -> TileStore:
     return new
 
 
-def encoder_attrs(name: str, dim: int, licence: str) -> dict[str, Any]:
-    """What a feature array says of its encoder: from the list of published ones, or what the user says."""
+def encoder_attrs(name: str, dim: int, licence: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a feature array says of its encoder: from the list of published ones, the file, or what the user says."""
     attrs: dict[str, Any] = {"encoder": name, "dim": dim, "imported": True}
     spec = REGISTRY.get(name)
     if spec is not None and spec.dim != dim:
@@ -138,6 +151,7 @@ def encoder_attrs(name: str, dim: int, licence: str) -> dict[str, Any]:
         )
     if spec is not None:
         attrs |= {key: getattr(spec, key) for key in ("licence", "non_commercial", "source")}
+    attrs |= {key: told[key] for key in _TOLD if isinstance(told.get(key), (str, bool))}
     if licence:
         attrs["licence"] = licence
     if "licence" not in attrs:
@@ -216,9 +230,10 @@ def cut(
     values, places = files.read()
     if values is not None and name is None:
         raise UserError(f"{files.features} has features; give them a --name, as --name uni")
-    check_distinct(places, files)
     slide_name, of_pictures = slide_name or called(path), is_picture_folder(path)
     if of_pictures:
+        places = places.in_pixels(slide_mpp, files.source)
+        check_distinct(places, files)
         folder = PictureFolder(path)
         extent = extent_of(places, patch_size, files) or float(folder.size)
         tile_size = tile_size or folder.size
@@ -237,6 +252,9 @@ def cut(
             return folder.read(i, tile_size)
     else:
         slide = open_slide(path, slide_mpp)
+        places = places.in_pixels(slide.mpp, files.source)
+        check_distinct(places, files)
+        check_slide(places, slide.dimensions, files, path)
         extent, apart = extent_of(places, patch_size, files), usual_step(places.coords)
         if places.step and apart and apart < 0.75 * places.step:
             raise UserError(
@@ -278,7 +296,9 @@ def cut(
     stem = slide_name if of_pictures else Path(slide_name).stem
     store = write_store(out, stem, read, len(coords), attrs=attrs, coords=coords, labels=labels, desc=f"tiling {stem}")
     if values is not None:
-        write_features(store, name, values[rows], encoder_attrs(name, values.shape[1], encoder_licence))
+        write_features(
+            store, name, values[rows], encoder_attrs(name, values.shape[1], encoder_licence, told_in(files.features))
+        )
     return store
 
 
@@ -330,8 +350,12 @@ def cut_all(
 def main(
     files: Annotated[
         list[Path],
-        inputs("--files", help="Files .h5 and .pt of CLAM or TRIDENT, or their folders: one or several."),
+        inputs("--files", help="Files of CLAM, TRIDENT, STAMP or LazySlide, or their folders: one or several."),
     ],
+    feature: Annotated[
+        str | None,
+        inputs("--feature", help="Which features of the files, where they have several: uni_v1, or their folder."),
+    ] = None,
     store: Annotated[
         list[Path] | None,
         inputs("--store", help="Tile stores that get features, or cohorts of stores: one or several."),
@@ -349,7 +373,7 @@ def main(
         Path | None, output("--out", help="Cohort folder to write, for --slides and for --missing drop.")
     ] = None,
     name: Annotated[
-        str | None, output("--name", help="Name of the features, best that of their encoder: uni, conch_v15.")
+        str | None, output("--name", help="Name of the features, best that of their encoder (default: --feature).")
     ] = None,
     licence: LicenceOption = "",
     encoder_licence: Annotated[
@@ -367,7 +391,8 @@ def main(
     if bool(store) == bool(slides):
         raise UserError("give either --store, tiles that get features, or --slides, to cut tiles where the files say")
     validation, test = fractions(out, validation, test)
-    found = find_slide_files(files)
+    found = find_slide_files(files, feature)
+    name = name or (feature and feature.rpartition("/")[2].removeprefix("features_"))
     if store:
         if not name:
             raise UserError("give the features a name by --name, best that of their encoder, as --name uni")

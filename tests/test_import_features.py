@@ -216,7 +216,7 @@ def test_the_nearest_tile_is_found_however_they_lie():
         ("own count", r"5 features but coords of shape \(6, 2\)"),
         ("extent", "cover 512 level-0 px, those of .* 256"),
         ("elsewhere", "no tile of .* lies where"),
-        ("two encoders", "several files of features"),
+        ("two encoders", "features of several encoders: conch, uni_v1. Say which by --feature"),
         ("twice", "2 coordinates more than once"),
         ("dim", "encoder 'uni' has 1024 values, the files have 3"),
         ("names", "none of the slides .* has a file of its name; the files are of a, b"),

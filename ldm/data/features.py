@@ -1,4 +1,4 @@
-"""Features of tiles from wherever they come (.npy, CLAM and TRIDENT .h5, .pt, tile stores), and their grid."""
+"""Features of tiles from wherever they come (.npy, .h5 of CLAM, TRIDENT and STAMP, .pt, Zarr), and their grid."""
 
 from __future__ import annotations
 
@@ -10,27 +10,13 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ldm.data.places import Places, places_in, unbatched
+from ldm.data.spatial_zarr import is_spatial, read_spatial
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 
 H5_NAMES = ("features", "feats", "embeddings")
 SUFFIXES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".zarr")
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where tiles lie on a slide.
-
-    Attributes:
-        coords: (N, 2) level-0 x, y of the tiles' top-left corners.
-        extent: level-0 pixels that a tile covers along each side; step: between neighbouring tiles; size: pixels of a
-            tile as it was cut. None where the file does not say.
-    """
-
-    coords: np.ndarray
-    extent: float | None = None
-    step: float | None = None
-    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -70,8 +56,9 @@ def read_features(path: Path | str, feature: str | None = None, dim: int | None 
 
     Args:
         path: .npy of (N, D) or (rows, cols, D); .h5 with `features`, `feats` or `embeddings` and maybe `coords`;
-            .pt with a tensor or array, or a dict with one of these names; or a tile store (.zarr).
-        feature: name of the features in a tile store.
+            .pt with a tensor or array, or a dict with one of these names; a tile store, or SpatialData as LazySlide
+            writes it (.zarr).
+        feature: name of the features in a .zarr.
         dim: dimension D that is wanted.
     Raises:
         UserError: unreadable, no features in it, wrong shape or dimension, another number of coords, NaN or infinity.
@@ -86,7 +73,7 @@ def read_features(path: Path | str, feature: str | None = None, dim: int | None 
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: features are read from {', '.join(SUFFIXES)}.")
     if path.suffix == ".zarr":
-        features = _from_store(path, feature)
+        features = _from_zarr(path, feature)
     else:
         readers = {".npy": _from_npy, ".h5": _from_h5, ".hdf5": _from_h5}
         try:
@@ -108,49 +95,9 @@ def _from_h5(path: Path) -> Features:
         name = next((n for n in H5_NAMES if n in file), None)
         if name is None:
             raise UserError(f"{path} has no {', '.join(H5_NAMES)}; it holds {', '.join(file) or 'nothing'}.")
-        values = _unbatched(_floats(file[name][()], path))
+        values = unbatched(_floats(file[name][()], path))
         places = places_in(file)
     return Features(values, places)
-
-
-def places_in(file: h5py.File) -> Places | None:
-    """`coords` of a CLAM or TRIDENT file and what its attributes say of the tiles.
-
-    UserError: an attribute that is no number.
-
-    >>> with h5py.File("a.h5", "w") as file:
-    ...     file["coords"] = np.array([[0, 0], [512, 0]])
-    ...     file["coords"].attrs.update({"patch_size": "256", "patch_size_level0": np.array([512])})
-    ...     places_in(file).extent, places_in(file).size
-    (512.0, 256)
-    """
-    if "coords" not in file:
-        return None
-    attrs = {**file.attrs, **file["coords"].attrs}
-
-    def number(name: str, default: float | None = None) -> float | None:
-        return _number(attrs[name], name, file.filename) if name in attrs else default
-
-    size, extent, step = number("patch_size"), number("patch_size_level0"), None
-    if extent is not None:  # TRIDENT; `overlap` is in pixels of a tile
-        overlap = number("overlap_level0", number("overlap", 0.0) * (extent / size if size else 1.0))
-        step = extent - overlap
-    elif size is not None and ("downsample" in attrs or number("patch_level", 0.0) == 0):  # CLAM
-        extent = size * number("downsample", 1.0)
-    coords = _unbatched(np.asarray(file["coords"][()]))
-    return Places(coords, extent, step, None if size is None else round(size))
-
-
-def _number(value: Any, name: str, path: str) -> float:
-    """An attribute that tools write as a number, text, or an array of one number (or of the same one for x and y)."""
-    values = np.unique(np.ravel(value))
-    try:
-        if len(values) == 1:
-            each = values[0]
-            return float(each.decode() if isinstance(each, bytes) else each)
-    except ValueError:
-        pass
-    raise UserError(f"{path}: the attribute `{name}` of its coords is {value!r}, which is not one number.")
 
 
 def _from_pt(path: Path) -> Features:
@@ -169,8 +116,8 @@ def _from_pt(path: Path) -> Features:
         content = content.detach().float().numpy()
     if not isinstance(content, np.ndarray):
         raise UserError(f"{path} holds {type(content).__name__}, not a tensor or array of features.")
-    values = _unbatched(_floats(content, path))
-    return Features(values, None if coords is None else Places(_unbatched(np.asarray(coords))))
+    values = unbatched(_floats(content, path))
+    return Features(values, None if coords is None else Places(unbatched(np.asarray(coords))))
 
 
 def _load_pt(path: Path) -> Any:
@@ -200,7 +147,12 @@ def _scalar(kind: np.dtype, value: bytes) -> Any:
     return np.frombuffer(value, kind)[0]
 
 
-def _from_store(path: Path, feature: str | None) -> Features:
+def _from_zarr(path: Path, feature: str | None) -> Features:
+    if is_spatial(path):
+        values, places = read_spatial(path, feature)
+        if values is None:
+            raise UserError(f"{path} has tiles but no features; extract them (lazyslide.tl.feature_extraction).")
+        return Features(values, places)
     store = TileStore.open(path)
     if feature is None:
         if not store.feature_names:
@@ -218,11 +170,6 @@ def _floats(values: np.ndarray, path: Path) -> np.ndarray:
     if values.dtype.kind not in "fiu":
         raise UserError(f"{path} holds {values.dtype}, not numbers.")
     return values.astype(np.float32)
-
-
-def _unbatched(values: np.ndarray) -> np.ndarray:
-    """(1, N, D), as some extractors write, -> (N, D)."""
-    return values[0] if values.ndim == 3 and values.shape[0] == 1 else values
 
 
 def _check(features: Features, path: Path, dim: int | None) -> None:

@@ -1,19 +1,25 @@
-"""The files of a slide: its features and the coordinates of its tiles, in CLAM's and TRIDENT's folders or alike."""
+"""The files of a slide: its features and the coordinates of its tiles, as CLAM, TRIDENT, STAMP and LazySlide write."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
-from ldm.data.features import H5_NAMES, Places, places_in, read_features
-from ldm.errors import UserError, note
+from ldm.data.features import H5_NAMES, read_features
+from ldm.data.places import Places, places_in
+from ldm.data.spatial_zarr import about_spatial, features_in, is_spatial, read_spatial
+from ldm.errors import UserError, note, suggest
 
 _ENDS = re.compile(r"[_-](patches|features|feats|embeddings|coords)$", re.IGNORECASE)
+_FOLDER = re.compile(r"(?P<slide>slide_)?features_(?P<encoder>.+)$")  # of TRIDENT
+OF_SLIDES = ("slide", "patient")  # STAMP's feat_type of features that are none of tiles
 _PLAIN = ("patches", "features", "feats", "embeddings", "coords")  # files of these names are called like their folder
 
 
@@ -24,6 +30,7 @@ class SlideFiles:
     name: str
     features: Path | None = None
     coords: Path | None = None
+    feature: str | None = None  # name of the features in a .zarr
 
     @property
     def source(self) -> Path:
@@ -38,7 +45,7 @@ class SlideFiles:
         places = None if self.coords is None else _read_places(self.coords)
         if self.features is None:
             return None, places
-        found = read_features(self.features)
+        found = read_features(self.features, self.feature)
         if found.values.ndim != 2:
             raise UserError(f"{self.features} has features of shape {found.values.shape}; expected (N, D).")
         if found.places is None and places is None:
@@ -46,7 +53,7 @@ class SlideFiles:
                 f"{self.features} has no coordinates, and no .h5 file with `coords` of slide '{self.name}' was found; "
                 "give the folder that holds both (CLAM: patches/ and pt_files/; TRIDENT: patches/ and features_*/)."
             )
-        if places is not None and len(places.coords) != len(found.values):
+        if found.places is None and len(places.coords) != len(found.values):
             raise UserError(
                 f"{self.features} has {len(found.values)} features but {self.coords} has {len(places.coords)} "
                 "coordinates; they are of different runs."
@@ -57,8 +64,28 @@ class SlideFiles:
         return found.values, places if same else found.places
 
 
+def told_in(path: Path) -> dict[str, Any]:
+    """What `data_prep.export_features` wrote of the features in a file; nothing in files of others.
+
+    >>> told_in(Path("a.h5"))
+    {}
+    """
+    try:
+        if path.suffix == ".zarr":
+            told = about_spatial(path)
+        else:
+            with h5py.File(path, "r") as file:
+                own = [each.attrs["histoldm"] for each in file.values() if "histoldm" in each.attrs]
+                told = json.loads(own[0]) if own else {}
+    except (OSError, ValueError, TypeError):
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
 def _read_places(path: Path) -> Places:
-    """Where the tiles of a CLAM or TRIDENT coordinate file are. UserError: unreadable, none in it, of another shape."""
+    """Where the tiles of a file of coordinates are. UserError: unreadable, none in it, of another shape."""
+    if path.suffix == ".zarr":
+        return read_spatial(path)[1]
     try:
         with h5py.File(path, "r") as file:
             places = places_in(file)
@@ -71,25 +98,72 @@ def _read_places(path: Path) -> Places:
     return places
 
 
-def find_slide_files(paths: Sequence[Path | str]) -> dict[str, SlideFiles]:
-    """The files of each slide by the slide's name, from files and folders of CLAM, TRIDENT or alike.
+def find_slide_files(paths: Sequence[Path | str], feature: str | None = None) -> dict[str, SlideFiles]:
+    """The files of each slide by the slide's name, from files and folders of CLAM, TRIDENT, STAMP, LazySlide or alike.
 
     Names are the files' without endings such as `_patches` and `_features`. A file that has both features and
-    coordinates is preferred to a tensor (.pt), whose coordinates are then looked for beside its folder.
-    UserError: no file, a broken one, two files of features for one slide.
+    coordinates is preferred to a tensor (.pt), whose coordinates are then looked for beside its folder. Features of
+    whole slides, and files without a tile, are left out and told.
 
-    >>> Path("pt_files").mkdir()
-    >>> torch.save(torch.zeros(4, 8), "pt_files/slide-1.pt")
-    >>> found = find_slide_files(["pt_files"])
+    Args:
+        feature: which features, where there are several: their encoder, or the end of their folder's path.
+    Raises:
+        UserError: no file, a broken one, features of several encoders, no such feature, two files for one slide.
+
+    >>> Path("features_uni").mkdir()
+    >>> torch.save(torch.zeros(4, 8), "features_uni/slide-1.pt")
+    >>> found = find_slide_files(["features_uni"], "uni")
     >>> {name: files.features.name for name, files in found.items()}
     {'slide-1': 'slide-1.pt'}
     """
+    found = [each for path in _paths_in(paths) for each in _look(path)]
+    for kind, told in _LEFT_OUT.items():
+        if own := [each.path for each in found if each.kind == kind]:
+            note(f"{len(own)} {told} and are left out, as {own[0]}.")
+    found = _of_encoder(found, feature, paths)
+    kinds: dict[str, dict[str, list[_Found]]] = {}
+    for each in found:
+        kinds.setdefault(_slide_name(each.path), {}).setdefault(each.kind, []).append(each)
+    slides = {}
+    for name, own in sorted(kinds.items()):
+        features, coords = own.get("both") or own.get("features", []), own.get("coords", [])
+        for several, what in ((features, "features"), ([] if features else coords, "coordinates")):
+            if len(several) > 1:
+                listed = ", ".join(str(each.path) for each in several)
+                raise UserError(
+                    f"slide '{name}' has several files of {what} ({listed}); give one of them, or say which by "
+                    f"--feature {_tail(several[0])}."
+                )
+        if features:
+            near = max(coords, key=lambda each: _common(each.path, features[0].path), default=None)
+            slides[name] = SlideFiles(name, features[0].path, near and near.path, features[0].table)
+        elif coords:
+            slides[name] = SlideFiles(name, None, coords[0].path)
+    if not slides:
+        raise UserError(f"{', '.join(map(str, paths))}: no file has {', '.join(H5_NAMES)} or coords.")
+    return slides
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A file, or a table of features in a Zarr. encoder: what made its features, if folder or file say it."""
+
+    path: Path
+    kind: str  # both, features, coords, one of _LEFT_OUT, or other
+    encoder: str = ""
+    table: str | None = None
+
+
+_LEFT_OUT = {"slide": "files hold one feature of a whole slide", "empty": "files hold no tile"}
+
+
+def _paths_in(paths: Sequence[Path | str]) -> list[Path]:
+    """The files .h5 and .pt and the folders .zarr in paths, and the coordinates that lie beside a tensor's folder."""
     files: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
             raise UserError(f"there are no features at {path}.")
-        inside = path.rglob("*") if path.is_dir() else [path]
-        files += sorted(p for p in inside if p.suffix in (".h5", ".hdf5", ".pt", ".pth"))
+        files += sorted(_inside(path))
     for path in [path for path in files if path.suffix in (".pt", ".pth")]:
         near = [
             path.parent.parent / folder / f"{path.stem}{end}.h5"
@@ -98,49 +172,88 @@ def find_slide_files(paths: Sequence[Path | str]) -> dict[str, SlideFiles]:
         ]
         files += [p for p in near if p.is_file() and p not in files]
     if not files:
-        raise UserError(f"no .h5 or .pt file in {', '.join(map(str, paths))}.")
-    kinds: dict[str, dict[str, list[Path]]] = {}
-    for path in files:
-        kinds.setdefault(_slide_name(path), {}).setdefault(_kind(path), []).append(path)
-    slides = {}
-    if of_slides := [path for own in kinds.values() for path in own.get("whole slide", ())]:
-        note(f"{len(of_slides)} files hold one feature of a whole slide and are left out, as {of_slides[0]}.")
-    for name, own in sorted(kinds.items()):
-        features = own.get("both") or own.get("features") or []
-        if len(features) > 1:
-            listed = ", ".join(map(str, features))
-            raise UserError(f"slide '{name}' has several files of features ({listed}); give those of one encoder.")
-        coords = own.get("coords", [])
-        if not features and len(coords) > 1:
-            listed = ", ".join(map(str, coords))
-            raise UserError(f"slide '{name}' has several files of coordinates ({listed}); give one.")
-        if features or coords:
-            slides[name] = SlideFiles(name, features[0] if features else None, coords[0] if coords else None)
-    if not slides:
-        raise UserError(f"{', '.join(map(str, paths))}: no file has {', '.join(H5_NAMES)} or coords.")
-    return slides
+        raise UserError(f"no .h5 or .pt file and no .zarr of SpatialData in {', '.join(map(str, paths))}.")
+    return files
+
+
+def _inside(path: Path) -> Iterator[Path]:
+    if path.suffix == ".zarr":
+        if is_spatial(path):
+            yield path
+    elif path.is_file():
+        if path.suffix in (".h5", ".hdf5", ".pt", ".pth"):
+            yield path
+    else:
+        for each in path.iterdir():
+            if not each.name.startswith("."):
+                yield from _inside(each)
+
+
+def _look(path: Path) -> list[_Found]:
+    """What is in a file."""
+    folder = _FOLDER.match(path.parent.name)
+    encoder = folder["encoder"] if folder else ""
+    if path.suffix == ".zarr":
+        tables = features_in(path).items()
+        return [_Found(path, "both", name, table) for name, table in tables] or [_Found(path, "coords")]
+    if path.suffix in (".pt", ".pth"):
+        return [_Found(path, "slide" if folder and folder["slide"] else "features", encoder)]
+    try:
+        with h5py.File(path, "r") as file:
+            name, coords = next((name for name in H5_NAMES if name in file), None), "coords" in file
+            if name is None:
+                empty = coords and not len(file["coords"])
+                return [_Found(path, "empty" if empty else "coords" if coords else "other")]
+            told = file.attrs.get("extractor") or file[name].attrs.get("encoder")  # STAMP, TRIDENT
+            if not encoder and isinstance(told, str) and told != "None":
+                encoder = told
+            if file[name].ndim == 1 or (folder and folder["slide"]) or file.attrs.get("feat_type") in OF_SLIDES:
+                return [_Found(path, "slide", encoder)]
+            kind = "empty" if 0 in file[name].shape[:1] else "both" if coords else "features"
+            return [_Found(path, kind, encoder)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
+
+
+def _of_encoder(found: list[_Found], feature: str | None, paths: Sequence[Path | str]) -> list[_Found]:
+    """The features that are meant, and all coordinates. UserError where that is not clear, or none is."""
+    having = [each for each in found if each.kind in ("both", "features")]
+    known = sorted({each.encoder for each in having if each.encoder})
+    if feature is None:
+        if len(known) > 1:
+            raise UserError(
+                f"{', '.join(map(str, paths))} has the features of several encoders: {', '.join(known)}. Say which by "
+                f"--feature, as --feature {known[0]}."
+            )
+        return found
+    meant = [
+        each for each in having if feature in (each.encoder, each.table) or f"/{_tail(each)}".endswith(f"/{feature}")
+    ]
+    if not meant:
+        known = known or sorted({_group(each.path).name for each in having})
+        raise UserError(f"{', '.join(map(str, paths))} has no features '{feature}'{suggest(feature, known)}")
+    return meant + [each for each in found if each.kind == "coords"]
+
+
+def _group(path: Path) -> Path:
+    """The folder of all files of features that were made together; CLAM has two in it, one for each form."""
+    return path.parent.parent if path.parent.name in ("pt_files", "h5_files") else path.parent
+
+
+def _tail(found: _Found) -> str:
+    """The end of the path of a group, by which `--feature` tells it from others."""
+    group = _group(found.path)
+    return f"{group.parent.name}/{group.name}"
+
+
+def _common(a: Path, b: Path) -> int:
+    """How many folders two paths have in common."""
+    return sum(x == y for x, y in zip(a.parts, b.parts))
 
 
 def _slide_name(path: Path) -> str:
     stem = path.parent.name if path.stem.lower() in _PLAIN else path.stem
     return _ENDS.sub("", stem)
-
-
-def _kind(path: Path) -> str:
-    if path.suffix in (".pt", ".pth"):
-        return "features"
-    try:
-        with h5py.File(path, "r") as file:
-            named = [name for name in H5_NAMES if name in file]
-            has_features, has_coords = bool(named), "coords" in file
-            whole_slide = has_features and file[named[0]].ndim == 1
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
-    if has_features and whole_slide:
-        return "whole slide"
-    return {(True, True): "both", (True, False): "features", (False, True): "coords"}.get(
-        (has_features, has_coords), "other"
-    )
 
 
 def files_of(slide: str, found: Mapping[str, SlideFiles]) -> SlideFiles | None:

@@ -1,0 +1,324 @@
+"""SpatialData Zarr, as LazySlide and wsidata keep the tiles of a slide and their features: read and written.
+
+    <slide>.zarr/  shapes/<tiles>/shapes.parquet: the box of each tile and its tile_id
+                   tables/<encoder>_<tiles>/: AnnData with X (N,D) and the tile_id of each row
+                   attrs: tile_spec/<tiles> (size, stride, downsample), slide_properties (shape, mpp)
+
+Boxes are in level-0 pixels. Zarr v2, of older versions of theirs, is read too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+
+from ldm.data.places import Places
+from ldm.data.tile_store import TileStore
+from ldm.errors import UserError, some, suggest
+
+TILES = "tiles"  # the name of the tiles where a Zarr has one kind of them
+WIDEST = 1 << 16  # values of a feature
+# a box in WKB: little-endian (1), polygon (3), its rings (1), points of that ring (5)
+_BOX = np.dtype([("order", "u1"), ("kind", "<u4"), ("rings", "<u4"), ("points", "<u4"), ("xy", "<f8", (5, 2))])
+_BOX_IS = {"order": 1, "kind": 3, "rings": 1, "points": 5}
+
+
+def is_spatial(path: Path) -> bool:
+    """Whether a path is a folder that holds SpatialData; a tile store is none.
+
+    >>> is_spatial(store.path)
+    False
+    """
+    if not path.is_dir():
+        return False
+    try:
+        told = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
+        return "spatialdata_attrs" in told
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return (path / ".zgroup").is_file() and (path / "shapes" / ".zgroup").is_file()
+
+
+def features_in(path: Path) -> dict[str, str]:
+    """The features of tiles in a SpatialData Zarr: encoder -> name of the table.
+
+    >>> write_spatial(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)))
+    >>> features_in(Path("a.zarr"))
+    {'uni': 'uni_tiles'}
+    """
+    root = _opened(path)
+    shapes, found = _members(root, "shapes"), {}
+    for name in _members(root, "tables"):
+        region = root[f"tables/{name}"].attrs.get("region")
+        if isinstance(region, str) and region in shapes and region in _specs(root) and "X" in root[f"tables/{name}"]:
+            found[name.removesuffix(f"_{region}") if region == TILES else name] = name
+    return found
+
+
+def read_spatial(path: Path, feature: str | None = None) -> tuple[np.ndarray | None, Places]:
+    """Tiles and their features in a SpatialData Zarr.
+
+    Args:
+        feature: encoder or name of the table; None is the only one there is.
+    Returns:
+        features (N, D) in the order of the tiles, None where there are none, and the places of the tiles.
+    Raises:
+        UserError: broken, without tiles, several features and none named, tiles that are no squares, features of other
+            tiles.
+
+    >>> write_spatial(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)))
+    >>> values, places = read_spatial(Path("a.zarr"))
+    >>> values.shape, places.coords[1], places.extent, places.size
+    ((88, 4), array([256.,   0.]), 256.0, 256)
+    """
+    root, known = _opened(path), features_in(path)
+    if feature is None and len(known) > 1:
+        raise UserError(f"{path} has the features {', '.join(known)}; name the one to use.")
+    table = known.get(feature, feature) if feature is not None else next(iter(known.values()), None)
+    if feature is not None and table not in known.values():
+        raise UserError(f"{path} has no features '{feature}'{suggest(feature, known)}")
+    group = None if table is None else root[f"tables/{table}"]
+    tiles = _tile_set(root, path) if group is None else str(group.attrs["region"])
+    ids, boxes = _boxes(root, path, tiles, "tile_id" if group is None else str(group.attrs.get("instance_key")))
+    places = _places(root, path, tiles, boxes)
+    if group is None:
+        return None, places
+    rows = _rows_of(path, group, table, ids)
+    try:
+        return np.asarray(group["X"][:], np.float32)[rows], places
+    except (ValueError, RuntimeError, OSError) as error:
+        raise UserError(f"{path}/tables/{table}/X cannot be read ({_first_line(error)}); copy it again.") from None
+
+
+def _opened(path: Path) -> zarr.Group:
+    try:
+        return zarr.open_group(str(path), mode="r", use_consolidated=False)
+    except Exception as error:  # zarr has no error of its own for what it cannot read
+        raise UserError(f"{path} cannot be read as Zarr: {_first_line(error)}; copy it again.") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _members(root: zarr.Group, name: str) -> list[str]:
+    return sorted(root[name].group_keys()) if name in root else []
+
+
+def _specs(root: zarr.Group) -> Mapping[str, Any]:
+    specs = root.attrs.get("tile_spec")
+    return specs if isinstance(specs, dict) else {}
+
+
+def _tile_set(root: zarr.Group, path: Path) -> str:
+    """The tiles of a Zarr without features: `tiles`, or the only ones."""
+    known = [name for name in _members(root, "shapes") if name in _specs(root)]
+    if TILES in known:
+        return TILES
+    if len(known) != 1:
+        told = f"several kinds of tiles ({some(known)}) and none is named `{TILES}`" if known else "no tiles"
+        raise UserError(f"{path} has {told}; tile the slide there (lazyslide.pp.tile_tissues), or give another file.")
+    return known[0]
+
+
+def _boxes(root: zarr.Group, path: Path, tiles: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Ids (N,) and boxes (N, 4) of tiles: left, top, right, bottom."""
+    source = path / "shapes" / tiles / "shapes.parquet"
+    if root[f"shapes/{tiles}"].attrs.get("encoding-type") != "ngff:shapes" or not source.is_file():
+        raise UserError(
+            f"{path}/shapes/{tiles} is not in the form that SpatialData 0.2 and later write (shapes.parquet); open it "
+            "there and write it again."
+        )
+    moved = [t for t in root[f"shapes/{tiles}"].attrs.get("coordinateTransformations", []) if t["type"] != "identity"]
+    if moved:
+        raise UserError(f"{path}/shapes/{tiles} is in other coordinates than level-0 pixels ({moved[0]['type']}).")
+    try:
+        table = pq.read_table(source)
+        geometry = table["geometry"].combine_chunks()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{source} cannot be read ({_first_line(error)}); copy it again.") from None
+    if not (pa.types.is_binary(geometry.type) or pa.types.is_large_binary(geometry.type)) or not len(geometry):
+        raise UserError(f"{source} has geometry of type {geometry.type} in {len(geometry)} rows; WKB is read.")
+    raw = geometry.to_pylist()
+    box = np.frombuffer(b"".join(raw), _BOX) if {len(each) for each in raw} == {_BOX.itemsize} else np.empty(0, _BOX)
+    if len(box) != len(raw) or any((box[name] != value).any() for name, value in _BOX_IS.items()):
+        raise UserError(f"{source} has shapes that are no boxes; only tiles are read.")
+    low, high = box["xy"].min(1), box["xy"].max(1)
+    ids = table[key].to_numpy() if key in table.column_names else table.to_pandas().index.to_numpy()
+    return ids, np.hstack([low, high])
+
+
+def _places(root: zarr.Group, path: Path, tiles: str, boxes: np.ndarray) -> Places:
+    sides = boxes[:, 2:] - boxes[:, :2]
+    extent = float(sides[0, 0])
+    spec, shape = _specs(root).get(tiles, {}), (root.attrs.get("slide_properties") or {}).get("shape")
+    try:
+        width, height, stride = (int(spec[name]) for name in ("width", "height", "stride_width"))
+        down = float(spec["base_downsample"])
+        slide = None if shape is None else (float(shape[1]), float(shape[0]))
+    except (KeyError, TypeError, ValueError, IndexError):
+        raise UserError(f"{path} says of its {tiles} {spec!r}, which lacks width, stride or downsample.") from None
+    if width != height or spec["stride_height"] != stride or np.ptp(sides) > 1 or extent <= 0:
+        raise UserError(f"{path}/shapes/{tiles} are not squares of one size and one stride; cut square tiles.")
+    if abs(extent / (width * down) - 1) > 0.01:
+        raise UserError(
+            f"{path} contradicts itself: its {tiles} are {extent:g} level-0 px wide, and by its tile_spec "
+            f"{width * down:g}. Tile the slide again."
+        )
+    return Places(boxes[:, :2], extent, float(int(stride * down)), width, slide)
+
+
+def _rows_of(path: Path, group: zarr.Group, table: str, ids: np.ndarray) -> np.ndarray:
+    """The row of each tile in a table, by its id. UserError where a tile has none, or the table cannot be a table."""
+    values, key = group["X"], str(group.attrs.get("instance_key"))
+    if not isinstance(values, zarr.Array) or values.ndim != 2 or not 0 < values.shape[1] <= WIDEST:
+        raise UserError(f"{path}/tables/{table} has no dense X of shape (N, D); write the features as a NumPy array.")
+    if lost := values.nchunks - values.nchunks_initialized:
+        raise UserError(f"{path}/tables/{table}/X lacks {lost} of {values.nchunks} chunks; copy it again.")
+    count = values.shape[0]
+    own = np.asarray(group[f"obs/{key}"][:]) if f"obs/{key}" in group else np.arange(count)
+    if len(own) != count or not pd.Index(own).is_unique or not pd.Index(ids).is_unique:
+        raise UserError(
+            f"{path}/tables/{table} has {count} rows and {pd.Index(own).nunique()} ids of tiles; each tile has one."
+        )
+    rows = pd.Index(own).get_indexer(ids)
+    if (rows < 0).any():
+        raise UserError(
+            f"{path}/tables/{table} has no features of {(rows < 0).sum()} of {len(rows)} tiles; extract them again."
+        )
+    return rows
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+
+
+def write_spatial(
+    path: Path, store: TileStore, name: str, values: np.ndarray, about: Mapping[str, Any] | None = None
+) -> None:
+    """Write the tiles of a store, its labels and features as SpatialData Zarr, which `wsidata.open_wsi` opens.
+
+    Args:
+        path: the new folder. name: of the features. values: (N, D), written as float32.
+        about: what is known of them, kept as JSON: in the Zarr's attribute `histoldm` and in the table's `uns`.
+
+    >>> write_spatial(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)))
+    >>> is_spatial(Path("a.zarr"))
+    True
+    """
+    downsample = _downsample(store)
+    side = int(store.tile_size * downsample)
+    spec = {
+        "height": store.tile_size, "width": store.tile_size, "stride_height": store.stride,
+        "stride_width": store.stride, "mpp": store.mpp, "ops_level": 0, "ops_downsample": downsample,
+        "base_level": 0, "base_downsample": downsample, "tissue_name": None,
+    }  # fmt: skip
+    slide: dict[str, Any] = {"mpp": mpp_of_slide(store), "magnification": store.attrs.get("magnification")}
+    if size := store.attrs.get("level0_size"):
+        slide["shape"] = [size[1], size[0]]
+    told = json.dumps(about or {})
+    attrs = {"spatialdata_attrs": {"version": "0.2"}, "slide_properties": slide, "tile_spec": {TILES: spec}}
+    root = zarr.create_group(str(path), attributes={**attrs, "histoldm": about or {}})
+    _write_shapes(root.create_group("shapes"), path / "shapes" / TILES, store, side)
+    table = root.create_group("tables").create_group(f"{name}_{TILES}", attributes={
+        **_encoding("anndata", "0.1.0"), "spatialdata-encoding-type": "ngff:regions_table", "version": "0.2",
+        "region": TILES, "region_key": "library_id", "instance_key": "tile_id",
+    })  # fmt: skip
+    _array(table, "X", np.asarray(values, np.float32))
+    ids = np.arange(len(store))
+    obs = _frame(table, "obs", ["tile_id", "library_id"], ids)
+    _array(obs, "tile_id", ids)
+    kind = obs.create_group("library_id", attributes={"ordered": False, **_encoding("categorical", "0.2.0")})
+    _array(kind, "codes", np.zeros(len(store), np.int8))
+    _array(kind, "categories", np.array([TILES]))
+    _frame(table, "var", [], np.arange(values.shape[1]))
+    uns = table.create_group("uns", attributes=_encoding("dict", "0.1.0"))
+    keys = uns.create_group("spatialdata_attrs", attributes=_encoding("dict", "0.1.0"))
+    for key, value in {"region": TILES, "region_key": "library_id", "instance_key": "tile_id"}.items():
+        _array(keys, key, np.array(value))
+    _array(uns, "histoldm", np.array(told))
+
+
+def about_spatial(path: Path) -> Any:
+    """What `write_spatial` was told of the features; None of a Zarr that it did not write.
+
+    >>> write_spatial(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)), {"licence": "MIT"})
+    >>> about_spatial(Path("a.zarr"))
+    {'licence': 'MIT'}
+    """
+    return _opened(path).attrs.get("histoldm")
+
+
+def mpp_of_slide(store: TileStore) -> float | None:
+    """Micrometres per level-0 pixel of a store's slide, None where unknown.
+
+    >>> mpp_of_slide(store)
+    0.499
+    """
+    return None if store.mpp is None else float(f"{store.mpp / store.downsample:.12g}")
+
+
+def _downsample(store: TileStore) -> float:
+    """The store's, such that a tile covers the nearest whole number of pixels; wsidata rounds a fraction down."""
+    side = store.tile_size
+    whole = round(side * store.downsample)
+    downsample = whole / side
+    while int(side * downsample) < whole:
+        downsample = math.nextafter(downsample, math.inf)
+    return downsample
+
+
+def _write_shapes(shapes: zarr.Group, folder: Path, store: TileStore, side: int) -> None:
+    space = {"axes": [{"name": axis, "type": "space", "unit": "unit"} for axis in "xy"]}
+    placed = {"type": "identity", "input": {"name": "xy", **space}, "output": {"name": "global", **space}}
+    shapes.create_group(TILES, attributes={
+        "encoding-type": "ngff:shapes", "axes": ["x", "y"], "coordinateTransformations": [placed],
+        "spatialdata_attrs": {"version": "0.3"},
+    })  # fmt: skip
+    low = store.coords.astype(float)
+    boxes = np.zeros(len(low), _BOX)
+    for name, value in _BOX_IS.items():
+        boxes[name] = value
+    boxes["xy"] = low[:, None] + side * np.array([(1, 0), (1, 1), (0, 1), (0, 0), (1, 0)])
+    columns = {"tile_id": np.arange(len(low)), **{name: store.labels(name) for name in store.label_names}}
+    table = pa.table({**columns, "geometry": pa.array([box.tobytes() for box in boxes], pa.binary())})
+    bounds = [*low.min(0).tolist(), *(low.max(0) + side).tolist()]
+    column = {"encoding": "WKB", "crs": None, "geometry_types": ["Polygon"], "bbox": bounds}
+    geo = {"version": "1.1.0", "primary_column": "geometry", "columns": {"geometry": column}}
+    pq.write_table(table.replace_schema_metadata({"geo": json.dumps(geo)}), folder / "shapes.parquet")
+
+
+def _encoding(kind: str, version: str) -> dict[str, str]:
+    return {"encoding-type": kind, "encoding-version": version}
+
+
+def _frame(group: zarr.Group, name: str, columns: list[str], index: np.ndarray) -> zarr.Group:
+    told = {"column-order": columns, "_index": "_index", **_encoding("dataframe", "0.2.0")}
+    frame = group.create_group(name, attributes=told)
+    _array(frame, "_index", index.astype(str))
+    return frame
+
+
+def _array(group: zarr.Group, name: str, values: np.ndarray) -> None:
+    """Numbers or text in AnnData's encoding."""
+    text = values.dtype.kind == "U"
+    kind = "array" if not text else "string-array" if values.ndim else "string"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zarr says of text that other readers may not know it; AnnData does
+        array = group.create_array(
+            name,
+            shape=values.shape,
+            dtype=str if text else values.dtype,
+            chunks=tuple(min(side, 1024) for side in values.shape),
+            attributes=_encoding(kind, "0.2.0"),
+            config={"write_empty_chunks": True},
+        )
+    array[...] = values.astype(object) if text else values
