@@ -18,7 +18,7 @@ from data_prep.tile_slides import main, tile_slide
 from ldm.data.splits import patient_of, split_of
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, run_command
-from ldm.images.slides import open_slide
+from ldm.images.slides import Slide, open_slide
 from ldm.images.tissue import TissueMask
 
 
@@ -285,3 +285,12 @@ def test_patients_and_splits():
     assert splits.count("test") / 2000 == pytest.approx(0.2, abs=0.03)
     assert splits.count("val") / 2000 == pytest.approx(0.1, abs=0.03)
     assert {split_of("a", 0, 0), split_of("b", 0, 0)} == {"train"}
+
+
+@pytest.mark.parametrize("spread", [0, 12])
+def test_a_slide_of_one_colour_is_all_tissue(spread: int):
+    """Its colour (max - min) hardly varies, so that Otsu's histogram has no bins."""
+    rng = np.random.default_rng(1)
+    pixels = np.array([210, 120, 170]) + rng.integers(-30, 30, 3) + rng.normal(0, spread, (72, 72, 1))
+    mask = TissueMask(Slide.of_pixels(pixels.clip(0, 255).astype(np.uint8), mpp=1.0)).mask
+    assert mask.all()

@@ -53,4 +53,4 @@ class TissueMask:
 
 
 def _otsu(values: np.ndarray, low: float, high: float) -> float:
-    return float(np.clip(threshold_otsu(values) if np.ptp(values) > 0 else high, low, high))
+    return float(np.clip(threshold_otsu(values) if np.ptp(values) > 1e-4 else high, low, high))  # flat: no threshold
