@@ -92,6 +92,41 @@ def test_weights_that_are_nan_are_never_saved(capsys):
     assert list((run / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_no_way_of_saving_saves_weights_that_are_nan(capsys, precision):
+    """Lightning asks no callback about a checkpoint of weights alone, nor whoever calls `Trainer.save_checkpoint`."""
+    own = "lightning.modelcheckpoint.params"
+    ways = [f"{own}.save_weights_only=true", f"{own}.monitor=null", f"{own}.every_n_train_steps=1"]
+    ways += ["lightning.callbacks.last_checkpoint=null", f"{own}.save_last=true", f"{own}.filename=only"]
+    assert train("-b", TINY, *ways, "data.params.broken_at=3", "--precision", precision) == 2
+    error = capsys.readouterr().err
+    (run,) = Path("logs").iterdir()
+    assert "weights became NaN or infinite by step 4: 1 of the 48 values of average are NaN" in error
+    assert f"The last good weights are in {run}/checkpoints/" in error
+    assert ".ckpt, which holds weights alone.\n" in error
+    saved = sorted((run / "checkpoints").glob("*.ckpt"))
+    assert [path.name for path in saved] == ["last.ckpt", "only.ckpt"]
+    for path in saved:
+        content = torch.load(path, weights_only=True)
+        assert (content["global_step"], not_finite(content["state_dict"])) == (3, {})
+
+
+def test_a_loss_in_bf16_that_is_nan_keeps_the_last_good_checkpoint(capsys):
+    every = "lightning.callbacks.last_checkpoint.params.every_n_train_steps=2"
+    assert train("-b", TINY, every, "data.params.nan_at=5", "--precision", "bf16-mixed") == 2
+    assert "Try a lower model.base_learning_rate (now 0.001), lightning.trainer.gradient_clip_val=1.0, lightning." \
+        "trainer.precision=32-true" in capsys.readouterr().err
+    (run,) = Path("logs").iterdir()
+    assert (last(run)["global_step"], not_finite(last(run)["state_dict"])) == (4, {})
+
+
+def test_moments_of_the_optimizer_that_are_infinite_are_not_saved(capsys):
+    assert train("-b", TINY, "data.params.overflow_at=3") == 2
+    assert "the optimizer's state became NaN or infinite by step 3" in capsys.readouterr().err
+    (run,) = Path("logs").iterdir()
+    assert list((run / "checkpoints").iterdir()) == []
+
+
 def test_losses_on_a_gpu_are_judged_every_few_batches_and_fp16_may_overflow_once():
     module = torch.nn.Linear(1, 1)
     module.device = torch.device("meta")  # any that is no CPU; counting stays where it is asked for

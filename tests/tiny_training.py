@@ -37,10 +37,11 @@ class Items(Dataset):
 class TinyData(pl.LightningDataModule):
     def __init__(
         self, batch_size: int, length=22, num_workers=0, persistent=False, size=4, damaged=-1, delay=0.0, seed=0,
-        test=0, stop_at=-1, where="train", nan_at=-1, broken_at=-1,
+        test=0, stop_at=-1, where="train", nan_at=-1, broken_at=-1, overflow_at=-1,
     ):  # fmt: skip
         super().__init__()
         self.stop_at, self.where, self.nan_at, self.broken_at = stop_at, where, nan_at, broken_at
+        self.overflow_at = overflow_at
         self.damaged, self.delay, self.test = damaged, delay, test
         self.batch_size, self.length, self.num_workers, self.seed = batch_size, length, num_workers, seed
         self.persistent, self.size, self.loader, self.resume = persistent, size, None, None
@@ -100,6 +101,8 @@ class TinyModel(pl.LightningModule):
         self.average = 0.9 * self.average + 0.1 * self.net[-1].bias.detach()
         if self.trainer.fit_loop.total_batch_idx + 1 == self.trainer.datamodule.broken_at:
             self.average[5] = float("nan")
+        if self.trainer.fit_loop.total_batch_idx + 1 == self.trainer.datamodule.overflow_at:
+            self.optimizers().state[self.net[1].bias]["exp_avg_sq"][0] = float("inf")
 
     def validation_step(self, batch: dict, batch_idx: int) -> None:
         x = batch["image"]

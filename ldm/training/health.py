@@ -19,12 +19,11 @@ class Diverged(Exception):
 
 
 class FiniteTraining(Callback):
-    """Raises `Diverged` when a loss, or a weight that is to be saved, is NaN or infinite.
+    """Raises `Diverged` when a loss is NaN or infinite.
 
-    Weights are looked at before every checkpoint, on all ranks, so that none is replaced by a broken one. Losses are
-    judged at every batch on a CPU; elsewhere they are counted where they are, and the device is waited for every
-    `every` batches only. With 16-mixed a loss may overflow now and then, as gradient scaling skips such steps: there
-    the weights decide, or a loss that stays so.
+    Losses are judged at every batch on a CPU; elsewhere they are counted where they are, and the device is waited for
+    every `every` batches only. With 16-mixed a loss may overflow now and then, as gradient scaling skips such steps:
+    there the weights decide, or a loss that stays so.
 
     Args:
         every: batches from one judgement to the next, on GPUs and among ranks.
@@ -67,10 +66,25 @@ class FiniteTraining(Callback):
             )
         self._first = torch.full_like(self._first, -1)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        weights = checkpoint["state_dict"]
+
+class FiniteTrainer(Trainer):
+    """A Trainer that raises `Diverged` in place of saving what is NaN or infinite, whoever asks for the checkpoint.
+
+    All ranks look at weights and at the state of optimizers, so that they stop together, and no good checkpoint is
+    replaced. Callbacks could not do it: Lightning does not ask them about a checkpoint of weights alone.
+    """
+
+    def save_checkpoint(
+        self, filepath: str | Path, weights_only: bool | None = None, storage_options: Any = None
+    ) -> None:
+        weights = self.strategy.lightning_module_state_dict()
         if wrong := not_finite(weights):
-            raise Diverged(f"weights became NaN or infinite by step {trainer.global_step}: {in_words(wrong, weights)}")
+            raise Diverged(f"weights became NaN or infinite by step {self.global_step}: {in_words(wrong, weights)}")
+        for optimizer in [] if weights_only else self.optimizers:
+            held = [values for own in optimizer.state.values() if isinstance(own, dict) for values in own.values()]
+            if not_finite(dict(enumerate(held))):
+                raise Diverged(f"the optimizer's state became NaN or infinite by step {self.global_step}")
+        super().save_checkpoint(filepath, weights_only, storage_options)
 
 
 def _told(batch: Any) -> str:
@@ -98,14 +112,11 @@ def advice(told: str, run: Path, again: str, cfg: Mapping[str, Any], clips: str)
     tries = [f"a lower model.base_learning_rate{f' (now {rate:g})' if isinstance(rate, float) else ''}", f"{clips}=1.0"]
     tries += ["lightning.trainer.precision=32-true"] if "16" in precision else []
     saved = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-    text = f"{told}. {_held(saved[-1]) if saved else 'Nothing was saved before it.'} Try {', '.join(tries)}, and look "
-    text += "at the data. "
-    if not saved:
-        return text + "A new run starts with these."
+    content = read_checkpoint(saved[-1]) if saved else {}
+    held = f"The last good weights are in {saved[-1]} (step {content.get('global_step', 'unknown')})." if saved else ""
+    text = f"{told}. {held or 'Nothing was saved before it.'} Try {', '.join(tries)}, and look at the data. "
+    if "optimizer_states" not in content:
+        start = f" from model.params.ckpt_path={saved[-1]}, which holds weights alone" if saved else ""
+        return f"{text}A new run starts with these{start}."
     changed = f" model.base_learning_rate={rate / 10:g}" if isinstance(rate, float) else ""
     return text + f"Go on from it with: {again.replace(str(run), str(saved[-1]))}{changed} {clips}=1.0"
-
-
-def _held(path: Path) -> str:
-    return f"The last good weights are in {path} (step {read_checkpoint(path).get('global_step', 'unknown')})."
-

@@ -160,14 +160,13 @@ class Training:
 
     def _trainer(self) -> Trainer:
         """Build the Trainer with its logger and callbacks; what it rejects in `lightning.trainer` is a UserError."""
-        from pytorch_lightning import Trainer
         from pytorch_lightning.callbacks import ModelCheckpoint
         from pytorch_lightning.loggers import TensorBoardLogger
         from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
         from ldm.callbacks import SetupRun, StepSeed, WholeCheckpoints
         from ldm.config import check_params, instantiate_from_config
-        from ldm.training.health import FiniteTraining
+        from ldm.training.health import FiniteTrainer, FiniteTraining
         from ldm.training.resume import ResumedRate
 
         lightning = self.cfg["lightning"]
@@ -188,7 +187,7 @@ class Training:
         own = {"logger": logger, "default_root_dir": self.folder, "use_distributed_sampler": False, "plugins": plugins}
         try:
             best_checkpoint = [ModelCheckpoint(**best)] if best["monitor"] or asked else []
-            return Trainer(**arguments, **own, callbacks=[*callbacks, *best_checkpoint])
+            return FiniteTrainer(**arguments, **own, callbacks=[*callbacks, *best_checkpoint])
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise UserError(f"Lightning does not accept lightning.trainer: {error}") from error
 
