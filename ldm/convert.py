@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from ldm import model_folder
 from ldm.conditioners.compose import keys_of
-from ldm.config import allowing, instantiate_from_config, modules_only
+from ldm.config import allowing, instantiate_from_config
 from ldm.diffusion.schedules import make_betas
 from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError, suggest
 from ldm.files import owns, sha256
+from ldm.foreign.paths import write_files
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
 from ldm.interop.export import apart
@@ -128,7 +129,8 @@ def load_model(
         for note in found.notes:
             warnings.warn(f"{path.name}: {note}", stacklevel=2)
         with tempfile.TemporaryDirectory() as folder:
-            model = model_folder.loaded(_with_files(found, Path(folder)), found.metadata, found.state, path, device)
+            node = _with_files(found, Path(folder))
+            model = model_folder.loaded(node, found.metadata, found.state, path, device, Path(folder))
         if model.cond_stage_model is not None and "text" not in model.cond_stage_model.keys:  # whose null takes long
             model.check_parts()
         return model
@@ -283,8 +285,10 @@ def build(found: Converted) -> nn.Module:
     >>> next(module.parameters()).device
     device(type='meta')
     """
-    with tempfile.TemporaryDirectory() as folder, torch.device("meta"), modules_only():
-        return instantiate_from_config(_with_files(found, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        node = _with_files(found, Path(folder))
+        with torch.device("meta"), model_folder.built_of(folder):
+            return instantiate_from_config(node)
 
 
 def _account(found: Converted) -> list[str]:
@@ -300,8 +304,7 @@ def _account(found: Converted) -> list[str]:
 
 def _with_files(found: Converted, folder: Path) -> dict[str, Any]:
     """The node of a converted model, whose files are written to `folder`."""
-    for name, text in found.files.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    write_files(found.files, folder, found.metadata.get("converted_from", "the model"))
     return model_folder.within(found.node, folder)
 
 

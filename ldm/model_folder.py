@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm.autoencoder.weights import read_state_dict
-from ldm.config import foreign_config, instantiate_from_config, modules_only, save_config
+from ldm.config import SHIPPED, foreign_config, instantiate_from_config, modules_only, save_config
 from ldm.devices import pick_device
+from ldm.encoders.registry import weights_home
 from ldm.errors import UserError
 from ldm.files import CARD, names_in, owns, whole
+from ldm.foreign.paths import only_within, write_files
 from ldm.foreign.settings import check_settings
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.weights import averaged, check_finite, in_words, not_finite
@@ -77,8 +80,7 @@ def write_model_folder(
             part.mkdir()
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part / WEIGHTS)
             save_config({"model": dict(node), "metadata": dict(metadata)}, part / "config.yaml")
-            for name, text in (files or {}).items():
-                (part / name).write_text(text, encoding="utf-8")
+            write_files(files or {}, part, folder)
             if CARD in held:
                 shutil.copy(folder / CARD, part / CARD)
     except OSError as error:
@@ -100,7 +102,8 @@ def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any
             f"{folder} {state}. A model folder holds config.yaml and "
             "model.safetensors; `histoldm export RUN_FOLDER --out FOLDER` makes one of a training run."
         )
-    config = foreign_config(folder / "config.yaml")
+    with only_within(folder):
+        config = foreign_config(folder / "config.yaml")
     if "model" not in config:
         raise UserError(f"{folder / 'config.yaml'} has no `model: {{target, params}}`.")
     return within(config["model"], folder), config.get("metadata", {})
@@ -131,11 +134,11 @@ def load_first_stage(folder: str) -> nn.Module:
     >>> first_stage.latent(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 8, 8, 8])
     """
-    node, state = _first_stage_node(folder), read_state_dict(folder)
+    node, state = _first_stage_node(folder), _weights_of(folder)
     inner = PREFIX["first stage"]
     if any(name.startswith(inner) for name in state):
         state = {name.removeprefix(inner): value for name, value in state.items() if name.startswith(inner)}
-    with modules_only():
+    with built_of(folder):
         module = instantiate_from_config(node)
     check_names(state, module.state_dict(), folder)
     module.load_state_dict({name: value.float() for name, value in state.items()})
@@ -174,13 +177,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> LatentDi
     if checkpoint.exists():
         node, metadata, state, files = _parts(_read(checkpoint), checkpoint)
         with tempfile.TemporaryDirectory() as folder:
-            for name, text in files.items():
-                Path(folder, name).write_text(text, encoding="utf-8")
-            return loaded(within(node, Path(folder)), metadata, state, path, device)
+            write_files(files, Path(folder), checkpoint)
+            return loaded(within(node, Path(folder)), metadata, state, path, device, Path(folder))
     node, metadata = read_model_folder(path)
     if not (path / "model.safetensors").is_file():
         raise UserError(f"{path} has no model.safetensors; copy the whole model folder, its weights too.")
-    return loaded(node, metadata, read_state_dict(path), path, device)
+    return loaded(node, metadata, _weights_of(path), path, device)
 
 
 def loaded(
@@ -189,8 +191,11 @@ def loaded(
     state: Mapping[str, Tensor],
     path: Path,
     device: str | torch.device,
+    folder: Path | None = None,
 ) -> LatentDiffusion:
     """The model of a node with its weights, ready to sample from.
+
+    path: what messages call it. folder: where the files lie that the node names; None: there.
 
     >>> node, metadata = read_model_folder(models / "demo-ssl")
     >>> model = loaded(node, metadata, read_state_dict(models / "demo-ssl"), Path("demo-ssl"), "cpu")
@@ -198,7 +203,7 @@ def loaded(
     0.499
     """
     device = pick_device(str(device))
-    model = _filled(node, state, path)
+    model = _filled(node, state, path, folder or path)
     if not hasattr(model, "build_noise_table"):
         what = "a first stage" if hasattr(model, "decode") else "no diffusion model"
         raise UserError(f"{path} is a {type(model).__name__}, {what}; give the folder of a diffusion model.")
@@ -221,16 +226,35 @@ def load_network(folder: str | Path, device: str | torch.device = "cpu") -> nn.M
     """
     device = pick_device(str(device))
     node, metadata = read_model_folder(folder)
-    network = _filled(node, read_state_dict(folder), Path(folder))
+    network = _filled(node, _weights_of(folder), Path(folder), Path(folder))
     if hasattr(network, "build_noise_table"):
         raise UserError(f"{folder} holds a diffusion model; give the folder of a network alone, such as a classifier.")
     network.metadata = metadata
     return network.to(device).eval().requires_grad_(False)
 
 
-def _filled(node: Mapping[str, Any], state: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """The module of a node whose parameters are the tensors of `state` themselves, in float32."""
-    with torch.device("meta"), modules_only():
+@contextmanager
+def built_of(folder: str | Path) -> Iterator[None]:
+    """A context to build a model in whose config came from anybody: it names modules, and files of `folder` alone.
+
+    >>> with built_of("model"):
+    ...     instantiate_from_config({"target": "torch.optim.Adam"})
+    Traceback (most recent call last):
+    ldm.errors.UserError: 'torch.optim.Adam' cannot be part of a model: it is not a torch.nn.Module
+    """
+    with only_within(folder, SHIPPED, weights_home()), modules_only():
+        yield
+
+
+def _weights_of(folder: str | Path) -> dict[str, Tensor]:
+    with only_within(folder):
+        return read_state_dict(folder)
+
+
+def _filled(node: Mapping[str, Any], state: Mapping[str, Tensor], path: Path, folder: Path) -> nn.Module:
+    """The module of a node, which names files of `folder`, and whose parameters are the tensors of `state` themselves,
+    in float32."""
+    with torch.device("meta"), built_of(folder):
         module = instantiate_from_config(node)
     check_names(state, module.state_dict(), path)
     lost = {name for name, _ in module.named_buffers()} - module.state_dict().keys() - {"sigmas"}
@@ -288,8 +312,7 @@ def _parts(
         return node["params"]["first_stage"], metadata, weights, {}
     params = dict(node["params"])
     state = averaged(state, state, source)
-    known = content.get("histoldm_first_stage")
-    params["first_stage_config"] = known or resolve_first_stage(params["first_stage_config"])
+    params["first_stage_config"] = content.get("histoldm_first_stage") or params["first_stage_config"]
     if "histoldm_conditioner" in content:
         params["cond_stage_config"] = content["histoldm_conditioner"]
     for key in TRAINING_ONLY:
@@ -339,12 +362,11 @@ def _described(path: str | Path) -> dict[str, Any] | None:
         if (path / "config.yaml").is_file():
             node = read_model_folder(path)[0].get("params", {}).get("cond_stage_config")
         elif isinstance(content := read_checkpoint(path), dict) and "histoldm_conditioner" in content:
-            for name, text in _checked(content, path)["histoldm_files"].items():
-                Path(folder, name).write_text(text, encoding="utf-8")
+            write_files(_checked(content, path)["histoldm_files"], Path(folder), path)
             node = within(content["histoldm_conditioner"], Path(folder))
         if node is None:
             return None
-        with torch.device("meta"), modules_only():
+        with torch.device("meta"), built_of(path if (path / "config.yaml").is_file() else folder):
             return instantiate_from_config(node).describe()
 
 

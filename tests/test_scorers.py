@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm.data.cohort import merge_index, write_store
 from ldm.data.collection import read_pictures
+from ldm.encoders.timm_networks import make_network
 from ldm.errors import UserError
 from ldm.rng import generator
 from ldm.scorers import training as scorer_training
@@ -30,7 +31,7 @@ from ldm.scorers.calibration import (
     with_intervals,
 )
 from ldm.scorers.data import augmented, balanced_order, to_range
-from ldm.scorers.ensemble import ResNetEnsemble, load_scorer, make_network, save_scorer
+from ldm.scorers.ensemble import ResNetEnsemble, load_scorer, save_scorer
 from ldm.scorers.labelled import read_labelled, split_groups
 from ldm.scorers.select import score_pictures
 from ldm.scorers.training import Recipe, begin_with, network_logits, train_scorer

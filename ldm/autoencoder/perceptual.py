@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.weights import read_state_dict
 from ldm.encoders.encoder import load_encoder
 from ldm.errors import UserError
+from ldm.foreign.paths import allowed
 from ldm.interop.weights import check_finite
 
 # torchvision's ImageNet backbones, under the names that torch.hub stores them by
@@ -27,7 +28,7 @@ def find_backbone(net: str, weights: str | None = None) -> Path:
     """
     if net not in BACKBONES:
         raise UserError(f"LPIPS has no backbone '{net}'; give one of {', '.join(BACKBONES)}.")
-    path = Path(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
+    path = allowed(weights) if weights else Path(torch.hub.get_dir()) / "checkpoints" / BACKBONES[net]
     if not path.is_file():
         raise UserError(
             f"LPIPS needs the ImageNet backbone {BACKBONES[net]}, which is not at {path}. Get it from "

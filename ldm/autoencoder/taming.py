@@ -6,7 +6,6 @@ LPIPS (which downloads) and its Lightning models (which need an old Lightning) a
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from taming.modules.vqvae.quantize import VectorQuantizer2
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.foreign.paths import allowed
 
 __all__ = ["ActNorm", "Quantised", "VectorQuantizer", "patch_discriminator"]
 
@@ -34,7 +34,7 @@ class VectorQuantizer(VectorQuantizer2):
     """
 
     def __init__(self, n_e: int, e_dim: int, remap: str | None = None, sane_index_shape: bool = False):
-        if remap is not None and not Path(remap).is_file():
+        if remap is not None and not allowed(remap).is_file():
             raise UserError(f"the codebook's remap file {remap} does not exist; give an .npy of used indices or null.")
         super().__init__(n_e, e_dim, beta=0.25, remap=remap, sane_index_shape=sane_index_shape)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ldm.errors import UserError
+from ldm.foreign.paths import allowed, inside
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.forms import file_of
 from ldm.interop.weights import check_finite
@@ -25,7 +26,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     {'conv.weight': (4, 3)}
     """
     path = Path(path)
-    file = file_of(path) or path / "model.safetensors" if path.is_dir() else path
+    file = file_of(path) or path / "model.safetensors" if path.is_dir() else allowed(path)
     if not file.is_file():
         raise UserError(f"the weights {file} do not exist; give a model folder, a .safetensors file or a .ckpt.")
     return state_dict_of(read_checkpoint(file), file)
@@ -75,7 +76,7 @@ def load_discriminator(discriminator: nn.Module, path: str | Path) -> bool:
     [True, False]
     """
     path = Path(path)
-    file = path / "discriminator.safetensors" if path.is_dir() else path
+    file = inside(path, "discriminator.safetensors") if path.is_dir() else path
     if not file.is_file():
         return False
     state = {key.removeprefix("loss.discriminator."): value for key, value in read_state_dict(file).items()}

@@ -16,6 +16,7 @@ from ldm.conditioners.text_towers import build_tower, tower_sha256
 from ldm.encoders.text_models import find_tower
 from ldm.encoders.text_registry import LAYOUTS, PADS
 from ldm.errors import UserError, note
+from ldm.foreign.settings import settings_text
 
 
 class TextEmbedder(Conditioner):
@@ -71,7 +72,8 @@ class TextEmbedder(Conditioner):
         fields = _fields(self.prompt)
         self.modality_key = modality_key if "modality" in fields else None
         self.keys = (key, modality_key) if self.modality_key else (key,)
-        self._tokenizer = self.source.tokenizer.read_text(encoding="utf-8") if self.source.tokenizer else None
+        words = self.source.tokenizer
+        self._tokenizer = settings_text(words, "the tokenizer") if words else None
         self._words: ClipWords | FileWords | None = None
         self.cut_told = False
         self._null: tuple[Any, Tensor] | None = None

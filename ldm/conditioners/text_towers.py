@@ -21,6 +21,11 @@ from ldm.interop.weights import check_finite
 
 # of open_clip's text settings: those that shape the tower, and those of the pooling after it, which is not used
 SHAPE = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "ls_init_value"}
+BERT = {  # of a BERT's config.json: what shapes it; the rest says where its code and its weights are
+    "attention_probs_dropout_prob", "hidden_act", "hidden_dropout_prob", "hidden_size", "initializer_range",
+    "intermediate_size", "layer_norm_eps", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
+    "pad_token_id", "position_embedding_type", "type_vocab_size", "vocab_size",
+}  # fmt: skip
 POOLING = {"pool_type", "proj_type", "proj_bias", "pad_id", "eos_id", "output_tokens", "final_ln_after_pool"}
 
 
@@ -108,7 +113,7 @@ class BertTower(nn.Module):
         kind = own.pop("model_type", None)
         if kind != "bert":
             raise UserError(f"the text tower's config.json is of a '{kind}' model; a BERT is supported.")
-        settings = AutoConfig.for_model(kind, **own)
+        settings = AutoConfig.for_model(kind, **{name: value for name, value in own.items() if name in BERT})
         self.bert = AutoModel.from_config(settings, add_pooling_layer=False)
         self.width, self.vocab_size = settings.hidden_size, settings.vocab_size
         self.context_length = config["text_cfg"].get("context_length", 77)

@@ -16,7 +16,6 @@ from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
-import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -26,7 +25,9 @@ from torch import Tensor, nn
 
 from ldm.devices import pick_device
 from ldm.encoders.registry import REGISTRY, EncoderSpec, weights_home
+from ldm.encoders.timm_networks import make_network
 from ldm.errors import UserError, suggest
+from ldm.foreign.paths import inside, only_within
 from ldm.foreign.settings import read_yaml
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
@@ -70,10 +71,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.spec = spec
         named = {key: LAYERS[value] for key, value in spec.kwargs.items() if isinstance(value, str) and value in LAYERS}
-        try:
-            self.model = timm.create_model(spec.arch, pretrained=False, num_classes=0, **(spec.kwargs | named))
-        except (RuntimeError, TypeError) as error:
-            raise UserError(f"encoder {spec.name}: timm cannot make {spec.arch} with {spec.kwargs}: {error}") from error
+        self.model = make_network(spec.arch, 0, spec.kwargs | named)
         dim = self.model.num_features * {"token": 1, "avg": 1, "token+avg": 2, "grid": spec.grid**2}[spec.pooling]
         if dim != spec.dim:
             raise UserError(f"encoder {spec.name}: {spec.arch} with {spec.pooling} gives {dim} values, not {spec.dim}")
@@ -173,7 +171,7 @@ def find_encoder(name_or_folder: str | Path, weights: str | Path | None = None) 
         spec, home = _read_spec(folder / "encoder.yaml"), folder
     else:
         raise UserError(f"'{name}' is neither an encoder folder nor the name of an encoder{suggest(name, REGISTRY)}")
-    path = home / spec.file
+    path = home / spec.file if name in REGISTRY else inside(home, spec.file)
     if weights is not None:
         path = Path(weights) / spec.file if Path(weights).is_dir() else Path(weights)
     if not path.is_file():
@@ -189,7 +187,8 @@ def _read_spec(path: Path) -> EncoderSpec:
     """The specification in an encoder.yaml. Its keys `training` and `figures` are a record for people."""
     if not path.is_file():
         raise UserError(f"encoder folder {path.parent} has no {path.name}")
-    record = read_yaml(path, "the encoder's specification")
+    with only_within(path.parent):
+        record = read_yaml(path, "the encoder's specification")
     if not isinstance(record, dict):
         raise UserError(f"{path} holds no specification of an encoder")
     known = [entry.name for entry in fields(EncoderSpec)]

@@ -15,6 +15,7 @@ from ldm.config import shipped
 from ldm.encoders.registry import weights_home
 from ldm.encoders.text_registry import REGISTRY, TextModel
 from ldm.errors import UserError, suggest
+from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_json
 from ldm.interop.text_names import open_clip_config
 
@@ -81,7 +82,7 @@ def find_tower(model: str, weights: str | None = None, tokenizer: str | None = N
     file = None if place is None or torch.empty(0).is_meta else _weight_file(place, model, known)
     words = None
     if _has_bert_words(config):  # CLIP's own words are in open_clip
-        words = Path(tokenizer) if tokenizer else (folder or Path()) / "tokenizer.json"
+        words = Path(tokenizer) if tokenizer else inside(folder or Path(), "tokenizer.json")
         if not words.is_file():
             raise UserError(f"the text model '{model}' needs a tokenizer.json; none is at {words}.{_where(known)}")
     if known:
@@ -106,7 +107,7 @@ def _where(known: TextModel | None) -> str:
 def _weight_file(place: Path, model: str, known: TextModel | None) -> Path:
     if place.is_file():
         return place
-    found = next((place / name for name in WEIGHTS if (place / name).is_file()), None)
+    found = next((inside(place, name) for name in WEIGHTS if (place / name).is_file()), None)
     if found is None:
         what = f"{place} has none of {', '.join(WEIGHTS)}" if place.is_dir() else f"{place} does not exist"
         raise UserError(f"the text model '{model}' has no weights: {what}.{_where(known)}")
@@ -114,7 +115,7 @@ def _weight_file(place: Path, model: str, known: TextModel | None) -> Path:
 
 
 def _folder_config(folder: Path, known: TextModel | None) -> dict[str, Any]:
-    found = next((folder / name for name in CONFIGS if (folder / name).is_file()), None)
+    found = next((inside(folder, name) for name in CONFIGS if (folder / name).is_file()), None)
     if found:
         return read_config(found)
     if not (known and known.arch):
@@ -137,7 +138,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if "text_cfg" not in config:
         config = open_clip_config(config)
     if config["text_cfg"].get("hf_model_name") and "hf_config" not in config:
-        bert = path.with_name("config.json")
+        bert = inside(path.parent, "config.json")
         if not bert.is_file():
             raise UserError(
                 f"{path} names the text tower {config['text_cfg']['hf_model_name']}, whose own config is not beside "

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from ldm.errors import UserError
+from ldm.foreign.paths import allowed
 
 LARGEST = 1 << 25  # bytes of a file
 MOST = 300_000  # entries; what an alias repeats counts as often as it stands
@@ -86,6 +87,7 @@ def settings_text(path: Path, what: str = "the settings") -> str:
     Traceback (most recent call last):
     ldm.errors.UserError: cannot read the config a.yaml: there is no such file.
     """
+    path = allowed(path)
     try:
         if not path.is_file():
             state = "it is no file" if path.exists() else "there is no such file"

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.foreign.paths import allowed
 from ldm.interop.forms import SINGLE, check_form, file_of, shards_of, unwrapped, weights_in
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch wrote before 1.6
@@ -71,7 +72,7 @@ def read_checkpoint(path: str | Path) -> Any:
     >>> content["state_dict"], type(content["date"]).__mro__[1].__name__
     ({'weight': tensor([1., 1.])}, 'Inert')
     """
-    path = Path(path)
+    path = allowed(path)
     if path.is_dir():
         path = file_of(path) or path / SINGLE[0]
     if not path.is_file():

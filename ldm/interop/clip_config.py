@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.foreign.paths import lies_in
 from ldm.foreign.settings import read_json
 from ldm.interop.text_names import open_clip_config
 
@@ -45,8 +46,9 @@ def tower_config(tower: Mapping[str, Tensor], version: str, beside: Path, quick_
         "layers": max(layers) + 1,
     }
     inner = tower["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-    for path in (Path(version) / "config.json", beside.with_name("text_config.json")):
-        if path.is_file():
+    named = beside.parent / version / "config.json"  # a folder of the tower beside the checkpoint
+    for path in (named, beside.with_name("text_config.json")):
+        if lies_in(path, beside.parent) and path.is_file():
             config, source = _read(path), f"its config {path.name}"
             break
     else:

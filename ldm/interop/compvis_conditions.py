@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.foreign.paths import inside
+from ldm.foreign.settings import settings_text
 from ldm.interop import targets
 from ldm.interop.clip_config import tower_config
 from ldm.interop.converted import Converted
@@ -158,7 +160,7 @@ def _text_tower(given: Published, tower: Mapping[str, Tensor], quick_gelu: bool)
 
 
 def _bert(given: Published) -> Member:
-    words = given.path.with_name("tokenizer.json")
+    words = inside(given.path.parent, "tokenizer.json")
     if not words.is_file():
         raise UserError(
             "the model reads text by the words of bert-base-uncased, which its checkpoint does not hold: put its "
@@ -173,7 +175,7 @@ def _bert(given: Published) -> Member:
             weights["tower." + name.removeprefix("transformer.")] = value
     about = {"name": "bert-embedder", "licence": "that of the model"}
     given.found.files[TEXT_MODEL] = json.dumps({**about, **given.told.published}, indent=2)
-    given.found.files["tokenizer.json"] = words.read_text(encoding="utf-8")
+    given.found.files["tokenizer.json"] = settings_text(words, "the tokenizer")
     return given.node(model=f"./{TEXT_MODEL}", tokenizer="./tokenizer.json"), weights
 
 

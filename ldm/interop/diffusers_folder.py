@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ldm.config import foreign_config
 from ldm.errors import UserError
-from ldm.foreign.settings import read_json
+from ldm.foreign.paths import only_within
+from ldm.foreign.settings import read_json, settings_text
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.clip_config import KNOWN
 from ldm.interop.converted import Converted
@@ -38,8 +39,9 @@ def is_diffusers(path: Path, content: Any) -> bool:
         return isinstance(content, Mapping) and any(name in content for name in MARKS)
     if (path / "model_index.json").is_file() or any((path / part / "config.json").is_file() for part in PARTS):
         return True
-    config = path / "config.json"
-    return config.is_file() and str(_read_json(config).get("_class_name")) in PARTS.values()
+    with only_within(path):
+        config = path / "config.json"
+        return config.is_file() and str(_read_json(config).get("_class_name")) in PARTS.values()
 
 
 def read_diffusers(path: Path, content: Any, *, base: str | Path | None = None, raw_weights: bool = False) -> Converted:
@@ -54,13 +56,17 @@ def read_diffusers(path: Path, content: Any, *, base: str | Path | None = None, 
     'DDIMScheduler'
     """
     folder = path if content is None else path.parent
+    whole = None if base is None else base_model(Path(base))
+    with only_within(folder):
+        return _read(folder, whole, raw_weights)
+
+
+def _read(folder: Path, base: Converted | None, raw_weights: bool) -> Converted:
     parts = _parts(folder, raw_weights)
     if set(parts) == {"vae"}:
         return _first_stage_alone(parts["vae"])
-    found = Converted({"target": LATENT_DIFFUSION, "params": {"use_ema": False}}, {})
-    if base is not None:
-        found = base_model(Path(base))
-    elif lacking := [part for part in ("unet", "vae", "scheduler") if part not in parts]:
+    found = base or Converted({"target": LATENT_DIFFUSION, "params": {"use_ema": False}}, {})
+    if base is None and (lacking := [part for part in ("unet", "vae", "scheduler") if part not in parts]):
         raise UserError(
             f"{folder} has no {' and no '.join(lacking)}; name the model folder, or the pipeline's, that it goes with "
             "by --base."
@@ -171,6 +177,11 @@ def read_own(folder: Path) -> Converted:
     >>> read_own(models / "demo-ssl").metadata["mpp"]
     0.499
     """
+    with only_within(folder):
+        return _read_own(folder)
+
+
+def _read_own(folder: Path) -> Converted:
     config = foreign_config(folder / "config.yaml")
     node = config.get("model") or {}
     if node.get("target") not in (LATENT_DIFFUSION, *FIRST_STAGES.values()):
@@ -182,7 +193,7 @@ def read_own(folder: Path) -> Converted:
         raise UserError(f"{folder} has no model.safetensors; copy the whole model folder.")
     known = ("config.yaml", "model.safetensors")
     files = {
-        file.name: file.read_text(encoding="utf-8")
+        file.name: settings_text(file, "the file")
         for file in folder.iterdir()
         if file.is_file() and file.suffix in (".json", ".txt", ".yaml", ".csv") and file.name not in known
     }

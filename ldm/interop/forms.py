@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_json
 
 WRAPPERS = ("_forward_module.", "module.")  # before all names: of Lightning's strategies, of DataParallel
@@ -117,7 +118,7 @@ def file_of(folder: Path) -> Path | None:
     for name in SINGLE:
         for place in (folder / name, folder / f"{name}.index.json"):
             if place.is_file():
-                return place
+                return inside(folder, place.name)
     return None
 
 
@@ -134,9 +135,9 @@ def shards_of(index: Path) -> dict[Path, list[str]]:
         places = read_json(index, "the index")["weight_map"]
         found: dict[Path, list[str]] = {}
         for tensor, name in places.items():
-            if Path(name).name != name:
-                raise ValueError(name)
-            found.setdefault(index.parent / name, []).append(tensor)
+            found.setdefault(inside(index.parent, name), []).append(tensor)
+    except UserError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} does not say in which file of its folder each tensor is.") from error
     if lost := [path.name for path in found if not path.is_file()]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ldm.config import foreign_config
 from ldm.errors import UserError, suggest
+from ldm.foreign.paths import inside
 
 UNET = "ldm.networks.unet.UNetModel"
 LATENT_DIFFUSION = "ldm.latent_diffusion.LatentDiffusion"
@@ -117,7 +118,8 @@ def find_project(checkpoint: Path) -> Path | None:
         named = [folder / "config.yaml", *sorted(folder.glob("*project.yaml"))]
         found = [path for path in named if path.is_file()] or sorted(folder.glob("*.yaml"))
         if found:
-            return found[0] if len(found) == 1 or found[0].name == "config.yaml" else None
+            one = len(found) == 1 or found[0].name == "config.yaml"
+            return inside(folder, found[0].name) if one else None
     return None
 
 

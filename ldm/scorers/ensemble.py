@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 import yaml
@@ -28,8 +27,10 @@ from torchvision.models import resnet34
 
 from ldm.data import dihedral
 from ldm.devices import pick_device
-from ldm.errors import UserError, suggest
+from ldm.encoders.timm_networks import make_network
+from ldm.errors import UserError
 from ldm.files import sha256, whole
+from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_yaml
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
@@ -106,20 +107,6 @@ class Scorer(nn.Module):
 
     def check_extent(self, side: int, mpp: float | None, source: str) -> None:
         """UserError if images of `side` px at `mpp` show another extent than those of the training."""
-
-
-def make_network(arch: str, outputs: int, kwargs: Mapping[str, Any] | None = None) -> nn.Module:
-    """An untrained timm classifier. UserError for a name that timm does not have; nothing is downloaded.
-
-    >>> make_network("resnet10t", 3).eval()(torch.zeros(1, 3, 32, 32)).shape
-    torch.Size([1, 3])
-    """
-    if not timm.is_model(arch):
-        raise UserError(f"timm has no network '{arch}'{suggest(arch, timm.list_models())}")
-    try:
-        return timm.create_model(arch, pretrained=False, num_classes=outputs, **(kwargs or {}))
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(f"timm cannot make {arch} with {dict(kwargs or {})}: {error}") from error
 
 
 class Ensemble(Scorer):
@@ -222,7 +209,7 @@ def _of_folder(folder: Path) -> Ensemble:
         state = "is no scorer: it has no config.yaml" if folder.is_dir() else "does not exist"
         raise UserError(f"the scorer {folder} {state}. `histoldm train-scorer --out FOLDER` makes one.")
     try:
-        config = read_yaml(folder / CONFIG, "the scorer's config")
+        config = read_yaml(inside(folder, CONFIG), "the scorer's config")
         own, seen = config["scorer"], config["preprocessing"]
         task = Task(**own["task"] | {"classes": tuple(own["task"]["classes"])})
         view = View(**{f.name: tuple(v) if isinstance(v := seen[f.name], list) else v for f in fields(View)})
@@ -238,7 +225,7 @@ def _of_folder(folder: Path) -> Ensemble:
             raise
         raise UserError(f"{folder / CONFIG} does not describe a scorer: {type(error).__name__}: {error}") from error
     for k, network in enumerate(scorer.networks):
-        path = folder / MEMBER.format(k)
+        path = inside(folder, MEMBER.format(k))
         _fill(network, state_dict_of(read_checkpoint(path), path), path, f"{scorer.arch} with {task.outputs} outputs")
     return scorer
 

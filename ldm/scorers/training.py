@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ldm.encoders.timm_networks import make_network
 from ldm.errors import UserError
 from ldm.files import CARD, names_in, owns, remove, tool_version, whole, write_text
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
@@ -30,7 +31,7 @@ from ldm.interop.weights import check_finite
 from ldm.rng import fold, generator
 from ldm.scorers.calibration import calibrated, fit_temperature, measures, with_intervals
 from ldm.scorers.data import augmented, balanced_order, identity, prepared, to_range, view_of
-from ldm.scorers.ensemble import CONFIG, MEMBER, Ensemble, View, load_scorer, logits_of, make_network, save_scorer
+from ldm.scorers.ensemble import CONFIG, MEMBER, Ensemble, View, load_scorer, logits_of, save_scorer
 from ldm.scorers.labelled import Labelled, check_splits, split_groups
 from ldm.scorers.select import places
 

@@ -25,6 +25,7 @@ from typing import IO, NamedTuple
 import pandas as pd
 
 from ldm.errors import UserError, note
+from ldm.foreign.paths import allowed
 
 MISSING = frozenset(["", "NA", "NaN", "nan", "null", "NULL", "None", "N/A", "n/a", "#N/A", "<NA>"])
 _WORDS = (
@@ -49,7 +50,7 @@ def read_text(path: Path | str, what: str = "") -> str:
     >>> read_text("genes.txt").splitlines()
     ['TP53', 'ERα']
     """
-    path = Path(path)
+    path = allowed(path)
     try:
         with _opened(path, _encoding(path)) as stream:
             return stream.read()

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from attacks import NODE, SECRET, VARIABLE, model_of, refused
 from torch import nn
 
 from ldm import model_folder
@@ -20,42 +19,16 @@ from ldm.convert import convert, load_model, read_published
 from ldm.encoders.encoder import load_encoder
 from ldm.encoders.feature_map import load_transport
 from ldm.encoders.text_models import find_tower
-from ldm.errors import UserError
 from ldm.interop.targets import read_project
 from ldm.requests.spec import load_spec
 from ldm.scorers.ensemble import load_scorer
 from ldm.tables.gene_lists import read_genes, read_scaler
 
-SECRET = "hunter2-not-to-be-told"
-NODE = {"target": "torch.nn.Linear", "params": {"in_features": 2, "out_features": 1}}
 
-
-@pytest.fixture
-def secret(tmp_path, monkeypatch) -> Path:
-    """A file of the user's, and a variable of the environment, that nothing of a stranger's may tell."""
-    monkeypatch.setenv("HISTOLDM_TEST_TOKEN", SECRET)
-    (tmp_path / "private").mkdir()
-    (tmp_path / "private" / "secret.txt").write_text(f"{SECRET}\nsecond\n")
-    return tmp_path / "private" / "secret.txt"
-
-
-def refused(call: Callable[[], object], message: str) -> str:
-    """One line, soon, without the secret."""
-    begun = time.monotonic()
-    with pytest.raises(UserError, match=message) as error:
-        call()
-    assert time.monotonic() - begun < 30
-    assert SECRET not in str(error.value)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def model_of(folder: Path, metadata: dict | None = None, node: dict | None = None, text: str | None = None) -> Path:
-    """A model folder as a stranger may write it."""
-    model_folder.write_model_folder(folder, NODE, nn.Linear(2, 1).state_dict(), {})
-    content = {"model": node or NODE, "metadata": metadata or {}}
-    (folder / "config.yaml").write_text(yaml.safe_dump(content) if text is None else text)
-    return folder
+@pytest.fixture(autouse=True)
+def secret(monkeypatch) -> None:
+    """A variable of the environment that nothing of a stranger's may tell."""
+    monkeypatch.setenv(VARIABLE, SECRET)
 
 
 # --- references ------------------------------------------------------------------------------------------------------
@@ -67,14 +40,14 @@ REFERENCES = (
 
 
 @pytest.mark.parametrize("text", REFERENCES)
-def test_model_folders_refer_to_nothing(tmp_path, secret, text):
+def test_model_folders_refer_to_nothing(tmp_path, text):
     folder = model_of(tmp_path / "model", {"notes": [{"of": text}], "a": "oc.env", "other": "b"})
     assert "metadata.notes.0.of" in refused(lambda: model_folder.read_model_folder(folder), r"refers to something else")
     folder = model_of(tmp_path / "model", node={**NODE, "params": {"in_features": text, "out_features": 1}})
     assert "model.params.in_features" in refused(lambda: model_folder.load_network(folder), "refers to something else")
 
 
-def test_configs_within_checkpoints_refer_to_nothing(tmp_path, secret):
+def test_configs_within_checkpoints_refer_to_nothing(tmp_path):
     path = tmp_path / "a.ckpt"
     for key in ("histoldm_config", "histoldm_metadata"):
         content = {"histoldm_config": {"model": NODE}, "histoldm_metadata": {}, "state_dict": {}}
@@ -85,7 +58,7 @@ def test_configs_within_checkpoints_refer_to_nothing(tmp_path, secret):
     assert not (tmp_path / "out").exists()
 
 
-def test_settings_of_published_models_refer_to_nothing(tmp_path, oracle, secret):
+def test_settings_of_published_models_refer_to_nothing(tmp_path, oracle):
     pipeline = shutil.copytree(oracle / "diffusers_sd1", tmp_path / "pipeline")
     scheduler = pipeline / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"note": REFERENCES[0]}))
@@ -101,7 +74,7 @@ def test_settings_of_published_models_refer_to_nothing(tmp_path, oracle, secret)
     refused(lambda: read_published(oracle / "hismmdm_unet.pt", config=flags), "num_heads refers to something else")
 
 
-def test_a_training_from_a_folder_takes_no_references_along(tmp_path, secret):
+def test_a_training_from_a_folder_takes_no_references_along(tmp_path):
     folder = model_of(tmp_path / "model", {"licence": REFERENCES[0]})
     stage = {"target": "ldm.autoencoder.autoencoder.IdentityFirstStage"}
     loss = {
@@ -111,7 +84,7 @@ def test_a_training_from_a_folder_takes_no_references_along(tmp_path, secret):
     refused(lambda: AutoencoderStage(stage, loss, ckpt_path=str(folder)), "metadata.licence refers to something else")
 
 
-def test_the_users_own_config_may_refer(tmp_path, secret):
+def test_the_users_own_config_may_refer(tmp_path):
     (tmp_path / "own.yaml").write_text("name: ${oc.env:HISTOLDM_TEST_TOKEN}\ndata: {steps: 3, more: '${data.steps}'}")
     assert load_config([tmp_path / "own.yaml"]) == {"name": SECRET, "data": {"steps": 3, "more": 3}}
 
