@@ -54,6 +54,10 @@ PatientOption = Annotated[
 OutOption = Annotated[
     Path, output("--out", help="Cohort folder to write: tile stores in slides/, the table of all tiles index.parquet.")
 ]
+PreviewsOption = Annotated[
+    bool,
+    output("--previews/--no-previews", help="Write pictures and GeoJSON of each slide's tissue and tiles, for QuPath."),
+]
 LicenceOption = Annotated[str, output("--licence", help="Licence of the data, recorded with what is written.")]
 MppOption = Annotated[
     float | None, taken("--mpp", help="Micrometres per pixel of the tiles (default: those of the slide).")

@@ -58,6 +58,7 @@ from data_prep.options import (
     PatientOption,
     Precision,
     PrecisionOption,
+    PreviewsOption,
     RegionOriginOption,
     RegionsOption,
     SeedOption,
@@ -335,6 +336,7 @@ def main(
     outside: OutsideOption = None,
     min_inside: MinInsideOption = 0.5,
     region_origin: RegionOriginOption = None,
+    previews: PreviewsOption = True,
     encoder: Annotated[
         str | None, inputs("--encoder", help="Encoder of features: the name of a published one, or an encoder folder.")
     ] = None,
@@ -372,7 +374,7 @@ def main(
         "mpp": mpp, "tile_size": tile_size, "stride": stride, "min_tissue": min_tissue, "seed": seed,
         "keep_background": keep_background, "licence": licence, "slide_mpp": slide_mpp,
         "regions": regions and regions.absolute(), "inside": inside or [], "outside": outside or [],
-        "min_inside": min_inside, "region_origin": region_origin and region_origin.value,
+        "min_inside": min_inside, "region_origin": region_origin and region_origin.value, "previews": previews,
     }  # fmt: skip
     shared = {"batch_size": batch_size, "device": device, "precision": precision.value, "with_dihedral": dihedral}
     of_encoder = encoder and {"encoder_name": encoder, "weights": weights, "any_mpp": any_mpp, **shared}

@@ -34,6 +34,7 @@ from data_prep.options import (
     OutOption,
     OutsideOption,
     PatientOption,
+    PreviewsOption,
     RegionOriginOption,
     RegionsOption,
     SeedOption,
@@ -55,6 +56,7 @@ from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import TOLD, TileStore
 from ldm.errors import UserError
 from ldm.images.kinds import called
+from ldm.images.previews import lacks_previews, write_previews
 from ldm.images.slides import Slide, open_slide
 from ldm.images.tissue import TissueMask
 from ldm.requests.parse import parse_integers
@@ -84,6 +86,7 @@ def tile_slide(
     min_inside: float = 0.5,
     region_origin: str | None = None,
     seed: int = 0,
+    previews: bool = True,
     workers: int | None = None,
 ) -> Path:
     """Tile one slide into the store `out`/slides/<stem of its name>.zarr and return its path.
@@ -108,6 +111,7 @@ def tile_slide(
         min_inside: least fraction of a tile that lies inside and not outside; at 0 regions are labels alone.
         region_origin: what their coordinates count from, see `ldm.tables.regions.SlideRegions`.
         seed: picks the background tiles.
+        previews: write a picture and GeoJSON of tissue and tiles into `out`/previews, see `ldm.images.previews`.
         workers: threads that read the slide; None is up to 8.
     Raises:
         UserError: unreadable slide, no mpp, no tissue, unwritable folder, a store made with other settings, regions
@@ -152,14 +156,19 @@ def tile_slide(
         asked["origin"] = region_origin
         attrs["regions"] = {"file": drawn.path.name, "sha256": drawn.sha256, **asked}
     store = Path(out) / "slides" / f"{Path(name).stem}.zarr"
+    finished = False
     if (store / "zarr.json").exists():
         before = TileStore.open(store, allow_incomplete=True).attrs
-        if before["complete"] and all(before.get(each) == attrs[each] for each in attrs.keys() - {*TOLD}):
-            return store
+        finished = before["complete"] and all(before.get(each) == attrs[each] for each in attrs.keys() - {*TOLD})
+    if finished and not (previews and lacks_previews(out, name)):
+        return store
+    mask, on_slide = TissueMask(slide), drawn and SlideRegions(drawn, slide, region_origin)
+    if finished:
+        _preview(store, out, slide, mask, on_slide)
+        return store
     coords = _lattice(slide, extent, stride * downsample)
-    labels, wanted = {"tissue": TissueMask(slide).fraction(coords, extent)}, np.ones(len(coords), bool)
-    if drawn is not None:
-        on_slide = SlideRegions(drawn, slide, region_origin)
+    labels, wanted = {"tissue": mask.fraction(coords, extent)}, np.ones(len(coords), bool)
+    if on_slide is not None:
         attrs["notes"] = [*slide.notes, *on_slide.notes, *on_slide.check(inside, outside)]
         attrs["texts"] = {LABEL: on_slide.names}
         labels[LABEL] = on_slide.labels(coords, extent)
@@ -182,7 +191,17 @@ def tile_slide(
                 tiles = np.stack(list(pool.map(read, coords[part])))  # (n, T, T, 3)
                 writer.append(tiles, coords[part], {label: values[part] for label, values in labels.items()})
                 bar.update(len(tiles))
+    if previews:
+        _preview(store, out, slide, mask, on_slide)
     return store
+
+
+def _preview(store: Path, out: Path | str, slide: Slide, mask: TissueMask, drawn: SlideRegions | None) -> None:
+    """Write the previews of a finished store."""
+    tiles = TileStore.open(store)
+    labels = {label: tiles.labels(label) for label in tiles.label_names}
+    side, shapes = tiles.tile_size * tiles.downsample, [*drawn.shapes.values()] if drawn else []
+    write_previews(out, tiles.slide, slide, mask, tiles.coords, side, labels, shapes)
 
 
 def _lattice(slide: Slide, extent: float, step: float) -> np.ndarray:
@@ -239,6 +258,7 @@ def main(
     outside: OutsideOption = None,
     min_inside: MinInsideOption = 0.5,
     region_origin: RegionOriginOption = None,
+    previews: PreviewsOption = True,
     workers: Annotated[int | None, speed("--workers", help="Threads that read a slide (default: up to 8).")] = None,
 ) -> None:
     found, box = read_slides(slides), parse_integers(holdout, 4, "--holdout", "x,y,width,height")
@@ -255,6 +275,7 @@ def main(
     failures, stores = [], []
     asked = {"mpp": mpp, "tile_size": tile_size, "stride": stride, "min_tissue": min_tissue, "seed": seed}
     asked |= {"keep_background": keep_background, "licence": licence, "slide_mpp": slide_mpp, "workers": workers}
+    asked["previews"] = previews
     asked |= drawn
     for entry in found:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 from skimage.filters import gaussian, threshold_otsu
 from skimage.morphology import remove_small_holes, remove_small_objects
 
@@ -11,6 +12,8 @@ from ldm.images.slides import Slide
 
 class TissueMask:
     """Where a slide has tissue: `mask` (h, w) bool over the whole slide at `mpp` um per pixel.
+
+    `picture` (h, w, 3) uint8 is the whole slide, no side longer than 1200 px.
 
     Smoothed over about a cell (8 um), a pixel is tissue where its colour (max - min over RGB) or its optical density is
     above Otsu's threshold, both bounded so that the noise of empty glass is never split into tissue and not tissue.
@@ -22,6 +25,9 @@ class TissueMask:
             mpp, max(slide.mpp, max(slide.dimensions) * slide.mpp / 512)
         )  # small slides are looked at closer
         thumbnail = slide.thumbnail(self.mpp)
+        small = Image.fromarray(thumbnail)
+        small.thumbnail((1200, 1200), Image.Resampling.BOX)
+        self.picture = np.asarray(small)
         smooth = gaussian(thumbnail, sigma=8.0 / self.mpp, channel_axis=-1)  # in [0, 1]
         glass = np.maximum(np.percentile(smooth.reshape(-1, 3), 99, axis=0), 0.86)  # its tint; tissue is darker
         smooth = np.clip(smooth / glass, 1 / 256, 1)
