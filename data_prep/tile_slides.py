@@ -160,6 +160,8 @@ def tile_slide(
     if (store / "zarr.json").exists():
         before = TileStore.open(store, allow_incomplete=True).attrs
         finished = before["complete"] and all(before.get(each) == attrs[each] for each in attrs.keys() - {*TOLD})
+    if finished:
+        TileStoreWriter.create(store, before["count"], before).close(complete=True)  # clears what a killed run left
     if finished and not (previews and lacks_previews(out, name)):
         return store
     mask, on_slide = TissueMask(slide), drawn and SlideRegions(drawn, slide, region_origin)

@@ -23,7 +23,7 @@ import pandas as pd
 from ldm.data.cohort import merge_index, read_index
 from ldm.data.sample_keys import join_keys, kept_samples, mapped, one_row_each
 from ldm.errors import UserError, some, suggest
-from ldm.files import sha256, whole, write_text
+from ldm.files import owned, sha256, whole, write_text
 from ldm.tables.gene_dates import dates_among
 from ldm.tables.gene_lists import Scaler, read_genes, read_scaler
 from ldm.tables.genes import (
@@ -163,13 +163,13 @@ def join_omics(
     joined = {source: set(frame.index) for source, (frame, _, _) in made.items()}
     kept = kept_samples(Path(cohort), index, sample_of, joined)
     folder = Path(cohort) / "omics"
-    folder.mkdir(exist_ok=True)
-    for source, (frame, about, report) in made.items():
-        with whole(folder / f"{source}.parquet") as part:
-            frame.to_parquet(part)
-        origin = {"licence": licence, "file": paths[source].name, "sha256": sha256(paths[source])}
-        write_text(folder / f"{source}.json", json.dumps(about | origin | {"report": report.counts()}, indent=1))
-    merge_index(cohort, index[["slide", "row"]].assign(sample=index["slide"].map({**sample_of, **kept})))
+    with owned(folder, otherwise="stop it"):
+        for source, (frame, about, report) in made.items():
+            with whole(folder / f"{source}.parquet") as part:
+                frame.to_parquet(part)
+            origin = {"licence": licence, "file": paths[source].name, "sha256": sha256(paths[source])}
+            write_text(folder / f"{source}.json", json.dumps(about | origin | {"report": report.counts()}, indent=1))
+        merge_index(cohort, index[["slide", "row"]].assign(sample=index["slide"].map({**sample_of, **kept})))
     return {source: report for source, (_, _, report) in made.items()}
 
 

@@ -45,8 +45,17 @@ def _power_of_two(limit: float) -> int:
     return 1 << max(int(limit), 1).bit_length() - 1
 
 
-def create_array(group: Path, name: str, shape: tuple[int, ...], dtype: str, whole_chunk: bool = False) -> zarr.Array:
+def create_array(
+    group: Path,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    whole_chunk: bool = False,
+    attrs: Mapping[str, Any] | None = None,
+) -> zarr.Array:
     """An array in shards of 1024 rows or 256 MiB, whose chunks hold one tile, or small rows up to 32 KiB.
+
+    Its description, attrs with it, is one file, which is there whole or not at all.
 
     >>> array = create_array(Path("."), "tiles", (2000, 16, 16, 3), "uint8")
     >>> array.chunks, array.shards
@@ -64,6 +73,7 @@ def create_array(group: Path, name: str, shape: tuple[int, ...], dtype: str, who
             chunks=(chunk, *shape[1:]),
             shards=None if whole_chunk else (shard, *shape[1:]),
             compressors=zarr.codecs.ZstdCodec(level=1) if is_image else None,  # floats hardly shrink
+            attributes=dict(attrs or {}),
             overwrite=True,
         )
 
@@ -71,11 +81,15 @@ def create_array(group: Path, name: str, shape: tuple[int, ...], dtype: str, who
 def open_writable(path: Path) -> zarr.Array:
     """An array that is there, to write rows into; its empty chunks are written too.
 
+    What zarr was writing in it when it was killed is removed.
+
     >>> _ = create_array(Path("."), "values", (10, 2), "float32")
     >>> open_writable(Path("values"))[0] = 3.0
     >>> open_writable(Path("values"))[0].tolist()
     [3.0, 3.0]
     """
+    for file in path.rglob("*.partial"):
+        file.unlink()
     with zarr.config.set(_WRITING):
         return zarr.open_array(str(path), mode="r+")
 

@@ -15,7 +15,7 @@ import zarr
 from ldm.data.shards import ShardBuffer, create_array, open_writable
 from ldm.data.tile_store import FORMAT, GROUPS, TOLD, TileStore
 from ldm.errors import UserError
-from ldm.files import tool_version
+from ldm.files import LOCK, hidden, remove, tool_version
 from ldm.locks import Lock
 
 
@@ -74,6 +74,8 @@ class TileStoreWriter(_Writer):
     @classmethod
     def _begin(cls, path: Path, lock: Lock, attrs: dict[str, Any], labels: dict[str, str]) -> TileStoreWriter:
         names = ["tiles", "coords", *(f"labels/{name}" for name in labels)]
+        for file in path.glob("*.partial"):  # of zarr, when it was killed
+            file.unlink()
         if (path / "zarr.json").exists():
             before = TileStore.open(path, allow_incomplete=True).attrs
             differ = sorted(k for k in attrs.keys() | before.keys() if attrs.get(k) != before.get(k))
@@ -163,12 +165,14 @@ class ArrayWriter(_Writer):
         group, _, leaf = name.partition("/")
         if group not in GROUPS or not leaf or "/" in leaf or leaf.startswith("."):
             raise UserError(f"'{name}' is no array name: use features/<name>, latents/<name> or labels/<name>")
-        self.final, self.partial = store.path / group / leaf, store.path / group / f".partial-{leaf}"
+        self.final = store.path / group / leaf
+        self.partial = hidden(self.final, ".partial")
         self.count, self.attrs = len(store), _plain(dict(attrs or {}))
         self._buffer: ShardBuffer | None = None
         shape = (self.count, *map(int, shape_tail))
         try:
-            self._lock = Lock(store.path / f".lock-{group}-{leaf}").acquire()
+            self.final.parent.mkdir(exist_ok=True)
+            self._lock = Lock(hidden(self.final, LOCK), of=self.final).acquire()
         except OSError as error:
             raise UserError(f"cannot write to {store.path}: {error.strerror}") from None
         try:
@@ -179,8 +183,8 @@ class ArrayWriter(_Writer):
                 self._check_same(self._array, self.partial, shape, dtype)
                 self._begin(int(self._array.attrs.get("rows", 0)))
             else:
-                self._array = create_array(self.partial.parent, self.partial.name, shape, dtype)
-                self._array.attrs.update({**self.attrs, "rows": 0})
+                begun = {**self.attrs, "rows": 0}
+                self._array = create_array(self.partial.parent, self.partial.name, shape, dtype, attrs=begun)
                 self._begin(0)
         except BaseException:
             self._lock.release()
@@ -214,17 +218,20 @@ class ArrayWriter(_Writer):
         if self._buffer is None:
             raise ValueError(f"{self.final} is finished; nothing can be appended")
         if self._buffer.append({"rows": np.asarray(rows)}):
-            self._array.attrs.update({"rows": self._buffer.durable})
+            self._describe(rows=self._buffer.durable)
 
     def flush(self) -> zarr.Array:
         """Make all rows given so far durable and return the array, to measure it before it takes its name."""
         self._buffer.flush(self._buffer.rows)
-        self._array.attrs.update({"rows": self._buffer.durable})
+        self._describe(rows=self._buffer.durable)
         return self._array
 
     def add_attrs(self, **attrs: Any) -> None:
         """Record what is known only after the rows, such as their measured scale."""
-        self._array.attrs.update(_plain(attrs))
+        self._describe(**_plain(attrs))
+
+    def _describe(self, **attrs: Any) -> None:
+        self._array.update_attributes(attrs)  # in one write, unlike its `attrs`
 
     def close(self, complete: bool) -> None:
         try:
@@ -233,6 +240,7 @@ class ArrayWriter(_Writer):
                     raise ValueError(f"{self.final} wants {self.count} rows but {self.rows} were appended")
                 self.flush()
                 if complete:
+                    remove(self.final)  # what is there is no array
                     self.partial.rename(self.final)
                     self._buffer = None
         finally:
