@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import h5py
@@ -13,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm.data.cohort import merge_index, write_store
+from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.features import read_features
 from ldm.data.image_sets import images_by_name, open_images
+from ldm.data.shards import open_writable
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore
 from ldm.encoders import inception
@@ -29,7 +32,9 @@ from ldm.encoders.feature_files import (
     write_feature_file,
 )
 from ldm.errors import UserError
+from ldm.files import owned
 from ldm.images.slides import open_slide
+from ldm.locks import Held
 
 SIDE = 48
 
@@ -177,6 +182,69 @@ def test_changed_images_are_extracted_anew(tiles, tmp_path):
     after = extract(open_images(folder), extractor, tmp_path / "f.h5")
     assert len(seen) == 2
     assert before.digest[0] != after.digest[0] == after.digest[1]
+
+
+def test_what_is_not_the_same_content_is_extracted_anew_whatever_its_size_and_time(cohort, tiles, tmp_path):
+    counting.stop = None
+    extractor, seen = counting(load_extractor("pixels"))
+    folder = tmp_path / "tiles"
+    folder.mkdir()
+    for i, image in enumerate(tiles):
+        Image.fromarray(image).save(folder / f"{i:03d}.bmp")
+    before = extract(open_images(folder), extractor, tmp_path / "f.h5")
+    known = (folder / "000.bmp").stat()
+    Image.fromarray(tiles[1]).save(folder / "000.bmp")
+    os.utime(folder / "000.bmp", ns=(known.st_atime_ns, known.st_mtime_ns))
+    assert (folder / "000.bmp").stat().st_size == known.st_size
+    after = extract(open_images(folder), extractor, tmp_path / "f.h5")
+    assert len(seen) == 2
+    assert np.array_equal(after.values[0], before.values[1])
+    shutil.copytree(cohort, tmp_path / "cohort")
+    first = extract(open_images(tmp_path / "cohort"), extractor, tmp_path / "g.h5")
+    array = open_writable(next((tmp_path / "cohort" / "slides").iterdir()) / "tiles")
+    array[0] = array[1]
+    second = extract(open_images(tmp_path / "cohort"), extractor, tmp_path / "g.h5")
+    assert len(seen) == 4
+    assert (first.digest[0] == second.digest[0], first.digest[1] == second.digest[0]) == (False, True)
+
+
+def test_the_same_content_elsewhere_is_not_extracted_again_and_is_told_as_it_is_now(cohort, tmp_path):
+    counting.stop = None
+    extractor, seen = counting(load_extractor("pixels"))
+    before = extract(open_images(cohort), extractor, tmp_path / "f.h5")
+    shutil.copytree(cohort, tmp_path / "moved")
+    index = read_index(tmp_path / "moved")
+    merge_index(tmp_path / "moved", index.assign(**{"class": "Z", "patient": "P"}))
+    after = extract(open_images(tmp_path / "moved"), extractor, tmp_path / "f.h5")
+    assert len(seen) == 1
+    assert np.array_equal(before.values, after.values)
+    assert set(after.table["class"]) == {"Z"}
+    assert set(after.table["patient"]) == {"P"}
+    assert after.about["data"]["path"] == "moved"
+
+
+def test_a_damaged_feature_file_is_made_anew_or_refused(tiles, tmp_path, capsys):
+    counting.stop = None
+    extractor, seen = counting(load_extractor("pixels"))
+    images = open_images(save(tmp_path / "tiles", tiles))
+    whole = extract(images, extractor, tmp_path / "f.h5")
+    with h5py.File(tmp_path / "f.h5", "r+") as file:
+        file["features"][3, 5] += 1
+    with pytest.raises(UserError, match=r"is a damaged feature file \(it is not as it was written\)"):
+        read_feature_file(tmp_path / "f.h5")
+    assert np.array_equal(extract(images, extractor, tmp_path / "f.h5").values, whole.values)
+    assert "They are made anew" in capsys.readouterr().err
+    written = (tmp_path / "f.h5").read_bytes()
+    for size in (0, 10, len(written) // 2, len(written) - 1):
+        (tmp_path / "f.h5").write_bytes(written[:size])
+        assert np.array_equal(extract(images, extractor, tmp_path / "f.h5").values, whole.values)
+    assert len(seen) == 6
+
+
+def test_one_run_at_a_time_extracts(tiles, tmp_path):
+    images = open_images(save(tmp_path / "tiles", tiles))
+    with owned(tmp_path / "f.h5", beside=True), pytest.raises(Held, match=r"f.h5 is being written by process"):
+        extract(images, load_extractor("pixels"), tmp_path / "f.h5")
 
 
 def test_features_of_stores_and_those_of_other_makers(cohort, tiles, tmp_path):

@@ -125,6 +125,13 @@ def test_a_folder_to_several_targets_resumes_and_says_what_it_is(world, tmp_path
     assert "kept 5" in done.stdout
     assert {path for path in before if path.stat().st_mtime_ns != times[path]} == {lost}
     assert lost.read_bytes() == was
+    steps = {path: path.read_bytes() for path in (tmp_path / "intermediates").glob("COAD__b__two__*.png")}
+    assert len(steps) == 2
+    for path in steps:
+        path.unlink()
+    assert "wrote 1 images" in run(*given).stdout  # an image is whole with its intermediates
+    assert {path: path.read_bytes() for path in steps} == steps
+    assert lost.read_bytes() == was
     assert "was made otherwise (seed)" in refused(*given, "--seed", 1)
 
 

@@ -37,15 +37,17 @@ from ldm.sampling.translate import check_shape, settled, translate
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
+STEPS = "intermediates"  # folder of the denoised images that are kept
 SHOWN = 2048  # px along a large image on which differences are counted and sheets drawn
 
 
 @dataclass
 class Output:
-    """One image to make: of which picture, to which target, where, and what it says of itself."""
+    """One image to make: of which picture, to which target, its name, where, and what it says of itself."""
 
     picture: int
     target: Target
+    name: str
     path: Path
     text: dict[str, Any]
 
@@ -80,6 +82,8 @@ def translate_pictures(
     outputs = _outputs(model_path, model, pictures, plans, out, inversion.enlarge, used)
     left_out = Sampler.usual(model, inversion.task) | dict.fromkeys(("exact", "published"), False) | {"strength": 1.0}
     kept = kept_images(out, {output.path: output.text for output in outputs}, left_out | {"start": usual.start})
+    if intermediates:
+        kept = _with_steps(out, outputs, kept)
     side = model.tile_size // (inversion.enlarge or 1)
     groups = _groups(pictures, plans, outputs, kept, chosen.batch_size, side)
     place = {(output.picture, output.target.label): output for output in outputs}
@@ -97,6 +101,7 @@ def translate_pictures(
             bars = replace(chosen, progress=max(pictures[rows[0]].size) > side)
             watch = steps.seen if intermediates else None
             made = translate(model, batch, source, targets, bars, inversion, rows, watch)
+            steps.write(used)  # first: an image that is there has them
             for k, results in enumerate(made):
                 for plan, i, result in zip(own, rows, results):
                     output = place[i, plan.targets[k].label]
@@ -104,7 +109,6 @@ def translate_pictures(
                         mpp = _mpp(pictures[i], inversion.enlarge)
                         save_image(output.path, to_uint8(result), output.text, mpp)
                         bar.update()
-            steps.write(used)
     _write_list(out, pictures, outputs, chosen.seed)
     differ = bool(asked.edits or asked.spec) if differences is None else differences
     for i, picture in enumerate(tqdm(pictures, desc="sheets", disable=len(pictures) < 8)):
@@ -165,8 +169,9 @@ def _outputs(
             text |= {"source_condition": _words(plan.source), "target": target.label, "index": i}
             text |= {"mpp": _mpp(picture, enlarge)} if picture.mpp else {}
             text |= {"enlarge": enlarge} if enlarge else {}
-            path = out / f"{picture.name}__{target.label}{picture.suffix}"
-            outputs.append(Output(i, target, path, json.loads(json.dumps(text, default=str))))
+            name = f"{picture.name}__{target.label}"
+            path = out / f"{name}{picture.suffix}"
+            outputs.append(Output(i, target, name, path, json.loads(json.dumps(text, default=str))))
     return outputs
 
 
@@ -200,6 +205,12 @@ def conditions(model: LatentDiffusion, values: Sequence[Mapping[str, Any]]) -> d
     return {part: torch.cat([cond[part] for cond in conds]) for part in conds[0]}
 
 
+def _with_steps(out: Path, outputs: Sequence[Output], kept: set[Path]) -> set[Path]:
+    """Those of the images that have intermediates too."""
+    having = {path.name.rpartition("__step")[0] for path in (out / STEPS).glob("*__step*.png")}
+    return {output.path for output in outputs if output.path in kept and output.name in having}
+
+
 class _Steps:
     """Denoised images on the way down, a bounded number of each."""
 
@@ -221,7 +232,7 @@ class _Steps:
                 images = to_uint8(decode_latents(self.model, latents).clamp(-1, 1))
                 for picture, plan, image in zip(self.pictures, self.plans, images):
                     name = f"{picture.name}__{plan.targets[k].label}__step{step:03d}.png"
-                    save_png(self.out / "intermediates" / name, image, {"step": step, **settings})
+                    save_png(self.out / STEPS / name, image, {"step": step, **settings})
 
 
 def _write_list(out: Path, pictures: Sequence[Picture], outputs: Sequence[Output], seed: int) -> None:

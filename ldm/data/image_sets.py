@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from ldm.data.splits import patient_of
 from ldm.data.tile_store import open_cohort
 from ldm.data.where import Where, parse_where
 from ldm.errors import UserError, some
+from ldm.files import sha256
 from ldm.images.kinds import is_ome_zarr
 from ldm.images.pictures import Picture
 from ldm.images.slides import Slide, open_image
@@ -43,6 +45,7 @@ class ImageSet:
             of the list beside them. about: path, kind, count, size, mpp, where, listing_sha256, what a report says.
         side: every image is resized to a square of so many pixels; None as they are.
         warnings: what a user should know of them.
+        files: those that hold them, or folders of them: what `content_sha256` reads.
     """
 
     pictures: Pictures
@@ -50,6 +53,7 @@ class ImageSet:
     about: dict[str, Any]
     side: int | None = None
     warnings: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -107,7 +111,39 @@ def open_images(path: Path, where: Where = None, crop: int | None = None, side: 
     about |= {unit + "s": int(table[unit].nunique()) for unit in ("slide", "patient") if unit in table}
     if "split" in table:
         about["splits"] = {str(name): int(n) for name, n in table["split"].value_counts().items()}
-    return ImageSet(pictures, table, about, side, tuple(warnings))
+    return ImageSet(pictures, table, about, side, tuple(warnings), _files(path, pictures))
+
+
+def _files(path: Path, pictures: Pictures) -> tuple[Path, ...]:
+    """Files that hold these images; of slides in several files all of them, of stores the folders of their tiles."""
+    if pictures.paths is None:
+        shown = {own["slide"] for own in pictures.about}
+        return tuple(store.path / "tiles" for store in open_cohort(path) if store.slide in shown)
+    files: list[Path] = []
+    for own in dict.fromkeys(pictures.paths):
+        beside = {".mrxs": [own.with_suffix("")], ".dcm": sorted(own.parent.glob(f"*{own.suffix}"))}
+        files += [own, *(each for each in beside.get(own.suffix.lower(), []) if each.exists())]
+    return tuple(dict.fromkeys(files))
+
+
+def content_sha256(images: ImageSet) -> str:
+    """SHA-256 of what images show: the bytes of their files, whatever their place and time, which parts of them the
+    images are, and the side that they are resized to.
+
+    >>> content_sha256(open_images(cells)) == content_sha256(open_images(cells, side=64))
+    False
+    """
+    within = {top: sorted(top.rglob("*")) if top.is_dir() else [top] for top in images.files}
+    files = [(top, own) for top, each in within.items() for own in each if own.is_file()]
+    with ThreadPoolExecutor() as readers:  # hashing needs no GIL
+        hashes = readers.map(sha256, (own for _, own in files))
+        bar = tqdm(zip(files, hashes), total=len(files), desc="reading", unit="file", disable=len(files) < 5000)
+        digest = hashlib.sha256(str(images.side).encode())
+        for (top, own), told in bar:
+            digest.update(f"{own.relative_to(top.parent).as_posix()} {told}\n".encode())
+    for picture in images.pictures:
+        digest.update(f"{picture.file} {picture.region}\n".encode())
+    return digest.hexdigest()
 
 
 def table_of(pictures: Pictures) -> pd.DataFrame:

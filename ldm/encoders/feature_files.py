@@ -1,6 +1,7 @@
 """Feature files: the features of a set of images, whose they are, and how they were made. Distances read only these.
 
-    <set>.h5   features (N,D) f4    digest (N,) sha-256 of the pixels    table/<column> (N,)    attrs: histoldm (JSON)
+    <set>.h5   features (N,D) f4    digest (N,) sha-256 of the pixels    table/<column> (N,)
+               attrs: histoldm (JSON), sha256 of all of this, which is checked when it is read
 
 `ldm.data.features` reads them too, as any .h5 with `features`.
 """
@@ -22,12 +23,12 @@ from tqdm import tqdm
 
 from ldm.data.collection import read_pictures
 from ldm.data.features import read_features
-from ldm.data.image_sets import ImageSet, table_of
+from ldm.data.image_sets import ImageSet, content_sha256, table_of
 from ldm.data.tile_store import open_cohort
 from ldm.data.where import Where, parse_where
 from ldm.encoders.extractors import Extractor
-from ldm.errors import UserError
-from ldm.files import remove, tool_version, whole, writable_folder, write_text
+from ldm.errors import UserError, note
+from ldm.files import hidden, owns, remove, tool_version, whole, write_text
 
 SUFFIXES = (".h5", ".hdf5", ".npy", ".pt", ".pth")
 SAME = ("extractor", "weights_sha256", "resize", "preprocessing")  # what files that are compared share
@@ -59,11 +60,12 @@ class FeatureSet:
         return FeatureSet(self.values[rows], self.table.iloc[rows].reset_index(drop=True), self.about, digest)
 
 
+@owns(beside=True)
 def extract(images: ImageSet, extractor: Extractor, out: Path, batch_size: int = 64, desc: str = "") -> FeatureSet:
     """Write the features of images to the feature file `out`, batch by batch, and read it.
 
-    What an interrupted run left is gone on with; a file of the same images and extractor is read as it is.
-    UserError: a value that is not finite, a file made otherwise.
+    What an interrupted run left is gone on with. Features of the same content by the same extractor are not made again.
+    UserError: a value that is not finite, another run that writes the file.
 
     >>> from ldm.data.image_sets import open_images
     >>> from ldm.encoders.extractors import load_extractor
@@ -71,19 +73,24 @@ def extract(images: ImageSet, extractor: Extractor, out: Path, batch_size: int =
     >>> found.values.shape, found.about["extractor"]
     ((48, 3072), 'pixels')
     """
-    wanted = {"version": 1, **extractor.about, "dim": extractor.dim, "data": images.about}
+    data = images.about | {"content_sha256": content_sha256(images), "table_sha256": _table_sha256(images.table)}
+    wanted = {"version": 1, **extractor.about, "dim": extractor.dim, "data": data}
     wanted = json.loads(json.dumps(wanted, default=str))
-    if out.is_file() and _same(_read_about(out), wanted):
+    part = hidden(out, ".rows")
+    if (held := _held(out, wanted)) is not None:
+        wanted["data"]["pixels_sha256"] = held.about["data"]["pixels_sha256"]
+        if _told(held.about) != wanted:  # the images moved, or what is known of them changed
+            write_feature_file(out, FeatureSet(held.values, images.table, wanted, held.digest))
+        remove(part)
         return read_feature_file(out)
-    writable_folder(out.parent)
-    part = out.with_name(f".{out.name}.rows")
     begun = part / "about.json"
-    if not (begun.is_file() and json.loads(begun.read_text()) == wanted):
+    if not (begun.is_file() and _maker(json.loads(begun.read_text())) == _maker(wanted)):
         remove(part)
         part.mkdir()
         write_text(begun, json.dumps(wanted))
     with (part / "features").open("ab") as rows, (part / "digest").open("ab") as digests:
         first = min(rows.tell() // (4 * extractor.dim), digests.tell() // DIGEST)
+        first -= first % batch_size  # the same batches as without an interruption
         rows.truncate(first * 4 * extractor.dim)
         digests.truncate(first * DIGEST)
         bar = tqdm(total=len(images), initial=first, desc=desc or f"features {extractor.name}", unit="image")
@@ -108,12 +115,30 @@ def extract(images: ImageSet, extractor: Extractor, out: Path, batch_size: int =
     return read_feature_file(out)
 
 
-def _same(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a file is of what is wanted; what only the reading told, and the tool's version, do not count."""
-    data = {key: value for key, value in found.get("data", {}).items() if key != "pixels_sha256"}
-    return {key: value for key, value in found.items() if key not in ("data", "tool")} == {
-        key: value for key, value in wanted.items() if key != "data"
-    } and data == wanted["data"]
+def _held(path: Path, wanted: Mapping[str, Any]) -> FeatureSet | None:
+    """The features that a file has already, if they are of what is wanted and as they were written."""
+    if not path.is_file():
+        return None
+    try:
+        about = _read_about(path)
+        return read_feature_file(path) if _maker(about) == _maker(wanted) else None
+    except UserError as error:
+        note(f"{error} They are made anew.")
+        return None
+
+
+def _told(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file says of itself, but for what wrote it."""
+    return {key: value for key, value in about.items() if key != "tool"}
+
+
+def _maker(about: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what, and by what, features are: the content of the images, and the extractor."""
+    return _told(about) | {"data": about.get("data", {}).get("content_sha256")}
+
+
+def _table_sha256(table: pd.DataFrame) -> str:
+    return hashlib.sha256(table.to_csv(index=False).encode()).hexdigest()
 
 
 def _batches(images: ImageSet, first: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -149,7 +174,22 @@ def write_feature_file(path: Path, features: FeatureSet) -> None:
             values = column.to_numpy(float) if number else column.fillna("").astype(str).to_list()
             kind = "f8" if number else h5py.string_dtype()
             file.create_dataset(f"table/{str(name).replace('/', ' ')}", data=values, dtype=kind)
-        file.attrs["histoldm"] = json.dumps({**features.about, "tool": f"histoldm {tool_version()}"}, default=str)
+        about = json.dumps({**features.about, "tool": f"histoldm {tool_version()}"}, default=str)
+        file.attrs["histoldm"] = about
+        file.attrs["sha256"] = _checksum(file, about)
+
+
+def _checksum(file: h5py.File, about: str) -> str:
+    """SHA-256 of what a feature file holds."""
+    digest = hashlib.sha256(about.encode())
+    for name in ("features", "digest"):
+        values = file.get(name, ())
+        for start in range(0, len(values), COPIED):
+            digest.update(np.ascontiguousarray(values[start : start + COPIED]).tobytes())
+    for name, column in sorted(file.get("table", {}).items()):
+        text = h5py.check_string_dtype(column.dtype)
+        digest.update(name.encode() + (b"\0".join(column[:]) if text else column[:].tobytes()))
+    return digest.hexdigest()
 
 
 def _read_about(path: Path) -> dict[str, Any]:
@@ -176,12 +216,18 @@ def read_feature_file(path: Path) -> FeatureSet:
         table = pd.DataFrame({"name": [str(i) for i in range(len(values))]})
         data = {"path": path.name, "kind": "features", "count": len(values), "features_sha256": _sha256_of(values)}
         return FeatureSet(values, table, {"data": data, "dim": values.shape[1]})
-    with h5py.File(path, "r") as file:
-        values = np.asarray(file["features"], np.float32)
-        digest = np.asarray(file["digest"]) if "digest" in file else None
-        columns = {}
-        for name, column in file.get("table", {}).items():
-            columns[name] = column.asstr()[:] if h5py.check_string_dtype(column.dtype) else column[:]
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("sha256", told := _checksum(file, file.attrs["histoldm"])) != told:
+                raise OSError("it is not as it was written")
+            values = np.asarray(file["features"], np.float32)
+            digest = np.asarray(file["digest"]) if "digest" in file else None
+            columns = {}
+            for name, column in file.get("table", {}).items():
+                columns[name] = column.asstr()[:] if h5py.check_string_dtype(column.dtype) else column[:]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path} is a damaged feature file ({reason}); extract its features again.") from error
     table = pd.DataFrame(columns)
     own = table[["name", *[name for name in table if name != "name"]]]
     return FeatureSet(_finite(values, path), own, about, digest)

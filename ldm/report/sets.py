@@ -160,6 +160,7 @@ def of_conditions(
         images.pictures.take(rows),
         images.table.iloc[rows].reset_index(drop=True),
         images.about | {"count": len(rows), "rows": rows.tolist()},
+        files=images.files,
     )
     extractor = extractors.get(name)
     return extract(chosen, extractor, whole.file(extractor, out), desc=f"conditions: {extractor.name}"), known
