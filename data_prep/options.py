@@ -66,9 +66,7 @@ TileSizeOption = Annotated[int, taken("--tile-size", help="Side of the square ti
 StrideOption = Annotated[
     int | None, taken("--stride", help="Pixels from a tile to the next (default: its side, so that they touch).")
 ]
-MinTissueOption = Annotated[
-    float, taken("--min-tissue", help="Least fraction of tissue in a tile; 0 takes all tiles.")
-]
+MinTissueOption = Annotated[float, taken("--min-tissue", help="Least fraction of tissue in a tile; 0 takes all tiles.")]
 KeepBackgroundOption = Annotated[
     float, taken("--keep-background", help="Fraction kept of the tiles with less, so that models know glass.")
 ]
@@ -102,6 +100,16 @@ TestOption = Annotated[
     float | None, splits("--test", help="Fraction of the patients in split 'test', from 0 to 1 (default: 0).")
 ]
 BatchOption = Annotated[int, speed("--batch-size", help="Tiles or captions per network call.")]
+FeatureBatchOption = Annotated[
+    int | None,
+    speed("--batch-size", help="Tiles per network call.", show_default="64 on a GPU, 8 on a CPU"),
+]
+TokensOption = Annotated[
+    int,
+    taken(
+        "--tokens", min=0, help="Write patch tokens too, averaged in so many parts along each side of a tile; 0: none."
+    ),
+]
 PrecisionOption = Annotated[Precision, speed("--precision", help="Precision of the network's arithmetic.")]
 
 

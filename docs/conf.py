@@ -20,7 +20,14 @@ copyright = "the HistoLDM authors, MIT licence"
 release = version = version_of("histoldm")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
-exclude_patterns = ["_build", "images", "jupyter_execute", "reference/commands.md", "reference/defaults.md"]
+exclude_patterns = [
+    "_build",
+    "images",
+    "jupyter_execute",
+    "reference/commands.md",
+    "reference/defaults.md",
+    "reference/encoders.md",
+]
 nb_execution_mode = "off"  # notebooks are kept with their outputs; `make notebooks` runs them
 nb_merge_streams = True
 suppress_warnings = ["misc.highlighting_failure"]  # %%bash cells are no Python

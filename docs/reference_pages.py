@@ -1,4 +1,5 @@
-"""Pages made at every build: of each command with its options, of the classes that configs name, of defaults."""
+"""Pages made at every build: of each command with its options, of the classes that configs name, of defaults, of
+encoders."""
 
 from __future__ import annotations
 
@@ -69,6 +70,7 @@ def main() -> None:
     (OUT / "commands.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (OUT / "classes.md").write_text(class_page(), encoding="utf-8")
     (OUT / "defaults.md").write_text(default_table(), encoding="utf-8")
+    (OUT / "encoders.md").write_text(encoder_tables(), encoding="utf-8")
 
 
 def histoldm_pages() -> Iterator[tuple[str, str, str, str]]:
@@ -238,3 +240,54 @@ def default_table() -> str:
     names = list(next(iter(TASKS.values())))
     rows = [f"| {task} | " + " | ".join(f"`{usual[name]}`" for name in names) + " |" for task, usual in TASKS.items()]
     return f"| task | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}\n" + "\n".join(rows) + "\n"
+
+
+def encoder_tables() -> str:
+    """What the registry says of published encoders: what they are, then where they come from and on what terms."""
+    from ldm.encoders.registry import REGISTRY
+
+    what = ["| encoder | network | values | patch tokens | pooling | tiles | input |\n|" + "---|" * 7]
+    terms = [
+        "| encoder | licence | gated | non-commercial | its file, in the folder of its name | from |\n|" + "---|" * 6
+    ]
+    for name, spec in sorted(REGISTRY.items()):
+        source, _, where = spec.source.partition(" ")
+        file = (
+            f"`{spec.folder or spec.name}/{spec.file}`" if not spec.unloadable else f"not loadable: {spec.unloadable}"
+        )
+        yes = ["yes" if value else "" for value in (spec.gated, spec.non_commercial)]
+        cells = [
+            f"`{name}`",
+            spec.licence,
+            *yes,
+            file,
+            f"[{source.removeprefix('https://')}]({source}) {where}".strip(),
+        ]
+        terms.append(f"| {' | '.join(cells)} |")
+        if spec.unloadable:
+            continue
+        tokens = f"{spec.tokens} x {spec.tokens}"
+        scale = "any" if spec.mpp is None else f"{spec.tile_size} px at {spec.mpp:g} µm"
+        cells = [f"`{name}`", spec.arch, str(spec.dim), tokens, pooling_in_words(spec), scale, input_in_words(spec)]
+        what.append(f"| {' | '.join(cells)} |")
+    return "\n".join(what) + "\n\n" + "\n".join(terms) + "\n"
+
+
+def pooling_in_words(spec: Any) -> str:
+    """How an encoder makes one feature of its tokens."""
+    pooled = {
+        "token": "class token",
+        "avg": "mean",
+        "token+avg": "class token and mean of patches",
+        "grid": f"means of {spec.grid} x {spec.grid} parts",
+        "attention": "attention of one query",
+    }[spec.pooling]
+    return pooled + ", projected" * bool(spec.head) + ", length 1" * spec.unit_length
+
+
+def input_in_words(spec: Any) -> str:
+    """How a tile becomes the network's input."""
+    side = spec.resize or spec.input_size
+    middle = f", middle {spec.input_size}" if side != spec.input_size else ""
+    values = " ".join(f"{mean:.3g}±{std:.3g}" for mean, std in zip(spec.mean, spec.std))
+    return f"{spec.interpolation} to {side} px{middle}; {values}"

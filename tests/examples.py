@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,10 @@ BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     "slide_path": lambda request: ROOT / "data/demo/CMU-1-Small-Region.svs",
     "cells": lambda request: ROOT / "data/samples/cells",
     "store": lambda request: TileStore.open(request.getfixturevalue("tiny_store")),
+    # a copy of the store that may be written to
+    "writable": lambda request: TileStore.open(
+        copytree(request.getfixturevalue("tiny_store"), request.getfixturevalue("tmp_path") / "own.zarr")
+    ),
     # the folders of the models that come with the toolkit, and of checkpoints as other projects published theirs
     "models": lambda request: ROOT / "data/models",
     "published": lambda request: request.getfixturevalue("oracle"),

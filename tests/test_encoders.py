@@ -13,15 +13,12 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import ROOT
-from data_prep import extract_features
 from demo.build import pretrain_encoder
 from ldm.config import load_config
-from ldm.data import dihedral
-from ldm.data.store_writers import TileStoreWriter
-from ldm.data.tile_store import TileStore
 from ldm.encoders import encoder as encoders
 from ldm.encoders.encoder import Encoder, load_encoder
-from ldm.encoders.registry import REGISTRY, EncoderSpec
+from ldm.encoders.registry import REGISTRY
+from ldm.encoders.spec import EncoderSpec
 from ldm.errors import UserError
 
 DEMO = ROOT / "data" / "models" / "demo-encoder"
@@ -119,14 +116,6 @@ def test_demo_encoder_features_have_unit_scale(demo, slide):
 # ---------------------------------------------------------------------------------------------------- loading weights
 
 
-@pytest.mark.parametrize("name", sorted(REGISTRY))
-@pytest.mark.slow
-def test_published_architectures_are_made_and_pooled(name):
-    with torch.device("meta"):
-        encoder = Encoder(REGISTRY[name])
-        assert encoder(torch.zeros(1, 3, 256, 256)).shape == (1, REGISTRY[name].dim)
-
-
 def test_missing_weights_say_where_to_get_them(tmp_path, monkeypatch):
     monkeypatch.setenv("HISTOLDM_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError, match=r"(?s)uni/pytorch_model.bin.*huggingface.co/MahmoodLab/UNI.*CC BY-NC-ND"):
@@ -169,32 +158,6 @@ def test_dino_checkpoint_loads_by_its_prefixes(tmp_path):
     assert torch.equal(encoder(images), encoder(images.repeat_interleave(2, 0))[::2])
 
 
-def test_transformers_names_become_timms():
-    model = timm.create_model("vit_small_patch16_224", num_classes=0, **TINY)
-    theirs = {"pooler.dense.weight": torch.zeros(1)}
-    layer = "encoder.layer.{}."
-    table = {"norm1": "layernorm_before", "norm2": "layernorm_after", "attn.proj": "attention.output.dense",
-             "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense"}  # fmt: skip
-    top = {"cls_token": "embeddings.cls_token", "pos_embed": "embeddings.position_embeddings",
-           "patch_embed.proj": "embeddings.patch_embeddings.projection", "norm": "layernorm"}  # fmt: skip
-    for key, value in model.state_dict().items():
-        name, _, leaf = key.rpartition(".")
-        if key in top:
-            theirs[top[key]] = value
-        elif name in top:
-            theirs[f"{top[name]}.{leaf}"] = value
-        else:
-            _, block, part = name.split(".", 2)
-            if part == "attn.qkv":
-                for word, third in zip(("query", "key", "value"), value.chunk(3), strict=True):
-                    theirs[f"{layer.format(block)}attention.attention.{word}.{leaf}"] = third
-            else:
-                theirs[f"{layer.format(block)}{table[part]}.{leaf}"] = value
-    ours = encoders.trunk_weights(theirs, model)
-    assert ours.keys() == model.state_dict().keys()
-    assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
-
-
 def test_ctranspath_checkpoint_of_old_timm_loads(tmp_path):
     small = {"embed_dim": 32, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 4, 8)}
     spec = replace(REGISTRY["ctranspath"], kwargs=REGISTRY["ctranspath"].kwargs | small, dim=256)
@@ -223,74 +186,6 @@ def test_pooling_orders_channels_then_cells():
     both = Encoder(tiny_spec(pooling="token+avg", dim=64)).pool(tokens)[0]
     assert both[:32].eq(0).all()
     assert both[32 + 5] == 0.25
-
-
-# ------------------------------------------------------------------------------------------------- features of a store
-
-
-@pytest.fixture
-def store(tmp_path, slide):
-    corners = np.array([GLASS, TISSUE, (1200, 900), (1200, 1400), (700, 2000)])
-    path = tmp_path / "cmu.zarr"
-    attrs = {"slide": "cmu.svs", "mpp": 0.499, "tile_size": 256, "stride": 256, "level0_size": [2220, 2967],
-             "downsample": 1.0}  # fmt: skip
-    with TileStoreWriter.create(path, len(corners), attrs) as writer:
-        writer.append(tiles_at(slide, corners), corners)
-    return path
-
-
-def test_features_are_written_with_their_provenance(store, demo):
-    extract_features.main(["--store", str(store), "--encoder", str(DEMO), "--batch-size", "2", "--device", "cpu"])
-    opened = TileStore.open(store)
-    features = opened.features("demo-encoder")
-    expected = demo(images_of(np.asarray(opened.tiles[:])))
-    assert np.allclose(features[:], expected, atol=2e-2)
-    attrs = dict(features.attrs)
-    assert attrs["licence"] == demo.licence
-    assert attrs["preprocessing"]["input_size"] == demo.spec.input_size
-    assert len(attrs["weights_sha256"]) == 64
-    assert attrs["non_commercial"] is False
-
-
-def test_dihedral_features_are_those_of_the_turned_tiles(store, demo):
-    extract_features.extract([TileStore.open(store)], DEMO, batch_size=3, device="cpu", with_dihedral=True)
-    opened = TileStore.open(store)
-    features = opened.features("demo-encoder")
-    assert features.shape == (5, 8, demo.dim)
-    assert features.attrs["dihedral"] is True
-    for k in (0, 3, 6):
-        turned = dihedral.apply(images_of(opened.tile(1)[None]), k)
-        assert np.allclose(features[1, k], demo(turned)[0], atol=2e-2)
-
-
-def test_features_go_on_after_an_interruption(store, demo, monkeypatch):
-    encode, calls = extract_features.each_variant, []
-
-    def stop_later(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return encode(*arguments)
-
-    monkeypatch.setattr(extract_features, "each_variant", stop_later)
-    with pytest.raises(KeyboardInterrupt):
-        extract_features.extract([TileStore.open(store)], DEMO, batch_size=2, device="cpu")
-    assert TileStore.open(store).feature_names == []
-    extract_features.extract([TileStore.open(store)], DEMO, batch_size=2, device="cpu")
-    opened = TileStore.open(store)
-    assert np.allclose(opened.features("demo-encoder")[:], demo(images_of(np.asarray(opened.tiles[:]))), atol=2e-2)
-
-
-def test_another_resolution_is_refused_before_work(store, published):
-    with pytest.raises(UserError, match="--any-mpp"):
-        extract_features.extract([TileStore.open(store)], "tiny", published, device="cpu")
-    assert TileStore.open(store).feature_names == []
-
-
-def test_non_commercial_licence_is_said_and_recorded(store, published, capsys):
-    extract_features.extract([TileStore.open(store)], "tiny", published, device="cpu", any_mpp=True)
-    assert "non-commercial" in capsys.readouterr().err
-    assert TileStore.open(store).features("tiny").attrs["non_commercial"] is True
 
 
 # --------------------------------------------------------------------------------------------------------- pre-training

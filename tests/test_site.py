@@ -63,6 +63,16 @@ def test_training_has_its_options_and_those_of_the_trainer(reference):
     assert "`--logger`" not in page  # which the training sets
 
 
+def test_every_encoder_is_in_the_table_with_its_terms(reference):
+    from ldm.encoders.registry import REGISTRY
+
+    rows = (reference / "encoders.md").read_text(encoding="utf-8").splitlines()
+    for name, spec in REGISTRY.items():
+        told = "\n".join(row for row in rows if row.startswith(f"| `{name}` |"))
+        for part in (spec.licence, spec.unloadable or f"| {spec.dim} |", spec.source.partition(" ")[0]):
+            assert part in told, name
+
+
 def test_classes_that_configs_name_are_in_the_reference(reference):
     page = (reference / "classes.md").read_text(encoding="utf-8")
     for name in ("ssl.GridPatchEmbedder", "omics.GeneSetEmbedder", "unet.UNetModel", "stage.AutoencoderStage"):

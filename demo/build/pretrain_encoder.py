@@ -42,7 +42,7 @@ from ldm.cli.script import script
 from ldm.config import load_config
 from ldm.data.augment import restained
 from ldm.encoders.encoder import Encoder, load_encoder
-from ldm.encoders.registry import EncoderSpec
+from ldm.encoders.spec import EncoderSpec
 from ldm.errors import UserError, suggest
 from ldm.files import owns, whole, write_text
 from ldm.images.slides import open_slide

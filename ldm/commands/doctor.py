@@ -178,7 +178,11 @@ def encoder_weights() -> Iterator[Finding]:
     from ldm.encoders.registry import REGISTRY, weights_home
 
     for spec in REGISTRY.values():
-        path = weights_home() / spec.name / spec.file
+        if spec.unloadable:
+            do = f"import its features (data_prep.import_features --name {spec.name}); it is at {spec.source}"
+            yield Finding("Encoders", spec.name, "missing", f"not loadable here: {spec.unloadable}", do)
+            continue
+        path = weights_home() / (spec.folder or spec.name) / spec.file
         yield _file("Encoders", spec.name, path, spec.source, spec.licence)
 
 

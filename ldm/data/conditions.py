@@ -77,7 +77,7 @@ class TileConditions:
         """UserError unless an array has the same shape and maker in all stores."""
         arrays = {store.path: store.array(source) for store in self.stores}
         shapes = {array.shape[2 if array.attrs.get("dihedral") else 1 :]: path for path, array in arrays.items()}
-        if len({len(shape) for shape in shapes}) > 1 or len({shape[:1] for shape in shapes}) > 1:
+        if len({shape[: 2 if len(shape) == 2 else 1] for shape in shapes} | {len(shape) for shape in shapes}) > 2:
             listed = ", ".join(f"{shape} in {path}" for shape, path in shapes.items())
             raise UserError(f"'{source}' differs in shape between stores: {listed}")
         makers = {made_by: path for path, array in arrays.items() if (made_by := array.attrs.get("weights_sha256"))}
@@ -89,7 +89,7 @@ class TileConditions:
         """One value for every tile of a store: a label, a row of the store's array, or a row of an omics table."""
         kind, _, name = source.partition("/")
         if kind == "features" and name:
-            store.features(name)
+            store.features(name, tokens=True)
             return np.arange(len(store))
         index = index_rows(store)
         if kind == "omics" and name:
@@ -132,6 +132,9 @@ class TileConditions:
                     values = values[variant]
                 elif values.ndim == 3:  # a grid (D,k,k) turns with its tile
                     values = np.ascontiguousarray(dihedral.apply(values, variant))
+                elif side := array.attrs.get("tokens"):  # so does a map (k*k,D)
+                    turned = dihedral.apply(values.T.reshape(-1, side, side), variant)
+                    values = np.ascontiguousarray(turned.reshape(len(turned), -1).T)
                 found[key] = torch.from_numpy(values)
             elif key in self.tables:
                 found[key] = torch.from_numpy(self.tables[key][store].values[int(value)])
@@ -148,7 +151,7 @@ class TileConditions:
             about: dict[str, Any] = {"source": source}
             kind, _, name = source.partition("/")
             if kind == "features" and name:
-                array = self.stores[0].features(name)
+                array = self.stores[0].features(name, tokens=True)
                 about |= {"shape": list(array.shape[2 if array.attrs.get("dihedral") else 1 :]), **array.attrs}
             elif key in self.tables:
                 about = {**self.tables[key][0].about, **about}

@@ -159,7 +159,8 @@ class TileStore:
 
     @property
     def feature_names(self) -> list[str]:
-        return self.names("features")
+        """Names of features that are one vector per tile; maps of patch tokens are under names of their own."""
+        return [name for name in self.names("features") if not self.array(f"features/{name}").attrs.get("tokens")]
 
     @property
     def latent_names(self) -> list[str]:
@@ -181,9 +182,20 @@ class TileStore:
             )
         return array
 
-    def features(self, name: str) -> StoredArray:
-        """Features (N, D), or (N, 8, D) where its attribute `dihedral` is true."""
-        return self._named("features", name, "Make them with `python -m data_prep.extract_features`.")
+    def features(self, name: str, tokens: bool = False) -> StoredArray:
+        """Features (N, D), or (N, 8, D) where its attribute `dihedral` is true.
+
+        tokens: take maps of patch tokens too, (N, K*K, C) or (N, 8, K*K, C), K in the attribute `tokens`; without it
+            they are a UserError.
+        """
+        array = self._named("features", name, "Make them with `python -m data_prep.extract_features`.")
+        if (side := array.attrs.get("tokens")) and not tokens:
+            raise UserError(
+                f"{self.path}/features/{name} holds {side} x {side} patch tokens of each tile; one feature of each is "
+                f"needed here{suggest('', self.feature_names)} Patch tokens are for a model with a "
+                "ldm.conditioners.ssl.TokenMapEmbedder."
+            )
+        return array
 
     def latents(self, name: str) -> StoredArray:
         """Latents (N, C, h, w) in first-stage units, or (N, 8, C, h, w) where its attribute `dihedral` is true."""

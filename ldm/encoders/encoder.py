@@ -4,13 +4,12 @@
     encoder = load_encoder("data/models/demo-encoder")         # an encoder folder: encoder.yaml + model.safetensors
     features = encoder(images)                                 # (B,3,H,W) in [-1,1] -> (B,D) float32
 
-Nothing is downloaded. Weights of published encoders (`encoder_registry.py`) are looked for at `weights`, then in
+Nothing is downloaded. Weights of published encoders (`ldm.encoders.published`) are looked for at `weights`, then in
 `$HISTOLDM_WEIGHTS/<name>/`, by default `~/.cache/histoldm/weights/<name>/`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from itertools import pairwise
@@ -20,20 +19,20 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from timm.layers import SwiGLUPacked, to_2tuple
-from timm.models import swin_transformer
 from torch import Tensor, nn
 
 from ldm.devices import pick_device
-from ldm.encoders.registry import REGISTRY, EncoderSpec, weights_home
+from ldm.encoders.preprocessing import normalise, prepare
+from ldm.encoders.registry import REGISTRY, weights_home
+from ldm.encoders.spec import EncoderSpec
 from ldm.encoders.timm_networks import make_network
+from ldm.encoders.weight_names import network_weights
 from ldm.errors import UserError, suggest
 from ldm.foreign.paths import inside, only_within
 from ldm.foreign.settings import read_yaml
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
 
-# keys of checkpoints that are no part of the trunk: heads of training, masks of iBOT and DINOv2
-NOT_TRUNK = re.compile(r"^(head\.|fc\.|fc_norm\.|pre_logits\.|pooler\.|masked_embed$|mask_token$)")
 STANDARDISATION = ("feature_mean", "feature_std")
 
 
@@ -58,6 +57,51 @@ class ConvStem(nn.Module):
 LAYERS = {"SwiGLUPacked": SwiGLUPacked, "ConvStem": ConvStem}
 
 
+class AttentionPool(nn.Module):
+    """One learned query attends to all tokens, as in CoCa: (B,L,C) -> (B,D), with a norm behind it."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int = 8):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, dim))
+        self.attn = nn.MultiheadAttention(dim, heads, kdim=context_dim, vdim=context_dim, batch_first=True)
+        self.ln_q, self.ln_k, self.norm = nn.LayerNorm(dim), nn.LayerNorm(context_dim), nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        keys, query = self.ln_k(tokens), self.ln_q(self.query).expand(len(tokens), -1, -1)
+        return self.norm(self.attn(query, keys, keys, need_weights=False)[0][:, 0])
+
+
+def token_map(model: nn.Module, features: Tensor) -> Tensor:
+    """timm's `forward_features`, tokens (B,L,C) or a map (B,C,h,w) or (B,h,w,C), as a map (B,C,h,w).
+
+    >>> model = make_network("vit_tiny_patch16_224", 0, {"depth": 1})
+    >>> token_map(model, torch.zeros(2, 1 + 14 * 14, 192)).shape
+    torch.Size([2, 192, 14, 14])
+    """
+    if features.ndim == 3:  # class token, registers, patches
+        prefix = getattr(model, "num_prefix_tokens", 0)
+        side = round((features.shape[1] - prefix) ** 0.5)
+        return rearrange(features[:, prefix:], "b (h w) c -> b c h w", h=side)
+    return rearrange(features, "b h w c -> b c h w") if getattr(model, "output_fmt", "NCHW") == "NHWC" else features
+
+
+def pooled_tokens(cells: Tensor, side: int, name: str) -> Tensor:
+    """A map (B,C,h,w) as (B,side*side,C): the mean of its cells in each of side x side parts, row by row.
+
+    UserError: more parts than cells.
+
+    >>> pooled_tokens(torch.zeros(2, 384, 14, 14), 4, "mine").shape
+    torch.Size([2, 16, 384])
+    """
+    height, width = cells.shape[-2:]
+    if not 1 <= side <= min(height, width):
+        raise UserError(
+            f"encoder '{name}' has {height} x {width} patch tokens; pool them to 1 to {min(height, width)} along each "
+            f"side, not {side}"
+        )
+    return F.adaptive_avg_pool2d(cells, side).flatten(2).mT
+
+
 class Encoder(nn.Module):
     """A tile encoder. Call it: images (B,3,H,W) float in [-1,1] -> features (B,D) float32. Any H, W: it resizes itself.
 
@@ -72,7 +116,17 @@ class Encoder(nn.Module):
         self.spec = spec
         named = {key: LAYERS[value] for key, value in spec.kwargs.items() if isinstance(value, str) and value in LAYERS}
         self.model = make_network(spec.arch, 0, spec.kwargs | named)
-        dim = self.model.num_features * {"token": 1, "avg": 1, "token+avg": 2, "grid": spec.grid**2}[spec.pooling]
+        cut = spec.kwargs.get("features_only")
+        self.token_dim = self.model.feature_info.channels()[-1] if cut else self.model.num_features
+        dim = self.token_dim * {"token+avg": 2, "grid": spec.grid**2}.get(spec.pooling, 1)
+        if spec.pooling == "attention":
+            dim = spec.dim
+            self.pooler = AttentionPool(dim, self.token_dim)
+        if spec.head:
+            layers: list[nn.Module] = []
+            for narrow, wide in pairwise([dim, *spec.head]):
+                layers += [nn.Linear(narrow, wide, bias=spec.head_bias), nn.GELU()]
+            self.head, dim = nn.Sequential(*layers[:-1]), spec.head[-1]
         if dim != spec.dim:
             raise UserError(f"encoder {spec.name}: {spec.arch} with {spec.pooling} gives {dim} values, not {spec.dim}")
         if spec.standardise:
@@ -104,37 +158,51 @@ class Encoder(nn.Module):
         return self.spec.mpp
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.features(self._inputs(images))
+
+    def with_tokens(self, images: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """The features (B,D) of images, and of the same pass their patch tokens pooled to (B,side*side,C), float32."""
+        raw = self._raw(self._inputs(images))
+        return self._finished(raw), pooled_tokens(token_map(self.model, raw), side, self.name).float()
+
+    def _inputs(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B,3,H,W), got {tuple(images.shape)}")
-        size = (self.spec.input_size, self.spec.input_size)
-        if images.shape[-2:] != size:  # bicubic overshoots: stay in the range of images
-            images = F.interpolate(images.float(), size, mode=self.spec.interpolation, antialias=True).clamp(-1, 1)
-        return self.features(self.normalise((images + 1) / 2))
+        return prepare(images, self.spec)
 
     def normalise(self, images: Tensor) -> Tensor:
         """images (B,3,H,W) in [0, 1] -> the network's input, same shape."""
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.spec.mean, self.spec.std))
-        return (images - mean) / std
+        return normalise(images, self.spec)
 
     def features(self, inputs: Tensor) -> Tensor:
         """The network's input (B,3,S,S) -> features (B,D) float32."""
-        features = self.pool(self.model.forward_features(inputs)).float()
+        return self._finished(self._raw(inputs))
+
+    def _raw(self, inputs: Tensor) -> Tensor:
+        """The network's input -> tokens (B,L,C) or a map, as timm's `forward_features` gives them."""
+        return self.model(inputs)[-1] if self.spec.kwargs.get("features_only") else self.model.forward_features(inputs)
+
+    def _finished(self, raw: Tensor) -> Tensor:
+        features = self.pool(raw).float()
         return (features - self.feature_mean) / self.feature_std if self.spec.standardise else features
 
-    def pool(self, features: Tensor) -> Tensor:
-        """timm's `forward_features`, tokens (B,L,C) or a map (B,C,h,w) or (B,h,w,C) -> (B,D), not standardised."""
+    def pool(self, raw: Tensor) -> Tensor:
+        """What `forward_features` gives -> (B,D), with the head behind the pooling, not standardised."""
+        features = self._pooled(raw)
+        if self.spec.head:
+            features = self.head(features)
+        return F.normalize(features, dim=1) if self.spec.unit_length else features
+
+    def _pooled(self, raw: Tensor) -> Tensor:
         pooling, prefix = self.spec.pooling, getattr(self.model, "num_prefix_tokens", 0)
-        if features.ndim == 3:  # (B,L,C): class token, registers, patches
-            if pooling == "token":
-                return features[:, 0]
-            if pooling == "token+avg":
-                return torch.cat([features[:, 0], features[:, prefix:].mean(1)], 1)
-            side = round((features.shape[1] - prefix) ** 0.5)
-            features = rearrange(features[:, prefix:], "b (h w) c -> b c h w", h=side)
-        elif getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-            features = rearrange(features, "b h w c -> b c h w")
+        if pooling == "attention":
+            return self.pooler(raw)
+        if raw.ndim == 3 and pooling == "token":
+            return raw[:, 0]
+        if raw.ndim == 3 and pooling == "token+avg":
+            return torch.cat([raw[:, 0], raw[:, prefix:].mean(1)], 1)
         cells = self.spec.grid if pooling == "grid" else 1
-        return F.adaptive_avg_pool2d(features, cells).flatten(1)  # (B,C*cells*cells)
+        return F.adaptive_avg_pool2d(token_map(self.model, raw), cells).flatten(1)  # (B,C*cells*cells)
 
 
 def load_encoder(name_or_folder: str | Path, weights: str | Path | None = None, device: str = "cpu") -> Encoder:
@@ -166,7 +234,14 @@ def find_encoder(name_or_folder: str | Path, weights: str | Path | None = None) 
     """
     name, folder = str(name_or_folder), Path(name_or_folder)
     if name in REGISTRY:
-        spec, home = REGISTRY[name], weights_home() / name
+        spec = REGISTRY[name]
+        if spec.unloadable:
+            raise UserError(
+                f"encoder '{name}' cannot be loaded here: {spec.unloadable}. Extract its features where its code runs "
+                f"({spec.source}), with TRIDENT or the like, and import them: `python -m data_prep.import_features "
+                f"--name {name}`."
+            )
+        home = weights_home() / (spec.folder or name)
     elif folder.is_dir():
         spec, home = _read_spec(folder / "encoder.yaml"), folder
     else:
@@ -177,8 +252,8 @@ def find_encoder(name_or_folder: str | Path, weights: str | Path | None = None) 
     if not path.is_file():
         raise UserError(
             f"weights of encoder '{spec.name}' are not at {path}. Get {spec.file} from {spec.source} "
-            f"(licence: {spec.licence}) and put it there, or say where it is "
-            f"(weights=, --weights; $HISTOLDM_WEIGHTS replaces {weights_home()})."
+            f"(licence: {spec.licence}{'; gated: ask for access there' * spec.gated}) and put it there, or say where "
+            f"it is (weights=, --weights; $HISTOLDM_WEIGHTS replaces {weights_home()})."
         )
     return spec, path
 
@@ -196,7 +271,9 @@ def _read_spec(path: Path) -> EncoderSpec:
         raise UserError(f"{path}: unknown key '{key}'{suggest(key, known)}")
     try:
         return EncoderSpec(**{key: value for key, value in record.items() if key in known})
-    except TypeError as error:
+    except UserError:
+        raise
+    except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
 
 
@@ -212,26 +289,42 @@ def load_weights(encoder: Encoder, path: Path) -> None:
     spec = encoder.spec
     state = read_weights(path, spec.checkpoint_key)
     stored = {key: state.pop(key) for key in STANDARDISATION if key in state}
-    expected = encoder.model.state_dict()
-    state = trunk_weights(state, encoder.model)
+    name = f"encoder '{spec.name}' ({spec.arch})"
+    try:
+        state = network_weights(state, spec, encoder.model) | (stored if spec.standardise else {})
+    except KeyError as error:
+        raise UserError(f"{path} is not the weight file of {name}: it lacks {error.args[0]}") from None
+    fill(encoder, state, path, name)
+
+
+def fill(network: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Load a state dict, every tensor of which must be there and fit. UserError names those that do not.
+
+    path, name: of the file and of what it should hold, for the message.
+
+    >>> fill(nn.Linear(1, 1), {"weight": torch.zeros(1, 2)}, Path("mine.pth"), "my head")
+    Traceback (most recent call last):
+    ldm.errors.UserError: mine.pth is not the weight file of my head: it lacks bias; holds weight (1, 2), not (1, 1)
+    """
+    expected = network.state_dict()
+    counters = {key: value for key, value in expected.items() if key.endswith("num_batches_tracked")}
+    state = {**counters, **state}  # old files lack them, and nothing but training uses them
     missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     misfit = [
-        f"{k} {tuple(state[k].shape)}, not {tuple(v.shape)}"
-        for k, v in expected.items()
-        if k in state and state[k].shape != v.shape
+        f"{key.removeprefix('model.')} {tuple(state[key].shape)}, not {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
     ]
-    if spec.standardise:
-        missing += sorted(set(STANDARDISATION) - stored.keys())
-        misfit += [f"{k} {tuple(v.shape)}, not ({spec.dim},)" for k, v in stored.items() if v.shape != (spec.dim,)]
     if missing or unexpected or misfit:
         problems = (("lacks", missing), ("holds unknown", unexpected), ("holds", misfit))
-        said = "; ".join(f"{verb} {', '.join(keys[:3])}{_more(keys)}" for verb, keys in problems if keys)
-        raise UserError(f"{path} is not the weight file of encoder '{spec.name}' ({spec.arch}): it {said}")
-    check_finite(state | stored, path)
-    encoder.model.load_state_dict(state)
-    if spec.standardise:
-        encoder.feature_mean.copy_(stored["feature_mean"])
-        encoder.feature_std.copy_(stored["feature_std"])
+        said = "; ".join(
+            f"{verb} {', '.join(key.removeprefix('model.') for key in keys[:3])}{_more(keys)}"
+            for verb, keys in problems
+            if keys
+        )
+        raise UserError(f"{path} is not the weight file of {name}: it {said}")
+    check_finite(state, path)
+    network.load_state_dict(state)
 
 
 def _more(keys: list[str]) -> str:
@@ -248,47 +341,3 @@ def read_weights(path: Path, key: str = "") -> dict[str, Tensor]:
     content = read_checkpoint(path)
     inner = content.get(key) if isinstance(content, Mapping) else None  # converted files hold the weights themselves
     return state_dict_of(inner if isinstance(inner, Mapping) else content, path)
-
-
-def trunk_weights(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A published checkpoint's tensors under timm's names: prefixes of wrappers and training heads are dropped.
-
-    >>> state = {"module.backbone.norm.bias": torch.zeros(1), "module.head.bias": torch.zeros(1)}
-    >>> trunk_weights(state, nn.Identity())
-    {'norm.bias': tensor([0.])}
-    """
-    while state and any(key.startswith(("module.", "backbone.", "model.")) for key in state):
-        state = {re.sub(r"^(module|backbone|model)\.", "", key): value for key, value in state.items()}
-    if "embeddings.cls_token" in state:
-        state = _from_transformers(state)
-    if isinstance(model, swin_transformer.SwinTransformer):  # old Swin files keep `downsample` one stage earlier
-        state = swin_transformer.checkpoint_filter_fn(state, model)
-    return {key: value for key, value in state.items() if not NOT_TRUNK.match(key)}
-
-
-def _from_transformers(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names of a transformers `ViTModel` -> names of timm's VisionTransformer (query, key and value become one qkv)."""
-    names = [
-        (r"^embeddings\.cls_token$", "cls_token"),
-        (r"^embeddings\.position_embeddings$", "pos_embed"),
-        (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-        (r"^layernorm\.", "norm."),
-        (r"^encoder\.layer\.", "blocks."),
-        (r"\.layernorm_before\.", ".norm1."),
-        (r"\.layernorm_after\.", ".norm2."),
-        (r"\.attention\.output\.dense\.", ".attn.proj."),
-        (r"\.intermediate\.dense\.", ".mlp.fc1."),
-        (r"(?<!attention)\.output\.dense\.", ".mlp.fc2."),
-    ]
-    renamed: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if ".attention.attention." in key:
-            continue
-        for pattern, name in names:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    for key in [key for key in state if ".attention.attention.query." in key]:
-        parts = [state[key.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
-        name = re.sub(r"^encoder\.layer\.(\d+)\.attention\.attention\.query\.", r"blocks.\1.attn.qkv.", key)
-        renamed[name] = torch.cat(parts)
-    return renamed

@@ -177,7 +177,8 @@ def _of_store(
     for key, source in sources.items():
         if source.startswith("features/"):
             for store in stores:
-                check_encoder(model, dict(store.features(source.removeprefix("features/")).attrs), store.path, key)
+                array = store.features(source.removeprefix("features/"), tokens=True)
+                check_encoder(model, dict(array.attrs), store.path, key)
     if not sources and not images and not fixed:
         raise UserError(
             f"the model's conditions ({', '.join(keys)}) are not in {path}; give them by name, --condition or --source."
