@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
-import zarr
 from tqdm import tqdm
 
 from data_prep.extract_features import each_variant, read_batches
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def moments(array: zarr.Array | StoredArray) -> tuple[int, float, float]:
+def moments(array: StoredArray) -> tuple[int, float, float]:
     """Count, mean and mean square of all values of an array, read shard by shard."""
     step = (array.shards or array.chunks)[0]
     count, total, squares = 0, 0.0, 0.0

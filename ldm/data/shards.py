@@ -1,14 +1,11 @@
-"""Zarr arrays in whole shards: reading them fast, and writing them so that an interruption costs at most one shard.
+"""Arrays that grow in whole files, so that an interruption costs at most one shard.
 
 Two processes that write one shard lose rows without an error, so a writer takes a lock, gathers a whole shard in memory
-and writes it at once, by renaming a finished file. How many rows are durable is recorded by its owner after they are.
+and writes it at once, by renaming a finished file. Its digest, and how many rows are durable, is recorded after that.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import multiprocessing
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,29 +13,13 @@ from typing import Any
 import numpy as np
 import zarr
 
+from ldm.data.shard_files import Damage, Layout, digest_of, read_description, write_file
+from ldm.data.stored_array import AGAIN, DIGESTS
+from ldm.errors import UserError
+
 SHARD_ROWS = 1024
 SHARD_BYTES = 256 << 20
 CHUNK_BYTES = 32 << 10
-_IMPORTED_BY = os.getpid()
-# zarr's own pipeline renames a finished shard into place; empty chunks are written so that a missing shard is an error
-_WRITING = {"codec_pipeline.path": "zarr.core.codec_pipeline.BatchedCodecPipeline", "array.write_empty_chunks": True}
-
-
-def codec_settings() -> dict[str, Any]:
-    """zarr settings for reading: the `zarrs` codec pipeline where installed (benchmarks/tile_store.py measures it).
-
-    Its thread pool does not survive a fork: a read of several chunks in a forked worker would wait for ever. Child
-    processes therefore decode in their own thread.
-
-    >>> codec_settings()["codec_pipeline.path"]
-    'zarrs.ZarrsCodecPipeline'
-    """
-    if importlib.util.find_spec("zarrs") is None:
-        return {}
-    settings: dict[str, Any] = {"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"}
-    if os.getpid() != _IMPORTED_BY or multiprocessing.parent_process() is not None:
-        settings |= {"codec_pipeline.chunk_concurrent_maximum": 1, "threading.max_workers": 1}
-    return settings
 
 
 def _power_of_two(limit: float) -> int:
@@ -52,56 +33,111 @@ def create_array(
     dtype: str,
     whole_chunk: bool = False,
     attrs: Mapping[str, Any] | None = None,
-) -> zarr.Array:
+) -> GrowingArray:
     """An array in shards of 1024 rows or 256 MiB, whose chunks hold one tile, or small rows up to 32 KiB.
 
-    Its description, attrs with it, is one file, which is there whole or not at all.
+    Each chunk has a checksum, which is checked whenever it is read. The description, attrs with it, is one file, which
+    is there whole or not at all.
 
     >>> array = create_array(Path("."), "tiles", (2000, 16, 16, 3), "uint8")
-    >>> array.chunks, array.shards
+    >>> array.layout.chunks, array.layout.shards
     ((1, 16, 16, 3), (1024, 16, 16, 3))
     """
     row_bytes = max(int(np.prod(shape[1:], dtype=np.int64)) * np.dtype(dtype).itemsize, 1)
     shard = min(SHARD_ROWS, _power_of_two(SHARD_BYTES / row_bytes))
     is_image = np.dtype(dtype) == np.uint8 and len(shape) == 4
     chunk = shard if whole_chunk else 1 if is_image else min(shard, _power_of_two(CHUNK_BYTES / row_bytes))
-    with zarr.config.set(_WRITING):
-        return zarr.create_array(
-            str(group / name),
-            shape=shape,
-            dtype=dtype,
-            chunks=(chunk, *shape[1:]),
-            shards=None if whole_chunk else (shard, *shape[1:]),
-            compressors=zarr.codecs.ZstdCodec(level=1) if is_image else None,  # floats hardly shrink
-            attributes=dict(attrs or {}),
-            overwrite=True,
-        )
+    zarr.create_array(
+        str(group / name),
+        shape=shape,
+        dtype=dtype,
+        chunks=(chunk, *shape[1:]),
+        shards=None if whole_chunk else (shard, *shape[1:]),
+        # floats hardly shrink
+        compressors=zarr.codecs.ZstdCodec(level=1, checksum=True) if is_image else zarr.codecs.Crc32cCodec(),
+        attributes={**(attrs or {}), DIGESTS: []},
+        overwrite=True,
+    )
+    return GrowingArray(group / name)
 
 
-def open_writable(path: Path) -> zarr.Array:
-    """An array that is there, to write rows into; its empty chunks are written too.
+class GrowingArray:
+    """An array to whose end rows are written, in whole files of which each has its digest recorded.
 
-    What zarr was writing in it when it was killed is removed.
+    What was being written in it when a process was killed is removed.
 
-    >>> _ = create_array(Path("."), "values", (10, 2), "float32")
-    >>> open_writable(Path("values"))[0] = 3.0
-    >>> open_writable(Path("values"))[0].tolist()
-    [3.0, 3.0]
+    Attributes:
+        path: the array's folder. layout: of its files. attrs: what it says of itself, but for digests.
+
+    >>> array = create_array(Path("."), "values", (3, 2), "float32")
+    >>> array.append(np.ones((3, 2)))
+    >>> array.flush()
+    >>> array.describe()
+    >>> zarr.open_array("values")[2].tolist(), len(array.digests)
+    ([1.0, 1.0], 1)
     """
-    for file in path.rglob("*.partial"):
-        file.unlink()
-    with zarr.config.set(_WRITING):
-        return zarr.open_array(str(path), mode="r+")
+
+    def __init__(self, path: Path, rows: int = 0) -> None:
+        """`rows` are there already; those of an unfinished file are taken up and written anew with the rest."""
+        for file in path.rglob("*.partial"):
+            file.unlink()
+        self.path, self._array = path, zarr.open_array(str(path), mode="r+")
+        layout = Layout.of(read_description(path))
+        if layout is None:
+            raise UserError(f"{path} is laid out as this version does not write it; delete that folder")
+        self.layout = layout
+        attrs = self._array.attrs.asdict()
+        whole, more = divmod(rows, layout.shard)
+        self._digests: list[str] = attrs.pop(DIGESTS, [])[:whole]
+        self.attrs: dict[str, Any] = attrs
+        self._chunks: list[bytes] = []
+        self._rest = layout.empty(0)
+        try:
+            self._digests += [digest_of(path / layout.file(i)) for i in range(len(self._digests), whole)]
+            if more:
+                self._chunks, self._rest = layout.packed(path, whole, more)
+        except (OSError, Damage) as error:
+            raise UserError(f"what an interrupted run left of {path} is damaged ({error}); {AGAIN}.") from None
+        self._last = ""  # digest of the unfinished file
+
+    @property
+    def digests(self) -> list[str]:
+        """Of the files that are written."""
+        return [*self._digests, self._last] if self._last else list(self._digests)
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add rows; whole files are written, the rest waits in memory, packed."""
+        layout = self.layout
+        rows = np.concatenate([self._rest, np.asarray(rows, layout.dtype)])
+        whole = len(rows) - len(rows) % layout.chunk
+        for at in range(0, whole, layout.chunk):
+            self._chunks.append(layout.pack(rows[at : at + layout.chunk]))
+            if len(self._chunks) * layout.chunk == layout.shard:
+                self._digests.append(self._write(self._chunks))
+                self._chunks, self._last = [], ""
+        self._rest = rows[whole:]
+
+    def flush(self) -> None:
+        """Write the unfinished file too, if there is one."""
+        rest = [self.layout.pack(self._rest)] if len(self._rest) else []
+        if self._chunks or rest:
+            self._last = self._write([*self._chunks, *rest])
+
+    def _write(self, chunks: list[bytes]) -> str:
+        return write_file(self.path / self.layout.file(len(self._digests)), self.layout.file_bytes(chunks))
+
+    def describe(self, **attrs: Any) -> None:
+        """Record attributes, and the digests of what is written, in one write."""
+        self.attrs |= attrs
+        self._array.update_attributes({**attrs, DIGESTS: self.digests})
 
 
 class ShardBuffer:
     """Rows of several arrays that grow together; whole shards go to disk, the rest waits in memory."""
 
-    def __init__(self, arrays: Mapping[str, zarr.Array], shard: int, rows: int) -> None:
-        self.arrays, self.shard, self.durable = arrays, shard, rows
-        start = rows - rows % shard  # the rows of an unfinished shard are taken up again and written anew with the rest
-        self.waiting = {name: [np.asarray(a[start:rows])] if rows > start else [] for name, a in arrays.items()}
-        self.start, self.rows = start, rows
+    def __init__(self, arrays: Mapping[str, GrowingArray], rows: int) -> None:
+        self.arrays, self.durable, self.rows = arrays, rows, rows
+        self.shard = next(iter(arrays.values())).layout.shard
 
     def append(self, rows: Mapping[str, np.ndarray]) -> bool:
         """Add rows; True when at least one shard became durable."""
@@ -109,31 +145,24 @@ class ShardBuffer:
         if set(counts) != set(self.arrays) or len(set(counts.values())) != 1:
             raise ValueError(f"expected as many rows for each of {sorted(self.arrays)}, got {counts}")
         for name, values in rows.items():
-            tail = self.arrays[name].shape[1:]
+            tail = self.arrays[name].layout.shape[1:]
             if values.shape[1:] != tail:
                 raise ValueError(f"{name} rows have shape {tail}, got {values.shape[1:]}")
-        total = self.arrays[next(iter(rows))].shape[0]
+        total = self.arrays[next(iter(rows))].layout.shape[0]
         added = next(iter(counts.values()))
         if self.rows + added > total:
             raise ValueError(f"{self.rows + added} rows appended to an array of {total}")
         for name, values in rows.items():
-            # a copy, so that the caller may reuse its buffer
-            self.waiting[name].append(np.array(values, dtype=self.arrays[name].dtype))
-        self.rows += added
-        if self.rows - self.start < self.shard:
+            self.arrays[name].append(values)
+        before, self.rows = self.rows, self.rows + added
+        if self.rows // self.shard == before // self.shard:
             return False
-        self.flush(self.rows - self.rows % self.shard)
+        self.durable = self.rows - self.rows % self.shard
         return True
 
-    def flush(self, end: int) -> None:
-        """Write rows up to `end`; they are durable after this."""
-        if end == self.durable or end == self.start:
-            return
-        held = {name: np.concatenate(parts) for name, parts in self.waiting.items()}
-        whole = end - end % self.shard
-        for name, array in self.arrays.items():
-            for start in range(self.start, end, self.shard):
-                stop = min(start + self.shard, end)
-                array[start:stop] = held[name][start - self.start : stop - self.start]
-        self.waiting = {name: [values[whole - self.start :]] for name, values in held.items()}
-        self.start, self.durable = whole, end
+    def flush(self) -> None:
+        """Write all rows; they are durable after this."""
+        if self.durable != self.rows:
+            for array in self.arrays.values():
+                array.flush()
+            self.durable = self.rows

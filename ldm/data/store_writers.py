@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ldm.data.shards import ShardBuffer, create_array, open_writable
+from ldm.data.shards import GrowingArray, ShardBuffer, create_array
+from ldm.data.stored_array import StoredArray
 from ldm.data.tile_store import FORMAT, GROUPS, TOLD, TileStore
 from ldm.errors import UserError
 from ldm.files import LOCK, hidden, remove, tool_version
@@ -89,7 +90,7 @@ class TileStoreWriter(_Writer):
             rows = int(before["rows"])
             if before["complete"]:
                 return cls(path, lock, group, before, None)
-            arrays = {name: open_writable(path / name) for name in names}
+            arrays = {name: GrowingArray(path / name, rows) for name in names}
         else:
             t, count = attrs["tile_size"], attrs["count"]
             arrays = {"tiles": create_array(path, "tiles", (count, t, t, 3), "u1")}
@@ -101,8 +102,7 @@ class TileStoreWriter(_Writer):
             rows = 0
             # the group's own metadata comes last: before it there is no store, after it an unfinished one
             group = zarr.create_group(str(path), attributes={"histoldm": {**attrs, "rows": 0, "complete": False}})
-        shard = (arrays["tiles"].shards or arrays["tiles"].chunks)[0]
-        return cls(path, lock, group, attrs, ShardBuffer(arrays, shard, rows))
+        return cls(path, lock, group, attrs, ShardBuffer(arrays, rows))
 
     @property
     def rows(self) -> int:
@@ -125,14 +125,16 @@ class TileStoreWriter(_Writer):
 
     def _record(self, complete: bool = False) -> None:
         self.attrs = {**self.attrs, "rows": self._buffer.durable, "complete": complete}
-        self._group.attrs.update({"histoldm": self.attrs})
+        for array in self._buffer.arrays.values():
+            array.describe()
+        self._group.update_attributes({"histoldm": self.attrs})  # after the arrays' digests
 
     def close(self, complete: bool) -> None:
         try:
             if self._buffer is not None:
                 if complete and self.rows != self.attrs["count"]:
                     raise ValueError(f"{self.path} wants {self.attrs['count']} tiles but {self.rows} were appended")
-                self._buffer.flush(self._buffer.rows)
+                self._buffer.flush()
                 self._record(complete)
         finally:
             self._lock.release()
@@ -177,24 +179,22 @@ class ArrayWriter(_Writer):
             raise UserError(f"cannot write to {store.path}: {error.strerror}") from None
         try:
             if (self.final / "zarr.json").exists():
-                self._check_same(open_writable(self.final), self.final, shape, dtype)
+                self._check_same(self.final, shape, dtype)
             elif (self.partial / "zarr.json").exists():
-                self._array = open_writable(self.partial)
-                self._check_same(self._array, self.partial, shape, dtype)
-                self._begin(int(self._array.attrs.get("rows", 0)))
+                rows = int(self._check_same(self.partial, shape, dtype).get("rows", 0))
+                self._buffer = ShardBuffer({"rows": GrowingArray(self.partial, rows)}, rows)
             else:
                 begun = {**self.attrs, "rows": 0}
-                self._array = create_array(self.partial.parent, self.partial.name, shape, dtype, attrs=begun)
-                self._begin(0)
+                array = create_array(self.partial.parent, self.partial.name, shape, dtype, attrs=begun)
+                self._buffer = ShardBuffer({"rows": array}, 0)
         except BaseException:
             self._lock.release()
             raise
 
-    def _begin(self, rows: int) -> None:
-        self._buffer = ShardBuffer({"rows": self._array}, (self._array.shards or self._array.chunks)[0], rows)
-
-    def _check_same(self, array: zarr.Array, path: Path, shape: tuple[int, ...], dtype: str) -> None:
-        before = {**array.attrs.asdict(), "shape": list(array.shape), "dtype": str(array.dtype)}
+    def _check_same(self, path: Path, shape: tuple[int, ...], dtype: str) -> dict[str, Any]:
+        """What the array that is there says of itself; UserError where it was made otherwise."""
+        array = StoredArray(path, allow_lost=True)
+        before = {**array.attrs, "shape": list(array.shape), "dtype": str(array.dtype)}
         now = {**self.attrs, "shape": list(shape), "dtype": str(np.dtype(dtype))}
         differ = sorted(k for k in now if before.get(k) != now[k])
         if differ:
@@ -202,6 +202,7 @@ class ArrayWriter(_Writer):
             raise UserError(
                 f"{path} was made with other settings ({changes}); choose another name or delete that folder"
             )
+        return before
 
     @property
     def rows(self) -> int:
@@ -218,20 +219,20 @@ class ArrayWriter(_Writer):
         if self._buffer is None:
             raise ValueError(f"{self.final} is finished; nothing can be appended")
         if self._buffer.append({"rows": np.asarray(rows)}):
-            self._describe(rows=self._buffer.durable)
+            self._describe()
 
-    def flush(self) -> zarr.Array:
+    def flush(self) -> StoredArray:
         """Make all rows given so far durable and return the array, to measure it before it takes its name."""
-        self._buffer.flush(self._buffer.rows)
-        self._describe(rows=self._buffer.durable)
-        return self._array
+        self._buffer.flush()
+        self._describe()
+        return StoredArray(self.partial, allow_lost=True)
 
     def add_attrs(self, **attrs: Any) -> None:
         """Record what is known only after the rows, such as their measured scale."""
         self._describe(**_plain(attrs))
 
     def _describe(self, **attrs: Any) -> None:
-        self._array.update_attributes(attrs)  # in one write, unlike its `attrs`
+        self._buffer.arrays["rows"].describe(**attrs, rows=self._buffer.durable)
 
     def close(self, complete: bool) -> None:
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,41 +11,55 @@ from typing import Any
 import numpy as np
 import zarr
 
-from ldm.data.shards import codec_settings
+from ldm.data.shard_files import Layout, read_description
 from ldm.errors import UserError
 
 AGAIN = "copy the whole store again, or delete that folder and make it again"
+DIGESTS = "digests"  # attribute: the digest of each file in the order of its rows, see `ldm.data.shard_files.digest_of`
 
 
 class StoredArray:
-    """A zarr array, read-only, through the fastest pipeline there is. Indexing gives NumPy arrays.
+    """A Zarr array, read-only. Indexing gives NumPy arrays, as those of NumPy do.
 
     Writers write every chunk, also those of zeros, so that a file which is not there was lost; zarr itself would fill
     its place with zeros.
 
+    Args:
+        path: the array's folder.
+        allow_lost: open it where files are missing too; reading these is still an error.
     Attributes:
-        path: the array's folder. shape, dtype, chunks, shards, attrs: as zarr has them.
+        path: the array's folder. shape, dtype, chunks, shards: as zarr has them.
+        attrs: what it says of itself, but for `digests`: those of its files, None where it has none recorded.
+        layout: of its files; None where others wrote them in another way, and zarr reads them.
     Raises:
         UserError: no array there, attributes that cannot be read, a shard that is missing; when it is indexed, one
             that is broken.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, allow_lost: bool = False) -> None:
         self.path = Path(path)
         try:
-            with zarr.config.set(codec_settings()):
-                self._array = zarr.open_array(str(self.path), mode="r")
+            described = read_description(self.path)
+            self.layout = Layout.of(described)
+        except (OSError, ValueError, KeyError, TypeError):
+            self.layout = None  # zarr says why
+        try:
+            self._array = zarr.open_array(str(self.path), mode="r", zarr_format=3) if self.layout is None else None
         except Exception as error:  # zarr has no error of its own for what it cannot read
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"the array {self.path} cannot be opened ({reason}); {AGAIN}.") from None
-        self.attrs: dict[str, Any] = self._array.attrs.asdict()
-        shards = self.files()
-        if lost := [file for file in shards if not file.is_file()]:
+            raise UserError(f"the array {self.path} cannot be opened ({_reason(error)}); {AGAIN}.") from None
+        self._shape = self.layout or self._array
+        attrs: Mapping[str, Any] = described.get("attributes", {}) if self.layout else self._array.attrs.asdict()
+        self.attrs: dict[str, Any] = {name: value for name, value in attrs.items() if name != DIGESTS}
+        self.digests: list[str] | None = attrs.get(DIGESTS)
+        files = self.files()
+        if not allow_lost and (lost := [file for file in files if not file.is_file()]):
             first = lost[0].relative_to(self.path)
-            raise UserError(f"{self.path} lacks {len(lost)} of {len(shards)} shards ({first} ...); {AGAIN}.")
+            raise UserError(f"{self.path} lacks {len(lost)} of {len(files)} shards ({first} ...); {AGAIN}.")
 
     def files(self) -> list[Path]:
         """The files that hold the rows, in their order: shards, or chunks where there are none."""
+        if self.layout is not None:
+            return [self.path / name for name in self.layout.files]
         outer = self.shards or self.chunks
         counts = [range(-(-side // part)) for side, part in zip(self.shape, outer)]
         key = self._array.metadata.chunk_key_encoding.encode_chunk_key
@@ -51,11 +67,11 @@ class StoredArray:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        return self._array.chunks
+        return self._shape.chunks
 
     @property
     def shards(self) -> tuple[int, ...] | None:
-        return self._array.shards
+        return self._shape.shards
 
     @property
     def ndim(self) -> int:
@@ -63,23 +79,49 @@ class StoredArray:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self._array.shape
+        return self._shape.shape
 
     @property
     def dtype(self) -> np.dtype:
-        return self._array.dtype
+        return self._shape.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:
         try:
-            return self._array[key]
+            return self._array[key] if self.layout is None else self._rows(key)
         except IndexError:
             raise
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{self.path}[{key}] cannot be read: {reason}; {AGAIN}.") from None
+            raise UserError(f"{self.path}[{key}] cannot be read: {_reason(error)}; {AGAIN}.") from None
+
+    def _rows(self, key: Any) -> np.ndarray:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            if step == 1:
+                return self.layout.read(self.path, start, max(start, stop))
+            return self._rows(np.arange(start, stop, step))
+        if isinstance(key, tuple) and key and key[0] is not Ellipsis:
+            rows, rest = self._rows(key[0]), key[1:]
+            return rows[rest] if rows.ndim < self.ndim else rows[(slice(None), *rest)]
+        if isinstance(key, (list, np.ndarray)):
+            chosen = np.arange(len(self))[np.asarray(key, None if len(key) else int)]
+            rows = self.layout.empty(chosen.size)
+            for place, row in enumerate(chosen.flat):
+                rows[place] = self._rows(int(row))
+            return rows.reshape(*chosen.shape, *self.shape[1:])
+        if key is Ellipsis or isinstance(key, tuple):
+            return self.layout.read(self.path, 0, len(self))[key]
+        row = operator.index(key)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"{self.path} has rows 0..{len(self) - 1}, asked for {row}")
+        row %= len(self)
+        return self.layout.read(self.path, row, row + 1)[0]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return np.asarray(self[:], dtype=dtype)
+
+
+def _reason(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

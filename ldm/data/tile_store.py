@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
+from ldm.data.shard_files import read_description
 from ldm.data.stored_array import StoredArray
 from ldm.errors import UserError, suggest
 from ldm.files import tool_version
@@ -54,8 +54,11 @@ class TileStore:
         if not path.is_dir():
             raise UserError(f"there is no tile store at {path}; make one with `python -m data_prep.tile_slides`.")
         try:
-            attrs = zarr.open_group(str(path), mode="r").attrs.asdict().get("histoldm")
-        except Exception as error:  # zarr has no error of its own for what it cannot read
+            described = read_description(path)
+            if described.get("node_type") != "group":
+                raise ValueError(f"it is of the kind {described.get('node_type')}")
+            attrs = described.get("attributes", {}).get("histoldm")
+        except (OSError, ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{path} is not a Zarr v3 group, so it is no tile store, or not a whole one ({reason}); if it was "
