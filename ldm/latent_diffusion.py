@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import IdentityFirstStage, UnitFirstStage
+from ldm.autoencoder.latent import LatentScale
 from ldm.conditioners.compose import conditions_given, keys_of
 from ldm.config import instantiate_from_config
 from ldm.diffusion import schedules
@@ -66,7 +67,8 @@ class LatentDiffusion(pl.LightningModule):
             the variational bound, and `ddpm` samples with it.
         loss_type: l2 or l1 on the network's error. min_snr_gamma: min-SNR weighting (arXiv:2303.09556).
         sigma_data, p_mean, p_std: EDM's data scale and its log-normal training noise (arXiv:2206.00364, table 1).
-        scale_factor: multiplies first-stage latents. scale_by_std: set it to 1/std of the first training batch.
+        scale_factor, shift_factor: first-stage latents z become (z - shift) * scale; one number each, or one of each
+            channel. scale_by_std: set it to 1/std of the first training batch.
         use_ema, ema_decay: average the network's weights; samples and validation use the average.
         weight_decay, warmup_steps, decay_steps: AdamW; linear warm-up, then constant, or cosine decay to zero at
             decay_steps.
@@ -91,7 +93,8 @@ class LatentDiffusion(pl.LightningModule):
         sigma_data: float = 1.0,
         p_mean: float = -1.2,
         p_std: float = 1.2,
-        scale_factor: float = 1.0,
+        scale_factor: float | Sequence[float] = 1.0,
+        shift_factor: float | Sequence[float] = 0.0,
         scale_by_std: bool = False,
         use_ema: bool = True,
         ema_decay: float = 0.9999,
@@ -140,9 +143,10 @@ class LatentDiffusion(pl.LightningModule):
         self.build_noise_table()
         self.scale_by_std = scale_by_std
         if scale_by_std:
-            self.register_buffer("scale_factor", torch.tensor(float(scale_factor)))
+            self.register_buffer("scale_factor", torch.tensor(self._of_latents(scale_factor, "scale_factor", one=True)))
         else:
-            self.scale_factor = float(scale_factor)
+            self.scale_factor = self._of_latents(scale_factor, "scale_factor")
+        self.shift_factor = self._of_latents(shift_factor, "shift_factor")
         self.model_ema = EMA(self.model, ema_decay) if use_ema else None
         self.measure_scale = scale_by_std  # on the first batch
         if ckpt_path is not None:
@@ -151,6 +155,20 @@ class LatentDiffusion(pl.LightningModule):
                 self.model_ema = EMA(self.model, ema_decay)
         if self.model_ema is not None:  # every rank keeps its own, equal average: nothing to broadcast
             self._ddp_params_and_buffers_to_ignore = [f"model_ema.{name}" for name, _ in self.model_ema.named_buffers()]
+
+    def _of_latents(self, value: float | Sequence[float], name: str, one: bool = False) -> float | tuple[float, ...]:
+        """A scale or shift of latents: one of all channels, or one of each. UserError: another number of them."""
+        if not isinstance(value, Sequence):
+            return float(value)
+        if one or len(value) != self.channels:
+            several = "" if one else f", or {self.channels}, one of each channel"
+            raise UserError(f"{name} is one number{several}; got {len(value)}.")
+        return tuple(map(float, value))
+
+    @property
+    def latent_scale(self) -> LatentScale:
+        """How first-stage latents become those of this model."""
+        return LatentScale(self.scale_factor, self.shift_factor)
 
     def check_parts(self) -> None:
         """UserError if the network has no place for what the conditioner tells it, or waits for what it does not."""
@@ -267,18 +285,18 @@ class LatentDiffusion(pl.LightningModule):
     def encode(self, images: Tensor, rng: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B,C,h,w) of images (B,3,H,W) in [-1,1]: the posterior's mode, or a sample if rng is given."""
         with torch.no_grad():
-            return self.scale_factor * self.first_stage_model.latent(images, rng).float()
+            return self.latent_scale.apply(self.first_stage_model.latent(images, rng).float())
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (B,3,H,W) of scaled latents (B,C,h,w)."""
-        return self.first_stage_model.decode(latents / self.scale_factor)
+        return self.first_stage_model.decode(self.latent_scale.undo(latents))
 
     # --- training ---------------------------------------------------------------------------------------------------
 
     def latents_of(self, batch: Mapping[str, Tensor], rng: torch.Generator | None = None) -> Tensor:
         """Scaled latents of a batch, from its cached `latent` where there is one, else from its `image`."""
         if "latent" in batch:
-            return self.scale_factor * batch["latent"]
+            return self.latent_scale.apply(batch["latent"])
         if "image" not in batch:
             raise UserError(f"training needs 'latent' or 'image' in the data; they give {', '.join(batch)}.")
         return self.encode(batch["image"], rng)
@@ -326,7 +344,7 @@ class LatentDiffusion(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         if self.measure_scale and self.trainer.fit_loop.total_batch_idx == 0:
-            std = (self.latents_of(batch) / self.scale_factor).std()
+            std = self.latent_scale.undo(self.latents_of(batch)).std()
             self.scale_factor.copy_(1 / self.trainer.strategy.reduce(std, reduce_op="mean"))
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.latent import DiagonalGaussian
 from ldm.autoencoder.model import build_encoder_decoder
 from ldm.autoencoder.taming import VectorQuantizer
+from ldm.errors import UserError
 
 
 class Reconstruction(NamedTuple):
@@ -22,14 +23,22 @@ class Reconstruction(NamedTuple):
 
 
 class AutoencoderKL(nn.Module):
-    """Autoencoder with a diagonal Gaussian latent of `embed_dim` channels (Rombach et al. 2022, section 3.1)."""
+    """Autoencoder with a diagonal Gaussian latent of `embed_dim` channels (Rombach et al. 2022, section 3.1).
 
-    def __init__(self, ddconfig: dict, embed_dim: int):
+    quant_conv: whether 1x1 convolutions stand between encoder, latent and decoder; those of SD3 and FLUX have none.
+    """
+
+    def __init__(self, ddconfig: dict, embed_dim: int, quant_conv: bool = True):
         super().__init__()
         self.encoder, self.decoder = build_encoder_decoder(ddconfig, double_z=True)
         z_channels = ddconfig["z_channels"]
-        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        if not quant_conv and embed_dim != z_channels:
+            raise UserError(
+                f"without quant_conv embed_dim is z_channels, as the latent is the encoder's; got {embed_dim} and "
+                f"{z_channels}."
+            )
+        self.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1) if quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1) if quant_conv else nn.Identity()
         self.channels = embed_dim
         self.downsampling = 2 ** (len(ddconfig["ch_mult"]) - 1)
 

@@ -36,13 +36,14 @@ UNET_SILENT = {
     "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
 }  # fmt: skip
 VAE_FIXED: dict[str, tuple[Any, ...]] = {
-    "act_fn": ("silu", "swish"), "latents_mean": (None,), "latents_std": (None,), "shift_factor": (None, 0),
-    "use_post_quant_conv": (True,), "use_quant_conv": (True,),
+    "act_fn": ("silu", "swish"),
 }  # fmt: skip
 VAE_DEFAULTS: dict[str, Any] = {
     "block_out_channels": (64,), "down_block_types": ("DownEncoderBlock2D",), "in_channels": 3, "latent_channels": 4,
     "layers_per_block": 1, "mid_block_add_attention": True, "norm_num_groups": 32, "out_channels": 3,
     "sample_size": 32, "scaling_factor": 0.18215, "up_block_types": ("UpDecoderBlock2D",),
+    "latents_mean": None, "latents_std": None, "shift_factor": None,
+    "use_post_quant_conv": True, "use_quant_conv": True,
 }  # fmt: skip
 VAE_SILENT = {"force_upcast"}
 SCHEDULES = {"scaled_linear": "linear", "linear": "sqrt_linear", "squaredcos_cap_v2": "cosine"}
@@ -105,12 +106,14 @@ def _heads(c: Mapping[str, Any], attention: Sequence[bool], where: str) -> dict[
     raise UserError(f"{where}: levels differ both in number and in width of attention heads ({given}).")
 
 
-def vae_node(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[dict[str, Any], dict[str, str], float]:
-    """The node of an AutoencoderKL's config, diffusers' name -> ours of its modules, and the scale of latents.
+def vae_node(
+    config: Mapping[str, Any], where: str, notes: list[str]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """The node of an AutoencoderKL's config, diffusers' name -> ours of its modules, and scale and shift of latents.
 
-    >>> node, modules, scale = vae_node({}, "vae/config.json", [])
+    >>> node, modules, scale = vae_node({"shift_factor": 0.0609}, "vae/config.json", [])
     >>> node["params"]["ddconfig"]["ch"], scale
-    (64, 0.18215)
+    (64, {'scale_factor': 0.18215, 'shift_factor': 0.0609})
     """
     c = _settings(config, VAE_DEFAULTS, VAE_FIXED, VAE_SILENT, where, notes)
     mult = _multiples(c["block_out_channels"], where)
@@ -135,8 +138,22 @@ def vae_node(config: Mapping[str, Any], where: str, notes: list[str]) -> tuple[d
         "num_groups": c["norm_num_groups"],
     }
     params = {"embed_dim": c["latent_channels"], "ddconfig": ddconfig}
+    if c["use_quant_conv"] != c["use_post_quant_conv"]:
+        raise UserError(f"{where} has one of use_quant_conv and use_post_quant_conv; supported are both or neither.")
+    if not c["use_quant_conv"]:
+        params["quant_conv"] = False
     node = {"target": "ldm.autoencoder.autoencoder.AutoencoderKL", "params": params}
-    return node, vae_modules(attention, blocks, c["mid_block_add_attention"]), float(c["scaling_factor"])
+    return node, vae_modules(attention, blocks, c["mid_block_add_attention"]), _latent_scale(c, where)
+
+
+def _latent_scale(c: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """scale_factor and shift_factor; each of all channels, or where latents_mean and latents_std are given, of each."""
+    scale, shift, mean, std = (c[name] for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"))
+    if (mean is None) != (std is None) or (mean is not None and shift):
+        raise UserError(f"{where}: latents_mean and latents_std go together, and not with a shift_factor.")
+    if mean is not None:
+        return {"scale_factor": [float(scale) / each for each in std], "shift_factor": [float(each) for each in mean]}
+    return {"scale_factor": float(scale)} | ({"shift_factor": float(shift)} if shift else {})
 
 
 def schedule_params(config: Mapping[str, Any], where: str, notes: list[str]) -> dict[str, Any]:

@@ -235,7 +235,8 @@ def _add_vae(found: Converted, folder: Path) -> None:
     node, modules, scale = vae_node(config, str(folder / "config.json"), found.notes)
     state = renamed(modern(_read_weights(folder, found.notes)), modules, str(folder))
     params = found.node["params"]
-    params |= {"first_stage_config": node, "scale_factor": scale}
+    params.pop("shift_factor", None)
+    params |= {"first_stage_config": node, **scale}
     params.pop("scale_by_std", None)
     found.state.pop("scale_factor", None)
     replace_part(found, FIRST_STAGE, to_convolutions(state))
@@ -246,7 +247,7 @@ def _first_stage_alone(folder: Path) -> Converted:
     _add_vae(whole, folder)
     params = whole.node["params"]
     state = {name.removeprefix(FIRST_STAGE): value for name, value in whole.state.items()}
-    about = {"scale_factor": params["scale_factor"]}
+    about = {name: params[name] for name in ("scale_factor", "shift_factor") if name in params}
     return Converted(params["first_stage_config"], state, about, notes=whole.notes)
 
 

@@ -44,7 +44,8 @@ UNET_NEEDED = (
 UNET_TRAINING = ("use_checkpoint",)
 DIFFUSION_DEFAULTS: dict[str, Any] = {
     "parameterization": "eps", "beta_schedule": "linear", "timesteps": 1000, "linear_start": 1e-4, "linear_end": 2e-2,
-    "cosine_s": 8e-3, "learn_sigma": False, "scale_factor": 1.0, "scale_by_std": False, "loss_type": "l2",
+    "cosine_s": 8e-3, "learn_sigma": False, "scale_factor": 1.0, "shift_factor": 0.0, "scale_by_std": False,
+    "loss_type": "l2",
 }  # fmt: skip
 TEXT_DEFAULTS: dict[str, Any] = {
     "chunks": 1, "context_dim": None, "layer": "last", "layout": "joint", "mask_padding": True, "pad": "eos",
@@ -72,6 +73,8 @@ def to_diffusers(folder: Path, out: Path, half: bool = False) -> list[str]:
     unet, unet_names = _unet_config(params["unet_config"], form)
     vae, vae_names = _vae_config(params["first_stage_config"], form)
     scale = model.state.get("scale_factor", params["scale_factor"])
+    if params["shift_factor"] or isinstance(scale, list):
+        raise lacks(form, "latents that are shifted, or scaled by channel")
     vae["scaling_factor"] = float(scale)
     scheduler = _scheduler_config(params, model.metadata.get("scheduler") or {}, form)
     networks = {
@@ -127,13 +130,23 @@ def to_diffusers(folder: Path, out: Path, half: bool = False) -> list[str]:
 def _first_stage_alone(model: Converted, out: Path, half: bool) -> list[str]:
     check_free(out, "config.json")
     config, names = _vae_config(model.node, "diffusers' AutoencoderKL")
-    config["scaling_factor"] = float(model.metadata.get("scale_factor", 1.0))
+    config |= _scale_config(model.metadata)
     with whole(out) as part:
         write_json(part / "config.json", config)
         state = apart(renamed(to_linear(model.state), names, "the first stage"), half)
         save_file(state, part / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
     told = "" if "scale_factor" in model.metadata else ", as the model folder records none"
     return [f"scaling_factor is {config['scaling_factor']:g}{told}"]
+
+
+def _scale_config(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What diffusers' config of a first stage says of scale and shift of its latents."""
+    scale, shift = about.get("scale_factor", 1.0), about.get("shift_factor", 0.0)
+    if isinstance(scale, list) or isinstance(shift, list):
+        count = len(scale if isinstance(scale, list) else shift)
+        scale, shift = (value if isinstance(value, list) else [value] * count for value in (scale, shift))
+        return {"scaling_factor": 1.0, "latents_mean": shift, "latents_std": [1 / value for value in scale]}
+    return {"scaling_factor": float(scale)} | ({"shift_factor": float(shift)} if shift else {})
 
 
 def _unet_config(node: Mapping[str, Any], form: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -200,6 +213,8 @@ def _vae_config(node: Mapping[str, Any], form: str) -> tuple[dict[str, Any], dic
         "sample_size": c["resolution"],
         "up_block_types": ["AttnUpDecoderBlock2D" if attends else "UpDecoderBlock2D" for attends in attention[::-1]],
     }
+    if not node["params"].get("quant_conv", True):
+        config |= {"use_quant_conv": False, "use_post_quant_conv": False}
     return config, _inverse(vae_modules(attention, c["num_res_blocks"], c["mid_attention"]))
 
 

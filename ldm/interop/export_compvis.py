@@ -61,7 +61,10 @@ def to_compvis(folder: Path, out: Path, half: bool, betas: Tensor) -> list[str]:
     if told.labels is not None:
         unet["params"]["num_classes"] = len(told.labels)
         state[UNET + "label_emb.weight"] = told.labels
-    project = {name: params[name] for name in DIFFUSION_DEFAULTS if name not in ("learn_sigma", "scale_factor")} | {
+    if params["shift_factor"] or isinstance(params["scale_factor"], list):
+        raise lacks(FORM, "latents that are shifted, or scaled by channel")
+    left = ("learn_sigma", "scale_factor", "shift_factor")
+    project = {name: params[name] for name in DIFFUSION_DEFAULTS if name not in left} | {
         "scale_factor": 1.0 if params["scale_by_std"] else params["scale_factor"],
         "log_every_t": 200,
         "first_stage_key": "image",
@@ -114,6 +117,8 @@ def _first_stage(node: Mapping[str, Any]) -> dict[str, Any]:
     if "ddconfig" not in given:
         return {"target": target, "params": given}
     dd = dict(given["ddconfig"])
+    if not given.get("quant_conv", True):
+        raise lacks(FORM, "autoencoders without quant_conv")
     if dd.pop("num_groups", 32) != 32 or not dd.pop("mid_attention", True):
         raise lacks(FORM, "autoencoders without attention in the middle, or with another number of groups than 32")
     dd["double_z"] = node["target"] == AUTOENCODER_KL

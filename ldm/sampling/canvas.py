@@ -139,7 +139,7 @@ def decode_canvas(
     image = torch.empty(1, 3, height, width) if out is None else None
     total = -(-height // part) * -(-width // part)
     halo = model.image_size // 2 if attends else None
-    parts = decode_tiles(first_stage, latents / model.scale_factor, model.image_size, max(part // factor, 1), halo)
+    parts = decode_tiles(first_stage, model.latent_scale.undo(latents), model.image_size, max(part // factor, 1), halo)
     for rows, cols, decoded in tqdm(parts, desc="decode", total=total, disable=not progress or total == 1):
         if out is None:
             image[..., rows, cols] = decoded.clamp(-1, 1)
