@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,11 +18,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ldm import model_folder
+from ldm.conditioners.text_towers import BertTower
 from ldm.convert import convert, export_as, load_model, read_published
+from ldm.data.features import read_features
+from ldm.data.slide_files import find_slide_files
 from ldm.encoders.encoder import load_encoder
+from ldm.encoders.feature_files import read_feature_file
 from ldm.encoders.feature_map import Transport, load_transport, save_transport
 from ldm.encoders.text_models import find_tower
 from ldm.scorers.ensemble import load_scorer
+from ldm.tables.h5ad import read_h5ad
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
 OUTSIDE = "lies outside of the folder|is no file of the folder"
@@ -287,3 +294,77 @@ def test_weights_that_the_user_names_may_be_a_link(tmp_path):
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "real.safetensors")
     assert set(model_folder.read_state_dict(tmp_path / "link.safetensors")) == {"weight", "bias"}
     assert NODE["target"] == "torch.nn.Linear"
+
+
+# --- HDF5 -----------------------------------------------------------------------------------------------------------
+
+
+def h5_attacks(target: Path, raw: Path) -> dict[str, Callable[[h5py.File, str], None]]:
+    """What puts the values of another file under a name."""
+
+    def external(file: h5py.File, name: str) -> None:
+        file.create_dataset(name, (2, 4), "u1", external=[(str(raw), 0, 8)])
+
+    def virtual(file: h5py.File, name: str) -> None:
+        layout = h5py.VirtualLayout((2, 4), "f4")
+        layout[:] = h5py.VirtualSource(str(target), "features", (2, 4))
+        file.create_virtual_dataset(name, layout)
+
+    def through(file: h5py.File, name: str) -> None:
+        file["other"] = h5py.ExternalLink(str(target), "/")
+        file[name] = h5py.SoftLink("/other/features")
+
+    return {
+        "external link": lambda file, name: file.__setitem__(name, h5py.ExternalLink(str(target), "features")),
+        "soft link through one": through,
+        "external storage": external,
+        "virtual": virtual,
+    }
+
+
+@pytest.mark.parametrize("attack", ["external link", "soft link through one", "external storage", "virtual"])
+def test_no_h5_gives_the_values_of_another_file(tmp_path, secret, attack):
+    (tmp_path / "raw").write_bytes(bytes(range(8)))
+    with h5py.File(secret.parent / "other.h5", "w") as file:
+        file["features"] = np.arange(8, dtype=np.float32).reshape(2, 4)
+    put = h5_attacks(secret.parent / "other.h5", tmp_path / "raw")[attack]
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        put(file, "features")
+        file["coords"] = np.array([[0, 0], [256, 0]])
+        file.attrs["histoldm"] = json.dumps({"extractor": "pixels"})
+        file["table/name"] = ["a", "b"]
+    with h5py.File(path) as file:
+        assert np.asarray(file["features"]).sum() == 28  # an unsafe reader gets them
+    for read in (read_features, read_feature_file, lambda path: find_slide_files([path])):
+        refused(lambda read=read: read(path), "in other files|in another file|to another file")
+    with h5py.File(path, "w") as file:
+        file["features"] = np.zeros((2, 4), np.float32)
+        put(file, "coords")
+    for read in (read_features, lambda path: find_slide_files([path])["a"].read()):
+        refused(lambda read=read: read(path), "in other files|in another file|to another file")
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        for axis, names in {"obs": ["a", "b"], "var": ["G1", "G2", "G3", "G4"]}.items():
+            file.create_group(axis).attrs["_index"] = "name"
+            file[f"{axis}/name"] = names
+        put(file, "layers/counts")
+        file["X"] = np.zeros((2, 4))
+    refused(lambda: read_h5ad(tmp_path / "a.h5ad", "counts"), "in other files|in another file|to another file")
+
+
+def test_soft_links_within_an_h5_are_followed_and_rings_end(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["deep/values"] = np.ones((2, 4), np.float32)
+        file["features"] = h5py.SoftLink("/deep/values")
+        file["deep/ring"] = file["/"]
+    assert read_features(tmp_path / "a.h5").values.sum() == 8
+
+
+def test_the_config_of_a_bert_shapes_it_and_says_nothing_else():
+    pytest.importorskip("transformers")
+    own = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32,
+           "intermediate_size": 16, "max_position_embeddings": 16, "attn_implementation": "someone/kernel",
+           "auto_map": {"AutoModel": "code.Model"}}  # fmt: skip
+    tower = BertTower({"text_cfg": {"hf_model_name": "bert", "context_length": 8}, "hf_config": own})
+    assert tower(torch.zeros(1, 8).long()).shape == (1, 8, 16)
+    assert "someone" not in str(tower.bert.config) + str(tower.bert.config._attn_implementation)

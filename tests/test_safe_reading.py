@@ -255,7 +255,7 @@ def test_pickles_cannot_change_what_reads_them(tmp_path, data):
     [
         (((10**6,), (1,)), "reaches beyond its storage"),
         (((2,), (10**9,)), "reaches beyond its storage"),
-        (((10**9, 10**9), (0, 0)), "reaches beyond its storage"),
+        (((10**9, 10**9), (0, 0)), "would take 4e\\+03 PB|would take 4 EB"),
         (((2,), (-1,)), "impossible shape"),
         (((2, 2), (1,)), "not known"),
         ((("2",), (1,)), "impossible shape"),
@@ -328,9 +328,10 @@ def test_objects_of_other_classes_become_inert(tmp_path, protocol):
     ((key, value),) = found["callbacks"].items()
     assert issubclass(key, Inert)
     assert torch.equal(value["best"], torch.ones(2))
-    for name in ("hyper_parameters", "args", "step", "array", "colour", "date"):
+    for name in ("hyper_parameters", "args", "colour", "date"):
         assert isinstance(found[name], Inert), name
         assert not vars(found[name])
+    assert (found["step"], found["array"].tolist()) == (3.0, [0, 1, 2])
     assert found["state"] == {"a": {"exp_avg": found["state"]["a"]["exp_avg"]}}
     assert found["counts"] == {"a": 2, "b": 1}
     assert (found["seen"], found["size"], found["dtype"]) == ({1, 2}, (2, 3), torch.float16)

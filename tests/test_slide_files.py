@@ -128,7 +128,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an array of objects": (lambda d: pt(d / "pt_files" / "S1.pt", VALUES.astype(object)), "holds object, not numbers"),
     "no tensor file": (
         lambda d: d.mkdir() or ((d / "S1.pt").write_bytes(b"no tensor" * 9) and d),
-        "it is no file of torch.save, or damaged or cut short",
+        "it is no file of torch",
     ),
     "another name": (lambda d: pt(d / "pt_files" / "S1.pt", {"feature": T}), "it holds feature"),
 }

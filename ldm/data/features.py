@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from ldm.data.places import Places, places_in, unbatched
 from ldm.data.spatial_zarr import is_spatial, read_spatial
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
+from ldm.foreign.budget import afford
+from ldm.foreign.hdf5 import open_h5, values_of
+from ldm.interop.checkpoint import Inert, read_checkpoint
 
 H5_NAMES = ("features", "feats", "embeddings")
 SUFFIXES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".zarr")
@@ -87,21 +88,29 @@ def read_features(path: Path | str, feature: str | None = None, dim: int | None 
 
 
 def _from_npy(path: Path) -> Features:
-    return Features(_floats(np.load(path, allow_pickle=False), path))
+    values = np.load(path, mmap_mode="r", allow_pickle=False)  # of a file that is as long as it says
+    afford(2 * 4 * values.size, f"the features of {path}")
+    return Features(_floats(values, path))
 
 
 def _from_h5(path: Path) -> Features:
-    with h5py.File(path, "r") as file:
+    with open_h5(path) as file:
         name = next((n for n in H5_NAMES if n in file), None)
         if name is None:
             raise UserError(f"{path} has no {', '.join(H5_NAMES)}; it holds {', '.join(file) or 'nothing'}.")
-        values = unbatched(_floats(file[name][()], path))
+        values = unbatched(_floats(values_of(file[name]), path))
         places = places_in(file)
     return Features(values, places)
 
 
 def _from_pt(path: Path) -> Features:
-    content, coords = _load_pt(path), None
+    content, coords = read_checkpoint(path), None
+    if (found := _object_in(content)) is not None:
+        kind = type(found)
+        raise UserError(
+            f"{path} holds objects of Python ({kind.__module__}.{kind.__qualname__}), which are not read: they could "
+            "run code. Save the features alone, as torch.save(torch.as_tensor(features), ...), as .npy or as .h5."
+        )
     if isinstance(content, dict):
         name = next((n for n in H5_NAMES if n in content), None)
         if name is None:
@@ -120,31 +129,10 @@ def _from_pt(path: Path) -> Features:
     return Features(values, None if coords is None else Places(unbatched(np.asarray(coords))))
 
 
-def _load_pt(path: Path) -> Any:
-    """What torch.save wrote: tensors, NumPy arrays and numbers in containers; nothing else is read of a pickle."""
-    import torch
-
-    def empty(*_: Any) -> np.ndarray:  # its shape and bytes come after it, and are checked against each other
-        return np.empty(0, np.uint8)
-
-    known: list[Any] = [np.ndarray, np.dtype, *(type(np.dtype(code)) for code in np.typecodes["All"])]
-    for module in ("numpy.core", "numpy._core"):
-        known += [(empty, f"{module}.multiarray._reconstruct"), (_scalar, f"{module}.multiarray.scalar")]
-    try:
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch raises of a file that is none of its own
-        found = re.search(r"GLOBAL (\S+)|Unsupported class (\S+)", str(error))
-        if not found:
-            raise UserError(f"{path} cannot be read: it is no file of torch.save, or damaged or cut short.") from None
-        raise UserError(
-            f"{path} holds objects of Python ({found[1] or found[2]}), which are not read: they could run code. Save "
-            "the features alone, as torch.save(torch.as_tensor(features), ...), as .npy or as .h5."
-        ) from None
-
-
-def _scalar(kind: np.dtype, value: bytes) -> Any:
-    return np.frombuffer(value, kind)[0]
+def _object_in(content: Any) -> Inert | None:
+    """An object of a class of its own, if one is there."""
+    parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
+    return content if isinstance(content, Inert) else next(filter(None, map(_object_in, parts)), None)
 
 
 def _from_zarr(path: Path, feature: str | None) -> Features:

@@ -10,6 +10,7 @@ import h5py
 import numpy as np
 
 from ldm.errors import UserError
+from ldm.foreign.hdf5 import values_of
 
 STAMP_1 = (224, 256.0)  # pixels and micrometres of a tile of STAMP 1, which wrote neither
 
@@ -63,7 +64,7 @@ def places_in(file: h5py.File) -> Places | None:
     if "coords" not in file:
         return None
     attrs = {**file.attrs, **file["coords"].attrs}
-    coords = unbatched(np.asarray(file["coords"][()]))
+    coords = unbatched(values_of(file["coords"]))
 
     def number(name: str, default: float | None = None) -> float | None:
         return _number(attrs[name], name, file.filename) if name in attrs else default

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from ldm.data.features import H5_NAMES, read_features
 from ldm.data.places import Places, places_in
 from ldm.data.spatial_zarr import about_spatial, features_in, is_spatial, read_spatial
 from ldm.errors import UserError, note, suggest
+from ldm.foreign.hdf5 import open_h5
 
 _ENDS = re.compile(r"[_-](patches|features|feats|embeddings|coords)$", re.IGNORECASE)
 _FOLDER = re.compile(r"(?P<slide>slide_)?features_(?P<encoder>.+)$")  # of TRIDENT
@@ -74,7 +74,7 @@ def told_in(path: Path) -> dict[str, Any]:
         if path.suffix == ".zarr":
             told = about_spatial(path)
         else:
-            with h5py.File(path, "r") as file:
+            with open_h5(path) as file:
                 own = [each.attrs["histoldm"] for each in file.values() if "histoldm" in each.attrs]
                 told = json.loads(own[0]) if own else {}
     except (OSError, ValueError, TypeError):
@@ -87,7 +87,7 @@ def _read_places(path: Path) -> Places:
     if path.suffix == ".zarr":
         return read_spatial(path)[1]
     try:
-        with h5py.File(path, "r") as file:
+        with open_h5(path) as file:
             places = places_in(file)
     except OSError as error:
         raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
@@ -199,7 +199,7 @@ def _look(path: Path) -> list[_Found]:
     if path.suffix in (".pt", ".pth"):
         return [_Found(path, "slide" if folder and folder["slide"] else "features", encoder)]
     try:
-        with h5py.File(path, "r") as file:
+        with open_h5(path) as file:
             name, coords = next((name for name in H5_NAMES if name in file), None), "coords" in file
             if name is None:
                 empty = coords and not len(file["coords"])

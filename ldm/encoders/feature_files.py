@@ -29,6 +29,7 @@ from ldm.data.where import Where, parse_where
 from ldm.encoders.extractors import Extractor
 from ldm.errors import UserError, note
 from ldm.files import hidden, owns, remove, tool_version, whole, write_text
+from ldm.foreign.hdf5 import open_h5, values_of
 
 SUFFIXES = (".h5", ".hdf5", ".npy", ".pt", ".pth")
 SAME = ("extractor", "weights_sha256", "resize", "preprocessing")  # what files that are compared share
@@ -195,8 +196,10 @@ def _checksum(file: h5py.File, about: str) -> str:
 def _read_about(path: Path) -> dict[str, Any]:
     """What a feature file says of itself; nothing, if it was not written here."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_h5(path) as file:
             return json.loads(file.attrs["histoldm"]) if "histoldm" in file.attrs else {}
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a feature file: {str(error).splitlines()[0]}") from error
 
@@ -217,14 +220,17 @@ def read_feature_file(path: Path) -> FeatureSet:
         data = {"path": path.name, "kind": "features", "count": len(values), "features_sha256": _sha256_of(values)}
         return FeatureSet(values, table, {"data": data, "dim": values.shape[1]})
     try:
-        with h5py.File(path, "r") as file:
-            if file.attrs.get("sha256", told := _checksum(file, file.attrs["histoldm"])) != told:
-                raise OSError("it is not as it was written")
-            values = np.asarray(file["features"], np.float32)
-            digest = np.asarray(file["digest"]) if "digest" in file else None
+        with open_h5(path) as file:
+            values = values_of(file["features"]).astype(np.float32)
+            digest = values_of(file["digest"]) if "digest" in file else None
             columns = {}
             for name, column in file.get("table", {}).items():
-                columns[name] = column.asstr()[:] if h5py.check_string_dtype(column.dtype) else column[:]
+                own, text = values_of(column), h5py.check_string_dtype(column.dtype) is not None
+                columns[name] = [value.decode() for value in own] if text else own
+            if file.attrs.get("sha256", told := _checksum(file, file.attrs["histoldm"])) != told:
+                raise OSError("it is not as it was written")
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path} is a damaged feature file ({reason}); extract its features again.") from error

@@ -7,10 +7,12 @@ containers and numbers. Tensors become placeholders, and real ones, mapped from 
 from __future__ import annotations
 
 import math
+import mmap
 import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,9 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.foreign.budget import plausible
 from ldm.foreign.paths import allowed
+from ldm.foreign.pickles import Stream, check_pickle
 from ldm.interop.forms import SINGLE, check_form, file_of, shards_of, unwrapped, weights_in
+from ldm.interop.pickled_arrays import Array, Kind, latin1, number
 
+SHARED = 8  # times that the values of a file may be told anew, as of weights that parts of a model share
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch wrote before 1.6
 ZIP_MAGIC = b"PK\x03\x04"
 STORAGES = {
@@ -198,22 +204,33 @@ KNOWN: dict[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_parameter"): _Function(_first),
     ("torch._utils", "_rebuild_parameter_with_state"): _Function(_first),
     ("torch._tensor", "_rebuild_from_type_v2"): _Function(_of_type),
-    ("torch", "Size"): tuple,
     ("collections", "OrderedDict"): _Dict,
     ("collections", "defaultdict"): _Function(_mapping),
     ("collections", "Counter"): _Function(_mapping),
+    ("_codecs", "encode"): _Function(latin1),
+    ("numpy", "dtype"): _Function(Kind),
+    **{
+        (f"numpy.{core}.multiarray", name): _Function(made)
+        for core in ("core", "_core")
+        for name, made in (("_reconstruct", Array), ("scalar", number))
+    },
+    **{(module, "complex"): complex for module in ("builtins", "__builtin__")},
+}
+COPIED = {  # containers made of others, whose entries are counted
+    ("torch", "Size"): tuple,
     **{
         (module, kind.__name__): kind
         for module in ("builtins", "__builtin__")
-        for kind in (set, frozenset, list, dict, tuple, complex)
+        for kind in (set, frozenset, list, dict, tuple)
     },
 }
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads a pickle whose every global is one of KNOWN, a dtype, a kind of storage, or inert."""
+    """Reads a pickle whose every global is one of KNOWN or COPIED, a dtype, a kind of storage, or inert."""
 
-    def __init__(self, stream: IO[bytes]):
+    def __init__(self, stream: Stream):
+        self.left = 100 * check_pickle(stream)  # entries that are copied from one container to another
         super().__init__(stream, encoding="latin1")
         self.inert: dict[tuple[str, str], type[Inert]] = {}
         self.dtypes: dict[str, torch.dtype] = {}  # of the storages, by key
@@ -221,6 +238,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in KNOWN:
             return KNOWN[module, name]
+        if (module, name) in COPIED:
+            return _Function(partial(self.copied, COPIED[module, name]))
         if module.partition(".")[0] == "torch":
             if name in STORAGES:
                 return _StorageType(STORAGES[name])
@@ -229,6 +248,12 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) not in self.inert:
             self.inert[module, name] = type(name, (Inert,), {"__module__": module})
         return self.inert[module, name]
+
+    def copied(self, kind: type, *given: Any) -> Any:
+        self.left -= sum(len(value) for value in given if hasattr(value, "__len__"))
+        if self.left < 0:
+            raise pickle.UnpicklingError("it copies itself to exhaust the machine")
+        return kind(*given)
 
     def persistent_load(self, identity: Any) -> Any:
         kind, *given = identity
@@ -271,7 +296,7 @@ def _read_zip(path: Path, stream: IO[bytes]) -> Any:
 
 def _read_legacy(path: Path, stream: IO[bytes]) -> Any:
     """One pickle after the other (magic number, version, system, content, keys), then the storages."""
-    stream.seek(0)
+    stream = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)  # which gives no more than there is
     try:
         magic = _Unpickler(stream).load()
     except Exception as error:
@@ -289,6 +314,8 @@ def _read_legacy(path: Path, stream: IO[bytes]) -> Any:
         (count,) = struct.unpack("<q", stream.read(8))
         size = count * reader.dtypes[key].itemsize
         places[key] = (stream.tell(), size)
+        if not 0 <= size <= len(stream) - stream.tell():
+            raise EOFError(f"storage {key} ends beyond the file")
         stream.seek(size, 1)
     return _Filled(path, places).fill(content)
 
@@ -297,10 +324,11 @@ class _Filled:
     """A pickle's content with tensors in place of placeholders; `places` are start and size of storages in the file."""
 
     def __init__(self, path: Path, places: Mapping[str, tuple[int, int]]):
-        self.length = path.stat().st_size
+        self.path, self.length = path, path.stat().st_size
         self.file = torch.UntypedStorage.from_file(str(path), False, self.length)
         self.places = places
         self.storages: dict[str, torch.UntypedStorage] = {}
+        self.told = 0  # bytes that its tensors would take
         self.seen: dict[int, Any] = {}
 
     def fill(self, value: Any) -> Any:
@@ -318,7 +346,9 @@ class _Filled:
             return filled
         if type(value) is tuple:
             return self.seen.setdefault(id(value), tuple(self.fill(child) for child in value))
-        return None if isinstance(value, (_Function, _StorageType, _Storage)) else value
+        if isinstance(value, Array):
+            return value.value
+        return None if isinstance(value, (_Function, _StorageType, _Storage, Kind)) else value
 
     def tensor(self, given: _Placeholder) -> Tensor:
         if 0 in given.size:
@@ -326,8 +356,10 @@ class _Filled:
         storage, item = self.storage(given), given.dtype.itemsize
         first = given.storage.offset * given.storage.dtype.itemsize // item + given.offset
         last = first + sum((count - 1) * step for count, step in zip(given.size, given.stride))
-        if (last + 1) * item > storage.nbytes() or math.prod(given.size) * item > self.length:
+        if (last + 1) * item > storage.nbytes():
             raise EOFError("a tensor reaches beyond its storage")
+        self.told += math.prod(given.size) * item  # of a stride of 0, or of one storage for many, more than there is
+        plausible(self.told, self.length, f"the tensors in {self.path}", SHARED)
         return torch.empty(0, dtype=given.dtype).set_(storage, first, given.size, given.stride)
 
     def storage(self, given: _Placeholder) -> torch.UntypedStorage:

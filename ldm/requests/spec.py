@@ -30,6 +30,7 @@ from typing import Any
 from ldm.conditioners.base import Conditioner
 from ldm.conditioners.compose import keys_of, known_key, parse_conditions
 from ldm.errors import UserError, some, suggest
+from ldm.foreign.pickles import check_pickle
 from ldm.foreign.settings import read_yaml
 from ldm.requests.edits import Target, completed, edited, gene_values, parse_edits, safe
 from ldm.tables.text import read_table
@@ -149,7 +150,9 @@ def load_spec(path: Path) -> dict[str, Any]:
         raise UserError(f"there is no specification at {path}.")
     try:
         if path.suffix in (".pkl", ".pickle"):
-            content = _Plain(io.BytesIO(path.read_bytes())).load()
+            stream = io.BytesIO(path.read_bytes())
+            check_pickle(stream)
+            content = _Plain(stream).load()
         else:
             content = read_yaml(path, "the specification")
     except UserError:

@@ -84,7 +84,7 @@ def read_scaler(path: Path | str) -> Scaler:
     """
     path = Path(path)
     file = path / "config.yaml" if path.is_dir() else path
-    content = read_yaml(file, "the scaler")  # JSON is YAML
+    content = read_yaml(file, "`scaler` from")  # JSON is YAML
     about = _in_model(content, path) if path.is_dir() else content
     if not isinstance(about, Mapping) or not isinstance(about.get("scaler"), Mapping):
         raise UserError(

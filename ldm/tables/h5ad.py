@@ -9,6 +9,8 @@ import numpy as np
 from scipy.sparse import csc_matrix, csr_matrix
 
 from ldm.errors import UserError, some, suggest
+from ldm.foreign.budget import afford
+from ldm.foreign.hdf5 import open_h5, values_of
 
 LARGEST = 1 << 31  # values; a table of more is one of cells, not of samples
 _SPARSE = {"csr_matrix": csr_matrix, "csc_matrix": csc_matrix}
@@ -33,7 +35,7 @@ def read_h5ad(path: Path | str, layer: str | None = None) -> tuple[list[str], li
     """
     path = Path(path)
     try:
-        with h5py.File(path) as file:
+        with open_h5(path) as file:
             known = _matrices(file)
             if not known:
                 raise UserError(f"{path} has no matrix: neither X nor raw nor a layer.")
@@ -81,7 +83,8 @@ def _chosen(path: Path, file: h5py.File, known: dict, layer: str | None) -> tupl
 def _least(node: h5py.Dataset | h5py.Group) -> float:
     values = node if isinstance(node, h5py.Dataset) else node["data"]
     starts = range(0, values.shape[0], 1 << 12 if values.ndim > 1 else 1 << 24)
-    return min((float(np.nanmin(values[s : s + starts.step], initial=0.0)) for s in starts), default=0.0)
+    parts = (values_of(values, slice(start, start + starts.step)) for start in starts)
+    return min((float(np.nanmin(part, initial=0.0)) for part in parts), default=0.0)
 
 
 def _values(path: Path, node: h5py.Dataset | h5py.Group, shape: tuple[int, int]) -> np.ndarray:
@@ -95,9 +98,11 @@ def _values(path: Path, node: h5py.Dataset | h5py.Group, shape: tuple[int, int])
             "sample first."
         )
     if not sparse:
-        return node[:].astype(np.float32)
+        return values_of(node).astype(np.float32)
     make = _SPARSE[_text(node.attrs["encoding-type"])]
-    return make((node["data"][:], node["indices"][:], node["indptr"][:]), own).toarray().astype(np.float32)
+    parts = tuple(values_of(node[part]) for part in ("data", "indices", "indptr"))
+    afford(2 * 8 * shape[0] * shape[1], f"the values of {node.name} in {path}")
+    return make(parts, own).toarray().astype(np.float32)
 
 
 def _in_log2(file: h5py.File, name: str, values: np.ndarray) -> tuple[np.ndarray, str]:
@@ -118,18 +123,18 @@ def _in_log2(file: h5py.File, name: str, values: np.ndarray) -> tuple[np.ndarray
 def _names(axis: h5py.Group | h5py.Dataset) -> list[str]:
     if isinstance(axis, h5py.Dataset):  # the layout before 0.7: records with a field `index`
         field = next(name for name in ("index", "_index", axis.dtype.names[0]) if name in axis.dtype.names)
-        return [_text(name) for name in axis[field]]
+        return [_text(name) for name in values_of(axis)[field]]
     return _column(axis[_text(axis.attrs["_index"])])
 
 
 def _column(node: h5py.Group | h5py.Dataset) -> list[str]:
     """A column as text: an array, a categorical one (codes of categories), or a nullable one (values and mask)."""
     if isinstance(node, h5py.Dataset):
-        return [_text(value) for value in (node.asstr()[:] if h5py.check_string_dtype(node.dtype) else node[:])]
+        return [_text(value) for value in values_of(node)]
     if "categories" in node:
         categories = _column(node["categories"])
-        return [categories[code] if code >= 0 else "" for code in node["codes"][:]]
-    return ["" if hidden else value for value, hidden in zip(_column(node["values"]), node["mask"][:])]
+        return [categories[code] if code >= 0 else "" for code in values_of(node["codes"])]
+    return ["" if hidden else value for value, hidden in zip(_column(node["values"]), values_of(node["mask"]))]
 
 
 def _text(value: object) -> str:

@@ -1,0 +1,148 @@
+"""What strangers send asks for no more memory or time than its file can hold and the machine has; the size is told."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from attacks import refused
+
+from ldm.data.features import read_features
+from ldm.encoders.feature_files import read_feature_file
+from ldm.foreign.budget import afford, available
+from ldm.interop.checkpoint import read_checkpoint
+from ldm.requests.spec import load_spec
+from ldm.tables.h5ad import read_h5ad
+
+GIGABYTES = r"would take [\d.e+]+ (GB|TB|PB|EB)"
+
+
+@pytest.fixture(autouse=True)
+def _bounded() -> Iterator[None]:
+    """What an attack takes it does not get: a few gigabytes more than there are now end in a MemoryError."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (6 << 30), before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_memory_is_what_the_process_may_take():
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    assert 0 < available() <= limit
+    refused(lambda: afford(available() * 2, "the image"), r"the image would take .* and this machine has .* left")
+    afford(1000, "the image")
+
+
+# --- tensors, pickles, arrays ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_are_no_larger_than_their_file(tmp_path, legacy):
+    path = tmp_path / "a.pt"
+    torch.save({"features": torch.zeros(1, 1).expand(4_000_000, 1000)}, path, _use_new_zipfile_serialization=not legacy)
+    assert path.stat().st_size < 3000
+    for read in (read_features, read_checkpoint):
+        assert "16 GB" in refused(lambda read=read: read(path), GIGABYTES)
+    many = torch.zeros(1_000_000, 1)  # each below what is not asked about
+    torch.save({f"a{i}": many.expand(1_000_000, 10) for i in range(100)}, path)
+    refused(lambda: read_checkpoint(path), "would take 80 MB, and the file has 4.* MB")
+
+
+def pickles() -> dict[str, bytes]:
+    """Pickles that ask for what they do not hold."""
+    lists = pickle.dumps([None] * 100_000, 4)[:-1] + b"q\x00"  # a list, then many copies of it
+    copy = b"c__builtin__\nlist\nh\x00\x85R"
+    return {
+        "bytes": b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b"x.",
+        "text": b"\x80\x04\x8d" + (1 << 40).to_bytes(8, "little") + b"x.",
+        "bytearray": b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b"x.",
+        "frame": b"\x80\x04\x95" + (1 << 40).to_bytes(8, "little") + b"].",
+        "number": b"\x80\x02\x8b" + (1 << 30).to_bytes(4, "little") + b"x.",
+        "memo": b"\x80\x04]r\xff\xff\xff\x7f.",
+        "memo in words": b"]p4000000000\n.",
+        "copies": lists + b"(" + copy * 10_000 + b"t.",
+    }
+
+
+@pytest.mark.parametrize("name", list(pickles()))
+def test_pickles_ask_for_no_more_than_they_hold(tmp_path, name):
+    data = pickles()[name]
+    (tmp_path / "a.pkl").write_bytes(data)
+    refused(lambda: load_spec(tmp_path / "a.pkl"), "cannot be read")
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(2)}, buffer, _use_new_zipfile_serialization=False)
+    whole = buffer.getvalue()
+    ends = [i + 1 for i in range(len(whole)) if whole[i : i + 1] == b"."]
+    inserted = next(end for end in ends if len(pickle_at(whole, end)) == 3)  # after magic, version and system
+    (tmp_path / "a.ckpt").write_bytes(whole[:inserted] + data)
+    refused(lambda: read_checkpoint(tmp_path / "a.ckpt"), "cannot read")
+
+
+def pickle_at(data: bytes, end: int) -> list:
+    """The pickles that stand one after the other before a place; none where one of them is not whole."""
+    stream, found = io.BytesIO(data[:end]), []
+    try:
+        while stream.tell() < end:
+            found.append(pickle.load(stream))
+    except Exception:
+        return []
+    return found
+
+
+def test_arrays_are_no_larger_than_their_file(tmp_path):
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000, 1000), }"
+    header += b" " * (118 - len(header) - 1) + b"\n"
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"\0" * 64)
+    refused(lambda: read_features(tmp_path / "a.npy"), "cannot be read as .npy")
+
+
+SHAPES: dict[str, Callable[[h5py.File, str], None]] = {
+    "without a chunk": lambda file, name: file.create_dataset(name, (10**9, 10**6), "f4", chunks=(1, 10**6)),
+    "compressed": lambda file, name: file.create_dataset(
+        name, (10**8, 1024), "f4", chunks=(256, 1024), compression="gzip"
+    ),
+    "wide": lambda file, name: file.create_dataset(name, (1, 4), f"S{1 << 30}", chunks=(1, 1)),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_h5_arrays_are_no_larger_than_their_file(tmp_path, shape):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        SHAPES[shape](file, "features")
+        file.attrs["histoldm"] = '{"extractor": "pixels"}'
+    assert path.stat().st_size < 20_000
+    for read in (read_features, read_feature_file):
+        refused(lambda read=read: read(path), GIGABYTES)
+    with h5py.File(path, "w") as file:
+        file["features"] = np.zeros((2, 4), np.float32)
+        file.create_dataset("coords", (10**12, 2), "i4", chunks=(1 << 16, 2))
+    refused(lambda: read_features(path), GIGABYTES)
+    with h5py.File(tmp_path / "a.h5ad", "w") as file:
+        for axis, count in {"obs": 10**9, "var": 4}.items():
+            file.create_group(axis).attrs["_index"] = "name"
+            file.create_dataset(f"{axis}/name", (count,), h5py.string_dtype(), chunks=(4,))
+        file["X"] = np.zeros((2, 4))
+    refused(lambda: read_h5ad(tmp_path / "a.h5ad"), GIGABYTES)
+
+
+def test_texts_of_an_h5_that_are_one_long_text_are_counted(tmp_path):
+    path = tmp_path / "a.h5ad"
+    with h5py.File(path, "w") as file:
+        for axis, names in {"obs": ["x" * 1_000_000] * 3000, "var": ["G1", "G2"]}.items():
+            file.create_group(axis).attrs["_index"] = "name"
+            file.create_dataset(f"{axis}/name", (len(names),), h5py.string_dtype(), chunks=(len(names),))
+            file[f"{axis}/name"][: min(len(names), 2)] = names[:2]
+        file["X"] = np.zeros((3000, 2))
+        chunk = file["obs/name"].id.read_direct_chunk((0,))[1]
+        file["obs/name"].id.write_direct_chunk((0,), chunk[:16] * 3000)  # all of them are the first
+    assert path.stat().st_size < 4_000_000
+    refused(lambda: read_h5ad(path), "the texts of /obs/name in .* " + GIGABYTES.replace("(GB", "(MB|GB"))
