@@ -14,7 +14,8 @@ from torchvision import transforms as T
 
 from conftest import ROOT
 from data_prep import extract_features
-from ldm.conditioners.ssl import PatchEmbedder, TokenMapEmbedder
+from ldm.conditioners.grid import GridTokens
+from ldm.conditioners.ssl import PatchEmbedder
 from ldm.data import dihedral
 from ldm.data.datasets import TileDataset
 from ldm.data.features import read_features
@@ -301,26 +302,27 @@ def test_readers_of_one_feature_per_tile_refuse_tokens_by_name(with_tokens):
         with pytest.raises(UserError, match="tiny-tokens3 holds 3 x 3 patch tokens of each tile"):
             reader()
     tokens = TileDataset([str(with_tokens)], ("image",), conditions={"ssl": "features/tiny-tokens3"})
-    with pytest.raises(UserError, match="TokenMapEmbedder takes them"):
+    with pytest.raises(UserError, match=r"patch tokens of encoder 'tiny': .*GridTokens takes them"):
         PatchEmbedder(32).check_data(tokens.metadata)
 
 
-def test_a_model_takes_patch_tokens_as_context_and_they_turn_with_the_tile(with_tokens):
-    dataset = TileDataset([str(with_tokens)], ("image",), conditions={"tokens": "features/tiny-tokens3"}, dihedral=True)
+@pytest.mark.parametrize("turned_by_encoder", [False, True])
+def test_a_model_takes_patch_tokens_as_context_and_they_turn_with_the_tile(store, published, turned_by_encoder):
+    settings = {"weights": published, "device": "cpu", "any_mpp": True, "tokens": 3}
+    extract_features.extract([TileStore.open(store)], "tiny", **settings, with_dihedral=turned_by_encoder)
+    dataset = TileDataset([str(store)], ("image",), conditions={"ssl": "features/tiny-tokens3"}, dihedral=True)
     plain, turned = dataset[1], dataset[1, 6]  # variant 6: a flip and a half turn
     assert torch.equal(turned["image"], dihedral.apply(plain["image"], 6))
-    grid = plain["tokens"].T.unflatten(1, (3, 3))
-    assert torch.equal(turned["tokens"], dihedral.apply(grid, 6).flatten(1).T)
-    embedder = TokenMapEmbedder(32, context_dim=24, grid=3).eval()
-    embedder.check_data(dataset.metadata)
-    cond = embedder({"tokens": torch.stack([plain["tokens"], turned["tokens"]])}, torch.tensor([False, True]))
+    encoder = load_encoder("tiny", published)
+    for item, image in ((plain, plain["image"]), (turned, turned["image"])):
+        tokens = encoder.with_tokens(image[None], 3)[1][0].T.unflatten(1, (3, 3))  # (D,row,column)
+        if item is plain or turned_by_encoder:
+            assert torch.allclose(item["ssl"], tokens, atol=1e-2)
+        else:
+            assert torch.equal(item["ssl"], dihedral.apply(plain["ssl"], 6))
+    conditioner = GridTokens(32, context_dim=24, grid=3).eval()
+    conditioner.check_data(dataset.metadata)
+    cond = conditioner({"ssl": torch.stack([plain["ssl"], turned["ssl"]])})
     assert cond["crossattn"].shape == (2, 9, 24)
-    assert torch.allclose(cond["crossattn"][1], embedder.null()["crossattn"][0])
-    assert not torch.allclose(cond["crossattn"][0], cond["crossattn"][1])
-    one, several = (embedder.read({"tokens": value})["tokens"] for value in (plain["tokens"], [plain["tokens"]] * 2))
-    assert one.shape == (1, 9, 32)
-    assert several.shape == (2, 9, 32)
-    with pytest.raises(UserError, match=r"3 x 3 patch tokens of 32 values.*takes 4 x 4 of 32"):
-        TokenMapEmbedder(32).check_data(dataset.metadata)
-    with pytest.raises(UserError, match=r"takes 3 x 3 patch tokens of dimension 32.*\(1, 4, 32\)"):
-        embedder({"tokens": torch.zeros(1, 4, 32)})
+    with pytest.raises(UserError, match="with 32 values, but the conditioner's embed_dim is 36"):
+        GridTokens(36, context_dim=24).check_data(dataset.metadata)

@@ -17,12 +17,11 @@ class About:
     """What is worth knowing of a condition: for people, for messages, and to tell conditions apart.
 
     Attributes:
-        kind: class, score, mutation, expression, multiplier, features, tokens, text, modality, image or map; "" of
-            those that a class outside of this package has.
-        names: of classes. genes: of mutations and expression. dim: of features and tokens.
+        kind: class, score, mutation, expression, multiplier, features, text, modality, image or map; "" of those that a
+            class outside of this package has.
+        names: of classes. genes: of mutations and expression. dim: of features.
         range: lowest and highest value of numbers. size, channels: of images and maps, in pixels.
-        grid: tiles along the sides of grids of features, parts along those of tokens. optional: whether the others may
-            be given without it.
+        grid: tiles along the sides of grids of features. optional: whether the others may be given without it.
         model, licence, prompt: of a text tower, and what stands before every text.
 
     >>> About("class", names=("LUAD", "LUSC")).words()

@@ -65,7 +65,7 @@ class FeatureGrid(Conditioner):
         raise no_text(key)
 
     def check_data(self, metadata: Mapping[str, Any]) -> None:
-        check_features(self.keys[0], metadata, self.embed_dim, "embed_dim")
+        check_features(self.keys[0], metadata, self.embed_dim, "embed_dim", grids=True)
 
 
 class GridEmbedder(FeatureGrid):

@@ -100,80 +100,6 @@ class GridPatchEmbedder(PatchEmbedder):
         return {**super().embed(features), "concat": rearrange(self.cell_fc(cells), "b row col c -> b c row col")}
 
 
-class TokenMapEmbedder(Conditioner):
-    """Patch tokens of a tile, each projected to one cross-attention token that knows its place.
-
-    Reads batch[key] (B,grid*grid,embed_dim), the map that `data_prep.extract_features --tokens` stores, and gives
-    {"crossattn": (B,grid*grid,context_dim)}. The unconditional value is zeros through the projection, at their places.
-
-    Args:
-        embed_dim: dimension of the encoder's patch tokens, which is not always that of its features.
-        context_dim: dimension of the tokens, the UNet's context_dim.
-        grid: parts along each side of the tile, as given to --tokens.
-        normalize: L2-normalise each token first.
-        dropout: probability of dropping the condition of a training sample.
-        key: batch key that holds the map, as `conditions: {tokens: features/uni-tokens4}` of the data gives it.
-        noise: noise augmentation while training, see `with_noise`.
-    """
-
-    def __init__(
-        self, embed_dim: int, context_dim: int = 512, grid: int = 4, normalize: bool = True, dropout: float = 0.1,
-        key: str = "tokens", noise: float = 0.0,
-    ):  # fmt: skip
-        super().__init__(dropout)
-        if grid < 1:
-            raise UserError(f"a map of patch tokens has at least one part along each side; got grid: {grid}.")
-        self.embed_dim, self.context_dim, self.grid = embed_dim, context_dim, grid
-        self.normalize, self.keys, self.noise = normalize, (key,), _checked_noise(noise)
-        self.patch_fc = nn.Linear(embed_dim, context_dim)
-        self.places = nn.Parameter(torch.randn(1, grid**2, context_dim) * 0.02)
-
-    def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
-        """The condition of a batch; samples where drop (B,) is true get the unconditional value."""
-        tokens = torch.as_tensor(self._value(batch, self.keys[0]))
-        if tokens.shape[1:] != (self.grid**2, self.embed_dim):
-            raise UserError(
-                f"the model takes {self.grid} x {self.grid} patch tokens of dimension {self.embed_dim}, an array "
-                f"(B,{self.grid**2},{self.embed_dim}); got one of shape {tuple(tokens.shape)}."
-            )
-        tokens = tokens.to(self.patch_fc.weight)                                 # (B,grid*grid,embed_dim)
-        if self.normalize:
-            tokens = F.normalize(tokens, dim=2)
-        if self.training and self.noise:
-            tokens = with_noise(tokens.mT, self.noise).mT
-        if drop is not None:
-            tokens = tokens.masked_fill(drop[:, None, None], 0)
-        return {"crossattn": self.patch_fc(tokens) + self.places}
-
-    def null(self) -> dict[str, Tensor]:
-        nothing = self.patch_fc.weight.new_zeros(1, self.grid**2, self.embed_dim)
-        return {"crossattn": self.patch_fc(nothing) + self.places}
-
-    def read(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        (value,) = values.values()
-        maps = _as_rows(value)
-        return {self.keys[0]: maps[None] if maps.ndim == 2 else maps}
-
-    def parse(self, key: str, text: str) -> Any:
-        raise no_text(key)
-
-    def check_data(self, metadata: Mapping[str, Any]) -> None:
-        about = metadata.get("conditions", {}).get(self.keys[0])
-        if about is None or "shape" not in about:
-            return
-        side, shape = about.get("tokens"), list(about["shape"])
-        if shape != [self.grid**2, self.embed_dim]:
-            what = f"{side} x {side} patch tokens of {shape[-1]} values" if side else f"features of {shape[-1]} values"
-            raise UserError(
-                f"the data's '{self.keys[0]}' are {what} of encoder '{about.get('encoder', 'unknown')}', but the "
-                f"conditioner takes {self.grid} x {self.grid} of {self.embed_dim}: set grid and embed_dim, or name the "
-                "map that `data_prep.extract_features --tokens` wrote."
-            )
-
-    def describe(self) -> dict[str, About]:
-        return {self.keys[0]: About("tokens", dim=self.embed_dim, grid=(self.grid,))}
-
-
 class SSLEmbedder(Conditioner):
     """Features of a tile and of the region around it, two cross-attention tokens (arXiv:2312.07330, BRCA at 20x).
 
@@ -303,8 +229,9 @@ def no_text(key: str) -> UserError:
     return UserError(f"'{key}' are features, which no text stands for; give a file of features or a tile store.")
 
 
-def check_features(key: str, metadata: Mapping[str, Any], dim: int, param: str) -> None:
-    """UserError if the features that a dataset gives as `key` are known to have another dimension than `dim`.
+def check_features(key: str, metadata: Mapping[str, Any], dim: int, param: str, grids: bool = False) -> None:
+    """UserError if the features that a dataset gives as `key` are known to have another dimension than `dim`, or to be
+    maps of patch tokens where the conditioner takes no `grids`.
 
     >>> check_features("ssl", {"encoder": {"encoder": "gigapath", "dim": 1536}}, 384, "embed_dim")
     Traceback (most recent call last):
@@ -315,10 +242,10 @@ def check_features(key: str, metadata: Mapping[str, Any], dim: int, param: str) 
     if about is None:
         about = metadata.get("encoder", {}) if key == "ssl" else {}
     shape = about.get("shape") or [about.get("dim")]
-    if side := about.get("tokens"):
+    if (side := about.get("tokens")) and not grids:
         raise UserError(
-            f"the data's '{key}' are {side} x {side} patch tokens of encoder '{about.get('encoder', 'unknown')}'; a "
-            "ldm.conditioners.ssl.TokenMapEmbedder takes them, this conditioner takes one feature per tile."
+            f"the data's '{key}' are {side} x {side} patch tokens of encoder '{about.get('encoder', 'unknown')}': "
+            "ldm.conditioners.grid.GridTokens takes them; this conditioner takes one feature of each tile."
         )
     if shape[0] is not None and shape[0] != dim:
         raise UserError(

@@ -77,7 +77,8 @@ class TileConditions:
         """UserError unless an array has the same shape and maker in all stores."""
         arrays = {store.path: store.array(source) for store in self.stores}
         shapes = {array.shape[2 if array.attrs.get("dihedral") else 1 :]: path for path, array in arrays.items()}
-        if len({shape[: 2 if len(shape) == 2 else 1] for shape in shapes} | {len(shape) for shape in shapes}) > 2:
+        widths = {shape[-1 if len(shape) == 2 else 0] for shape in shapes}
+        if len({len(shape) for shape in shapes}) > 1 or len(widths) > 1:
             listed = ", ".join(f"{shape} in {path}" for shape, path in shapes.items())
             raise UserError(f"'{source}' differs in shape between stores: {listed}")
         makers = {made_by: path for path, array in arrays.items() if (made_by := array.attrs.get("weights_sha256"))}
@@ -130,11 +131,10 @@ class TileConditions:
                     )
                 if array.attrs.get("dihedral"):
                     values = values[variant]
-                elif values.ndim == 3:  # a grid (D,k,k) turns with its tile
+                if side := array.attrs.get("tokens"):  # a map (k*k,D) is a grid, row by row
+                    values = np.ascontiguousarray(values.T).reshape(-1, side, side)
+                if values.ndim == 3 and not array.attrs.get("dihedral"):  # a grid (D,k,k) turns with its tile
                     values = np.ascontiguousarray(dihedral.apply(values, variant))
-                elif side := array.attrs.get("tokens"):  # so does a map (k*k,D)
-                    turned = dihedral.apply(values.T.reshape(-1, side, side), variant)
-                    values = np.ascontiguousarray(turned.reshape(len(turned), -1).T)
                 found[key] = torch.from_numpy(values)
             elif key in self.tables:
                 found[key] = torch.from_numpy(self.tables[key][store].values[int(value)])
@@ -152,7 +152,10 @@ class TileConditions:
             kind, _, name = source.partition("/")
             if kind == "features" and name:
                 array = self.stores[0].features(name, tokens=True)
-                about |= {"shape": list(array.shape[2 if array.attrs.get("dihedral") else 1 :]), **array.attrs}
+                shape = list(array.shape[2 if array.attrs.get("dihedral") else 1 :])
+                if side := array.attrs.get("tokens"):
+                    shape = [shape[1], side, side]
+                about |= {"shape": shape, **array.attrs}
             elif key in self.tables:
                 about = {**self.tables[key][0].about, **about}
             elif any(values.dtype == object for values in self.values[key]):

@@ -196,7 +196,7 @@ class TileStore:
             raise UserError(
                 f"{self.path}/features/{name} holds {side} x {side} patch tokens of each tile; one feature of each is "
                 f"needed here{suggest('', self.feature_names)} Patch tokens are for a model with a "
-                "ldm.conditioners.ssl.TokenMapEmbedder."
+                "ldm.conditioners.grid.GridTokens."
             )
         return array
 

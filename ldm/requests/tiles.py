@@ -235,6 +235,8 @@ def pick_feature(stores: Sequence[TileStore], feature: str | None, model: Latent
     if wanted is None and len(names) == 1:
         wanted = names[0]
     if wanted not in names:
+        if wanted in stores[0].names("features"):
+            stores[0].features(wanted)  # patch tokens, which it refuses
         given = f"--feature '{wanted}'" if wanted else "several features"
         raise UserError(f"{stores[0].path}: {given}{suggest(wanted or '', names)}")
     return wanted
