@@ -85,7 +85,7 @@ def feature_attrs(encoder: Encoder | OwnEncoder, licence: str = "") -> dict[str,
     names = ("licence", "non_commercial", "source", "mpp", "tile_size")
     about = {"encoder": spec.name, **{name: getattr(spec, name) for name in names}}
     about["weights_sha256"] = sha256(path) if path else state_sha256(encoder)
-    return about | {"preprocessing": spec.preprocessing()} | ({"licence": licence} if licence else {})
+    return about | {"preprocessing": spec.preprocessing()}
 
 
 def read_batches(store: TileStore, start: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -226,6 +226,11 @@ def extract(
     for store in stores if spec is not None and not any_mpp else ():
         check_resolution(store, spec)
     name = name or network.name
+    if spec is not None and licence:
+        raise UserError(
+            f"the licence of encoder '{spec.name}' is known, {spec.licence}; leave out --licence (licence=), which is for "
+            "encoders that are not known by name"
+        )
     if spec is not None and spec.non_commercial:
         note(
             f"encoder '{spec.name}' is licensed for non-commercial use ({spec.licence}); so are its features and the "

@@ -205,6 +205,16 @@ def test_a_timm_model_brings_the_transform_of_its_weights(store, tmp_path):
     extract_features.extract([opened], model, name="resnet10t", licence="Apache-2.0", device="cpu")  # the same: skipped
 
 
+def test_an_encoder_that_is_loaded_already_says_the_same_of_itself(store, demo):
+    stores = [TileStore.open(store)]
+    extract_features.extract(stores, DEMO, device="cpu")
+    extract_features.extract(stores, demo, device="cpu")  # which finds that it is done
+    extract_features.extract(stores, demo, device="cpu", name="again")
+    named, again = (stores[0].features(name) for name in ("demo-encoder", "again"))
+    assert dict(named.attrs) == dict(again.attrs)
+    assert np.array_equal(named[:], again[:])
+
+
 REFUSED = {
     "no name": (lambda: pooled, {}, "give the features of your own encoder a name"),
     "no such model": (lambda: "timm:resnet10", {}, "did you mean 'resnet10t'"),
@@ -213,6 +223,7 @@ REFUSED = {
     "no tensor": (lambda: lambda images: None, {"name": "all"}, "gives NoneType for 1 images"),
     "no callable": (lambda: 3, {"name": "all"}, "an encoder is a name"),
     "tokens of a callable": (lambda: pooled, {"name": "all", "tokens": 4}, "patch tokens are taken from"),
+    "licence of a name": (lambda: DEMO, {"licence": "mine"}, "the licence of encoder 'demo-encoder' is known, MIT"),
     "transform of a name": (lambda: DEMO, {"transform": T.ToTensor()}, "has its own transform"),
     "too many tokens": (lambda: DEMO, {"tokens": 5}, "has 4 x 4 patch tokens; pool them to 1 to 4"),
 }
