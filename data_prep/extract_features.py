@@ -228,8 +228,8 @@ def extract(
     name = name or network.name
     if spec is not None and licence:
         raise UserError(
-            f"the licence of encoder '{spec.name}' is known, {spec.licence}; leave out --licence (licence=), which is for "
-            "encoders that are not known by name"
+            f"the licence of encoder '{spec.name}' is known, {spec.licence}; leave out --licence (licence=), which is "
+            "for encoders that are not known by name"
         )
     if spec is not None and spec.non_commercial:
         note(
