@@ -33,7 +33,7 @@ from ldm.encoders.extractors import load_extractor
 from ldm.encoders.feature_files import FeatureSet
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder
-from ldm.images.sheets import grid
+from ldm.images.sheets import MADE, REAL, grid
 from ldm.images.slides import open_slide
 from ldm.images.write import save_png, to_uint8
 from ldm.metrics.memorisation import Memorisation, memorisation
@@ -184,7 +184,7 @@ def sheet(made: np.ndarray, images: np.ndarray, found: Memorisation) -> np.ndarr
     order = np.linspace(0, len(made) - 1, 10).round().astype(int)
     words = [f"{found.generated.distance[i, 0]:.3f}" for i in order]
     rows = [made[order], images[found.generated.row[order, 0]]]
-    return grid(rows, [words, [""] * len(order)], ["generated", "nearest"])
+    return grid(rows, [words, [""] * len(order)], [MADE, f"{REAL}, nearest"])
 
 
 def main(argv: list[str] | None = None) -> int:

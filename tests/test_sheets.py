@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ldm.commands.sequence_pictures import AXIS, GAP, film, sheet
-from ldm.images.sheets import LEAST, ROOM, contact_sheet, fitted, grid, labelled_sheet
+from ldm.images.sheets import LEAST, LINE, ROOM, contact_sheet, fitted, grid, labelled_sheet
 
 
 def plain(value: int, height: int = 32, width: int = 32) -> np.ndarray:
@@ -36,9 +36,15 @@ def test_small_images_are_seen_and_large_ones_stay_as_they_are():
 def test_a_real_image_lies_right_above_its_own():
     real = [plain(110, 64, 64), plain(120), plain(130)]
     page = contact_sheet([plain(10), plain(20), plain(30)], real, columns=2)
-    column = page[:, 6 + LEAST + 6 + 5, 0]
-    assert column[6:].tolist() == [120] * LEAST + [20] * LEAST + [255] * (len(column) - 6 - 2 * LEAST)
-    assert page[6 + 2 * LEAST + 6, 10, 0] == 130
+    column, gap = page[:, -6 - LEAST // 2, 0], [255] * 6
+    assert column.tolist() == [*gap, *[120] * LEAST, *gap, *[20] * LEAST, *gap, *[255] * (2 * LEAST + 12)]
+    column = page[:, -6 - LEAST - 6 - LEAST // 2, 0]
+    assert column[6 :: LEAST + 6].tolist() == [110, 10, 130, 30]
+    titles = page[:, : page.shape[1] - 2 * (LEAST + 6) - 12]
+    words = [titles[6 + k * (LEAST + 6) :][:LEAST] < 128 for k in range(4)]
+    assert np.array_equal(words[0], words[2])  # "real"
+    assert np.array_equal(words[1], words[3])  # "SYNTHETIC"
+    assert 0 < words[0].any((0, 2)).sum() < words[1].any((0, 2)).sum()
 
 
 def test_words_stand_under_their_image_and_are_cut_to_its_place():
@@ -63,9 +69,10 @@ def test_curves_lie_under_the_images_of_their_value():
     images = np.stack([np.stack([plain(40 * i + k) for k in range(5)]) for i in range(3)])
     scores = np.linspace(0, 1, 15).reshape(3, 5)
     page = sheet(images, [0, 0.25, 0.5, 0.75, 1], "score", scores, images[:, 0])
-    row = page[10, :, 0]
+    row, head = page[LINE + 10, :, 0], (page[:LINE] < 128).any((0, 2))
+    assert 0 < head[AXIS : AXIS + 96].sum() < head[AXIS + 96 + 5 * GAP - 1 :].sum()  # "real", "SYNTHETIC"
     centre = [int(np.flatnonzero(row == k)[-96:].mean()) for k in range(1, 5)]
-    under = page[3 * (96 + GAP) :]
+    under = page[LINE + 3 * (96 + GAP) :]
     blue = (np.abs(under.astype(int) - (0x1F, 0x4E, 0x9C)).sum(-1) < 30).sum(0)
     assert all(blue[c - 2 : c + 3].max() > blue[c - 12 : c - 7].max() for c in centre)  # the mean's markers
     assert (row[:AXIS] == 255).all()

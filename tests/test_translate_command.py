@@ -122,7 +122,7 @@ def test_a_folder_to_several_targets_resumes_and_says_what_it_is(world, tmp_path
     lost.unlink()
     done = run(*given)
     assert "wrote 1 images" in done.stdout
-    assert "kept 5" in done.stdout
+    assert "; 5 were there already from an earlier run and stay" in done.stdout
     assert {path for path in before if path.stat().st_mtime_ns != times[path]} == {lost}
     assert lost.read_bytes() == was
     steps = {path: path.read_bytes() for path in (tmp_path / "intermediates").glob("COAD__b__two__*.png")}
@@ -165,7 +165,7 @@ def test_size_mpp_and_form_of_large_images_stay(world, tmp_path):
     assert read_mark(tmp_path / "out" / "in__LUAD.tif")["region"] == "4,8,20,24"
     about = read_mark(tmp_path / "out" / "in2__LUAD.ome.zarr")
     assert about["mpp"] == 0.25
-    assert "kept 1" in run(*common, "--images", tmp_path / "in2.ome.zarr").stdout
+    assert "; 1 were there already" in run(*common, "--images", tmp_path / "in2.ome.zarr").stdout
 
 
 def test_super_resolution_matches_its_input(world, tmp_path):

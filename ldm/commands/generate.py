@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from ldm.commands.outputs import kept_images, provenance
+from ldm.commands.outputs import kept_images, provenance, written
 from ldm.conditioners.compose import parse_conditions
 from ldm.convert import load_model, weights_of
 from ldm.data.extent import extent_differs, tell
@@ -83,7 +83,7 @@ def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sa
     made = np.stack([Picture.of_file(paths[i]).pixels() for i in shown])
     sheet = contact_sheet(made, None if tiles.real is None else np.stack([tiles.real(int(i)) for i in shown]))
     save_png(out / "contact_sheet.png", sheet, provenance(model_path, model, "see tiles.csv", about))
-    print(f"wrote {len(paths) - len(kept)} tiles to {out}, kept {len(kept)}; with tiles.csv and contact_sheet.png")
+    print(written(len(paths), len(kept), "tiles", out, "tiles.csv and contact_sheet.png"))
 
 
 @owns("outs", beside=True)

@@ -32,6 +32,16 @@ def provenance(model_path: Path, model: LatentDiffusion, condition: str, setting
     }
 
 
+def written(count: int, kept: int, things: str, out: Path, beside: str) -> str:
+    """The last line of a command that made `count` images of which `kept` were there already.
+
+    >>> written(5, 3, "tiles", Path("out"), "tiles.csv")
+    'wrote 2 tiles to out, with tiles.csv; 3 were there already from an earlier run and stay'
+    """
+    told = f"; {kept} were there already from an earlier run and stay" if kept else ""
+    return f"wrote {count - kept} {things} to {out}, with {beside}{told}"
+
+
 def differing(found: Mapping[str, Any], wanted: Mapping[str, Any], usual: Mapping[str, Any]) -> list[str]:
     """Names of what differs between a record that is there and one that is wanted, both as they read back from JSON.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ldm.commands.outputs import kept_images, provenance
+from ldm.commands.outputs import kept_images, provenance, written
 from ldm.commands.sequence_pictures import film, sheet
 from ldm.conditioners.compose import known_key, parse_conditions
 from ldm.convert import load_model, weights_of
@@ -137,8 +137,7 @@ def write_sequences(
     save_png(out / "grid.png", sheet(shown, sweep.values, label, scores, first_images), summary)
     moving = out / f"sequence{ENDINGS[animation]}"
     save_animation(moving, film(shown, sweep.values, label, scores), summary)
-    made = len(paths) - len(kept)
-    print(f"wrote {made} images to {out}, kept {len(kept)}; with sequences.csv, grid.png, {moving.name}")
+    print(written(len(paths), len(kept), "images", out, f"sequences.csv, grid.png, {moving.name}"))
     if scores is not None:
         values = np.tile(sweep.values, len(scores))
         flat, groups = scores.ravel(), np.repeat(np.arange(len(scores)), len(sweep.values))

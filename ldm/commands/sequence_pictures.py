@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ldm.images.sheets import grid
+from ldm.images.sheets import MADE, REAL, grid, headed
 
 SIDE = 96  # px of an image on the grid, at least
 GAP = 4
@@ -21,14 +21,15 @@ def sheet(
 ) -> np.ndarray:
     """Sequences (S,N,H,W,3) as rows over the values of the condition, and the scorer's curves (all,N) under them.
 
-    first: real images (S,H,W,3) that the sequences start from, to their left.
+    first: real images (S,H,W,3) that the sequences start from, to their left; words over both say which they are.
     """
     body, left = _grid(images), AXIS
     if first is not None:
         starts = _grid(first[:, None])
         apart = np.full((len(body), 4 * GAP, 3), 255, np.uint8)
-        left += starts.shape[1] + apart.shape[1]
-        body = np.concatenate([starts, apart, body], 1)
+        across = starts.shape[1] + apart.shape[1]
+        left += across
+        body = headed(np.concatenate([starts, apart, body], 1), [(0, REAL), (across, MADE)])
     page = np.pad(body, ((0, GAP), (AXIS, GAP), (0, 0)), constant_values=255)
     step = (page.shape[1] - left) / len(values)
     centres = [left + k * step + (step - GAP) / 2 for k in range(len(values))]

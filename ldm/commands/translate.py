@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 from tqdm import tqdm
 
-from ldm.commands.outputs import kept_images, provenance
+from ldm.commands.outputs import kept_images, provenance, written
 from ldm.convert import load_model, weights_of
 from ldm.data.extent import scale_differs, tell
 from ldm.errors import UserError
 from ldm.files import owns, write_text
 from ldm.images.pictures import Picture, notes_of
-from ldm.images.sheets import coloured, difference, labelled_sheet
+from ldm.images.sheets import MADE, REAL, coloured, difference, labelled_sheet
 from ldm.images.write import save_image, save_png, to_uint8
 from ldm.requests.edits import Target
 from ldm.requests.sampling import AskedSampler
@@ -116,7 +116,7 @@ def translate_pictures(
         done = all(output.path in kept for output in made_of) and (out / "sheets" / f"{picture.name}.png").exists()
         if not done:
             _show(model, picture, made_of, out, differ and not inversion.enlarge, used)
-    print(f"wrote {len(outputs) - len(kept)} images to {out}, kept {len(kept)}; with translations.csv and sheets")
+    print(written(len(outputs), len(kept), "images", out, "translations.csv and sheets"))
 
 
 def _check_picture(model: LatentDiffusion, picture: Picture, times: int) -> None:
@@ -269,7 +269,8 @@ def _show(
         return
     image = to_tensor(model, picture)
     before = to_uint8(image)
-    rows = [[("source", before), *((output.target.label, Picture.of_file(output.path).pixels()) for output in outputs)]]
+    made = [(f"{MADE}: {output.target.label}", Picture.of_file(output.path).pixels()) for output in outputs]
+    rows = [[(f"source, {MADE if picture.mark() else REAL}", before), *made]]
     about = {**settings, **picture.about}
     if differ:
         if model.first_stage_model.downsampling > 1:  # what the first stage loses is no change

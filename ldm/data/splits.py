@@ -136,11 +136,11 @@ def tell_validation(
     if held or validation == 0:
         told = f"{held} of {len(known)} patients {'is' if held == 1 else 'are'} in split 'val', on which a training "
         return f"{told}validates; --validation asks for another fraction" if validation is None else ""
-    told = "no tile is in split 'val', on which a training validates: "
+    told = "no tile is held out in split 'val', on which a training validates; nothing else needs it"
     if validation is None and len(known) < 3:
-        return f"{told}it takes three patients, and there {'are two' if len(known) == 2 else 'is one'}. {instead}"
+        return f"{told}. It takes three patients, and there {'are two' if len(known) == 2 else 'is one'}. {instead}"
     least = min((place for patient in known if (place := _place(patient)) >= test), default=1.0) - test
-    return f"{told}--validation {math.ceil(least * 100 + 1) / 100:g} would take one of the {len(known)} patients"
+    return f"{told}: --validation {math.ceil(least * 100 + 1) / 100:g} would take one of the {len(known)} patients"
 
 
 def fractions(cohort: Path | str | None, validation: float | None, test: float | None) -> tuple[float | None, float]:

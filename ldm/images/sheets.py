@@ -13,8 +13,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 GAP = 6
 LEAST = 128  # px of the longer side of an image on a sheet: small ones are enlarged to it
-ROOM = 160  # px that words under an image may take where it is narrower
+ROOM = 232  # px that words under an image may take where it is narrower
 WORDS, FONT, LINE = "#3c4043", 12, 17  # colour; px of letters and of their line
+
+REAL, MADE = "real", "SYNTHETIC"  # what images on a sheet are, where both are on it
 
 Row = Sequence[np.ndarray | None]
 
@@ -78,16 +80,18 @@ def contact_sheet(
     least: int = LEAST,
     most: int | None = None,
 ) -> np.ndarray:
-    """Images (H,W,3) uint8 row by row, see `grid`; a real one right above each, as large as it, where there are any.
+    """Images (H,W,3) uint8 row by row, see `grid`; where real ones are given, each right above its own, and rows say
+    which are real and which SYNTHETIC.
 
     >>> contact_sheet([np.zeros((64, 64, 3), np.uint8)] * 9).shape
     (274, 1078, 3)
     """
-    if real is not None:
-        side = max(least, max(images[0].shape[:2]))
-        images = [np.concatenate([fitted(each, side) for each in pair]) for pair in zip(real, images)]
-        least, most = 0, None
-    return grid(_wrapped(images, columns), labels and _wrapped(labels, columns), least=least, most=most)
+    rows, words = _wrapped(images, columns), labels and _wrapped(labels, columns)
+    if real is None:
+        return grid(rows, words, least=least, most=most)
+    both = [row for pair in zip(_wrapped(real, columns), rows) for row in pair]
+    words = words and [row for own in words for row in ([""] * len(own), own)]
+    return grid(both, words, [REAL, MADE] * len(rows), least=least, most=most)
 
 
 def labelled_sheet(rows: Sequence[Sequence[tuple[str, np.ndarray | None]]], columns: int = 6) -> np.ndarray:
@@ -98,6 +102,18 @@ def labelled_sheet(rows: Sequence[Sequence[tuple[str, np.ndarray | None]]], colu
     """
     rows = [part for row in rows for part in _wrapped(row, columns)]
     return grid([[image for _, image in row] for row in rows], [[text for text, _ in row] for row in rows], most=384)
+
+
+def headed(page: np.ndarray, words: Sequence[tuple[int, str]]) -> np.ndarray:
+    """A page (H,W,3) uint8 under a line of words, each beginning so many px from the left.
+
+    >>> headed(np.zeros((20, 60, 3), np.uint8), [(0, "real")]).shape
+    (37, 60, 3)
+    """
+    line = Image.new("RGB", (page.shape[1], LINE), "white")
+    for x, text in words:
+        ImageDraw.Draw(line).text((x, 1), text, WORDS, _font())
+    return np.concatenate([np.asarray(line), page])
 
 
 def fitted(image: np.ndarray, side: int) -> np.ndarray:

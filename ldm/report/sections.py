@@ -17,7 +17,7 @@ from ldm.data.splits import patient_of
 from ldm.encoders.extractors import Extractor
 from ldm.encoders.feature_files import FeatureSet
 from ldm.files import sha256
-from ldm.images.sheets import LEAST, contact_sheet, fitted, grid
+from ldm.images.sheets import LEAST, MADE, REAL, contact_sheet, fitted, grid
 from ldm.images.slides import Slide
 from ldm.metrics import conditional, frechet, kernels, large_images, manifold, memorisation, pairs
 from ldm.metrics.measure import LOWER, Measure, measure_of
@@ -152,7 +152,7 @@ def following(
         images, tiles = pictures
         word = [f"cos {found.own[i]:.2f}, #{found.rank[i]}" for i in rows]
         shown = [[tiles.read(int(i)) for i in rows], [images.read(int(known[i])) for i in rows]]
-        page = grid(shown, [[""] * len(rows), word], ["condition", "generated"], most=LEAST)
+        page = grid(shown, [[""] * len(rows), word], [f"condition,\n{REAL}", MADE], most=LEAST)
         section.pictures.append((page, "From the best followed condition to the worst: similarity, rank."))
     return section
 
@@ -235,10 +235,10 @@ def memorised(
         data={"verdict": found.verdict, "flagged": copies, "repeated": repeats, "limit": found.limit},
     )
     if {"generated", "train"} <= images.keys():
-        page = _nearest("generated", found.generated, images["generated"], images["train"])
+        page = _nearest(MADE, found.generated, images["generated"], images["train"])
         section.pictures.append((page, "The generated images nearest to training images, and those."))
         if "real" in images:
-            page = _nearest("held-out", found.held_out, images["real"], images["train"])
+            page = _nearest(f"{REAL}, held-out", found.held_out, images["real"], images["train"])
             section.pictures.append((page, "The same of held-out real images: what chance gives."))
     return section
 
@@ -250,7 +250,7 @@ def _nearest(name: str, found: memorisation.Nearest, images: ImageSet, train: Im
     for k in range(found.row.shape[1]):
         rows.append([train.read(int(found.row[i, k])) for i in order])
         words.append([f"{found.distance[i, k]:.3f}" for i in order])
-    titles = [f"{name}\n(nearest first)", *(f"training,\nnearest {k + 1}" for k in range(found.row.shape[1]))]
+    titles = [f"{name},\nnearest first", *(f"training,\nnearest {k + 1}" for k in range(found.row.shape[1]))]
     return grid(rows, words, titles, most=LEAST)
 
 
@@ -363,7 +363,7 @@ def paired(
     rows = order[_evenly(len(order), 8)]
     shown = [pairs.read_pair(*files[i]) for i in rows]
     words = [[f"SSIM {measured['ssim'][i]:.2f}" for i in rows], [names[i][-16:] for i in rows]]
-    page = grid(list(zip(*shown)), words, ["given", "should be"], most=LEAST)
+    page = grid(list(zip(*shown)), words, [MADE, f"{REAL},\nshould be"], most=LEAST)
     table = pd.DataFrame({"name": names, **measured})
     section = Section(
         "pairs",
