@@ -22,10 +22,14 @@ from ldm.conditioners.text_towers import BertTower
 from ldm.convert import convert, export_as, load_model, read_published
 from ldm.data.features import read_features
 from ldm.data.slide_files import find_slide_files
+from ldm.data.tile_store import TileStore
 from ldm.encoders.encoder import load_encoder
 from ldm.encoders.feature_files import read_feature_file
 from ldm.encoders.feature_map import Transport, load_transport, save_transport
 from ldm.encoders.text_models import find_tower
+from ldm.images.marks import read_mark
+from ldm.images.slides import open_image
+from ldm.images.write import save_ome_zarr
 from ldm.scorers.ensemble import load_scorer
 from ldm.tables.h5ad import read_h5ad
 
@@ -368,3 +372,46 @@ def test_the_config_of_a_bert_shapes_it_and_says_nothing_else():
     tower = BertTower({"text_cfg": {"hf_model_name": "bert", "context_length": 8}, "hf_config": own})
     assert tower(torch.zeros(1, 8).long()).shape == (1, 8, 16)
     assert "someone" not in str(tower.bert.config) + str(tower.bert.config._attn_implementation)
+
+
+# --- Zarr -----------------------------------------------------------------------------------------------------------
+
+
+def linked(path: Path, elsewhere: Path) -> None:
+    """Put a link in a file's or folder's place, to itself in another folder."""
+    elsewhere.mkdir(exist_ok=True)
+    shutil.move(path, elsewhere / path.name)
+    path.symlink_to(elsewhere / path.name)
+
+
+@pytest.mark.parametrize("name", ["0/c/0/0/0", "0/c/0", "0", "0/zarr.json", "zarr.json"])
+def test_an_ome_zarr_is_read_from_its_own_folder(tmp_path, secret, name):
+    path = save_ome_zarr(tmp_path / "a.ome.zarr", np.full((64, 64, 3), 7, np.uint8), 0.5, {"seed": 1})
+    linked(path / name, secret.parent)
+    refused(lambda: open_image(path), "a link that leads out of|lies outside of")
+    assert name != "zarr.json" or read_mark(path) == {}
+
+
+@pytest.mark.parametrize("name", ["tiles/c/0/0/0/0", "tiles/c", "coords", "coords/zarr.json", "zarr.json"])
+def test_a_tile_store_is_read_from_its_own_folder(tmp_path, tiny_store, secret, name):
+    path = shutil.copytree(tiny_store, tmp_path / "a.zarr")
+    TileStore.open(path).verify(deep=True)
+    (tmp_path / "slides").mkdir()
+    (tmp_path / "slides" / "a.zarr").symlink_to(path)  # of a cohort that lies on several disks
+    TileStore.open(tmp_path / "slides" / "a.zarr").tile(0)
+    linked(path / name, secret.parent)
+    refused(lambda: (TileStore.open(path).coords, TileStore.open(path).tile(0)), "leads out of|lies outside of")
+
+
+@pytest.mark.parametrize("codec", ["pickle", "json2", "msgpack2", "categorize"])
+def test_a_zarr_is_unpacked_by_codecs_that_only_decode(tmp_path, codec):
+    path = tmp_path / "a.zarr"
+    (path / "0").mkdir(parents=True)
+    (path / ".zgroup").write_text('{"zarr_format": 2}')
+    (path / ".zattrs").write_text(json.dumps({"multiscales": [{"axes": ["y", "x"], "datasets": [{"path": "0"}]}]}))
+    array = {"zarr_format": 2, "shape": [4, 4], "chunks": [4, 4], "dtype": "|u1", "order": "C", "fill_value": 0}
+    for packed in ({"compressor": {"id": codec}, "filters": None}, {"compressor": None, "filters": [{"id": codec}]}):
+        (path / "0" / ".zarray").write_text(json.dumps(array | packed))
+        refused(lambda: open_image(path), f"packed by the codec '{codec}'")
+    (path / "0" / ".zarray").write_text(json.dumps(array | {"compressor": {"id": "zlib"}, "filters": None}))
+    assert open_image(path).dimensions == (4, 4)

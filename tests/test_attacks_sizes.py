@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import resource
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,8 +17,10 @@ import torch
 from attacks import refused
 
 from ldm.data.features import read_features
+from ldm.data.tile_store import TileStore
 from ldm.encoders.feature_files import read_feature_file
 from ldm.foreign.budget import afford, available
+from ldm.images.slides import open_image
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.requests.spec import load_spec
 from ldm.tables.h5ad import read_h5ad
@@ -146,3 +150,44 @@ def test_texts_of_an_h5_that_are_one_long_text_are_counted(tmp_path):
         file["obs/name"].id.write_direct_chunk((0,), chunk[:16] * 3000)  # all of them are the first
     assert path.stat().st_size < 4_000_000
     refused(lambda: read_h5ad(path), "the texts of /obs/name in .* " + GIGABYTES.replace("(GB", "(MB|GB"))
+
+
+# --- Zarr -----------------------------------------------------------------------------------------------------------
+
+
+def described(shape: list[int], chunk: list[int], kind: str = "uint8") -> dict:
+    return {
+        "zarr_format": 3, "node_type": "array", "shape": shape, "data_type": kind, "fill_value": 0, "attributes": {},
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunk", "message"),
+    [
+        ([10**12, 10**12], [256, 256], "would have 15\\d+ chunks of an array of shape"),
+        ([10**12, 10**12], [10**12, 10**12], "a chunk of .* would take .* EB"),
+        ([10**6, 10**6], [10**6, 10**6], "a chunk of .* would take .* TB"),
+        ([-4, 4], [4, 4], "does not say its shape"),
+        ([4, 4], [0, 4], "does not say its shape"),
+    ],
+)
+def test_an_ome_zarr_has_no_more_chunks_than_it_can(tmp_path, shape, chunk, message):
+    path = tmp_path / "a.zarr"
+    (path / "0").mkdir(parents=True)
+    image = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}]}
+    group = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": {"multiscales": [image]}}}
+    (path / "zarr.json").write_text(json.dumps(group))
+    (path / "0" / "zarr.json").write_text(json.dumps(described(shape, chunk)))
+    refused(lambda: open_image(path), message)
+
+
+def test_a_tile_store_has_no_more_tiles_than_it_can(tmp_path, tiny_store):
+    path = shutil.copytree(tiny_store, tmp_path / "a.zarr")
+    for shape, chunk in (([10**12, 2], [1, 2]), ([10**12, 2], [10**12, 2]), ([10**15, 2], [10**6, 2])):
+        (path / "coords" / "zarr.json").write_text(json.dumps(described(shape, chunk, "int32")))
+        refused(lambda: TileStore.open(path).coords, "chunks of an array of shape|would take")
+    (path / "coords" / "zarr.json").write_text(json.dumps(described([10**9, 2], [10**9, 2], "int32")))
+    refused(lambda: TileStore.open(path).coords, "would take 16 GB")

@@ -8,7 +8,7 @@ Open files are not kept, so that processes may fork and files may be replaced.
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 import os
 import struct
 from array import array
@@ -22,6 +22,10 @@ import google_crc32c
 import imagecodecs
 import numpy as np
 from numcodecs import zstd
+
+from ldm.foreign.budget import afford
+from ldm.foreign.paths import inside
+from ldm.foreign.settings import read_json
 
 ABSENT = 2**64 - 1  # offset and length of a chunk that a shard lacks
 _CRC = struct.Struct("<I")
@@ -169,6 +173,7 @@ class Layout:
 
     def read(self, folder: Path, start: int, stop: int) -> np.ndarray:
         """Rows start..stop, a copy. Damage, or OSError, where a file is not as it was written."""
+        afford((stop - start) * math.prod(self.chunks[1:]) * self.dtype.itemsize, f"rows {start}..{stop} of {folder}")
         rows = self.empty(stop - start)
         at = start
         while at < stop:
@@ -288,12 +293,12 @@ def _index(file: _Opened, chunks: int) -> array[int]:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """What an array or group says of itself: its zarr.json. OSError or ValueError where it has none.
+    """What an array or group says of itself: its zarr.json. ValueError where it has none.
 
     >>> read_description(store.path)["node_type"]
     'group'
     """
-    described = json.loads((folder / "zarr.json").read_bytes())
+    described = read_json(inside(folder, "zarr.json"), "the description")
     if not isinstance(described, dict) or described.get("zarr_format") != 3:
         raise ValueError("it is not of Zarr 3")
     return described

@@ -25,6 +25,9 @@ import zarr
 from ldm.data.places import Places
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, some, suggest
+from ldm.foreign.budget import afford
+from ldm.foreign.settings import read_json
+from ldm.foreign.zarrs import check_zarr
 
 TILES = "tiles"  # the name of the tiles where a Zarr has one kind of them
 WIDEST = 1 << 16  # values of a feature
@@ -42,9 +45,8 @@ def is_spatial(path: Path) -> bool:
     if not path.is_dir():
         return False
     try:
-        told = json.loads((path / "zarr.json").read_text(encoding="utf-8"))["attributes"]
-        return "spatialdata_attrs" in told
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return "spatialdata_attrs" in read_json(path / "zarr.json")["attributes"]
+    except (ValueError, KeyError, TypeError):
         return (path / ".zgroup").is_file() and (path / "shapes" / ".zgroup").is_file()
 
 
@@ -93,6 +95,7 @@ def read_spatial(path: Path, feature: str | None = None) -> tuple[np.ndarray | N
     if group is None:
         return None, places
     rows = _rows_of(path, group, table, ids)
+    afford(3 * group["X"].nbytes, f"{path}/tables/{table}/X")
     try:
         return np.asarray(group["X"][:], np.float32)[rows], places
     except (ValueError, RuntimeError, OSError) as error:
@@ -100,6 +103,7 @@ def read_spatial(path: Path, feature: str | None = None) -> tuple[np.ndarray | N
 
 
 def _opened(path: Path) -> zarr.Group:
+    check_zarr(path)
     try:
         return zarr.open_group(str(path), mode="r", use_consolidated=False)
     except Exception as error:  # zarr has no error of its own for what it cannot read

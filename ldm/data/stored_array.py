@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ import zarr
 
 from ldm.data.shard_files import Layout, read_description
 from ldm.errors import UserError
+from ldm.foreign.zarrs import check_array, check_zarr
 
 AGAIN = "copy the whole store again, or delete that folder and make it again"
 DIGESTS = "digests"  # attribute: the digest of each file in the order of its rows, see `ldm.data.shard_files.digest_of`
@@ -41,9 +43,10 @@ class StoredArray:
         try:
             described = read_description(self.path)
             self.layout = Layout.of(described)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             self.layout = None  # zarr says why
         try:
+            check_array(described, self.path) if self.layout else check_zarr(self.path)
             self._array = zarr.open_array(str(self.path), mode="r", zarr_format=3) if self.layout is None else None
         except Exception as error:  # zarr has no error of its own for what it cannot read
             raise UserError(f"the array {self.path} cannot be opened ({_reason(error)}); {AGAIN}.") from None
@@ -55,6 +58,9 @@ class StoredArray:
         if not allow_lost and (lost := [file for file in files if not file.is_file()]):
             first = lost[0].relative_to(self.path)
             raise UserError(f"{self.path} lacks {len(lost)} of {len(files)} shards ({first} ...); {AGAIN}.")
+        root = os.path.realpath(self.path) + os.sep
+        if out := [file for file in files if not os.path.realpath(file).startswith(root)]:
+            raise UserError(f"{out[0]} is a link that leads out of {self.path}; copy the file there, if you trust it.")
 
     def files(self) -> list[Path]:
         """The files that hold the rows, in their order: shards, or chunks where there are none."""

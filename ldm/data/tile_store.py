@@ -22,6 +22,7 @@ from ldm.data.shard_files import read_description
 from ldm.data.stored_array import StoredArray
 from ldm.errors import UserError, suggest
 from ldm.files import tool_version
+from ldm.foreign.paths import inside
 from ldm.images.kinds import is_ome_zarr
 from ldm.images.pictures import Picture
 from ldm.images.slides import Slide
@@ -58,7 +59,7 @@ class TileStore:
             if described.get("node_type") != "group":
                 raise ValueError(f"it is of the kind {described.get('node_type')}")
             attrs = described.get("attributes", {}).get("histoldm")
-        except (OSError, ValueError, AttributeError) as error:
+        except (ValueError, AttributeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(
                 f"{path} is not a Zarr v3 group, so it is no tile store, or not a whole one ({reason}); if it was "
@@ -91,7 +92,7 @@ class TileStore:
         if self._opened_by != os.getpid():
             self._arrays, self._opened_by = {}, os.getpid()
         if name not in self._arrays:
-            self._arrays[name] = StoredArray(self.path / name)
+            self._arrays[name] = StoredArray(inside(self.path, name))
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
+from ldm.foreign.settings import read_json
 from ldm.images.dicom import one_per_series
 
 PLAIN = (".png", ".jpg", ".jpeg", ".bmp", ".webp")  # without a scale; decoded whole
@@ -55,10 +55,10 @@ def is_ome_zarr(path: Path) -> bool:
     """
     for name in ("zarr.json", ".zattrs"):
         try:
-            told = json.loads((path / name).read_text(encoding="utf-8"))
+            told = read_json(path / name)
             told = told["attributes"]["ome"] if name == "zarr.json" else told
             return any(told.get(kind) for kind in ("multiscales", SEVERAL, PLATE))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             continue
     return False
 

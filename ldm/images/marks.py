@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import tifffile
-import zarr
 from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngImageFile
 
 from ldm.files import tool_version
+from ldm.foreign.paths import inside
+from ldm.foreign.settings import read_json
 from ldm.images.damage import missing_bytes
 
 KEY = "SYNTHETIC"
@@ -59,7 +60,7 @@ def read_mark(path: Path | str, whole: bool = False) -> dict[str, Any]:
     path = Path(path)
     try:
         if path.is_dir():
-            return _of_text(zarr.open_group(str(path), mode="r").attrs["histoldm"]["description"])
+            return _of_text(read_json(inside(path, "zarr.json"))["attributes"]["histoldm"]["description"])
         with path.open("rb") as file:
             head = file.read(4)
         if head in _TIFF:

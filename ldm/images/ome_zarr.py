@@ -11,6 +11,7 @@ import numpy as np
 import zarr
 
 from ldm.errors import UserError, some
+from ldm.foreign.zarrs import check_zarr
 from ldm.images.colour import converter, on_white, refuse_channels, refuse_deep, refuse_stack, says_rgb
 from ldm.images.kinds import PLATE, SEVERAL, is_ome_zarr
 from ldm.images.scale import UNKNOWN, Scale, physical_scale
@@ -28,6 +29,7 @@ def open_ome_zarr(path: Path) -> Source:
     >>> open_ome_zarr(save_ome_zarr("a.ome.zarr", tile, 0.5, {})).scale
     Scale(mpp=0.5, origin='OME-Zarr axes', notes=())
     """
+    check_zarr(path)
     try:
         told = _told(path)
         if SEVERAL in told or PLATE in told:
