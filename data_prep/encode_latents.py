@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from tqdm import tqdm
 
-from data_prep.extract_features import each_variant, read_batches
+from data_prep.batches import in_order, read_batches
+from data_prep.extract_features import each_variant
 from data_prep.options import (
     BatchOption,
     DeviceOption,
@@ -76,6 +77,7 @@ def encode_latents(
     batch_size: int = 16,
     device: str = "auto",
     precision: str = "fp32",
+    first_stage: nn.Module | None = None,
 ) -> tuple[str, float]:
     """Write `latents/<name>` into the stores. Returns the name and scale_factor = 1/std over all of them.
 
@@ -85,6 +87,7 @@ def encode_latents(
         name: of the latents; None is the folder's name.
         with_dihedral: all eight orientations, for training with turned and flipped tiles.
         precision: fp32, bf16 or fp16, of the first stage's own arithmetic.
+        first_stage: that of the folder, where it is loaded already.
     Raises:
         UserError: no model folder, tiles that the first stage cannot halve often enough, latents made otherwise before,
             values beyond float16.
@@ -98,7 +101,8 @@ def encode_latents(
     device = pick_device(device)
     if batch_size < 1:
         raise UserError(f"a batch has at least 1 tile; got a batch size of {batch_size}")
-    first_stage = load_first_stage(str(folder)).to(device, memory_format=torch.channels_last)
+    first_stage = load_first_stage(str(folder)) if first_stage is None else first_stage
+    first_stage = first_stage.to(device, memory_format=torch.channels_last)
     factor = first_stage.downsampling
     for store in stores:
         if store.tile_size % factor:
@@ -109,6 +113,10 @@ def encode_latents(
     tell([scale_differs({str(store.path): store.mpp for store in stores}, trained, str(folder))])
     attrs = latent_attrs(folder, first_stage, with_dihedral, precision)
     variants = dihedral.COUNT if with_dihedral else 1
+
+    def rows_of(tiles: np.ndarray) -> np.ndarray:
+        return each_variant(first_stage.latent, tiles, device, precision, variants).astype(np.float16)
+
     measured = []
     with tqdm(total=sum(map(len, stores)), desc=f"latents {name}", unit="tile") as bar:
         for store in stores:
@@ -116,8 +124,7 @@ def encode_latents(
             shape = (*((variants,) if with_dihedral else ()), first_stage.channels, side, side)
             with ArrayWriter(store.path, f"latents/{name}", shape, "f2", attrs) as writer:
                 bar.update(writer.rows)
-                for tiles in read_batches(store, writer.rows, batch_size):
-                    rows = each_variant(first_stage.latent, tiles, device, precision, variants).astype(np.float16)
+                for rows in in_order(rows_of, read_batches(store, writer.rows, batch_size), device):
                     if not np.isfinite(rows).all():
                         raise UserError(f"float16 cannot hold the latents that {folder} gives in {store.path}")
                     writer.append(rows)

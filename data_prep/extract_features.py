@@ -18,8 +18,7 @@ Examples:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.batches import in_order, read_batches
 from data_prep.options import (
     DeviceOption,
     FeatureBatchOption,
@@ -86,20 +86,6 @@ def feature_attrs(encoder: Encoder | OwnEncoder, licence: str = "") -> dict[str,
     about = {"encoder": spec.name, **{name: getattr(spec, name) for name in names}}
     about["weights_sha256"] = sha256(path) if path else state_sha256(encoder)
     return about | {"preprocessing": spec.preprocessing()}
-
-
-def read_batches(store: TileStore, start: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Tiles from row `start` on, (B,T,T,3) uint8, the next batch being read while one is used."""
-    ranges = [(first, min(first + batch_size, len(store))) for first in range(start, len(store), batch_size)]
-    with ThreadPoolExecutor(1) as reader:
-        pending = None
-        for first, last in ranges:
-            following = reader.submit(lambda first=first, last=last: np.asarray(store.tiles[first:last]))
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
 
 
 def each_variant(
@@ -167,6 +153,8 @@ def resolve(
         raise UserError("weights= is the file of an encoder that is given by name; load those of your own yourself")
     if isinstance(encoder, Encoder):
         return encoder.to(device, memory_format=torch.channels_last)
+    if isinstance(encoder, OwnEncoder):
+        return encoder
     if not callable(encoder):
         raise UserError(f"an encoder is a name, a folder, a timm model or a callable; got {type(encoder).__name__}")
     if not name:
@@ -254,6 +242,9 @@ def extract(
         features, parts = network.with_tokens(images, tokens)
         return torch.cat([features, parts.flatten(1)], 1)
 
+    def rows_of(tiles: np.ndarray) -> np.ndarray:
+        return each_variant(call, tiles, device, precision, variants).astype(np.float16)
+
     variants = dihedral.COUNT if with_dihedral else 1
     turned = (variants,) if with_dihedral else ()
     widths = [math.prod(shape) for shape in arrays.values()]
@@ -266,8 +257,8 @@ def extract(
                 ]
                 start = min(writer.rows for writer in writers)
                 bar.update(start)
-                for first, tiles in zip(count(start, batch_size), read_batches(store, start, batch_size)):
-                    rows = each_variant(call, tiles, device, precision, variants).astype(np.float16)
+                made = in_order(rows_of, read_batches(store, start, batch_size), device, alone=spec is None)
+                for first, rows in zip(count(start, batch_size), made):
                     if not np.isfinite(rows).all():
                         raise UserError(
                             f"encoder '{name}' gives values that float16 cannot hold in {store.path}; "

@@ -17,6 +17,7 @@ Examples:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -79,6 +80,7 @@ from data_prep.slide_table import SlideEntry, read_slides
 from ldm.cli.script import script
 from ldm.data.splits import fractions
 from ldm.data.tile_store import TileStore, is_finished
+from ldm.devices import pick_device
 from ldm.errors import UserError, note, some
 from ldm.locks import Held, Lock
 from ldm.tables.regions import check_files
@@ -110,7 +112,8 @@ def features(store: Path, **settings: Any) -> dict[str, Any]:
 
     opened = TileStore.open(store)
     before = opened.names("features")
-    name = extract([opened], **settings)
+    network = _encoder(settings.pop("encoder"), settings.pop("weights", None), settings.get("device", "auto"))
+    name = extract([opened], network, **settings)
     return {"feature": name, "state": KEPT if opened.names("features") == before else DONE}
 
 
@@ -120,8 +123,24 @@ def latents(store: Path, **settings: Any) -> dict[str, Any]:
 
     opened = TileStore.open(store)
     before = set(opened.latent_names)
-    name, _ = encode_latents([opened], **settings)
+    stage = _first_stage(str(settings["first_stage_folder"]))
+    name, _ = encode_latents([opened], **settings, first_stage=stage)
     return {"latents": name, "state": KEPT if name in before else DONE}
+
+
+@functools.lru_cache(1)
+def _encoder(encoder: str | Path, weights: Path | None, device: str) -> Any:
+    """An encoder, loaded once in each process."""
+    from data_prep.extract_features import resolve
+
+    return resolve(encoder, weights, device=pick_device(device))
+
+
+@functools.lru_cache(1)
+def _first_stage(folder: str) -> Any:
+    from ldm.model_folder import load_first_stage
+
+    return load_first_stage(folder)
 
 
 def check(store: Path) -> dict[str, Any]:
@@ -291,12 +310,13 @@ def _check_before(
 ) -> None:
     """UserError for what would fail on every slide."""
     from data_prep.extract_features import check_encoder
-    from ldm.model_folder import load_first_stage
 
     if encoder is not None:
+        _encoder.cache_clear()
         check_encoder(encoder["encoder"], encoder.get("weights"))
     if first_stage is not None:
-        load_first_stage(str(first_stage["first_stage_folder"]))
+        _first_stage.cache_clear()  # of another call in this process
+        _first_stage(str(first_stage["first_stage_folder"]))
     drawn = [(entry.roi or tiling.get("regions"), entry.name) for entry in entries]
     check_files([each for each in drawn if each[0]], tiling.get("inside", ()), tiling.get("outside", ()))
     for entry in entries:

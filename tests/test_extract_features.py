@@ -337,3 +337,8 @@ def test_a_model_takes_patch_tokens_as_context_and_they_turn_with_the_tile(store
     assert cond["crossattn"].shape == (2, 9, 24)
     with pytest.raises(UserError, match="with 32 values, but the conditioner's embed_dim is 36"):
         GridTokens(36, context_dim=24).check_data(dataset.metadata)
+
+
+def test_an_encoder_of_ones_own_is_resolved_once(store):
+    own = extract_features.resolve(lambda images: images.mean((2, 3)), name="colours")
+    assert extract_features.extract([TileStore.open(store)], own, device="cpu", licence="CC0") == "colours"

@@ -1,0 +1,60 @@
+"""Batches of a store's tiles, read ahead, and what a network makes of them, in their order."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+
+from ldm.data.tile_store import TileStore
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def read_batches(store: TileStore, start: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Tiles from row `start` on, (B,T,T,3) uint8, the next batch being read while one is used."""
+    ranges = [(first, min(first + batch_size, len(store))) for first in range(start, len(store), batch_size)]
+    with ThreadPoolExecutor(1) as reader:
+        pending = None
+        for first, last in ranges:
+            following = reader.submit(lambda first=first, last=last: np.asarray(store.tiles[first:last]))
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
+
+
+def in_order(make: Callable[[Item], Made], items: Iterable[Item], device: str, alone: bool = False) -> Iterator[Made]:
+    """make(item) of each item, in order.
+
+    On a CPU as many at once as there are threads of arithmetic, each in one thread: sums that are split over threads
+    are rounded otherwise, and so results would depend on the machine.
+
+    alone: one at a time, of a `make` that is not known to bear more.
+
+    >>> list(in_order(lambda x: 2 * x, [1, 2, 3], "cpu"))
+    [2, 4, 6]
+    """
+    import torch
+
+    threads = torch.get_num_threads()
+    if device != "cpu" or threads == 1:
+        yield from map(make, items)
+        return
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(1 if alone else threads) as pool:
+            waiting: deque[Future[Made]] = deque()
+            for item in items:
+                waiting.append(pool.submit(make, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        torch.set_num_threads(threads)
