@@ -82,6 +82,7 @@ from ldm.data.splits import fractions
 from ldm.data.tile_store import TileStore, is_finished
 from ldm.devices import pick_device
 from ldm.errors import UserError, note, some
+from ldm.images.quality import QUALITY, flagged
 from ldm.locks import Held, Lock
 from ldm.tables.regions import check_files
 
@@ -103,7 +104,8 @@ def tile(path: Path, out: Path, settings: Mapping[str, Any], cache: Path | None 
             opened = TileStore.open(tile_slide(near, out, **settings))
         except UserError as error:
             raise type(error)(str(error).replace(str(near), str(path))) from None
-    return {"tiles": len(opened), "bytes": size_of(store), "state": KEPT if kept else DONE}
+    flags = flagged({label: opened.labels(label) for label in opened.label_names if label in QUALITY})
+    return {"tiles": len(opened), **flags, "bytes": size_of(store), "state": KEPT if kept else DONE}
 
 
 def features(store: Path, **settings: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from data_prep.engine import DONE, FAILED, Outcome
 from ldm.files import tool_version, write_text
+from ldm.images.quality import QUALITY
 from ldm.report.page import document
 
 PACKAGES = ("torch", "zarr", "numpy", "openslide-python", "tifffile", "timm")
@@ -88,7 +89,7 @@ class RunRecord:
         if listed := "".join(f"<li>{html.escape(text)} <small>({len(own)} slides)</small></li>" for text, own in notes):
             body += f'<section><h2>Told of slides</h2><ul class="warn">{listed}</ul></section>'
         stages = list(dict.fromkeys(outcome.stage for outcome in self.outcomes))
-        head = "".join(f"<th>{html.escape(stage)}</th>" for stage in ("slide", "", *stages, "tiles", "MB"))
+        head = "".join(f"<th>{html.escape(stage)}</th>" for stage in ("slide", "", *stages, "tiles", *QUALITY, "MB"))
         order = sorted(by_slide, key=lambda slide: (slide not in failed, slide))
         rows = "".join(self._row(slide, by_slide[slide], stages) for slide in order)
         body += f'<section><h2>Slides</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>{rows}</table></div>'
@@ -109,7 +110,8 @@ class RunRecord:
             seconds = f" {outcome.seconds:.1f} s" if outcome.state == DONE else ""
             why = f'<span class="why">{html.escape(outcome.reason)}</span>' if outcome.reason else ""
             cells += f"<td>{outcome.state}{seconds}{why}</td>"
-        tiles = found["tiles"].facts.get("tiles", "") if "tiles" in found else ""
+        facts = found["tiles"].facts if "tiles" in found else {}
+        counts = "".join(f'<td class="n">{facts.get(name, "")}</td>' for name in ("tiles", *QUALITY))
         size = found["check"].facts.get("bytes") if "check" in found else None
         held = "" if size is None else f"{size / 1e6:.1f}"
-        return f'<tr><th>{html.escape(slide)}</th>{cells}<td class="n">{tiles}</td><td class="n">{held}</td></tr>'
+        return f'<tr><th>{html.escape(slide)}</th>{cells}{counts}<td class="n">{held}</td></tr>'

@@ -50,13 +50,14 @@ from data_prep.options import (
 )
 from data_prep.slide_table import read_slides, tell_renamed
 from ldm.cli.script import script
-from ldm.data.extent import tell_scales
+from ldm.data.extent import tell, tell_scales
 from ldm.data.splits import fractions
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import TOLD, TileStore
 from ldm.errors import UserError
 from ldm.images.kinds import called
 from ldm.images.previews import lacks_previews, write_previews
+from ldm.images.quality import QUALITY, quality_of, tell_flagged
 from ldm.images.slides import Slide, open_slide
 from ldm.images.tissue import TissueMask
 from ldm.requests.parse import parse_integers
@@ -91,8 +92,8 @@ def tile_slide(
 ) -> Path:
     """Tile one slide into the store `out`/slides/<stem of its name>.zarr and return its path.
 
-    Tiles lie on the lattice that starts at the slide's corner, whole tiles only, row by row. The label `tissue` holds
-    each tile's tissue fraction, `region` the class of regions that has most of it.
+    Tiles lie on the lattice that starts at the slide's corner, whole tiles only, row by row. Their labels: `tissue`,
+    the tissue fraction; `region`, the class of regions that has most of it; and those of `ldm.images.quality`.
 
     Args:
         path: slide or image file.
@@ -158,8 +159,14 @@ def tile_slide(
     store = Path(out) / "slides" / f"{Path(name).stem}.zarr"
     finished = False
     if (store / "zarr.json").exists():
-        before = TileStore.open(store, allow_incomplete=True).attrs
-        finished = before["complete"] and all(before.get(each) == attrs[each] for each in attrs.keys() - {*TOLD})
+        begun = TileStore.open(store, allow_incomplete=True)
+        before, finished = begun.attrs, begun.attrs["complete"]
+        if not finished and (absent := sorted({*QUALITY} - {*begun.label_names})):
+            raise UserError(
+                f"{store} was begun by version {before.get('version', '?')} of this toolkit, which did not measure "
+                f"{', '.join(absent)}; delete it"
+            )
+        finished &= all(before.get(each) == attrs[each] for each in attrs.keys() - {*TOLD})
     if finished:
         TileStoreWriter.create(store, before["count"], before).close(complete=True)  # clears what a killed run left
     if finished and not (previews and lacks_previews(out, name)):
@@ -182,8 +189,9 @@ def tile_slide(
         return slide.read(*corner.tolist(), extent, extent, (tile_size, tile_size))
 
     workers = workers or min(8, os.cpu_count() or 1)
+    dtypes = {label: str(values.dtype) for label, values in labels.items()} | dict.fromkeys(QUALITY, "float32")
     with (
-        TileStoreWriter.create(store, len(coords), attrs, {each: str(labels[each].dtype) for each in labels}) as writer,
+        TileStoreWriter.create(store, len(coords), attrs, dtypes) as writer,
         ThreadPoolExecutor(workers) as pool,
     ):
         start = writer.rows
@@ -191,7 +199,8 @@ def tile_slide(
             for first in range(start, len(coords), _BATCH):
                 part = slice(first, min(first + _BATCH, len(coords)))
                 tiles = np.stack(list(pool.map(read, coords[part])))  # (n, T, T, 3)
-                writer.append(tiles, coords[part], {label: values[part] for label, values in labels.items()})
+                own = {label: values[part] for label, values in labels.items()}
+                writer.append(tiles, coords[part], own | quality_of(tiles, mpp))
                 bar.update(len(tiles))
     if previews:
         _preview(store, out, slide, mask, on_slide)
@@ -292,6 +301,9 @@ def main(
         where = f"{number(len(stores), 'store')} in {out / 'slides'}"
         print(f"{sum(map(len, stores))} tiles in {where}; table of all tiles: {path}")
         print("\n".join(tell_scales(stores)))
+        measured = [store for store in stores if {*QUALITY} <= {*store.label_names}]
+        labels = {each: np.concatenate([store.labels(each) for store in measured] or [[]]) for each in QUALITY}
+        tell([tell_flagged(labels)])
         instead = f"To hold out a region of a slide, delete {path} and give this command again with --holdout."
         print(tell_splits(path, 0.0 if box else validation, test, instead))
     if failures:

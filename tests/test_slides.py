@@ -211,7 +211,7 @@ def test_command_goes_on_after_a_bad_slide(demo_slide: Path, tmp_path: Path, cap
     assert "2 of 3 slides could not be tiled" in error
     assert "Traceback" not in error
     index = pd.read_parquet(out / "index.parquet")
-    assert list(index.columns) == ["slide", "row", "x", "y", "tissue", "patient", "split"]
+    assert list(index.columns) == ["slide", "row", "x", "y", "blur", "dark", "pen", "tissue", "patient", "split"]
     assert [p.name for p in (out / "slides").iterdir()] == ["CMU-1-Small-Region.zarr"]
 
     index["split"], index["mine"] = "test", 1.5  # a user's own columns and splits stay
