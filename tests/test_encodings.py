@@ -9,18 +9,24 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import Image, ImageCms
+from typer.testing import CliRunner
 
+from conftest import ROOT
 from data_prep.import_captions import main as import_captions
 from data_prep.tile_slides import tile_slide
+from ldm.cli import app
 from ldm.commands.translate import to_tensor
 from ldm.config import instantiate_from_config
+from ldm.data.collection import read_pictures
 from ldm.data.image_sets import images_by_name, open_images
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.images.write import save_image
 from ldm.metrics.pairs import compare
+from ldm.model_folder import write_model_folder
 from ldm.report.unlike import unlike
 from ldm.requests.translations import AskedTranslations, pictures_and_plans
+from ldm.scorers.labelled import read_labelled
 from ldm.viewer.pictures import find
 from ldm.viewer.server import Gallery
 
@@ -113,22 +119,32 @@ REFUSED = {
 }
 
 
+UNET = {
+    "image_size": SIDE, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1,
+    "attention_resolutions": [], "channel_mult": [1], "num_heads": 2,
+}  # fmt: skip
+CLASSES = {
+    "target": "ldm.conditioners.class_token.ClassEmbedder",
+    "params": {"classes": ["A", "B"], "dim": 128, "acts": "vector"},
+}
+NODE = {
+    "target": "ldm.latent_diffusion.LatentDiffusion",
+    "params": {
+        "unet_config": {"target": "ldm.networks.unet.UNetModel", "params": UNET},
+        "first_stage_config": {"target": "ldm.autoencoder.autoencoder.IdentityFirstStage", "params": {"channels": 3}},
+        "cond_stage_config": {
+            "target": "ldm.conditioners.compose.ConditionerSet",
+            "params": {"conditioners": {"class": CLASSES}},
+        },
+        "use_ema": False,
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def model():
     """A model of the picture's size that learnt nothing."""
-    unet = {
-        "image_size": SIDE, "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1,
-        "attention_resolutions": [], "channel_mult": [1], "num_heads": 2,
-    }  # fmt: skip
-    conditioner = {"classes": ["A", "B"], "dim": 128, "acts": "vector"}
-    classes = {"class": {"target": "ldm.conditioners.class_token.ClassEmbedder", "params": conditioner}}
-    params = {
-        "unet_config": {"target": "ldm.networks.unet.UNetModel", "params": unet},
-        "first_stage_config": {"target": "ldm.autoencoder.autoencoder.IdentityFirstStage", "params": {"channels": 3}},
-        "cond_stage_config": {"target": "ldm.conditioners.compose.ConditionerSet", "params": {"conditioners": classes}},
-        "use_ema": False,
-    }
-    return instantiate_from_config({"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}).eval()
+    return instantiate_from_config(NODE).eval()
 
 
 def by_tile_slides(path: Path, out: Path, model) -> np.ndarray:
@@ -164,8 +180,6 @@ COMMANDS = [by_tile_slides, by_import_captions, by_translate, by_evaluate, by_vi
 def test_the_same_pixels(tmp_path, model, name, command):
     write, tolerance = READ[name]
     write(tmp_path / name)
-    if command is by_import_captions and name.endswith(".zarr"):
-        pytest.skip("captions are of files")
     (out := tmp_path / "out").mkdir()
     found = command(tmp_path / name, out, model).astype(int)
     assert np.abs(found - PICTURE).max() <= tolerance
@@ -181,6 +195,33 @@ def test_the_same_refusal(tmp_path, model, name, command):
         command(tmp_path / name, out, model)
     assert message in str(refused.value)
     assert str(tmp_path / name) in str(refused.value)
+
+
+@pytest.mark.slow
+def test_all_of_them_through_whole_commands(tmp_path, model):
+    (images := tmp_path / "images").mkdir()
+    for name, (write, _) in READ.items():
+        write(images / f"{name.partition('.')[0]}-{name.replace('.', '-')}.{name.partition('.')[2]}")
+    write_model_folder(tmp_path / "model", NODE, model.state_dict(), {"tile_size": SIDE})
+
+    def run(*given: object) -> str:
+        return CliRunner().invoke(app, [str(word) for word in given], catch_exceptions=False).output
+
+    out = tmp_path / "translated"
+    run("translate", "--model", tmp_path / "model", "--images", images, "--source", "class=A", "--target", "class=B",
+        "--steps", 2, "--out", out)  # fmt: skip
+    made = read_pictures(out)
+    pixels = {made.name(i): made.read(i).astype(int) for i in range(len(made))}
+    assert len(pixels) == len(READ)
+    assert all(np.abs(own - pixels["rgb-rgb-png__B.png"]).max() < 9 for own in pixels.values())
+    encoder = ROOT / "data" / "models" / "demo-encoder"
+    said = run("evaluate", "--generated", out, "--real", images, "--features", encoder, "--out", tmp_path / "report")
+    assert f"note: {len(READ)} images are fewer than the" in said
+    rows = [f"images/{path.name},{i % 2}\n" for i, path in enumerate(sorted(images.iterdir()))]
+    (tmp_path / "labels.csv").write_text("path,label\n" + "".join(rows))
+    assert len(read_labelled(tmp_path / "labels.csv")) == len(READ)
+    gallery = Gallery(find([images]))
+    assert (len(gallery.sources), gallery.failed) == (len(READ), [])
 
 
 def test_pairs_of_unlike_files_are_pairs_of_pictures(tmp_path):

@@ -27,7 +27,7 @@ from ldm.data.tile_store import open_cohort
 from ldm.data.where import Where, parse_where
 from ldm.errors import UserError, some
 from ldm.files import sha256
-from ldm.images.kinds import is_ome_zarr
+from ldm.images.kinds import is_there
 from ldm.images.pictures import Picture
 from ldm.images.slides import Slide, open_image
 
@@ -78,7 +78,7 @@ def open_images(path: Path, where: Where = None, crop: int | None = None, side: 
     (48, (64, 64, 3), ['Atypical', 'Normal'])
     """
     path = Path(path)
-    if path.is_file() or is_ome_zarr(path):
+    if is_there(path):
         if where:
             raise UserError(f"a selection (--where) is of tiles of a cohort or rows of a list; {path} is one image.")
         pictures, kind = _crops(read_pictures(path), crop or CROP), "large image"
@@ -238,7 +238,7 @@ def images_by_name(path: Path) -> dict[str, Path]:
     >>> list(images_by_name(cells))[:2]
     ['Atypical/1007', 'Atypical/1283']
     """
-    if path.is_file():
+    if is_there(path):
         return {"": path}
     pictures = read_pictures(path)
     if pictures.paths is None:

@@ -63,6 +63,15 @@ def is_ome_zarr(path: Path) -> bool:
     return False
 
 
+def is_there(path: Path) -> bool:
+    """Whether at a path there is what an image can be, a file or an OME-Zarr folder; as tables that name images ask.
+
+    >>> is_there(slide_path), is_there(slide_path.parent)
+    (True, False)
+    """
+    return path.is_file() or is_ome_zarr(path)
+
+
 def called(path: Path) -> str:
     """What the image at a path is called: as its file is, and of one in a folder of several as this and the folder.
 

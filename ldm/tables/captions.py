@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ldm.errors import UserError, suggest
+from ldm.images.kinds import is_there
 from ldm.images.pictures import Picture
 from ldm.tables.patients import patients_of
 from ldm.tables.text import Record, cells_of, is_missing, read_text, records
@@ -205,7 +206,7 @@ def _collect(
             reason = f"the caption of {name} is empty"
         elif (name, text) in seen:
             reason = f"{name} with the same caption stands in line {seen[name, text]} already"
-        elif of_files and not image.is_file():
+        elif of_files and not is_there(image):
             reason = f"there is no image {image}"
         else:
             seen[name, text] = line
