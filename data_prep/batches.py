@@ -11,22 +11,26 @@ import numpy as np
 
 from ldm.data.tile_store import TileStore
 
+_READERS = 2  # threads
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-def read_batches(store: TileStore, start: int, batch_size: int) -> Iterator[np.ndarray]:
-    """Tiles from row `start` on, (B,T,T,3) uint8, the next batch being read while one is used."""
-    ranges = [(first, min(first + batch_size, len(store))) for first in range(start, len(store), batch_size)]
-    with ThreadPoolExecutor(1) as reader:
-        pending = None
-        for first, last in ranges:
-            following = reader.submit(lambda first=first, last=last: np.asarray(store.tiles[first:last]))
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
+def read_batches(store: TileStore, start: int, batch_size: int, stop: int | None = None) -> Iterator[np.ndarray]:
+    """Tiles from row `start` on, up to `stop`, (B,T,T,3) uint8; the next batches are read while one is used.
+
+    >>> [len(tiles) for tiles in read_batches(store, 80, 5)]
+    [5, 3]
+    """
+    stop = len(store) if stop is None else stop
+    tiles, pending = store.tiles, deque[Future[np.ndarray]]()
+    with ThreadPoolExecutor(_READERS) as readers:
+        for first in range(start, stop, batch_size):
+            pending.append(readers.submit(tiles.__getitem__, slice(first, min(first + batch_size, stop))))
+            if len(pending) > _READERS:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def in_order(make: Callable[[Item], Made], items: Iterable[Item], device: str, alone: bool = False) -> Iterator[Made]:

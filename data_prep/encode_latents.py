@@ -17,6 +17,7 @@ Examples:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -112,21 +113,15 @@ def encode_latents(
     _, trained = read_model_folder(folder)
     tell([scale_differs({str(store.path): store.mpp for store in stores}, trained, str(folder))])
     attrs = latent_attrs(folder, first_stage, with_dihedral, precision)
-    variants = dihedral.COUNT if with_dihedral else 1
-
-    def rows_of(tiles: np.ndarray) -> np.ndarray:
-        return each_variant(first_stage.latent, tiles, device, precision, variants).astype(np.float16)
-
     measured = []
     with tqdm(total=sum(map(len, stores)), desc=f"latents {name}", unit="tile") as bar:
         for store in stores:
             side = store.tile_size // factor
-            shape = (*((variants,) if with_dihedral else ()), first_stage.channels, side, side)
+            shape = (*((dihedral.COUNT,) if with_dihedral else ()), first_stage.channels, side, side)
             with ArrayWriter(store.path, f"latents/{name}", shape, "f2", attrs) as writer:
                 bar.update(writer.rows)
+                rows_of = partial(latent_rows, first_stage, with_dihedral, device, precision, where=store.path)
                 for rows in in_order(rows_of, read_batches(store, writer.rows, batch_size), device):
-                    if not np.isfinite(rows).all():
-                        raise UserError(f"float16 cannot hold the latents that {folder} gives in {store.path}")
                     writer.append(rows)
                     bar.update(len(rows))
                 if not writer.finished:
@@ -136,6 +131,22 @@ def encode_latents(
                     part = moments(store.latents(name))
             measured.append(part)
     return name, 1 / max(spread(measured), 1e-8)
+
+
+def latent_rows(
+    first_stage: nn.Module,
+    with_dihedral: bool,
+    device: str,
+    precision: str,
+    tiles: np.ndarray,
+    where: Path | str = "these tiles",
+) -> np.ndarray:
+    """Latents (B,C,h,w) or (B,8,C,h,w) float16 of tiles (B,T,T,3) uint8. UserError, `where`: beyond float16."""
+    variants = dihedral.COUNT if with_dihedral else 1
+    rows = each_variant(first_stage.latent, tiles, device, precision, variants).astype(np.float16)
+    if not np.isfinite(rows).all():
+        raise UserError(f"float16 cannot hold the latents that the first stage gives in {where}")
+    return rows
 
 
 def latent_attrs(folder: Path, first_stage: nn.Module, with_dihedral: bool, precision: str) -> dict[str, Any]:

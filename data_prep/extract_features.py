@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -203,8 +204,6 @@ def extract(
     >>> writable.features("colours").shape
     (88, 6)
     """
-    import torch
-
     device = pick_device(device)
     batch_size = usual_batch(device) if batch_size is None else batch_size
     if batch_size < 1:
@@ -226,50 +225,85 @@ def extract(
         )
     elif spec is None and not licence:
         note(f"the licence of encoder '{name}' is not known; record it by --licence (licence=)")
-    attrs = feature_attrs(network, licence) | {"dihedral": with_dihedral}
-    with torch.inference_mode():  # one tile of a store tells the widths
-        probe = torch.zeros(1, 3, stores[0].tile_size, stores[0].tile_size, device=device)
-        found = network.with_tokens(probe, tokens) if tokens else (network(probe),)
-    arrays = {f"features/{name}": found[0].shape[1:]}
-    told = [attrs | {"dim": found[0].shape[1]}]
-    if tokens:
-        arrays[f"features/{name}-tokens{tokens}"] = found[1].shape[1:]
-        told.append(attrs | {"dim": found[1].shape[2], "tokens": tokens})
-
-    def call(images: Tensor) -> Tensor:
-        if not tokens:
-            return network(images)
-        features, parts = network.with_tokens(images, tokens)
-        return torch.cat([features, parts.flatten(1)], 1)
-
-    def rows_of(tiles: np.ndarray) -> np.ndarray:
-        return each_variant(call, tiles, device, precision, variants).astype(np.float16)
-
-    variants = dihedral.COUNT if with_dihedral else 1
-    turned = (variants,) if with_dihedral else ()
-    widths = [math.prod(shape) for shape in arrays.values()]
+    made = FeatureRows(network, name, tokens, with_dihedral, stores[0].tile_size, device, precision)
+    attrs = feature_attrs(network, licence)
     with tqdm(total=sum(map(len, stores)), desc=f"features {name}", unit="tile") as bar:
         for store in stores:
             with ExitStack() as stack:
                 writers = [
-                    stack.enter_context(ArrayWriter(store.path, array, (*turned, *shape), "f2", own))
-                    for (array, shape), own in zip(arrays.items(), told)
+                    stack.enter_context(ArrayWriter(store.path, array, shape, "f2", attrs | made.attrs[array]))
+                    for array, shape in made.shapes.items()
                 ]
                 start = min(writer.rows for writer in writers)
                 bar.update(start)
-                made = in_order(rows_of, read_batches(store, start, batch_size), device, alone=spec is None)
-                for first, rows in zip(count(start, batch_size), made):
-                    if not np.isfinite(rows).all():
-                        raise UserError(
-                            f"encoder '{name}' gives values that float16 cannot hold in {store.path}; "
-                            "try --precision fp32"
-                        )
-                    parts = np.split(rows, np.cumsum(widths)[:-1], axis=-1)
-                    for writer, shape, part in zip(writers, arrays.values(), parts):
+                batches = in_order(
+                    partial(made, where=store.path), read_batches(store, start, batch_size), device, alone=spec is None
+                )
+                for first, rows in zip(count(start, batch_size), batches):
+                    for writer, part in zip(writers, rows.values()):
                         if len(new := part[max(0, writer.rows - first) :]):  # one array may be further than the other
-                            writer.append(new.reshape(*new.shape[:-1], *shape))
-                    bar.update(len(rows))
+                            writer.append(new)
+                    bar.update(len(part))
     return name
+
+
+class FeatureRows:
+    """What an encoder makes of tiles: rows of one array, or of two where it gives patch tokens too.
+
+    Attributes:
+        shapes: name of the array -> shape of a row. attrs: name -> what the array says beside `feature_attrs`.
+
+    >>> own = resolve(lambda images: images.mean((2, 3)), name="colours")
+    >>> made = FeatureRows(own, "colours", 0, True, 256, "cpu", "fp32")
+    >>> made.shapes, made(tile[None])["features/colours"].shape
+    ({'features/colours': (8, 3)}, (1, 8, 3))
+    """
+
+    def __init__(
+        self,
+        network: Encoder | OwnEncoder,
+        name: str,
+        tokens: int,
+        with_dihedral: bool,
+        tile_size: int,
+        device: str,
+        precision: str,
+    ) -> None:
+        import torch
+
+        self._network, self._name, self._tokens = network, name, tokens
+        self._device, self._precision = device, precision
+        with torch.inference_mode():  # one tile tells the widths
+            probe = torch.zeros(1, 3, tile_size, tile_size, device=device)
+            found = network.with_tokens(probe, tokens) if tokens else (network(probe),)
+        self._variants = dihedral.COUNT if with_dihedral else 1
+        turned = (self._variants,) if with_dihedral else ()
+        self._parts = {f"features/{name}": found[0].shape[1:]}
+        self.attrs = {f"features/{name}": {"dihedral": with_dihedral, "dim": found[0].shape[1]}}
+        if tokens:
+            self._parts[f"features/{name}-tokens{tokens}"] = found[1].shape[1:]
+            about = {"dihedral": with_dihedral, "dim": found[1].shape[2], "tokens": tokens}
+            self.attrs[f"features/{name}-tokens{tokens}"] = about
+        self.shapes = {array: (*turned, *shape) for array, shape in self._parts.items()}
+
+    def _call(self, images: Tensor) -> Tensor:
+        import torch
+
+        if not self._tokens:
+            return self._network(images)
+        features, parts = self._network.with_tokens(images, self._tokens)
+        return torch.cat([features, parts.flatten(1)], 1)
+
+    def __call__(self, tiles: np.ndarray, where: Path | str = "these tiles") -> dict[str, np.ndarray]:
+        """Rows of each array, of tiles (B,T,T,3) uint8. UserError, which says `where`: beyond float16."""
+        rows = each_variant(self._call, tiles, self._device, self._precision, self._variants).astype(np.float16)
+        if not np.isfinite(rows).all():
+            raise UserError(
+                f"encoder '{self._name}' gives values that float16 cannot hold in {where}; try --precision fp32"
+            )
+        widths = [math.prod(shape) for shape in self._parts.values()]
+        split = zip(self._parts.items(), np.split(rows, np.cumsum(widths)[:-1], axis=-1))
+        return {array: part.reshape(*part.shape[:-1], *shape) for (array, shape), part in split}
 
 
 def usual_batch(device: str) -> int:

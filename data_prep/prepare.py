@@ -79,6 +79,7 @@ from data_prep.run_record import RunRecord
 from data_prep.slide_table import SlideEntry, read_slides
 from ldm.cli.script import script
 from ldm.data.splits import fractions
+from ldm.data.store_faults import check_store
 from ldm.data.tile_store import TileStore, is_finished
 from ldm.devices import pick_device
 from ldm.errors import UserError, note, some
@@ -147,7 +148,7 @@ def _first_stage(folder: str) -> Any:
 
 def check(store: Path) -> dict[str, Any]:
     """Check that a store is whole, and how large it is."""
-    TileStore.open(store).verify(deep=True)
+    check_store(store)
     return {"bytes": size_of(store)}
 
 

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -175,15 +175,10 @@ def tile_slide(
     if finished:
         _preview(store, out, slide, mask, on_slide)
         return store
-    coords = _lattice(slide, extent, stride * downsample)
-    labels, wanted = {"tissue": mask.fraction(coords, extent)}, np.ones(len(coords), bool)
     if on_slide is not None:
         attrs["notes"] = [*slide.notes, *on_slide.notes, *on_slide.check(inside, outside)]
         attrs["texts"] = {LABEL: on_slide.names}
-        labels[LABEL] = on_slide.labels(coords, extent)
-        wanted = on_slide.wanted(coords, extent, inside, outside, min_inside)
-    keep = _choose(labels["tissue"], wanted, slide, min_tissue, keep_background, seed)
-    coords, labels = coords[keep], {label: values[keep] for label, values in labels.items()}
+    coords, labels = choose_tiles(slide, attrs, mask, on_slide)
 
     def read(corner: np.ndarray) -> np.ndarray:
         return slide.read(*corner.tolist(), extent, extent, (tile_size, tile_size))
@@ -205,6 +200,26 @@ def tile_slide(
     if previews:
         _preview(store, out, slide, mask, on_slide)
     return store
+
+
+def choose_tiles(
+    slide: Slide, attrs: Mapping[str, Any], mask: TissueMask, drawn: SlideRegions | None
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Corners (n, 2) i4 of the tiles that a store with these attributes has, and their labels, (n,) each.
+
+    >>> slide = open_slide(slide_path)
+    >>> coords, labels = choose_tiles(slide, store.attrs | {"stride": 128}, TissueMask(slide), None)
+    >>> len(coords) > 2 * len(store), list(labels)
+    (True, ['tissue'])
+    """
+    extent, asked = attrs["tile_size"] * attrs["downsample"], attrs.get("regions")
+    coords = _lattice(slide, extent, attrs["stride"] * attrs["downsample"])
+    labels, wanted = {"tissue": mask.fraction(coords, extent)}, np.ones(len(coords), bool)
+    if drawn is not None:
+        labels[LABEL] = drawn.labels(coords, extent)
+        wanted = drawn.wanted(coords, extent, asked["inside"], asked["outside"], asked["min_inside"])
+    keep = _choose(labels["tissue"], wanted, slide, **attrs["tissue"])
+    return coords[keep], {label: values[keep] for label, values in labels.items()}
 
 
 def _preview(store: Path, out: Path | str, slide: Slide, mask: TissueMask, drawn: SlideRegions | None) -> None:

@@ -12,6 +12,7 @@ from conftest import ROOT
 from data_prep.cut_cells import cut_cell
 from data_prep.mitosis_cells import main, prepare
 from ldm.data.cohort import read_index
+from ldm.data.store_faults import check_store
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.images.slides import open_slide
@@ -34,7 +35,7 @@ def database(tmp_path, demo_slide) -> SlideRunner:
 
 def tiles_at(cohort, name: str) -> dict[tuple[int, int], np.ndarray]:
     store = TileStore.open(cohort / "slides" / f"{name}.zarr")
-    store.verify(deep=True)
+    check_store(store.path)
     return {tuple(corner): store.tile(row) for row, corner in enumerate(store.coords.tolist())}
 
 

@@ -318,15 +318,16 @@ def write_file(path: Path, content: bytes) -> str:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+    return digest_of(content)
 
 
-def digest_of(path: Path) -> str:
-    """The digest of a file, as stores record it: BLAKE2b of 16 bytes, in hexadecimal.
+def digest_of(content: bytes | Path) -> str:
+    """The digest of a file or its content, as stores record it: BLAKE2b of 16 bytes, in hexadecimal.
 
-    >>> _ = Path("a").write_bytes(b"abc")
-    >>> digest_of(Path("a"))
+    >>> digest_of(b"abc")
     'cf4ab791c62b8d2b2109c90275287816'
     """
-    with path.open("rb") as stream:
+    if isinstance(content, bytes):
+        return hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+    with content.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import zarr
 
+from ldm.data.shard_files import digest_of, write_file
 from ldm.data.shards import GrowingArray, ShardBuffer, create_array
-from ldm.data.stored_array import StoredArray
+from ldm.data.stored_array import DIGESTS, StoredArray
 from ldm.data.tile_store import FORMAT, GROUPS, TOLD, TileStore
 from ldm.errors import UserError
 from ldm.files import LOCK, hidden, remove, tool_version
@@ -33,6 +34,29 @@ class _Writer(AbstractContextManager):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(complete=kind is None)
+
+
+def remake_file(store: Path, name: str, i: int, rows: np.ndarray, sure: bool) -> bool:
+    """Write file i of the array `name` of a finished store again; whether its digest is the recorded one.
+
+    sure: that these rows belong there, although their digest is another, or none is recorded; else nothing is written
+    then. With another the new one is recorded. UserError: somebody is writing there.
+
+    >>> rows = writable.array("coords")[:]
+    >>> [remake_file(writable.path, "coords", 0, each, sure=False) for each in (rows, rows + 1)]
+    [True, False]
+    """
+    folder = store / name
+    with Lock(store / ".lock-tiles"), Lock(hidden(folder, LOCK), of=folder):
+        array = StoredArray(folder, allow_lost=True)
+        content = array.layout.file_of(np.asarray(rows, array.dtype))
+        same = array.digests is not None and digest_of(content) == array.digests[i]
+        if same or sure:
+            write_file(array.files()[i], content)
+        if sure and not same and array.digests is not None:
+            array.digests[i] = digest_of(content)
+            zarr.open_array(str(folder), mode="r+").update_attributes({DIGESTS: array.digests})
+    return same
 
 
 class TileStoreWriter(_Writer):

@@ -252,22 +252,6 @@ class TileStore:
             grid[row[i], col[i]] = values[0] if values.ndim == 2 else values
         return grid, ~np.isnan(grid[..., 0])
 
-    def verify(self, deep: bool = False) -> None:
-        """Check counts, shapes and that every shard is on disk; with `deep`, decode every chunk. Raises UserError."""
-        if not self.attrs.get("complete"):
-            raise UserError(f"{self.path} is not finished: {len(self)} of {self.attrs['count']} tiles are written.")
-        t = self.tile_size
-        expected = {"tiles": (len(self), t, t, 3), "coords": (len(self), 2)}
-        names = [*expected, *(f"{group}/{name}" for group in GROUPS for name in self.names(group))]
-        for name in names:
-            array = StoredArray(self.path / name)
-            shape = expected.get(name, (len(self), *array.shape[1:]))
-            if array.shape != shape:
-                raise UserError(f"{self.path}/{name} has shape {array.shape}, expected {shape}.")
-            rows = (array.shards or array.chunks)[0]
-            for start in range(0, len(self) if deep else 0, rows):
-                array[start : start + rows]
-
 
 def is_finished(path: Path) -> bool:
     """Whether there is a tile store, and all of its tiles are written.
@@ -296,16 +280,21 @@ def open_cohort(path: Path | str | Sequence[Path | str]) -> list[TileStore]:
     >>> [found.slide for found in open_cohort(store.path.parent)]
     ['CMU-1-Small-Region.svs']
     """
-    paths = [path] if isinstance(path, (str, Path)) else list(path)
-    stores: list[TileStore] = []
-    for p in map(Path, paths):
-        if p.suffix == ".zarr":
-            stores.append(TileStore.open(p))
-            continue
-        found = sorted((p / "slides").glob("*.zarr")) or sorted(p.glob("*.zarr"))
+    return [TileStore.open(found) for found in store_paths(path)]
+
+
+def store_paths(path: Path | str | Sequence[Path | str]) -> list[Path]:
+    """Where the stores of `path` are, as `open_cohort` takes it; whether they can be opened is not looked at.
+
+    >>> store_paths(store.path.parent.parent) == [store.path]
+    True
+    """
+    paths: list[Path] = []
+    for p in [Path(path)] if isinstance(path, (str, Path)) else map(Path, path):
+        found = [p] if p.suffix == ".zarr" else sorted((p / "slides").glob("*.zarr")) or sorted(p.glob("*.zarr"))
         if not found:
             raise UserError(f"there is no tile store in {p}: `python -m data_prep.tile_slides --out {p}` makes one.")
-        stores += [TileStore.open(q) for q in found]
-    if not stores:
+        paths += found
+    if not paths:
         raise UserError("no tile store given.")
-    return stores
+    return paths
