@@ -28,6 +28,7 @@ from ldm.files import CARD, names_in, owns, whole
 from ldm.foreign.paths import only_within, write_files
 from ldm.foreign.settings import check_settings
 from ldm.interop.checkpoint import read_checkpoint
+from ldm.interop.forms import name_form
 from ldm.interop.weights import averaged, check_finite, in_words, not_finite
 
 if TYPE_CHECKING:
@@ -279,6 +280,7 @@ def export(
     path = Path(path)
     checkpoint = path / "checkpoints" / "last.ckpt" if path.is_dir() else path
     if not checkpoint.exists():
+        name_form(path)
         raise UserError(f"{checkpoint} does not exist; give a run folder or a .ckpt of this toolkit.")
     content = _read(checkpoint)
     node, recorded, state, files = _parts(content, checkpoint)

@@ -19,6 +19,7 @@ from ldm.autoencoder.weights import read_state_dict
 from ldm.convert import read_published
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint
+from ldm.training.resume import find_run
 
 SLOW = pytest.mark.slow
 TINY = {"net.0.weight": torch.arange(6.0).reshape(2, 3), "net.1.bias": torch.ones(2)}
@@ -208,9 +209,13 @@ def test_other_forms_are_named_with_the_next_step(form):
 
 def test_a_run_trained_with_deepspeed_is_named_too():
     run = deepspeed().parent.parent
-    for enter in (ldm.load_model, lambda path: ldm.export(path, "out")):
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    for enter, path in (
+        (ldm.load_model, run), (lambda path: ldm.export(path, "out"), run), (find_run, run),
+        (lambda path: ldm.export(path, "out"), checkpoint), (find_run, checkpoint),
+    ):  # fmt: skip
         with pytest.raises(UserError, match="is a checkpoint of DeepSpeed, in parts"):
-            enter(run)
+            enter(path)
 
 
 def test_averages_of_a_published_model_that_were_never_updated_are_left(diffusion):

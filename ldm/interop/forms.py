@@ -90,6 +90,19 @@ def _deepspeed(folder: Path) -> str:
     )
 
 
+def name_form(path: Path) -> None:
+    """UserError for a folder, maybe in place of a file, whose weights another program must make whole first.
+
+    >>> Path("last.ckpt").mkdir()
+    >>> Path("last.ckpt/zero_to_fp32.py").touch()
+    >>> name_form(Path("last.ckpt"))
+    Traceback (most recent call last):
+    ldm.errors.UserError: last.ckpt is a checkpoint of DeepSpeed, in parts: make whole weights of it by its own ...
+    """
+    if path.is_dir():
+        file_of(path)
+
+
 def file_of(folder: Path) -> Path | None:
     """The file of the weights in a folder that a training tool wrote, or the index of its shards; None: there is none.
 

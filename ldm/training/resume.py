@@ -11,6 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint
+from ldm.interop.forms import name_form
 from ldm.interop.weights import in_words, not_finite
 
 PARTS = ("project", "lightning")  # of a run's config, a file each
@@ -41,6 +42,8 @@ def find_run(resume: str) -> tuple[Path, Path]:
     if path.is_file():
         _check_configs(run, path)
     if not checkpoint.is_file():
+        for place in (checkpoint, path):
+            name_form(place)
         raise UserError(f"cannot resume '{run}': it has no checkpoints/last.ckpt")
     if not zipfile.is_zipfile(checkpoint):
         raise UserError(f"cannot resume: '{checkpoint}' is not a complete checkpoint; try another one of that folder")
