@@ -151,7 +151,8 @@ def _mend_tiles(fault: Fault, store: TileStore, sources: Sources) -> str:
     elif (label := fault.array.removeprefix("labels/")) in QUALITY:
         values = quality_of(store.tiles[rows], store.mpp)[label]
     elif tiled:
-        coords, labels = choose_tiles(slide, store.attrs, TissueMask(slide), _regions(store, slide, entry, sources))
+        drawn = _regions(store, slide, entry, sources)
+        coords, labels, _ = choose_tiles(slide, store.attrs, TissueMask(slide), drawn)
         made = {"coords": coords, **{f"labels/{name}": own for name, own in labels.items()}}
         if fault.array not in made:
             raise UserError("no rule of data_prep.tile_slides makes it")

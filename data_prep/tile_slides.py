@@ -53,7 +53,7 @@ from ldm.cli.script import script
 from ldm.data.extent import tell, tell_scales
 from ldm.data.splits import fractions
 from ldm.data.store_writers import TileStoreWriter
-from ldm.data.tile_store import TOLD, TileStore
+from ldm.data.tile_store import TOLD, TileStore, as_numbers
 from ldm.errors import UserError
 from ldm.images.kinds import called
 from ldm.images.previews import lacks_previews, write_previews
@@ -177,8 +177,8 @@ def tile_slide(
         return store
     if on_slide is not None:
         attrs["notes"] = [*slide.notes, *on_slide.notes, *on_slide.check(inside, outside)]
-        attrs["texts"] = {LABEL: on_slide.names}
-    coords, labels = choose_tiles(slide, attrs, mask, on_slide)
+    coords, labels, texts = choose_tiles(slide, attrs, mask, on_slide)
+    attrs |= {"texts": texts} if texts else {}
 
     def read(corner: np.ndarray) -> np.ndarray:
         return slide.read(*corner.tolist(), extent, extent, (tile_size, tile_size))
@@ -204,11 +204,11 @@ def tile_slide(
 
 def choose_tiles(
     slide: Slide, attrs: Mapping[str, Any], mask: TissueMask, drawn: SlideRegions | None
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Corners (n, 2) i4 of the tiles that a store with these attributes has, and their labels, (n,) each.
+) -> tuple[np.ndarray, dict[str, np.ndarray], dict[str, list[str]]]:
+    """Corners (n, 2) i4 of the tiles that a store with these attributes has, their labels (n,), and the texts of these.
 
     >>> slide = open_slide(slide_path)
-    >>> coords, labels = choose_tiles(slide, store.attrs | {"stride": 128}, TissueMask(slide), None)
+    >>> coords, labels, _ = choose_tiles(slide, store.attrs | {"stride": 128}, TissueMask(slide), None)
     >>> len(coords) > 2 * len(store), list(labels)
     (True, ['tissue'])
     """
@@ -219,7 +219,7 @@ def choose_tiles(
         labels[LABEL] = drawn.labels(coords, extent)
         wanted = drawn.wanted(coords, extent, asked["inside"], asked["outside"], asked["min_inside"])
     keep = _choose(labels["tissue"], wanted, slide, **attrs["tissue"])
-    return coords[keep], {label: values[keep] for label, values in labels.items()}
+    return coords[keep], *as_numbers({label: values[keep] for label, values in labels.items()})
 
 
 def _preview(store: Path, out: Path | str, slide: Slide, mask: TissueMask, drawn: SlideRegions | None) -> None:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ldm.data.splits import choose_splits, owner_of, patient_of, record_fractions, tell_validation, together
 from ldm.data.store_writers import TileStoreWriter
-from ldm.data.tile_store import TileStore
+from ldm.data.tile_store import TileStore, as_numbers
 from ldm.errors import UserError, note
 from ldm.files import whole
 from ldm.locks import Lock
@@ -72,21 +72,21 @@ def write_store(
         attrs: at least tile_size; mpp (None where micrometres are unknown), slide (default: `name`), licence, and
             whatever says how the tiles were made: a store begun with other attrs is an error.
         coords: (count, 2) level-0 x, y of the tiles' corners; zeros where there is no slide.
-        labels: name -> (count,) numbers.
+        labels: name -> (count,) numbers or text.
     Raises:
         UserError: the folder cannot be written, or holds a store of the same name made otherwise.
 
     >>> write_store("cohort", "cells", lambda i: tile, 2, attrs={"tile_size": 256})
     TileStore('cohort/slides/cells.zarr', 2 tiles of 256 px at None um/px)
     """
-    labels = labels or {}
+    labels, texts = as_numbers(labels or {})
     coords = np.zeros((count, 2), np.int32) if coords is None else np.asarray(coords, np.int32)
     attrs = {
         "slide": name, "mpp": None, "magnification": None, "stride": attrs["tile_size"], "level0_size": None,
         "downsample": 1.0, **attrs,
-    }  # fmt: skip
+    } | ({"texts": texts} if texts else {})  # fmt: skip
     path = Path(cohort) / "slides" / f"{name}.zarr"
-    dtypes = {label: str(np.asarray(values).dtype) for label, values in labels.items()}
+    dtypes = {label: str(values.dtype) for label, values in labels.items()}
     with (
         TileStoreWriter.create(path, count, attrs, dtypes) as writer,
         tqdm(total=count, initial=writer.rows, desc=desc or name, unit="tile", leave=False) as bar,
@@ -94,7 +94,7 @@ def write_store(
         for first in range(count if writer.finished else writer.rows, count, _BATCH):
             rows = range(first, min(first + _BATCH, count))
             part = slice(rows.start, rows.stop)
-            own = {label: np.asarray(values)[part] for label, values in labels.items()}
+            own = {label: values[part] for label, values in labels.items()}
             writer.append(np.stack([images(i) for i in rows]), coords[part], own)
             bar.update(len(rows))
     return TileStore.open(path)

@@ -262,6 +262,22 @@ def is_finished(path: Path) -> bool:
     return (path / "zarr.json").is_file() and bool(TileStore.open(path, allow_incomplete=True).attrs.get("complete"))
 
 
+def as_numbers(labels: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, list[str]]]:
+    """Labels (N,) as a store holds them, text as numbers, and the texts that these stand for: its attribute `texts`.
+
+    >>> numbers, texts = as_numbers({"tissue": [0.5, 1.0], "region": ["Tumour", "none"]})
+    >>> numbers["region"].tolist(), texts
+    ([0, 1], {'region': ['Tumour', 'none']})
+    """
+    numbers = {name: np.asarray(values) for name, values in labels.items()}
+    texts = {}
+    for name, values in numbers.items():
+        if values.dtype.kind in "OUT":
+            known, places = np.unique(values.astype(str), return_inverse=True)
+            numbers[name], texts[name] = places.astype(np.int32), known.tolist()
+    return numbers, texts
+
+
 def holds_stores(path: Path) -> bool:
     """Whether a path is a tile store, or a folder or cohort of them, rather than images.
 

@@ -90,22 +90,17 @@ class SlideRegions:
         return found
 
     def labels(self, coords: np.ndarray, side: float) -> np.ndarray:
-        """Which class has most of each square: places (n,) i4 in `names`, 0 where most lies in none.
+        """Which class has most of each square: (n,) text, NONE where most lies in none.
 
         What lies in several classes, as a region drawn within another, counts for the smallest.
         """
         taken, shares = shapely.Polygon(), {}
         for name in sorted(self.classes, key=lambda name: self.shapes[name].area):
-            shares[self.names.index(name)] = _shares(self.shapes[name], coords, side, taken)
+            shares[name] = _shares(self.shapes[name], coords, side, taken)
             taken = shapely.union(taken, self.shapes[name])
         rest = 1 - np.sum([np.zeros(len(coords)), *shares.values()], axis=0)
         most = np.argmax(np.round([*shares.values(), rest], 6), axis=0)  # of equal ones the first
-        return np.array([*shares, 0], np.int32)[most]
-
-    @property
-    def names(self) -> list[str]:
-        """What `labels` counts: NONE, then the classes."""
-        return [NONE, *(name for name in self.classes if name != NONE)]
+        return np.array([*shares, NONE], object)[most]
 
 
 def find_regions(path: Path | str, slide: str) -> Path:
