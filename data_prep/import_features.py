@@ -104,7 +104,7 @@ def import_features(
         raise UserError(
             f"the files have features of {' and '.join(map(str, dims))} values; give the files of one encoder"
         )
-    told = [told_in(each.files.features) for each in matches if each.files]
+    told = [told_in(each.files.features, each.files.feature) for each in matches if each.files]
     if len(made := sorted({str(own["weights_sha256"]) for own in told if "weights_sha256" in own})) > 1:
         raise UserError(f"the files have features of different weights ({some(made, 2)}); give those of one encoder")
     attrs = encoder_attrs(name, dims[0], licence, told[0])
@@ -296,9 +296,8 @@ def cut(
     stem = slide_name if of_pictures else Path(slide_name).stem
     store = write_store(out, stem, read, len(coords), attrs=attrs, coords=coords, labels=labels, desc=f"tiling {stem}")
     if values is not None:
-        write_features(
-            store, name, values[rows], encoder_attrs(name, values.shape[1], encoder_licence, told_in(files.features))
-        )
+        told = told_in(files.features, files.feature)
+        write_features(store, name, values[rows], encoder_attrs(name, values.shape[1], encoder_licence, told))
     return store
 
 

@@ -162,7 +162,7 @@ def test_lazyslide_reads_the_nearest_whole_number_of_pixels(tmp_path: Path):
     """224 px at 2.004 are 448.9; wsidata rounds 224 * base_downsample down."""
     attrs = {"tile_size": 224, "downsample": 1 / 0.499, "mpp": 1.0, "level0_size": [2000, 1000]}
     store = write_store(tmp_path, "a", lambda i: np.zeros((224, 224, 3), np.uint8), 1, attrs=attrs)
-    write_spatial(tmp_path / "a.zarr", store, "x", np.zeros((1, 4)))
+    write_spatial(tmp_path / "a.zarr", store)
     _, places = read_spatial(tmp_path / "a.zarr")
     spec = zarr.open_group(str(tmp_path / "a.zarr"), mode="r").attrs["tile_spec"]["tiles"]
     assert (int(224 * spec["base_downsample"]), places.extent, spec["mpp"]) == (449, 449, 1.0)
@@ -176,7 +176,8 @@ def test_what_cannot_go_out_is_told(half: TileStore, tmp_path: Path, capsys):
         assert run_command(lambda: write_out(*arguments, *out)) == 2
         return capsys.readouterr().err
 
-    assert "no features in common" in told("--store", bare.path, "--to", "clam")
+    assert "has no features, and stamp has no files of tiles alone" in told("--store", bare.path, "--to", "stamp")
+    assert "--name a/b cannot name a file" in told("--store", half.path, "--to", "stamp", "--name", "a/b")
     assert "no features 'uni2'; did you mean 'uni'" in told("--store", half.path, "--to", "clam", "--feature", "uni2")
     assert "of one name (CMU-1-Small-Region)" in told("--store", half.path, half.path, "--to", "stamp")
     with ArrayWriter(bare.path, "features/grid", (4, 2, 2), "f2") as writer:
@@ -199,9 +200,42 @@ def test_what_cannot_go_out_is_told(half: TileStore, tmp_path: Path, capsys):
     for to in TO:
         write_out("--store", half.path, "--to", to, *out)
         error = told("--store", bare.path, "--to", to, "--feature", "uni")
-        assert re.search(rf"{NAME}\.\w+ is there already and holds something else than uni of", error)
+        assert re.search(rf"({NAME}.h5|uni_tiles) is there already and holds something else than uni of", error)
     for to in ("clam", "wsidata"):  # neither needs a scale
         export_features.export_features([slide], to, tmp_path / "unscaled")
+
+
+@pytest.mark.parametrize("to", ["clam", "trident", "wsidata"])
+def test_tiles_go_out_alone_and_features_join_them(half: TileStore, demo_slide: Path, tmp_path: Path, to: str, capsys):
+    bare = copy_of(half, tmp_path / "bare")
+    write_out("--store", bare.path, "--to", to, "--out", tmp_path / "out")
+    given = ("--slides", demo_slide, "--files", tmp_path / "out", "--out", tmp_path / "back")
+    read_in(*given, "--tile-size", "128")
+    back = TileStore.open(tmp_path / "back" / "slides" / f"{NAME}.zarr")
+    assert np.array_equal(back.coords, half.coords)
+    assert not back.feature_names
+    for name in ("a", "b") if to != "clam" else ("a",):
+        write_out("--store", half.path, "--to", to, "--out", tmp_path / "out", "--name", name)
+        read_in("--store", bare.path, "--files", tmp_path / "out", "--feature", name if to != "clam" else "out")
+    first = bare.feature_names[0]
+    assert np.array_equal(bare.features(first)[:], half.features("uni")[:])
+    other = tile_slide(demo_slide, tmp_path / "other", mpp=2 * 0.499, tile_size=128, stride=96, min_tissue=0.9)
+    assert run_command(lambda: write_out("--store", other, "--to", to, "--out", tmp_path / "out")) == 2
+    assert "has other tiles than" in capsys.readouterr().err
+
+
+def test_features_go_into_lazyslides_own_zarr(lazyslide: Path, demo_slide: Path, tmp_path: Path):
+    """Its tiles, our features: a table more, by the ids of its tiles, beside all that is there."""
+    path = shutil.copytree(lazyslide, tmp_path / "zarr" / lazyslide.name)
+    read_in("--slides", demo_slide, "--files", path, "--feature", "spread", "--out", tmp_path)
+    before = sorted(p.relative_to(path) for p in path.rglob("*"))
+    write_out("--store", tmp_path, "--to", "wsidata", "--out", tmp_path / "zarr", "--name", "ours")
+    after = sorted(p.relative_to(path) for p in path.rglob("*"))
+    assert {p.parts[:2] for p in set(after) - set(before)} == {("tables", "ours_tiles")}
+    assert not set(before) - set(after)
+    assert np.array_equal(read_features(path, "ours").values, read_features(path, "spread").values.astype(np.float16))
+    listed = json.loads((path / "zarr.json").read_text())["consolidated_metadata"]["metadata"]
+    assert {"tables/ours_tiles/X", "tables/quarters_tiles/X"} < listed.keys()  # as spatialdata keeps it
 
 
 def test_of_eight_orientations_the_tiles_own_goes_out(half: TileStore, tmp_path: Path):
@@ -335,10 +369,10 @@ def test_of_a_whole_job_folder_one_says_which(half: TileStore, job: Path, tmp_pa
     assert "say which by --feature 10x_128px_32px_overlap/features_uni_v1" in error
     assert "cover 512 level-0 px, those of" in told("--feature", "10x_256px_0px_overlap/features_uni_v1")
     read_in("--store", store.path, "--files", job, "--feature", "10x_128px_32px_overlap/features_uni_v1")
-    read_in("--store", store.path, "--files", job, "--feature", "conch_v15", "--name", "conch")
-    assert store.feature_names == ["conch", "uni_v1"]
+    read_in("--store", store.path, "--files", job, "--feature", "conch_v15", "--name", "mine")
+    assert store.feature_names == ["mine", "uni_v1"]
     assert np.array_equal(store.features("uni_v1")[:], half.features("uni")[:])
-    assert np.abs(np.asarray(store.features("conch")[:], float) - half.features("uni")[:] - 1).max() < 0.01
+    assert np.abs(np.asarray(store.features("mine")[:], float) - half.features("uni")[:] - 1).max() < 0.01
 
 
 def test_encoders_are_not_mixed_over_slides(half: TileStore, job: Path):

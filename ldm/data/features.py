@@ -14,7 +14,6 @@ from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.foreign.budget import afford
 from ldm.foreign.hdf5 import open_h5, values_of
-from ldm.interop.checkpoint import Inert, read_checkpoint
 
 H5_NAMES = ("features", "feats", "embeddings")
 SUFFIXES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".zarr")
@@ -104,6 +103,8 @@ def _from_h5(path: Path) -> Features:
 
 
 def _from_pt(path: Path) -> Features:
+    from ldm.interop.checkpoint import read_checkpoint
+
     content, coords = read_checkpoint(path), None
     if (found := _object_in(content)) is not None:
         kind = type(found)
@@ -129,8 +130,10 @@ def _from_pt(path: Path) -> Features:
     return Features(values, None if coords is None else Places(unbatched(np.asarray(coords))))
 
 
-def _object_in(content: Any) -> Inert | None:
+def _object_in(content: Any) -> Any:
     """An object of a class of its own, if one is there."""
+    from ldm.interop.checkpoint import Inert
+
     parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
     return content if isinstance(content, Inert) else next(filter(None, map(_object_in, parts)), None)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from ldm.data.features import H5_NAMES, read_features
 from ldm.data.places import Places, places_in
-from ldm.data.spatial_zarr import about_spatial, features_in, is_spatial, read_spatial
+from ldm.data.spatial_zarr import about_features, features_in, is_spatial, read_spatial
 from ldm.errors import UserError, note, suggest
 from ldm.foreign.hdf5 import open_h5
 
@@ -64,20 +64,22 @@ class SlideFiles:
         return found.values, places if same else found.places
 
 
-def told_in(path: Path) -> dict[str, Any]:
+def told_in(path: Path, feature: str | None = None) -> dict[str, Any]:
     """What `data_prep.export_features` wrote of the features in a file; nothing in files of others.
+
+    feature: name of the features in a .zarr.
 
     >>> told_in(Path("a.h5"))
     {}
     """
     try:
         if path.suffix == ".zarr":
-            told = about_spatial(path)
+            told = about_features(path, feature)
         else:
             with open_h5(path) as file:
                 own = [each.attrs["histoldm"] for each in file.values() if "histoldm" in each.attrs]
                 told = json.loads(own[0]) if own else {}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RuntimeError, KeyError):  # is told when it is read
         return {}
     return told if isinstance(told, dict) else {}
 
@@ -89,8 +91,10 @@ def _read_places(path: Path) -> Places:
     try:
         with open_h5(path) as file:
             places = places_in(file)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # h5py raises whatever its library says of a broken file
+        raise UserError(f"{path} cannot be read as {path.suffix}: {f'{error}'.partition(chr(10))[0]}") from None
     if places is None:
         raise UserError(f"{path} has no `coords`.")
     if places.coords.ndim != 2 or places.coords.shape[1] != 2 or not len(places.coords):
@@ -211,8 +215,10 @@ def _look(path: Path) -> list[_Found]:
                 return [_Found(path, "slide", encoder)]
             kind = "empty" if 0 in file[name].shape[:1] else "both" if coords else "features"
             return [_Found(path, kind, encoder)]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
+    except UserError:
+        raise
+    except Exception as error:  # h5py raises whatever its library says of a broken file
+        raise UserError(f"{path} cannot be read as {path.suffix}: {f'{error}'.partition(chr(10))[0]}") from None
 
 
 def _of_encoder(found: list[_Found], feature: str | None, paths: Sequence[Path | str]) -> list[_Found]:

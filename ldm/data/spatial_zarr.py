@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,8 @@ import zarr
 from ldm.data.places import Places
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, some, suggest
-from ldm.foreign.budget import afford
+from ldm.files import whole
+from ldm.foreign.budget import COMPRESSED, afford, plausible
 from ldm.foreign.settings import read_json
 from ldm.foreign.zarrs import check_zarr
 
@@ -53,16 +55,19 @@ def is_spatial(path: Path) -> bool:
 def features_in(path: Path) -> dict[str, str]:
     """The features of tiles in a SpatialData Zarr: encoder -> name of the table.
 
-    >>> write_spatial(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)))
+    >>> write_spatial(Path("a.zarr"), store)
+    >>> add_features(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)), {})
     >>> features_in(Path("a.zarr"))
     {'uni': 'uni_tiles'}
     """
-    root = _opened(path)
-    shapes, found = _members(root, "shapes"), {}
-    for name in _members(root, "tables"):
-        region = root[f"tables/{name}"].attrs.get("region")
-        if isinstance(region, str) and region in shapes and region in _specs(root) and "X" in root[f"tables/{name}"]:
-            found[name.removesuffix(f"_{region}") if region == TILES else name] = name
+    with _reading(path):
+        root = _opened(path)
+        shapes, found = _members(root, "shapes"), {}
+        for name in _members(root, "tables"):
+            table = root[f"tables/{name}"]
+            region = table.attrs.get("region")
+            if isinstance(region, str) and region in shapes and region in _specs(root) and "X" in table:
+                found[name.removesuffix(f"_{region}") if region == TILES else name] = name
     return found
 
 
@@ -77,41 +82,46 @@ def read_spatial(path: Path, feature: str | None = None) -> tuple[np.ndarray | N
         UserError: broken, without tiles, several features and none named, tiles that are no squares, features of other
             tiles.
 
-    >>> write_spatial(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)))
+    >>> write_spatial(Path("a.zarr"), store)
+    >>> add_features(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)), {})
     >>> values, places = read_spatial(Path("a.zarr"))
     >>> values.shape, places.coords[1], places.extent, places.size
     ((88, 4), array([256.,   0.]), 256.0, 256)
     """
-    root, known = _opened(path), features_in(path)
+    known = features_in(path)
     if feature is None and len(known) > 1:
         raise UserError(f"{path} has the features {', '.join(known)}; name the one to use.")
     table = known.get(feature, feature) if feature is not None else next(iter(known.values()), None)
     if feature is not None and table not in known.values():
         raise UserError(f"{path} has no features '{feature}'{suggest(feature, known)}")
-    group = None if table is None else root[f"tables/{table}"]
-    tiles = _tile_set(root, path) if group is None else str(group.attrs["region"])
-    ids, boxes = _boxes(root, path, tiles, "tile_id" if group is None else str(group.attrs.get("instance_key")))
-    places = _places(root, path, tiles, boxes)
-    if group is None:
-        return None, places
-    rows = _rows_of(path, group, table, ids)
-    afford(3 * group["X"].nbytes, f"{path}/tables/{table}/X")
-    try:
+    with _reading(path):
+        root = _opened(path)
+        if table is None:
+            tiles = _tile_set(root, path)
+            return None, _places(root, path, tiles, _boxes(root, path, tiles, "tile_id")[1])
+        group = root[f"tables/{table}"]
+        tiles = str(group.attrs["region"])
+        ids, boxes = _boxes(root, path, tiles, str(group.attrs.get("instance_key")))
+        places = _places(root, path, tiles, boxes)
+        rows = _rows_of(path, group, table, ids)
         return np.asarray(group["X"][:], np.float32)[rows], places
-    except (ValueError, RuntimeError, OSError) as error:
-        raise UserError(f"{path}/tables/{table}/X cannot be read ({_first_line(error)}); copy it again.") from None
 
 
-def _opened(path: Path) -> zarr.Group:
-    check_zarr(path)
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever zarr and pyarrow raise of what they cannot read, as one message: they have no error of their own."""
     try:
-        return zarr.open_group(str(path), mode="r", use_consolidated=False)
-    except Exception as error:  # zarr has no error of its own for what it cannot read
-        raise UserError(f"{path} cannot be read as Zarr: {_first_line(error)}; copy it again.") from None
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as SpatialData Zarr ({reason}); copy or write it again.") from None
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _opened(path: Path, mode: Literal["r", "r+"] = "r") -> zarr.Group:
+    check_zarr(path)
+    return zarr.open_group(str(path), mode=mode, use_consolidated=False)
 
 
 def _members(root: zarr.Group, name: str) -> list[str]:
@@ -142,14 +152,14 @@ def _boxes(root: zarr.Group, path: Path, tiles: str, key: str) -> tuple[np.ndarr
             f"{path}/shapes/{tiles} is not in the form that SpatialData 0.2 and later write (shapes.parquet); open it "
             "there and write it again."
         )
-    moved = [t for t in root[f"shapes/{tiles}"].attrs.get("coordinateTransformations", []) if t["type"] != "identity"]
-    if moved:
-        raise UserError(f"{path}/shapes/{tiles} is in other coordinates than level-0 pixels ({moved[0]['type']}).")
-    try:
+    placed = root[f"shapes/{tiles}"].attrs.get("coordinateTransformations") or []
+    if any(not isinstance(each, dict) or each.get("type") != "identity" for each in placed):
+        raise UserError(f"{path}/shapes/{tiles} is in other coordinates than level-0 pixels; write it in those.")
+    with _reading(source):
+        held = pq.read_metadata(source)
+        plausible(held.num_rows * _BOX.itemsize, source.stat().st_size, f"the tiles of {source}", COMPRESSED)
         table = pq.read_table(source)
         geometry = table["geometry"].combine_chunks()
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source} cannot be read ({_first_line(error)}); copy it again.") from None
     if not (pa.types.is_binary(geometry.type) or pa.types.is_large_binary(geometry.type)) or not len(geometry):
         raise UserError(f"{source} has geometry of type {geometry.type} in {len(geometry)} rows; WKB is read.")
     raw = geometry.to_pylist()
@@ -164,14 +174,16 @@ def _boxes(root: zarr.Group, path: Path, tiles: str, key: str) -> tuple[np.ndarr
 def _places(root: zarr.Group, path: Path, tiles: str, boxes: np.ndarray) -> Places:
     sides = boxes[:, 2:] - boxes[:, :2]
     extent = float(sides[0, 0])
-    spec, shape = _specs(root).get(tiles, {}), (root.attrs.get("slide_properties") or {}).get("shape")
     try:
-        width, height, stride = (int(spec[name]) for name in ("width", "height", "stride_width"))
+        spec, shape = _specs(root)[tiles], (root.attrs.get("slide_properties") or {}).get("shape")
+        width, height, stride, stride_down = (
+            int(spec[name]) for name in ("width", "height", "stride_width", "stride_height")
+        )
         down = float(spec["base_downsample"])
         slide = None if shape is None else (float(shape[1]), float(shape[0]))
-    except (KeyError, TypeError, ValueError, IndexError):
-        raise UserError(f"{path} says of its {tiles} {spec!r}, which lacks width, stride or downsample.") from None
-    if width != height or spec["stride_height"] != stride or np.ptp(sides) > 1 or extent <= 0:
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError):
+        raise UserError(f"{path} does not say how wide its {tiles} and their strides are (tile_spec).") from None
+    if width != height or stride_down != stride or width < 1 or np.ptp(sides) > 1 or not extent > 0:
         raise UserError(f"{path}/shapes/{tiles} are not squares of one size and one stride; cut square tiles.")
     if abs(extent / (width * down) - 1) > 0.01:
         raise UserError(
@@ -189,8 +201,11 @@ def _rows_of(path: Path, group: zarr.Group, table: str, ids: np.ndarray) -> np.n
     if lost := values.nchunks - values.nchunks_initialized:
         raise UserError(f"{path}/tables/{table}/X lacks {lost} of {values.nchunks} chunks; copy it again.")
     count = values.shape[0]
+    afford(3 * values.nbytes, f"{path}/tables/{table}/X")
+    if f"obs/{key}" in group and group[f"obs/{key}"].shape != (count,):
+        raise UserError(f"{path}/tables/{table} has {count} rows, and tile ids of another shape; write it again.")
     own = np.asarray(group[f"obs/{key}"][:]) if f"obs/{key}" in group else np.arange(count)
-    if len(own) != count or not pd.Index(own).is_unique or not pd.Index(ids).is_unique:
+    if not pd.Index(own).is_unique or not pd.Index(ids).is_unique:
         raise UserError(
             f"{path}/tables/{table} has {count} rows and {pd.Index(own).nunique()} ids of tiles; each tile has one."
         )
@@ -205,21 +220,14 @@ def _rows_of(path: Path, group: zarr.Group, table: str, ids: np.ndarray) -> np.n
 # --- out --------------------------------------------------------------------------------------------------------------
 
 
-def write_spatial(
-    path: Path, store: TileStore, name: str, values: np.ndarray, about: Mapping[str, Any] | None = None
-) -> None:
-    """Write the tiles of a store, its labels and features as SpatialData Zarr, which `wsidata.open_wsi` opens.
+def write_spatial(path: Path, store: TileStore) -> None:
+    """Write the tiles of a store, and its labels, as a new SpatialData Zarr, which `wsidata.open_wsi` opens.
 
-    Args:
-        path: the new folder. name: of the features. values: (N, D), written as float32.
-        about: what is known of them, kept as JSON: in the Zarr's attribute `histoldm` and in the table's `uns`.
-
-    >>> write_spatial(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)))
+    >>> write_spatial(Path("a.zarr"), store)
     >>> is_spatial(Path("a.zarr"))
     True
     """
     downsample = _downsample(store)
-    side = int(store.tile_size * downsample)
     spec = {
         "height": store.tile_size, "width": store.tile_size, "stride_height": store.stride,
         "stride_width": store.stride, "mpp": store.mpp, "ops_level": 0, "ops_downsample": downsample,
@@ -228,37 +236,88 @@ def write_spatial(
     slide: dict[str, Any] = {"mpp": mpp_of_slide(store), "magnification": store.attrs.get("magnification")}
     if size := store.attrs.get("level0_size"):
         slide["shape"] = [size[1], size[0]]
-    told = json.dumps(about or {})
     attrs = {"spatialdata_attrs": {"version": "0.2"}, "slide_properties": slide, "tile_spec": {TILES: spec}}
-    root = zarr.create_group(str(path), attributes={**attrs, "histoldm": about or {}})
-    _write_shapes(root.create_group("shapes"), path / "shapes" / TILES, store, side)
-    table = root.create_group("tables").create_group(f"{name}_{TILES}", attributes={
-        **_encoding("anndata", "0.1.0"), "spatialdata-encoding-type": "ngff:regions_table", "version": "0.2",
-        "region": TILES, "region_key": "library_id", "instance_key": "tile_id",
-    })  # fmt: skip
-    _array(table, "X", np.asarray(values, np.float32))
-    ids = np.arange(len(store))
+    root = zarr.create_group(str(path), attributes=attrs)
+    _write_shapes(root.create_group("shapes"), path / "shapes" / TILES, store, int(store.tile_size * downsample))
+
+
+def add_features(path: Path, store: TileStore, name: str, values: np.ndarray, about: Mapping[str, Any]) -> None:
+    """Write features of a store's tiles as a new table of a SpatialData Zarr that has the same tiles.
+
+    Args:
+        path: a Zarr of `write_spatial`, or LazySlide's. name: of the features. values: (N, D), written as float32.
+        about: what is known of them, kept as JSON in the table's `uns`, see `about_features`.
+    Raises:
+        UserError: other tiles, or Zarr v2.
+
+    >>> write_spatial(Path("a.zarr"), store)
+    >>> add_features(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)), {"licence": "MIT"})
+    >>> read_spatial(Path("a.zarr"), "uni")[0].shape
+    (88, 4)
+    """
+    ids, table = ids_of_tiles(path, store), f"{name}_{TILES}"
+    root = _opened(path, "r+")
+    if root.metadata.zarr_format != 3:
+        raise UserError(f"{path} is Zarr v2; write it anew with a newer spatialdata, or choose another --out.")
+    with whole(path / root.require_group("tables").path / table) as part:
+        _write_table(part, np.asarray(values, np.float32), ids, json.dumps(dict(about)))
+    if root.metadata.consolidated_metadata or '"consolidated_metadata"' in (path / "zarr.json").read_text():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of shapes.parquet, which is no part of Zarr
+            zarr.consolidate_metadata(str(path))
+
+
+def ids_of_tiles(path: Path, store: TileStore) -> np.ndarray:
+    """The ids (N,) that a SpatialData Zarr gives to the tiles of a store. UserError where its tiles are others.
+
+    >>> write_spatial(Path("a.zarr"), store)
+    >>> ids_of_tiles(Path("a.zarr"), store)[:3]
+    array([0, 1, 2])
+    """
+    with _reading(path):
+        root = _opened(path)
+        if f"shapes/{TILES}" not in root:
+            raise UserError(f"{path} has no tiles; choose another --out.")
+        ids, boxes = _boxes(root, path, TILES, "tile_id")
+    row_of = {(round(x), round(y)): row for row, (x, y) in enumerate(boxes[:, :2].tolist())}
+    rows = [row_of.get((x, y), -1) for x, y in store.coords.tolist()]
+    extent = store.tile_size * store.downsample
+    if sorted(rows) != list(range(len(boxes))) or abs(float(boxes[0, 2] - boxes[0, 0]) / extent - 1) > 0.01:
+        raise UserError(f"{path} has other tiles than {store.path}; choose another --out.")
+    return ids[rows]
+
+
+def about_features(path: Path, feature: str | None = None) -> Any:
+    """What `add_features` was told of features; None of a table that it did not write, or that is not there.
+
+    >>> write_spatial(Path("a.zarr"), store)
+    >>> add_features(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)), {"licence": "MIT"})
+    >>> about_features(Path("a.zarr"), "uni")
+    {'licence': 'MIT'}
+    """
+    name = f"tables/{features_in(path).get(feature, feature)}/uns/histoldm"
+    with _reading(path):
+        root = _opened(path)
+        return json.loads(str(root[name][()])) if name in root else None
+
+
+def _write_table(path: Path, values: np.ndarray, ids: np.ndarray, told: str) -> None:
+    """A group in AnnData's encoding, as SpatialData annotates tiles with it."""
+    annotates = {"region": TILES, "region_key": "library_id", "instance_key": "tile_id"}
+    kind = {**_encoding("anndata", "0.1.0"), "spatialdata-encoding-type": "ngff:regions_table", "version": "0.2"}
+    table = zarr.create_group(str(path), attributes={**kind, **annotates})
+    _array(table, "X", values)
     obs = _frame(table, "obs", ["tile_id", "library_id"], ids)
     _array(obs, "tile_id", ids)
-    kind = obs.create_group("library_id", attributes={"ordered": False, **_encoding("categorical", "0.2.0")})
-    _array(kind, "codes", np.zeros(len(store), np.int8))
-    _array(kind, "categories", np.array([TILES]))
+    library = obs.create_group("library_id", attributes={"ordered": False, **_encoding("categorical", "0.2.0")})
+    _array(library, "codes", np.zeros(len(values), np.int8))
+    _array(library, "categories", np.array([TILES]))
     _frame(table, "var", [], np.arange(values.shape[1]))
     uns = table.create_group("uns", attributes=_encoding("dict", "0.1.0"))
     keys = uns.create_group("spatialdata_attrs", attributes=_encoding("dict", "0.1.0"))
-    for key, value in {"region": TILES, "region_key": "library_id", "instance_key": "tile_id"}.items():
+    for key, value in annotates.items():
         _array(keys, key, np.array(value))
     _array(uns, "histoldm", np.array(told))
-
-
-def about_spatial(path: Path) -> Any:
-    """What `write_spatial` was told of the features; None of a Zarr that it did not write.
-
-    >>> write_spatial(Path("a.zarr"), store, "uni", np.zeros((len(store), 4)), {"licence": "MIT"})
-    >>> about_spatial(Path("a.zarr"))
-    {'licence': 'MIT'}
-    """
-    return _opened(path).attrs.get("histoldm")
 
 
 def mpp_of_slide(store: TileStore) -> float | None:
@@ -292,7 +351,7 @@ def _write_shapes(shapes: zarr.Group, folder: Path, store: TileStore, side: int)
     for name, value in _BOX_IS.items():
         boxes[name] = value
     boxes["xy"] = low[:, None] + side * np.array([(1, 0), (1, 1), (0, 1), (0, 0), (1, 0)])
-    columns = {"tile_id": np.arange(len(low)), **{name: store.labels(name) for name in store.label_names}}
+    columns = {name: store.labels(name) for name in store.label_names} | {"tile_id": np.arange(len(low))}
     table = pa.table({**columns, "geometry": pa.array([box.tobytes() for box in boxes], pa.binary())})
     bounds = [*low.min(0).tolist(), *(low.max(0) + side).tolist()]
     column = {"encoding": "WKB", "crs": None, "geometry_types": ["Polygon"], "bbox": bounds}
