@@ -213,6 +213,26 @@ def test_digests_are_exact_after_a_kill_between_data_and_digest(tmp_path: Path):
                 shutil.rmtree(killed)
 
 
+def test_what_is_recorded_as_written_is_there_for_large_tiles_too(tmp_path: Path, monkeypatch):
+    """Shards of large tiles hold fewer rows than those of their coordinates; a kill comes without a close."""
+    monkeypatch.setattr("ldm.data.shards.SHARD_BYTES", 256 * SIDE * SIDE * 3)
+    write_store(tmp_path / "whole.zarr", 90)
+    assert (TileStore.open(tmp_path / "whole.zarr").tiles.shards or ())[0] == 256
+    writer = TileStoreWriter.create(tmp_path / "a.zarr", COUNT, ATTRS, {"tissue": "f4"})
+    for start in (0, 300):
+        part = slice(start, start + 300)
+        writer.append(TILES[part], KINDS["coords"][0][part], {"tissue": KINDS["labels"][0][part]})
+    shutil.copytree(tmp_path / "a.zarr", tmp_path / "killed.zarr")
+    writer.close(complete=False)
+    for name in ("killed.zarr", "a.zarr"):
+        (tmp_path / name / ".lock-tiles").unlink(missing_ok=True)
+        assert len(TileStore.open(tmp_path / name, allow_incomplete=True)) == (512 if name == "killed.zarr" else 600)
+        write_store(tmp_path / name, 111)
+        assert digests_fit(tmp_path / name)
+        for array in ("tiles", "coords", "labels/tissue"):
+            assert files(tmp_path / name / array) == files(tmp_path / "whole.zarr" / array)
+
+
 def test_an_array_that_an_older_version_began_goes_on_with_digests(tmp_path: Path):
     write_store(tmp_path / "a.zarr", 500)
     values = KINDS["features"][0]

@@ -133,11 +133,14 @@ class GrowingArray:
 
 
 class ShardBuffer:
-    """Rows of several arrays that grow together; whole shards go to disk, the rest waits in memory."""
+    """Rows of several arrays that grow together; whole shards go to disk, the rest waits in memory.
+
+    Where shards hold fewer rows in one array than in others, as of large tiles, these are written as far as that one.
+    """
 
     def __init__(self, arrays: Mapping[str, GrowingArray], rows: int) -> None:
         self.arrays, self.durable, self.rows = arrays, rows, rows
-        self.shard = next(iter(arrays.values())).layout.shard
+        self.shard = min(array.layout.shard for array in arrays.values())
 
     def append(self, rows: Mapping[str, np.ndarray]) -> bool:
         """Add rows; True when at least one shard became durable."""
@@ -157,6 +160,9 @@ class ShardBuffer:
         before, self.rows = self.rows, self.rows + added
         if self.rows // self.shard == before // self.shard:
             return False
+        for array in self.arrays.values():
+            if array.layout.shard > self.shard:
+                array.flush()
         self.durable = self.rows - self.rows % self.shard
         return True
 
