@@ -148,11 +148,29 @@ def test_absurd_sizes_are_refused_before_anything_is_read(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="32767 x 32767 x 32767 voxels; its header is broken"):
         Volume(path)
+
+
+@pytest.mark.parametrize(
+    ("side", "message"),
+    [(0, "its affine is broken"), (np.nan, "its affine is broken"), (np.inf, "its affine is broken"),
+     (1e-12, "says that its voxels are .* mm large; correct"), (1e9, "says that its voxels are .* mm large; correct")],
+)  # fmt: skip
+def test_voxels_without_a_place_or_of_absurd_size_are_told(tmp_path, side, message):
     content = bytearray(write(tmp_path / "b.nii").read_bytes())
-    content[280:296] = bytes(16)  # srow_x
+    content[280:296] = np.array([side, 0, 0, 0], "<f4").tobytes()  # srow_x
     (tmp_path / "b.nii").write_bytes(content)
-    with pytest.raises(UserError, match="cannot read the volume"):
+    with pytest.raises(UserError, match=message):
         Volume(tmp_path / "b.nii")
+
+
+def test_voxels_that_are_not_finite_are_counted(tmp_path, capsys):
+    values = np.arange(512, dtype=np.float32).reshape(8, 8, 8) + 5
+    values[0, 0, :3] = (np.nan, np.inf, -np.inf)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), tmp_path / "a.nii")
+    read = Volume(tmp_path / "a.nii").values()
+    assert read[0, 0].tolist() == [8, 8, 8, *range(8, 13)]
+    told = f"note: 3 of 512 voxels of {tmp_path / 'a.nii'} are NaN or infinite and count as 8, its least."
+    assert told in capsys.readouterr().err
 
 
 def test_slices_of_little_foreground_are_dropped_in_all_modalities(folder, tmp_path):

@@ -8,11 +8,12 @@ import numpy as np
 from einops import repeat
 from PIL import Image
 
-from ldm.errors import UserError
+from ldm.errors import UserError, note
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS orientation: right, anterior, superior
 FOREGROUND = 0.05  # of the window: what is brighter belongs to the body
 LARGEST = 1 << 31  # voxels
+SIDES = (1e-4, 1e3)  # mm that the side of a voxel can have
 
 
 class Volume:
@@ -29,10 +30,15 @@ class Volume:
 
         self.path = Path(path)
         try:
-            image = nibabel.as_closest_canonical(nibabel.squeeze_image(nibabel.load(self.path)))
+            image = nibabel.load(self.path)
+            if image.affine is None or not np.isfinite(image.affine).all() or not np.linalg.det(image.affine):
+                raise UserError(f"{self.path} does not say where its voxels lie: its affine is broken; correct it.")
+            image = nibabel.as_closest_canonical(nibabel.squeeze_image(image))
+        except UserError:
+            raise
         except (
-            nibabel.filebasedimages.ImageFileError, nibabel.orientations.OrientationError, OSError, EOFError,
-            ValueError, OverflowError,
+            nibabel.filebasedimages.ImageFileError, nibabel.orientations.OrientationError,
+            nibabel.spatialimages.HeaderDataError, OSError, EOFError, ValueError, OverflowError,
         ) as error:  # fmt: skip
             raise UserError(f"cannot read the volume {self.path}: {error}") from error
         if len(image.shape) != 3:
@@ -48,11 +54,11 @@ class Volume:
         self.shape = tuple(map(int, image.shape))
         self.affine = np.asarray(image.affine, float)
         self.spacing = tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
-        if not all(np.isfinite(side) and side > 0 for side in self.spacing):
+        if not all(SIDES[0] <= side <= SIDES[1] for side in self.spacing):
             raise UserError(f"{self.path} says that its voxels are {self.spacing} mm large; correct its affine.")
 
     def values(self) -> np.ndarray:
-        """(X,Y,Z) float32; what is not finite is the least of the others."""
+        """(X,Y,Z) float32; what is not finite is the least of the others, which is told."""
         try:
             values = np.asarray(self._image.dataobj, np.float32)
         except (OSError, EOFError, ValueError) as error:
@@ -60,7 +66,11 @@ class Volume:
         finite = np.isfinite(values)
         if not finite.any():
             raise UserError(f"{self.path} has no finite voxel.")
-        return values if finite.all() else np.where(finite, values, values[finite].min())
+        if finite.all():
+            return values
+        least, count = values[finite].min(), values.size - int(finite.sum())
+        note(f"{count} of {values.size} voxels of {self.path} are NaN or infinite and count as {least:g}, its least.")
+        return np.where(finite, values, least)
 
     def check_same_grid(self, other: Volume, tolerance: float = 1e-3) -> None:
         """UserError unless the voxels of both lie at the same places."""
