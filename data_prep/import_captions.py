@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 
 from data_prep.options import (
+    FilesInOption,
     LicenceOption,
     OutOption,
     SizeOption,
@@ -171,8 +172,9 @@ def main(
         bool, inputs("--of-slides", help="Read names of slides or patients of --out where paths of images would be.")
     ] = False,
     images: Annotated[
-        Path | None, inputs("--images", help="Folder where relative paths begin (default: that of the table).")
+        Path | None, inputs("--images", help="Folder of the images, where relative paths begin (default: the table's).")
     ] = None,
+    files_in: FilesInOption = None,
     path_column: Annotated[
         str | None, inputs("--path-column", help="Column of the image's path (default: path, filename, image, ...).")
     ] = None,

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ldm.cli.options import PATIENT_RULE, DeviceOption, choices, inputs, output, speed
+from ldm.cli.options import PATIENT_RULE, DeviceOption, FilesInOption, choices, inputs, output, speed
 from ldm.errors import UserError
 
-__all__ = ["DeviceOption", "choices", "inputs", "output", "speed"]  # as those of `histoldm`
+__all__ = ["DeviceOption", "FilesInOption", "choices", "inputs", "output", "speed"]  # as those of `histoldm`
 
 taken = partial(typer.Option, rich_help_panel="What is taken")
 regional = partial(typer.Option, rich_help_panel="Regions")

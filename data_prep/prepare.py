@@ -47,6 +47,7 @@ from data_prep.engine import (
 from data_prep.fetch import Fetched, fetch
 from data_prep.options import (
     DeviceOption,
+    FilesInOption,
     InsideOption,
     KeepBackgroundOption,
     LicenceOption,
@@ -343,6 +344,7 @@ def _check_before(
 def main(
     slides: SlidesOption,
     out: OutOption,
+    files_in: FilesInOption = None,
     slide_mpp: SlideMppOption = None,
     patient: PatientOption = None,
     licence: LicenceOption = "",

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from ldm.errors import UserError, note, some
+from ldm.foreign.paths import named_in
 from ldm.images.dicom import SUFFIX, one_per_series
 from ldm.images.kinds import ENDINGS, called, images_in, is_ome_zarr
 from ldm.images.scale import MOST
@@ -63,16 +64,19 @@ class SlideEntry:
 def read_slides(given: Sequence[Path | str]) -> list[SlideEntry]:
     """The slides of files, folders, patterns such as "slides/**/*.svs", and tables (CSV, TSV).
 
-    A table has a column path (or wsi, as TRIDENT's; slide; filename), relative to the table's folder; and may have mpp,
-    patient, split, roi, exclude, min_tissue and keep_background. exclude holds yes, no or the reason why a slide is
-    left out. Other columns, as stain, become labels of the tiles.
+    A table has a column path (or wsi, as TRIDENT's; slide; filename), relative to the table's folder, where the files
+    lie, or in a folder that `ldm.foreign.paths.files_in` allows; and may have mpp, patient, split, roi, exclude,
+    min_tissue and keep_background. exclude holds yes, no or the reason why a slide is left out. Other columns, as
+    stain, become labels of the tiles.
 
     Raises:
         UserError: nothing found, a file that a table names and that is not there, a value out of range, one slide
             twice, a patient in two splits.
 
     >>> _ = Path("slides.csv").write_text(f"path,stain\\n{slide_path.resolve()},he\\n")
-    >>> [(each.path.name, each.labels) for each in read_slides(["slides.csv"])]
+    >>> from ldm.foreign.paths import files_in
+    >>> with files_in([slide_path.parent]):
+    ...     [(each.path.name, each.labels) for each in read_slides(["slides.csv"])]
     [('CMU-1-Small-Region.svs', {'stain': 'he'})]
     """
     entries: list[SlideEntry] = []
@@ -174,6 +178,7 @@ def _of_table(path: Path) -> list[SlideEntry]:
         if reason.lower() not in _NO:
             left.append(f"{file.name}{'' if reason.lower() in _YES else f': {reason}'}")
             continue
+        named_in(path, [row[column]])
         if not file.exists():
             missing.append(str(file))
             continue
@@ -181,13 +186,14 @@ def _of_table(path: Path) -> list[SlideEntry]:
         split = _cell(row, of, "split")
         if split and split not in _SPLITS:
             raise UserError(f"{path}: {file.name} has the split '{split}'; splits are {', '.join(_SPLITS)}")
-        if roi and not (path.parent / roi).exists():
-            missing.append(str(path.parent / roi))
+        region = named_in(path, [roi])[0] if roi else None
+        if region and not region.exists():
+            missing.append(str(region))
         own = {name: float(values[i]) for name, values in numbers.items() if pd.notna(values[i])}
         _check_numbers(own, file, path)
         labels = {name: values[i] for name, values in typed.items()}
         entry = SlideEntry(file, patient=_cell(row, of, "patient"), split=split, labels=labels, **own)
-        entries.append(entry if not roi else SlideEntry(**{**vars(entry), "roi": path.parent / roi}))
+        entries.append(entry if not roi else SlideEntry(**{**vars(entry), "roi": region}))
     if missing:
         raise UserError(f"{path} names {len(missing)} files that are not there: {some(missing, 3)}")
     if left:

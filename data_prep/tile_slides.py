@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from data_prep.cohort_index import tell_splits, update_index
 from data_prep.options import (
+    FilesInOption,
     InsideOption,
     KeepBackgroundOption,
     LicenceOption,
@@ -260,6 +261,7 @@ def _choose(
 def main(
     slides: SlidesOption,
     out: OutOption,
+    files_in: FilesInOption = None,
     slide_mpp: SlideMppOption = None,
     patient: PatientOption = None,
     licence: LicenceOption = "",

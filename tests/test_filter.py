@@ -248,7 +248,10 @@ def test_images_of_other_folders_are_kept_inside(world, tmp_path):
         Image.fromarray(cell(np.random.default_rng(i), 1.0)).save(tmp_path / f"{i}.png")
     pd.DataFrame({"file": files}).to_csv(tmp_path / "list" / "tiles.csv", index=False)
     kept = tmp_path / "o" / "kept"
-    run("filter", "--scorer", world / "binary", "--images", tmp_path / "list", "--top", 1, "--out", kept)
+    command = ("filter", "--scorer", world / "binary", "--images", tmp_path / "list", "--top", 1, "--out", kept)
+    with pytest.raises(UserError, match=f"names 2 files outside of the folder .* --files-in {tmp_path}"):
+        run(*command)
+    run(*command, "--files-in", tmp_path)
     assert pd.read_csv(kept / "tiles.csv")["file"].tolist() == ["000000_0.png", "000001_1.png"]
     assert [path.name for path in (tmp_path / "o").iterdir()] == ["kept"]
 

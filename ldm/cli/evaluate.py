@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ldm.cli.app import app
-from ldm.cli.options import DeviceOption, SeedOption, choices, inputs, output
+from ldm.cli.options import DeviceOption, FilesInOption, SeedOption, choices, inputs, output
 from ldm.data.where import FORMS
 from ldm.devices import pick_device
 from ldm.errors import UserError
@@ -35,6 +35,7 @@ def evaluate(
     where: Annotated[
         list[str] | None, inputs("--where", help=f"Selection of the real images: {FORMS} (repeat).")
     ] = None,
+    files_in: FilesInOption = None,
     features: Annotated[
         list[str] | None,
         measure(

@@ -15,6 +15,7 @@ from ldm.cli.options import (
     ConditionOption,
     DeviceOption,
     FeatureOption,
+    FilesInOption,
     ModelOption,
     Precision,
     PrecisionOption,
@@ -121,6 +122,7 @@ def train_scorer(
     positive: PositiveOption = None,
     patient: PatientOption = None,
     where: ChosenOption = None,
+    files_in: FilesInOption = None,
     skip_unrated: Annotated[bool, learnt("--skip-unrated", help="Leave out images without a rating.")] = False,
     arch: ArchOption = "resnet10t",
     arch_arg: ArchArgOption = None,
@@ -180,6 +182,7 @@ def score(
     out: Annotated[Path, output("--out", help="CSV to write: image, label, mean score, each network's.")],
     crop: CropOption = None,
     where: ChosenOption = None,
+    files_in: FilesInOption = None,
     target: Annotated[
         str | None, output("--target", help="Column of what each image shall be, for `evaluate --scores`.")
     ] = None,
@@ -207,6 +210,7 @@ def filter_command(
     class_name: ClassOption = None,
     matches: MatchesOption = None,
     by: Annotated[str | None, choose("--by", help="Column of the images' list whose values are kept apart.")] = None,
+    files_in: FilesInOption = None,
     link: Annotated[bool, output("--link", help="Make hard links in place of copies.")] = False,
     crop: CropOption = None,
     batch_size: ScoreBatchOption = 64,
@@ -237,6 +241,7 @@ def rate(
     scale: Annotated[
         str, wanted("--scale", help="Scale of the ratings: 1-5, or names from bad to good, as bad,good.")
     ] = "bad,good",
+    files_in: FilesInOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Write numbered contact sheets and a table for people to rate images in; `train-scorer` learns from it.
@@ -306,6 +311,7 @@ def utility(
     kind: KindOption = None,
     positive: PositiveOption = None,
     patient: PatientOption = None,
+    files_in: FilesInOption = None,
     arch: ArchOption = "resnet10t",
     arch_arg: ArchArgOption = None,
     weights: WeightsOption = None,

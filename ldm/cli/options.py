@@ -12,6 +12,7 @@ import typer
 
 from ldm.config import allowing
 from ldm.data.where import FORMS
+from ldm.foreign.paths import files_in
 
 inputs = partial(typer.Option, rich_help_panel="Input")
 wanted = partial(typer.Option, rich_help_panel="What is made")
@@ -44,6 +45,21 @@ AllowTargetOption = Annotated[
         callback=allow_targets,
         show_default=False,
         help="Allow classes outside of this package whose names begin so, as mylab. (repeat).",
+    ),
+]
+def allow_files_in(context: typer.Context, folders: list[Path] | None) -> list[Path] | None:
+    """Until the command ends, tables may name files that lie in these folders."""
+    context.with_resource(files_in(folders or ()))
+    return folders
+
+
+FilesInOption = Annotated[
+    list[Path] | None,
+    inputs(
+        "--files-in",
+        callback=allow_files_in,
+        show_default=False,
+        help="Folder beside a table's own where files that it names may lie (repeat).",
     ),
 ]
 ModelOption = Annotated[Path, inputs("--model", help="Model folder, or a training run's folder.")]

@@ -10,6 +10,7 @@ from ldm.cli.options import (
     AllowTargetOption,
     ConditionOption,
     DeviceOption,
+    FilesInOption,
     ModelOption,
     WhereOption,
     choices,
@@ -45,6 +46,7 @@ def sequence(
         float | None, inputs("--images-mpp", help="Micrometres per pixel of the images, where not the model's.")
     ] = None,
     where: WhereOption = None,
+    files_in: FilesInOption = None,
     source: Annotated[
         list[str] | None,
         inputs("--source", help="Condition, name=value, that real images are inverted under; a store has it."),

@@ -9,7 +9,16 @@ from typing import Annotated
 import typer
 
 from ldm.cli.app import app
-from ldm.cli.options import AllowTargetOption, DeviceOption, ModelOption, WhereOption, inputs, output, wanted
+from ldm.cli.options import (
+    AllowTargetOption,
+    DeviceOption,
+    FilesInOption,
+    ModelOption,
+    WhereOption,
+    inputs,
+    output,
+    wanted,
+)
 from ldm.cli.sampling import settings
 from ldm.data.where import parse_where
 from ldm.devices import pick_device
@@ -84,6 +93,7 @@ def translate(
         float | None, inputs("--mpp", help="Micrometres per pixel of the images, where files do not say.")
     ] = None,
     where: WhereOption = None,
+    files_in: FilesInOption = None,
     count: Annotated[int | None, inputs("--count", min=1, help="Number of images at most.")] = None,
     device: DeviceOption = "auto",
     save_intermediates: Annotated[

@@ -20,6 +20,7 @@ from ldm.data.conditions import index_rows, lost_index
 from ldm.data.tile_store import holds_stores, open_cohort
 from ldm.data.where import Where, parse_where, select, unknown
 from ldm.errors import UserError, note, some, suggest
+from ldm.foreign.paths import named_in
 from ldm.images.kinds import ENDINGS, called, images_in, is_ome_zarr, is_there
 from ldm.images.pictures import Picture, notes_of
 from ldm.tables.text import read_table
@@ -218,7 +219,7 @@ def _listed(path: Path, mpp: float | None) -> Pictures:
     table = read_table(path, numbers=True, missing=("",))
     if "file" not in table:
         raise UserError(f"{path} has no column 'file'; it lists the images of its folder.")
-    paths = [path.parent / str(name) for name in table["file"]]
+    paths = named_in(path, table["file"])
     if missing := [file.name for file in paths if not is_there(file)]:
         raise UserError(f"{path} lists {len(missing)} images that are not there: {some(missing, 5)}.")
     return pictures_of_files(paths, table.to_dict("records"), str(path.parent), mpp)

@@ -103,10 +103,10 @@ def _from_h5(path: Path) -> Features:
 
 
 def _from_pt(path: Path) -> Features:
-    from ldm.interop.checkpoint import read_checkpoint
+    from ldm.interop.checkpoint import Inert, read_checkpoint
 
     content, coords = read_checkpoint(path), None
-    if (found := _object_in(content)) is not None:
+    if (found := _first_of(Inert, content)) is not None:
         kind = type(found)
         raise UserError(
             f"{path} holds objects of Python ({kind.__module__}.{kind.__qualname__}), which are not read: they could "
@@ -130,12 +130,12 @@ def _from_pt(path: Path) -> Features:
     return Features(values, None if coords is None else Places(unbatched(np.asarray(coords))))
 
 
-def _object_in(content: Any) -> Any:
-    """An object of a class of its own, if one is there."""
-    from ldm.interop.checkpoint import Inert
-
+def _first_of(kind: type, content: Any) -> Any:
+    """The first object of a kind in containers; None where there is none."""
+    if isinstance(content, kind):
+        return content
     parts = content.values() if isinstance(content, dict) else content if isinstance(content, (list, tuple)) else ()
-    return content if isinstance(content, Inert) else next(filter(None, map(_object_in, parts)), None)
+    return next((found for part in parts if (found := _first_of(kind, part)) is not None), None)
 
 
 def _from_zarr(path: Path, feature: str | None) -> Features:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 from ldm.errors import UserError
 
 _WITHIN: ContextVar[tuple[Path, ...]] = ContextVar("within", default=())
+_FILES_IN: ContextVar[tuple[Path, ...]] = ContextVar("files_in", default=())
 OWN = ("config.yaml", "model.safetensors")  # what a model folder's further files are not called
 
 
@@ -91,3 +94,64 @@ def write_files(files: Mapping[str, str], folder: Path, source: object) -> None:
         if not isinstance(text, str):
             raise UserError(f"{source} holds {name}, which is {type(text).__name__} and no text; it is not written.")
         (folder / name).write_text(text, encoding="utf-8")
+
+
+# --- tables that name files -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def files_in(folders: Iterable[Path | str]) -> Iterator[None]:
+    """A context in which tables may name files of these folders too: what the option --files-in says.
+
+    >>> with files_in(["/data/slides"]):
+    ...     named_in(Path("slides.csv"), ["/data/slides/a.svs"])
+    [PosixPath('/data/slides/a.svs')]
+    """
+    token = _FILES_IN.set((*_FILES_IN.get(), *map(Path, folders)))
+    try:
+        yield
+    finally:
+        _FILES_IN.reset(token)
+
+
+def named_in(table: Path, names: Iterable[Any], folder: Path | None = None) -> list[Path]:
+    """The files that a table names, which may have come from anybody: those of its own folder.
+
+    Args:
+        folder: where relative paths begin, and where the files may lie; None: the table's.
+    Raises:
+        UserError: a file that lies outside of it, by an absolute path, by `..` or by a link, and in no folder that
+            --outside names.
+
+    >>> named_in(Path("cohort/captions.csv"), ["a.png", "../private/b.png"])
+    Traceback (most recent call last):
+    ldm.errors.UserError: cohort/captions.csv names 1 file outside of the folder cohort, as ../private/b.png. If you ...
+    """
+    names, folder = [str(name) for name in names], table.parent if folder is None else folder
+    paths = [folder / name for name in names]
+    if out := stray(paths, folder):
+        count, first = len(out), out[0]
+        raise UserError(
+            f"{table} names {count} file{'s' * (count > 1)} outside of the folder {folder}, as {names[first]}. If you "
+            f"mean to read them, say where they lie: --files-in {paths[first].resolve().parent}"
+        )
+    return paths
+
+
+def stray(paths: Sequence[Path], folder: Path) -> list[int]:
+    """The places of those paths that lie outside of `folder` and of what --files-in names, their links followed.
+
+    >>> stray([Path("cohort/a.png"), Path("/a.png")], Path("cohort"))
+    [1]
+    """
+    roots = tuple(os.path.join(os.path.realpath(root), "") for root in (folder, *_FILES_IN.get()))
+    parents: dict[Path, str] = {}
+    out = []
+    for place, path in enumerate(paths):
+        parent = parents.get(path.parent) or parents.setdefault(path.parent, os.path.realpath(path.parent))
+        real = os.path.join(parent, path.name)
+        if path.name == ".." or os.path.islink(real):
+            real = os.path.realpath(path)
+        if not real.startswith(roots):
+            out.append(place)
+    return out

@@ -16,6 +16,7 @@ from ldm.data.collection import Pictures, list_of, pictures_of_files, read_pictu
 from ldm.data.tile_store import holds_stores
 from ldm.data.where import Where
 from ldm.errors import UserError, some, suggest
+from ldm.foreign.paths import named_in
 from ldm.images.kinds import is_there
 from ldm.scorers.calibration import KINDS
 from ldm.tables.patients import patients_of
@@ -156,7 +157,7 @@ def _of_table(path: Path) -> Pictures:
     column = next((name for name in ("path", "file", "filename", "image") if name in table), None)
     if column is None:
         raise UserError(f"{path} has no column of image files{suggest('path', ['path', 'file', 'filename', 'image'])}")
-    files = [path.parent / str(name) for name in table[column]]
+    files = named_in(path, table[column])
     if missing := [str(file) for file in files if not is_there(file)]:
         raise UserError(f"{path} names {len(missing)} images that are not there: {some(missing, 5)}.")
     if twice := sorted(name for name, count in Counter(map(str, files)).items() if count > 1):

@@ -18,6 +18,7 @@ import pandas as pd
 from ldm.data.collection import Pictures, pictures_of_files
 from ldm.errors import UserError, some
 from ldm.files import sha256, whole, write_text
+from ldm.foreign.paths import named_in
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, save_real_png
 from ldm.rng import fold
@@ -139,7 +140,7 @@ def read_ratings(path: Path, skip_unrated: bool = False) -> Labelled:
     rated = sorted(set(known) - set(unrated))
     if not rated:
         raise UserError(f"no image of {path} is rated.")
-    files = [path.parent / known[number]["file"] for number in rated]
+    files = named_in(path, [known[number]["file"] for number in rated])
     for number, file in zip(rated, files):
         if not file.is_file() or sha256(file) != known[number]["sha256"]:
             raise UserError(f"{file} is missing or is not the image that was handed out as number {number}.")

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from ldm.errors import UserError, suggest
+from ldm.foreign.paths import stray
 from ldm.images.kinds import is_there
 from ldm.images.pictures import Picture
 from ldm.tables.patients import patients_of
@@ -76,7 +77,8 @@ def read_captions(
 
     Args:
         of_files: paths are those of files, which must be there; else names of something else, such as slides.
-        images: folder that relative image paths start from; None is the table's own.
+        images: folder that relative image paths start from, and in which the images lie unless
+            `ldm.foreign.paths.files_in` says where else; None is the table's own.
         path_column, text_column, modality_column: names of columns, in any case; by default those of KNOWN are found.
         patient: whose an image is: the name of a column, or a rule for its path, see `ldm.tables.patients`.
     Raises:
@@ -196,16 +198,20 @@ def _collect(
     of_files: bool,
 ) -> None:
     seen: dict[tuple[str, str], int] = {}
-    for line, fields in rows:
-        values = {kind: fields[place].strip() if place is not None else "" for kind, place in places.items()}
+    rows = list(rows)
+    told = [{kind: row.cells[at].strip() if at is not None else "" for kind, at in places.items()} for row in rows]
+    images = [folder / values["path"].replace("\\", "/") for values in told]  # an absolute path stays one
+    out = set(stray(images, folder)) if of_files else ()
+    for place, ((line, _), values, image) in enumerate(zip(rows, told, images)):
         name, text = values["path"].replace("\\", "/"), values["text"]
-        image = folder / name  # an absolute path stays one
         if not name:
             reason = "no image path"
         elif is_missing(text):
             reason = f"the caption of {name} is empty"
         elif (name, text) in seen:
             reason = f"{name} with the same caption stands in line {seen[name, text]} already"
+        elif place in out:
+            reason = f"{name} lies outside of {folder}; if you mean it, --files-in {image.resolve().parent}"
         elif of_files and not is_there(image):
             reason = f"there is no image {image}"
         else:
