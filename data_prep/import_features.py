@@ -270,8 +270,9 @@ def cut(
         coords, rows, level0 = np.rint(places.coords).astype(np.int64), np.arange(len(places.coords)), slide.dimensions
         if (coords < 0).any() or (coords >= level0).any():
             raise UserError(
-                f"{files.source} has coordinates up to {tuple(coords.max(0).tolist())}, but {path} is {level0[0]} x "
-                f"{level0[1]} px; is it the file of another slide?"
+                f"{files.source} has coordinates from {tuple(coords.min(0).tolist())} to "
+                f"{tuple(coords.max(0).tolist())}, but {path} is {level0[0]} x {level0[1]} px; is it the file of "
+                "another slide?"
             )
         mpp, about = slide.mpp, slide.about
         labels = {"tissue": TissueMask(slide).fraction(coords, extent).astype(np.float32)}

@@ -13,9 +13,10 @@ import pandas as pd
 
 from ldm.errors import UserError, note, some
 from ldm.foreign.paths import named_in
-from ldm.images.dicom import SUFFIX, one_per_series
+from ldm.images.dicom import SUFFIX, one_per_series, series_of
 from ldm.images.kinds import ENDINGS, called, images_in, is_ome_zarr
 from ldm.images.scale import MOST
+from ldm.images.slides import open_image
 from ldm.tables.text import as_values, read_table
 
 TABLES = (".csv", ".tsv", ".txt")
@@ -96,6 +97,7 @@ def read_slides(given: Sequence[Path | str]) -> list[SlideEntry]:
         if known.setdefault(entry.path, entry) is not entry:
             raise UserError(f"{entry.path} is listed twice; leave one of its rows")
     names = slide_names(find_slides([*paths, *known]))
+    _check_series(known, names)
     listed = [replace(known.get(path, SlideEntry(path)), name=name) for path, name in names.items()]
     _check_patients(listed)
     return listed
@@ -106,10 +108,24 @@ def find_slides(paths: Sequence[Path | str]) -> list[Path]:
     slides: list[Path] = []
     for p in map(Path, paths):
         slides += images_in(p) if p.is_dir() and not is_ome_zarr(p) else [p]
-    slides = one_per_series(slides)
+    slides = one_per_series(found := slides)
     if not slides:
+        for path in found:  # why a file that was named is none
+            open_image(path)
         raise UserError(f"no slide found in {', '.join(map(str, paths))}; slides end in {ENDINGS}")
     return slides
+
+
+def _check_series(known: Mapping[Path, SlideEntry], taken: Iterable[Path]) -> None:
+    """UserError where a table names a file of a DICOM series for which another one stands that it does not name."""
+    series = {series_of(path): path for path in taken}
+    for path in known:
+        stands = series.get(series_of(path)) if path not in series.values() else None
+        if stands is not None and stands not in known:
+            raise UserError(
+                f"{path} is a file of the DICOM series for which {stands} stands, its finest level; name that one in "
+                "the table"
+            )
 
 
 def slide_names(slides: Iterable[Path]) -> dict[Path, str]:

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
-from data_prep.slide_table import find_slides, slide_names
+from data_prep.slide_table import find_slides, read_slides, slide_names
 from data_prep.tile_slides import main, tile_slide
 from ldm.data.cohort import read_index
 from ldm.data.collection import read_pictures
@@ -156,6 +156,27 @@ def test_labels_and_overviews_are_no_slides(tmp_path):
     for kind in ("LABEL", "OVERVIEW", "THUMBNAIL"):
         Series(slides).write(f"a-{kind}.dcm", TISSUE[::8, ::8], 4.0, kind)
     assert images_in(slides) == [slides / "level0.dcm"]
+
+
+def test_a_label_that_is_named_is_told_to_be_none_of_the_levels(tmp_path):
+    series = Series(tmp_path / "slides")  # as in public archives: one series has the levels and what lies beside them
+    series.write("level0.dcm", TISSUE, 0.5)
+    for kind in ("LABEL", "OVERVIEW"):
+        path = series.write(f"a-{kind}.dcm", TISSUE[::8, ::8], 4.0, kind)
+        for opens in (open_image, lambda path: find_slides([path])):
+            with pytest.raises(UserError, match=rf"a-{kind}\.dcm is the {kind} of a slide in DICOM, not the slide"):
+                opens(path)
+    assert find_slides(sorted((tmp_path / "slides").iterdir())) == [tmp_path / "slides" / "level0.dcm"]
+
+
+def test_what_a_table_says_of_a_level_is_not_lost(tmp_path):
+    slides, table = slide_of_levels(tmp_path / "slides"), tmp_path / "t.csv"
+    table.write_text("path,patient\nslides/level1.dcm,X\n")
+    assert [(each.path.name, each.patient) for each in read_slides([table])] == [("level1.dcm", "X")]
+    with pytest.raises(UserError, match=r"level1\.dcm is a file of the DICOM series for which .*level0\.dcm stands"):
+        read_slides([table, slides])
+    table.write_text("path,patient\nslides/level1.dcm,X\nslides/level0.dcm,X\n")
+    assert [(each.path.name, each.patient) for each in read_slides([table, slides])] == [("level0.dcm", "X")]
 
 
 def test_parts_of_a_level_are_one_slide(tmp_path):

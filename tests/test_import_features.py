@@ -222,7 +222,7 @@ def test_the_nearest_tile_is_found_however_they_lie():
         ("names", "none of the slides .* has a file of its name; the files are of a, b"),
         ("nan", "NaN or infinity in 1 of 6 features"),
         ("no coords", "no .h5 file with `coords` of slide"),
-        ("outside", r"coordinates up to \(99999, 0\), but .* is 2220 x 2967 px"),
+        ("outside", r"coordinates from .* to \(99999, 0\), but .* is 2220 x 2967 px"),
         ("no extent", "give --patch-size"),
         ("broken", "cannot be read as .h5"),
         ("nothing", "no .h5 or .pt file"),

@@ -66,6 +66,7 @@ GOOD: dict[str, Callable[[Path], Path]] = {
     "bytes": lambda d: h5(d / "S1.h5", VALUES, COORDS, **{k: np.bytes_(str(v)) for k, v in TRIDENT.items()}),
     "no attributes": lambda d: h5(d / "S1.h5", VALUES, COORDS),
     "a batch of one": lambda d: h5(d / "S1.h5", VALUES[None], COORDS[None], **TRIDENT),
+    "each a batch": lambda d: h5(d / "S1.h5", VALUES[:, None], COORDS, **TRIDENT),
     "half precision": lambda d: h5(d / "S1.h5", VALUES.astype(np.float16), COORDS.astype(np.float32), **TRIDENT),
     "CLAM": lambda d: h5(d / "S1.h5", VALUES, COORDS, patch_size=64, patch_level=1, downsample=np.array([4.0, 4.0])),
     "beside a slide's feature": lambda d: h5(d / "job" / "slide_features_x" / "S1.h5", VALUES[0], COORDS)

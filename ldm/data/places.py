@@ -111,9 +111,10 @@ def _number(value: Any, name: str, path: str) -> float:
 
 
 def unbatched(values: np.ndarray) -> np.ndarray:
-    """(1, N, D), as some extractors write, -> (N, D).
+    """(1, N, D) or (N, 1, D), as some extractors write, -> (N, D).
 
-    >>> unbatched(np.zeros((1, 5, 8))).shape
-    (5, 8)
+    >>> unbatched(np.zeros((1, 5, 8))).shape, unbatched(np.zeros((5, 1, 8))).shape
+    ((5, 8), (5, 8))
     """
-    return values[0] if values.ndim == 3 and values.shape[0] == 1 else values
+    single = next((axis for axis in (0, 1) if values.ndim == 3 and values.shape[axis] == 1), None)
+    return values if single is None else values.squeeze(single)

@@ -39,6 +39,30 @@ def one_per_series(paths: Iterable[Path]) -> list[Path]:
     return [best[item][1] if isinstance(item, str) else item for item in kept]
 
 
+def series_of(path: Path) -> str:
+    """The series that a DICOM file of a slide is of; "" of other files.
+
+    >>> series_of(slide_path)
+    ''
+    """
+    header = _header(path) if path.suffix.lower() == SUFFIX else None
+    slide = header is not None and str(header.get("SOPClassUID", "")) == _SLIDES
+    return str(header.get("SeriesInstanceUID", path)) if slide else ""
+
+
+def beside_slide(path: Path) -> str:
+    """What a DICOM file of a slide is that is none of its levels, as LABEL or OVERVIEW; "" of other files.
+
+    >>> beside_slide(slide_path)
+    ''
+    """
+    header = _header(path) if path.suffix.lower() == SUFFIX else None
+    if header is None or str(header.get("SOPClassUID", "")) != _SLIDES:
+        return ""
+    kinds = [str(part) for part in header.get("ImageType", [])]
+    return "" if "VOLUME" in kinds else (kinds[2:3] or ["picture"])[0]
+
+
 def why_no_slide(path: Path) -> str:
     """Why a DICOM file is no slide, to follow its name; "" of other files.
 

@@ -9,7 +9,7 @@ import openslide
 
 from ldm.errors import UserError
 from ldm.images.colour import on_white
-from ldm.images.dicom import why_no_slide
+from ldm.images.dicom import beside_slide, why_no_slide
 from ldm.images.scale import scale_of
 from ldm.images.source import Source
 
@@ -32,6 +32,8 @@ def open_scanned(path: Path) -> Source | None:
         if reason := why_no_slide(path):
             raise UserError(f"{path} {reason}")
         return None
+    if kind := beside_slide(path):  # OpenSlide would open the slide that it lies beside
+        raise UserError(f"{path} is the {kind} of a slide in DICOM, not the slide; give a file of its levels (VOLUME)")
     try:
         file = openslide.OpenSlide(str(path))
     except openslide.OpenSlideError as error:
