@@ -77,7 +77,7 @@ from data_prep.options import (
     taken,
 )
 from data_prep.run_record import RunRecord
-from data_prep.slide_table import SlideEntry, read_slides
+from data_prep.slide_table import SlideEntry, read_slides, tell_renamed
 from ldm.cli.script import script
 from ldm.data.splits import fractions
 from ldm.data.store_faults import check_store
@@ -274,6 +274,7 @@ def prepare(
         UserError: before any work: nothing to do, settings other than those of the cohort, no such encoder or model.
     """
     entries, out = read_slides(slides), Path(out)
+    tell_renamed({entry.path: entry.name for entry in entries}, out)
     validation, test = fractions(out, validation, test)
     tiling = dict(tiling or {})
     if workers:
