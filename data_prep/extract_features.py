@@ -29,6 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.batches import in_order, read_batches
+from data_prep.encoder_facts import tell_terms
 from data_prep.options import (
     DeviceOption,
     FeatureBatchOption,
@@ -219,10 +220,7 @@ def extract(
             "for encoders that are not known by name"
         )
     if spec is not None and spec.non_commercial:
-        note(
-            f"encoder '{spec.name}' is licensed for non-commercial use ({spec.licence}); so are its features and the "
-            "models conditioned on them. The licence is recorded in the store."
-        )
+        tell_terms(spec.name, spec.licence)
     elif spec is None and not licence:
         note(f"the licence of encoder '{name}' is not known; record it by --licence (licence=)")
     made = FeatureRows(network, name, tokens, with_dihedral, stores[0].tile_size, device, precision)

@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_prep.cohort_index import tell_splits, update_index
+from data_prep.encoder_facts import encoder_attrs, told_of
 from data_prep.feature_match import Match, check_distinct, check_slide, extent_of, match, pair, usual_step
 from data_prep.options import (
     LicenceOption,
@@ -47,18 +47,16 @@ from ldm.cli.script import script
 from ldm.data.cohort import merge_index, read_index, write_store
 from ldm.data.extent import tell_scales
 from ldm.data.features import nearest_tiles
-from ldm.data.slide_files import SlideFiles, find_slide_files, told_in
+from ldm.data.slide_files import SlideFiles, find_slide_files
 from ldm.data.splits import fractions
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore, open_cohort
-from ldm.encoders.registry import REGISTRY
-from ldm.errors import UserError, note, some
+from ldm.errors import UserError, note
 from ldm.images.kinds import called, images_in
 from ldm.images.slides import GIVEN, open_image, open_slide
 from ldm.images.tissue import TissueMask
 
 _PLACE = re.compile(r"\((\d+)\s*,\s*(\d+)\)|(?:^|[_-])x?_?(\d+)[_-]y?_?(\d+)$", re.IGNORECASE)
-_TOLD = ("encoder", "licence", "non_commercial", "source", "weights_sha256")  # taken from files of our own
 Missing = choices("Missing", ("error", "drop"))
 
 
@@ -104,10 +102,7 @@ def import_features(
         raise UserError(
             f"the files have features of {' and '.join(map(str, dims))} values; give the files of one encoder"
         )
-    told = [told_in(each.files.features, each.files.feature) for each in matches if each.files]
-    if len(made := sorted({str(own["weights_sha256"]) for own in told if "weights_sha256" in own})) > 1:
-        raise UserError(f"the files have features of different weights ({some(made, 2)}); give those of one encoder")
-    attrs = encoder_attrs(name, dims[0], licence, told[0])
+    attrs = encoder_attrs(name, dims[0], licence, told_of([each.files for each in matches if each.files]))
     done = []
     for each in tqdm(matches, desc=f"features {name}", unit="slide"):
         if each.files is None:
@@ -139,24 +134,6 @@ def _kept(each: Match, cohort: Path) -> TileStore:
         table = table[table["slide"] == store.slide].set_index("row").loc[kept]
         merge_index(cohort, table.assign(row=np.arange(len(kept))).reset_index(drop=True))
     return new
-
-
-def encoder_attrs(name: str, dim: int, licence: str, told: Mapping[str, Any]) -> dict[str, Any]:
-    """What a feature array says of its encoder: from the list of published ones, the file, or what the user says."""
-    attrs: dict[str, Any] = {"encoder": name, "dim": dim, "imported": True}
-    spec = REGISTRY.get(name)
-    if spec is not None and spec.dim != dim:
-        raise UserError(
-            f"encoder '{name}' has {spec.dim} values, the files have {dim}; give the name of theirs by --name"
-        )
-    if spec is not None:
-        attrs |= {key: getattr(spec, key) for key in ("licence", "non_commercial", "source")}
-    attrs |= {key: told[key] for key in _TOLD if isinstance(told.get(key), (str, bool))}
-    if licence:
-        attrs["licence"] = licence
-    if "licence" not in attrs:
-        print(f"note: the licence of encoder '{name}' is not known; record it by --encoder-licence.", file=sys.stderr)
-    return attrs
 
 
 def write_features(store: TileStore, name: str, values: np.ndarray, attrs: dict[str, Any]) -> None:
@@ -297,8 +274,8 @@ def cut(
     stem = slide_name if of_pictures else Path(slide_name).stem
     store = write_store(out, stem, read, len(coords), attrs=attrs, coords=coords, labels=labels, desc=f"tiling {stem}")
     if values is not None:
-        told = told_in(files.features, files.feature)
-        write_features(store, name, values[rows], encoder_attrs(name, values.shape[1], encoder_licence, told))
+        attrs = encoder_attrs(name, values.shape[1], encoder_licence, told_of([files]))
+        write_features(store, name, values[rows], attrs)
     return store
 
 

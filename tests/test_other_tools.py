@@ -22,6 +22,8 @@ from ldm.data.features import read_features
 from ldm.data.spatial_zarr import read_spatial, write_spatial
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore
+from ldm.encoders.registry import REGISTRY
+from ldm.encoders.tool_names import NAMES
 from ldm.errors import UserError, run_command
 
 NAME = "CMU-1-Small-Region"
@@ -375,6 +377,23 @@ def test_of_a_whole_job_folder_one_says_which(half: TileStore, job: Path, tmp_pa
     assert np.abs(np.asarray(store.features("mine")[:], float) - half.features("uni")[:] - 1).max() < 0.01
 
 
+def test_encoders_keep_their_terms_under_the_names_of_tools(half: TileStore, job: Path, tmp_path: Path, capsys):
+    """TRIDENT's uni_v1 is the list's uni, whatever its features are called here."""
+    store = copy_of(half, tmp_path / "cohort")
+    files = ("--files", job / "10x_128px_32px_overlap", "--feature", "uni_v1")
+    for path in job.rglob("features_uni_v1/*.h5"):  # as TRIDENT's own file, which does not say who made it
+        with h5py.File(path, "a") as file:
+            del file["features"].attrs["histoldm"]
+    for name in ("uni_v1", "mine", "uni"):
+        read_in("--store", store.path, *files, "--name", name)
+        attrs = store.features(name).attrs
+        assert (attrs["encoder"], attrs["non_commercial"]) == ("uni", True)
+        assert "encoder 'uni' is licensed for non-commercial use" in capsys.readouterr().err
+    told = "--name virchow is the encoder 'virchow', and the files say that they are of 'uni'"
+    assert run_command(lambda: read_in("--store", store.path, *files, "--name", "virchow")) == 2
+    assert told in capsys.readouterr().err
+
+
 def test_encoders_are_not_mixed_over_slides(half: TileStore, job: Path):
     """Each slide has one file of features, but not of one encoder."""
     folder = job / "10x_128px_32px_overlap"
@@ -382,6 +401,11 @@ def test_encoders_are_not_mixed_over_slides(half: TileStore, job: Path):
     shutil.rmtree(job / "10x_256px_0px_overlap")
     with pytest.raises(UserError, match="several encoders: conch_v15, uni_v1"):
         import_features.find_slide_files([job])
+
+
+def test_names_of_tools_are_those_of_published_encoders():
+    assert set(NAMES.values()) <= set(REGISTRY)
+    assert not set(NAMES) & set(REGISTRY)
 
 
 def test_slides_without_a_tile_are_left_out(half: TileStore, job: Path, tmp_path: Path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from ldm.data.features import H5_NAMES, read_features
 from ldm.data.places import Places, places_in
@@ -31,6 +32,7 @@ class SlideFiles:
     features: Path | None = None
     coords: Path | None = None
     feature: str | None = None  # name of the features in a .zarr
+    encoder: str = ""  # what made the features, if folder or file say it
 
     @property
     def source(self) -> Path:
@@ -120,7 +122,8 @@ def find_slide_files(paths: Sequence[Path | str], feature: str | None = None) ->
     >>> {name: files.features.name for name, files in found.items()}
     {'slide-1': 'slide-1.pt'}
     """
-    found = [each for path in _paths_in(paths) for each in _look(path)]
+    files = tqdm(_paths_in(paths), desc="looking at files", unit="file", delay=5)
+    found = [each for path in files for each in _look(path)]
     for kind, told in _LEFT_OUT.items():
         if own := [each.path for each in found if each.kind == kind]:
             note(f"{len(own)} {told} and are left out, as {own[0]}.")
@@ -140,7 +143,8 @@ def find_slide_files(paths: Sequence[Path | str], feature: str | None = None) ->
                 )
         if features:
             near = max(coords, key=lambda each: _common(each.path, features[0].path), default=None)
-            slides[name] = SlideFiles(name, features[0].path, near and near.path, features[0].table)
+            own = features[0]
+            slides[name] = SlideFiles(name, own.path, near and near.path, own.table, own.encoder)
         elif coords:
             slides[name] = SlideFiles(name, None, coords[0].path)
     if not slides:
@@ -200,8 +204,10 @@ def _look(path: Path) -> list[_Found]:
     if path.suffix == ".zarr":
         tables = features_in(path).items()
         return [_Found(path, "both", name, table) for name, table in tables] or [_Found(path, "coords")]
+    if folder and folder["slide"]:
+        return [_Found(path, "slide", encoder)]
     if path.suffix in (".pt", ".pth"):
-        return [_Found(path, "slide" if folder and folder["slide"] else "features", encoder)]
+        return [_Found(path, "features", encoder)]
     try:
         with open_h5(path) as file:
             name, coords = next((name for name in H5_NAMES if name in file), None), "coords" in file
@@ -211,7 +217,7 @@ def _look(path: Path) -> list[_Found]:
             told = file.attrs.get("extractor") or file[name].attrs.get("encoder")  # STAMP, TRIDENT
             if not encoder and isinstance(told, str) and told != "None":
                 encoder = told
-            if file[name].ndim == 1 or (folder and folder["slide"]) or file.attrs.get("feat_type") in OF_SLIDES:
+            if file[name].ndim == 1 or file.attrs.get("feat_type") in OF_SLIDES:
                 return [_Found(path, "slide", encoder)]
             kind = "empty" if 0 in file[name].shape[:1] else "both" if coords else "features"
             return [_Found(path, kind, encoder)]
