@@ -272,7 +272,7 @@ def test_lazyslides_features_lie_at_their_pixels(
 def test_lazyslides_features_go_to_tiles_of_the_same_places(lazyslide: Path, demo_slide: Path, tmp_path: Path):
     read_in("--slides", demo_slide, "--files", lazyslide, "--feature", "spread", "--out", tmp_path)
     store = TileStore.open(tmp_path / "slides" / f"{NAME}.zarr")
-    read_in("--store", tmp_path, "--files", lazyslide.parent, "--feature", "quarters_tiles", "--name", "mine")
+    read_in("--store", tmp_path, "--files", lazyslide, "--feature", "quarters_tiles", "--name", "mine")
     found = read_features(lazyslide, "quarters")
     assert np.array_equal(found.coords, store.coords)
     assert np.array_equal(store.features("mine")[:], found.values.astype(np.float16))
@@ -293,6 +293,20 @@ def test_tables_are_joined_by_the_tiles_ids(lazyslide: Path, tmp_path: Path):
     table["obs/tile_id"][:] = [0, 1, 2, 3, 3]
     with pytest.raises(UserError, match="has 5 rows and 4 ids of tiles"):
         read_features(path, "quarters")
+
+
+def test_zarr_of_older_versions_is_read(lazyslide: Path, tmp_path: Path):
+    old = lazyslide.parent / "v2" / lazyslide.name
+    assert (old / ".zgroup").is_file()
+    for feature in ("quarters", "quarters_tiles_20x", "spread"):
+        new, own = read_features(lazyslide, feature), read_features(old, feature)
+        assert np.array_equal(own.values, new.values)
+        assert np.array_equal(own.coords, new.coords)
+    read_in(
+        "--slides", ROOT / "data" / "demo" / f"{NAME}.svs", "--files", old, "--feature", "spread", "--out", tmp_path
+    )
+    with pytest.raises(UserError, match="is Zarr v2; write it anew"):
+        write_out("--store", tmp_path, "--to", "wsidata", "--out", old.parent, "--name", "ours")
 
 
 def test_mistakes_with_lazyslides_zarr_are_told(

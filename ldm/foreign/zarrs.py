@@ -82,7 +82,8 @@ def check_array(told: Mapping[str, Any], folder: Path, held: int = 0) -> None:
             raise UserError(f"{folder} is packed by the codec {name!r}, which is none that is read here.")
     try:
         shape = [int(side) for side in told["shape"]]
-        chunk = [int(side) for side in told.get("chunks") or told["chunk_grid"]["configuration"]["chunk_shape"]]
+        parts = told["chunks"] if "chunks" in told else told["chunk_grid"]["configuration"]["chunk_shape"]
+        chunk = [int(side) for side in parts]
         if len(chunk) != len(shape) or min([0, *shape]) < 0 or min([1, *chunk]) < 1:
             raise ValueError("its chunks do not divide it")
         count = math.prod(-(-side // part) for side, part in zip(shape, chunk))

@@ -1,5 +1,7 @@
 """Make lazyslide_tiles.tar.xz: the demo slide as LazySlide tiles it, with features that are the tiles' own colours.
 
+In v2/ lies the same in Zarr v2, as older versions wrote it.
+
 Needs `pip install lazyslide==0.13.0 wsidata==0.12.0 spatialdata==0.7.3 anndata==0.12.19 zarr==3.1.6`, with which the
 file was made; the tests need none of them. Run it in this folder.
 """
@@ -16,6 +18,7 @@ SLIDE = Path(__file__).resolve().parents[2] / "data" / "demo" / "CMU-1-Small-Reg
 def main() -> None:
     import lazyslide
     import torch
+    from spatialdata._io.format import SpatialDataContainerFormatV01
     from wsidata import open_wsi
 
     def quarters(images: torch.Tensor) -> torch.Tensor:
@@ -40,6 +43,7 @@ def main() -> None:
         lazyslide.tl.feature_aggregation(wsi, "quarters")
         lazyslide.pp.tile_graph(wsi, tile_key="tiles_20x")
         wsi.write()
+        wsi.write(store.parent / "v2" / store.name, sdata_formats=SpatialDataContainerFormatV01())  # as before 0.6
         shutil.make_archive("lazyslide_tiles", "xztar", store.parent)
 
 
