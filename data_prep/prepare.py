@@ -106,6 +106,8 @@ def tile(path: Path, out: Path, settings: Mapping[str, Any], cache: Path | None 
             opened = TileStore.open(tile_slide(near, out, **settings))
         except UserError as error:
             raise type(error)(str(error).replace(str(near), str(path))) from None
+    for told in opened.attrs.get("notes", ()):
+        note(told)
     flags = flagged({label: opened.labels(label) for label in opened.label_names if label in QUALITY})
     return {"tiles": len(opened), **flags, "bytes": size_of(store), "state": KEPT if kept else DONE}
 

@@ -18,6 +18,7 @@ from skimage.color import rgb2gray
 from skimage.draw import polygon2mask
 
 from conftest import ROOT
+from data_prep import prepare
 from data_prep.tile_slides import main, tile_slide
 from ldm.data.cohort import write_store
 from ldm.data.datasets import TileDataset
@@ -466,3 +467,21 @@ def test_labels_that_are_text_are_copied_and_resumed_as_they_are(demo_slide, dra
     assert new.labels("region").tolist() == labels["region"].tolist()
     assert set(new.labels("region")) == {"Tumour", "Fold"}
     assert np.array_equal(new.labels("blur"), labels["blur"])
+
+
+def test_the_cohort_command_takes_regions_too(demo_slide, drawn, tmp_path, capsys):
+    features = [*json.loads(drawn.read_text())["features"], feature({"type": "Point", "coordinates": [1, 2]})]
+    written(tmp_path / drawn.name, features)
+    ask = ["--slides", str(demo_slide), "--out", str(tmp_path / "out"), "--regions", str(tmp_path)]
+    with pytest.raises(UserError, match="has no region 'Tumor'; did you mean 'Tumour'"):
+        prepare.main([*ask, "--inside", "Tumor"])
+    prepare.main([*ask, "--inside", "Tumour", "Fold", "--min-inside", "0.9"])
+    store = TileStore.open(tmp_path / "out/slides/CMU-1-Small-Region.zarr")
+    assert store.attrs["regions"]["inside"] == ["Fold", "Tumour"]
+    assert set(store.labels("region")) == {"Tumour", "Fold"}
+    told = "1 drawn objects are no regions (1 Point)"
+    assert f"note: {told} (CMU-1-Small-Region.svs)" in capsys.readouterr().err
+    page = (tmp_path / "out/summary.html").read_text()
+    assert told in page
+    assert "<th>pen</th><th>blur</th><th>dark</th>" in page
+    assert "previews/CMU-1-Small-Region.png" in page
