@@ -395,7 +395,7 @@ def test_an_ome_zarr_is_read_from_its_own_folder(tmp_path, secret, name):
 @pytest.mark.parametrize("name", ["tiles/c/0/0/0/0", "tiles/c", "coords", "coords/zarr.json", "zarr.json"])
 def test_a_tile_store_is_read_from_its_own_folder(tmp_path, tiny_store, secret, name):
     path = shutil.copytree(tiny_store, tmp_path / "a.zarr")
-    TileStore.open(path).verify(deep=True)
+    assert TileStore.open(path).tile(0).shape == (256, 256, 3)
     (tmp_path / "slides").mkdir()
     (tmp_path / "slides" / "a.zarr").symlink_to(path)  # of a cohort that lies on several disks
     TileStore.open(tmp_path / "slides" / "a.zarr").tile(0)

@@ -220,7 +220,7 @@ def test_patients_of_the_cohort_keep_their_split():
 @pytest.mark.parametrize(
     ("patients", "splits", "asked", "told"),
     [
-        ("aab", "train train train", None, "it takes three patients, and there are two. Or so"),
+        ("aab", "train train train", None, "It takes three patients, and there are two. Or so"),
         ("a", "train", None, "there is one"),
         ("abc", "train train val", None, "1 of 3 patients is in split 'val'"),
         ("abc", "train train val", 0.3, ""),
