@@ -22,6 +22,7 @@ from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError, suggest
 from ldm.files import owns, sha256
 from ldm.foreign.paths import write_files
+from ldm.foreign.settings import check_numbers
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
 from ldm.interop.export import apart
@@ -287,7 +288,8 @@ def build(found: Converted) -> nn.Module:
     """
     with tempfile.TemporaryDirectory() as folder:
         node = _with_files(found, Path(folder))
-        with torch.device("meta"), model_folder.built_of(folder):
+        check_numbers(node, "the model", "model")
+        with torch.device("meta"), model_folder.built_of(folder, found.state, "the model"):
             return instantiate_from_config(node)
 
 

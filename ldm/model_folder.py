@@ -25,8 +25,10 @@ from ldm.devices import pick_device
 from ldm.encoders.registry import weights_home
 from ldm.errors import UserError
 from ldm.files import CARD, names_in, owns, whole
+from ldm.foreign.budget import afford
+from ldm.foreign.modules import as_large_as
 from ldm.foreign.paths import only_within, write_files
-from ldm.foreign.settings import check_settings
+from ldm.foreign.settings import check_numbers, check_settings
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.forms import name_form
 from ldm.interop.weights import averaged, check_finite, in_words, not_finite
@@ -139,11 +141,7 @@ def load_first_stage(folder: str) -> nn.Module:
     inner = PREFIX["first stage"]
     if any(name.startswith(inner) for name in state):
         state = {name.removeprefix(inner): value for name, value in state.items() if name.startswith(inner)}
-    with built_of(folder):
-        module = instantiate_from_config(node)
-    check_names(state, module.state_dict(), folder)
-    module.load_state_dict({name: value.float() for name, value in state.items()})
-    return module.eval().requires_grad_(False)
+    return _filled(node, state, Path(folder), Path(folder)).eval().requires_grad_(False)
 
 
 def _first_stage_node(folder: str | Path) -> dict[str, Any]:
@@ -209,6 +207,8 @@ def loaded(
         what = "a first stage" if hasattr(model, "decode") else "no diffusion model"
         raise UserError(f"{path} is a {type(model).__name__}, {what}; give the folder of a diffusion model.")
     model.build_noise_table()
+    side = model.tile_size
+    afford(4 * 8 * (3 * side**2 + model.channels * model.image_size**2), f"an image of {side} x {side} px by {path}")
     model.metadata = metadata
     layout = torch.channels_last if torch.device(device).type == "cuda" else torch.contiguous_format
     return model.to(device, memory_format=layout).eval().requires_grad_(False)
@@ -235,15 +235,16 @@ def load_network(folder: str | Path, device: str | torch.device = "cpu") -> nn.M
 
 
 @contextmanager
-def built_of(folder: str | Path) -> Iterator[None]:
-    """A context to build a model in whose config came from anybody: it names modules, and files of `folder` alone.
+def built_of(folder: str | Path, state: Mapping[str, Tensor], source: str | Path | None = None) -> Iterator[None]:
+    """A context to build a model in whose config came from anybody: it names modules, and files of `folder` alone, and
+    describes what its weights `state` have room for.
 
-    >>> with built_of("model"):
+    >>> with built_of("model", {}):
     ...     instantiate_from_config({"target": "torch.optim.Adam"})
     Traceback (most recent call last):
     ldm.errors.UserError: 'torch.optim.Adam' cannot be part of a model: it is not a torch.nn.Module
     """
-    with only_within(folder, SHIPPED, weights_home()), modules_only():
+    with only_within(folder, SHIPPED, weights_home()), modules_only(), as_large_as(state, source or folder):
         yield
 
 
@@ -255,11 +256,12 @@ def _weights_of(folder: str | Path) -> dict[str, Tensor]:
 def _filled(node: Mapping[str, Any], state: Mapping[str, Tensor], path: Path, folder: Path) -> nn.Module:
     """The module of a node, which names files of `folder`, and whose parameters are the tensors of `state` themselves,
     in float32."""
-    with torch.device("meta"), built_of(folder):
+    check_numbers(node, path, "model")
+    with torch.device("meta"), built_of(folder, state, path):
         module = instantiate_from_config(node)
     check_names(state, module.state_dict(), path)
-    lost = {name for name, _ in module.named_buffers()} - module.state_dict().keys() - {"sigmas"}
-    assert not lost, f"buffers that weights do not hold are empty after loading: {', '.join(sorted(lost))}"
+    if lost := {name for name, _ in module.named_buffers()} - module.state_dict().keys() - {"sigmas"}:
+        raise UserError(f"{path}: its weights do not hold all of {node['target']} ({', '.join(sorted(lost))}).")
     module.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, assign=True)
     return module
 
@@ -342,7 +344,8 @@ def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = Fal
         fits = {n: v.shape for n, v in given.items()} == {n: v.shape for n, v in wanted.items()}
         fits = fits and not (part == "first stage" and own_first_stage)
         if part == "conditioner" and fits and wanted:
-            fits = _described(path) in (None, model.cond_stage_model.describe())  # classes or genes of other names
+            own_words = model.cond_stage_model.describe()
+            fits = _described(path, state) in (None, own_words)  # classes or genes of other names
         if part == "network" or fits:
             check_names(given, wanted, path)
         if fits and wanted:
@@ -356,7 +359,7 @@ def load_weights(model: nn.Module, path: str | Path, own_first_stage: bool = Fal
     return f"weights of {path}: {', '.join(report)}"
 
 
-def _described(path: str | Path) -> dict[str, Any] | None:
+def _described(path: str | Path, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """What the conditioner of a model folder, or of a checkpoint of this toolkit, says of itself; else None."""
     path = Path(path)
     with tempfile.TemporaryDirectory() as folder:
@@ -368,7 +371,8 @@ def _described(path: str | Path) -> dict[str, Any] | None:
             node = within(content["histoldm_conditioner"], Path(folder))
         if node is None:
             return None
-        with torch.device("meta"), built_of(path if (path / "config.yaml").is_file() else folder):
+        check_numbers(node, path, "model")
+        with torch.device("meta"), built_of(path if (path / "config.yaml").is_file() else folder, state, path):
             return instantiate_from_config(node).describe()
 
 

@@ -14,17 +14,23 @@ import h5py
 import numpy as np
 import pytest
 import torch
+import yaml
 from attacks import refused
 
+from ldm import model_folder
+from ldm.convert import load_model
 from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore
+from ldm.encoders.encoder import load_encoder
 from ldm.encoders.feature_files import read_feature_file
 from ldm.foreign.budget import afford, available
 from ldm.images.slides import open_image
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.requests.spec import load_spec
+from ldm.scorers.ensemble import load_scorer
 from ldm.tables.h5ad import read_h5ad
 
+MODELS = Path(__file__).parents[1] / "data" / "models"
 GIGABYTES = r"would take [\d.e+]+ (GB|TB|PB|EB)"
 
 
@@ -191,3 +197,88 @@ def test_a_tile_store_has_no_more_tiles_than_it_can(tmp_path, tiny_store):
         refused(lambda: TileStore.open(path).coords, "chunks of an array of shape|would take")
     (path / "coords" / "zarr.json").write_text(json.dumps(described([10**9, 2], [10**9, 2], "int32")))
     refused(lambda: TileStore.open(path).coords, "would take 16 GB")
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+NETWORK = {
+    "in_channels": 3, "out_channels": 3, "model_channels": 32, "num_res_blocks": 1, "image_size": 16,
+    "attention_resolutions": [], "channel_mult": [1], "num_heads": 4,
+}  # fmt: skip
+STAGE = {"z_channels": 3, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1],
+         "num_res_blocks": 1, "attn_resolutions": []}  # fmt: skip
+KL = "ldm.autoencoder.autoencoder.AutoencoderKL"
+
+
+def whole(unet: dict | None = None, stage: dict | None = None, cond: dict | None = None, **params: object) -> dict:
+    """The node of a small diffusion model."""
+    first_stage = {"target": KL, "params": {"embed_dim": 3, "ddconfig": STAGE | (stage or {})}}
+    unet_config = {"target": "ldm.networks.unet.UNetModel", "params": NETWORK | (unet or {})}
+    parts = {"use_ema": False, "unet_config": unet_config, "first_stage_config": first_stage}
+    return {
+        "target": "ldm.latent_diffusion.LatentDiffusion",
+        "params": parts | ({"cond_stage_config": cond} if cond else {}) | params,
+    }
+
+
+NUMBERS: dict[str, tuple[dict, str]] = {
+    "noise levels": (whole(timesteps=1e10), "timesteps is 10000000000"),
+    "fewer noise levels": (whole(timesteps=900_000), "timesteps is .* a whole number from 1 to 100000; got 900000"),
+    "blocks": (whole({"num_res_blocks": 10**7}), "num_res_blocks is 10000000; numbers of a model are up to 1000000"),
+    "fewer blocks": (whole({"num_res_blocks": 900_000}), "describes a model of more than .* parts, and its weights"),
+    "levels": (whole({"channel_mult": [1] * 50_000}), "describes a model of more than .* parts, and its weights"),
+    "channels": (whole({"model_channels": 960_000}), r"describes a model of more than .* (MB|GB), and its weights are"),
+    "blocks of the first stage": (whole(None, {"num_res_blocks": 900_000}), "describes a model of more than .* parts"),
+    "channels of the first stage": (whole(None, {"ch": 960_000}), "describes a model of more than .* (MB|GB)"),
+    "size": (whole({"image_size": 900_000}), "an image of 900000 x 900000 px by .* would take .* TB"),
+    "magnifications": (
+        whole(cond={"target": "ldm.conditioners.grid.GridEmbedder", "params": {"magnifications": 10**9}}),
+        "magnifications is 1000000000",
+    ),
+    "not a number": (whole(linear_start=float("nan")), "linear_start is nan"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_weights() -> dict[str, torch.Tensor]:
+    from ldm.config import instantiate_from_config
+
+    return instantiate_from_config(whole()).state_dict()
+
+
+@pytest.mark.parametrize("what", NUMBERS)
+def test_numbers_of_a_model_are_those_that_its_weights_have(tmp_path, model_weights, what):
+    node, message = NUMBERS[what]
+    folder = model_folder.write_model_folder(tmp_path / "model", node, model_weights, {})
+    refused(lambda: load_model(folder), message)
+    content = {"histoldm_config": {"model": node}, "histoldm_first_stage": node["params"]["first_stage_config"]}
+    torch.save(content | {"state_dict": model_weights}, tmp_path / "a.ckpt")
+    refused(lambda: load_model(tmp_path / "a.ckpt"), message)
+    if "first stage" in what:
+        refused(lambda: model_folder.load_first_stage(folder), message)
+
+
+def test_the_model_of_these_tests_is_one(tmp_path, model_weights):
+    folder = model_folder.write_model_folder(tmp_path / "model", whole(), model_weights, {})
+    assert load_model(folder).tile_size == 16
+    assert model_folder.load_first_stage(folder).downsampling == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"depth": 900_000}, {"embed_dim": 768_000}, {"img_size": 80_000}, {"mlp_ratio": 100_000}]
+)
+def test_numbers_of_an_encoder_are_those_that_its_weights_have(tmp_path, changes):
+    folder = shutil.copytree(MODELS / "demo-encoder", tmp_path / "encoder")
+    told = yaml.safe_load((folder / "encoder.yaml").read_text())
+    vit = {"arch": "vit_tiny_patch16_224", "kwargs": changes, "standardise": False}
+    (folder / "encoder.yaml").write_text(yaml.safe_dump(told | vit))
+    refused(lambda: load_encoder(folder), "describes a model of more than")
+
+
+def test_numbers_of_a_scorer_are_those_that_its_weights_have(tmp_path):
+    folder = shutil.copytree(MODELS / "demo-mitosis-scorers", tmp_path / "scorer")
+    told = yaml.safe_load((folder / "config.yaml").read_text())
+    for change in ({"layers": [900_000, 1, 1, 1]}, {"channels": [640_000, 64, 64, 64]}):
+        told["scorer"]["kwargs"] = change
+        (folder / "config.yaml").write_text(yaml.safe_dump(told))
+        refused(lambda: load_scorer(folder), "describes a model of more than")

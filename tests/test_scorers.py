@@ -18,6 +18,7 @@ from ldm.data.cohort import merge_index, write_store
 from ldm.data.collection import read_pictures
 from ldm.encoders.timm_networks import make_network
 from ldm.errors import UserError
+from ldm.foreign.paths import files_in
 from ldm.rng import generator
 from ldm.scorers import training as scorer_training
 from ldm.scorers.calibration import (
@@ -189,6 +190,14 @@ def test_folders_tables_and_cohorts_hold_the_same_labels(cells, tmp_path):
         read_labelled(tmp_path, label="grade", patient="case", where={"case": "P0"})
 
 
+@pytest.fixture
+def elsewhere(cells):
+    """Tables may name the images of `cells`."""
+    with files_in([cells]):
+        yield
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_grades_are_scaled_and_votes_keep_their_fractions(cells, tmp_path):
     table = pd.read_csv(cells / "cells.csv")
     table["path"] = [str(cells / path) for path in table["path"]]
@@ -203,6 +212,7 @@ def test_grades_are_scaled_and_votes_keep_their_fractions(cells, tmp_path):
     assert np.bincount(np.repeat([0, 1, 2], [30, 6, 4])[order]).tolist() in ([13, 13, 14], [13, 14, 13], [14, 13, 13])
 
 
+@pytest.mark.usefixtures("elsewhere")
 def test_mistakes_in_labels_are_told(cells, tmp_path):
     with pytest.raises(UserError, match=r"which label of .* is the positive one\? .*Known: bad, good"):
         read_labelled(cells / "cells.csv")

@@ -15,6 +15,7 @@ from ldm.conditioners.text_transformer import TokenTransformer
 from ldm.encoders.text_models import TOKEN_TRANSFORMER, TowerSource, read_config
 from ldm.encoders.text_registry import LAYERS
 from ldm.errors import UserError
+from ldm.foreign.modules import as_large_as, made
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.text_names import is_transformers, to_open_clip
 from ldm.interop.weights import check_finite
@@ -40,9 +41,14 @@ def build_tower(source: TowerSource, layer: str = "last") -> ClipTower | BertTow
     if layer not in LAYERS:
         raise UserError(f"`layer` of a text model is one of {', '.join(LAYERS)}; got '{layer}'.")
     kind = BertTower if source.is_bert else ClipTower
-    tower = (TokenTransformer if source.config["text_cfg"].get(TOKEN_TRANSFORMER) else kind)(source.config)
-    if source.weights is not None:
-        _load_tower(tower, source)
+    kind = TokenTransformer if source.config["text_cfg"].get(TOKEN_TRANSFORMER) else kind
+    if source.weights is None:
+        tower = kind(source.config)
+    else:
+        state = state_dict_of(read_checkpoint(source.weights), source.weights)
+        with as_large_as(state, f"the text model '{source.name}'"):
+            tower = made(lambda: kind(source.config))
+        _load_tower(tower, source, state)
     if layer == "penultimate":
         del tower.blocks[-1]
     return tower.eval()
@@ -135,9 +141,9 @@ class BertTower(nn.Module):
         return out.last_hidden_state
 
 
-def _load_tower(tower: ClipTower | BertTower, source: TowerSource) -> None:
+def _load_tower(tower: ClipTower | BertTower, source: TowerSource, state: Mapping[str, Tensor]) -> None:
     """Fill a tower from a checkpoint that holds it under any prefix, in open_clip's or transformers' names."""
-    path, state = source.weights, state_dict_of(read_checkpoint(source.weights), source.weights)
+    path = source.weights
     if isinstance(tower, ClipTower) and is_transformers(state):
         _check_settings(source)
         state = to_open_clip(state)

@@ -10,10 +10,13 @@ import math
 import torch
 from torch import Tensor
 
+from ldm.errors import UserError
+
 STEP_DENSITY = (
     160.0, 46.0, 23.88, 15.04, 10.42, 7.592, 5.642, 4.146, 2.904, 2.234, 1.746, 1.366, 1.06, 0.8155, 0.6241, 0.4762,
     0.3634, 0.2767, 0.2081, 0.1526, 0.1066, 0.06919, 0.03793, 0.01683, 0.002,
 )  # of `optimised_sigmas`, derived by benchmarks/optimise_steps.py  # fmt: skip
+MOST = 100_000  # noise levels of a model; published ones have 1000 to 4000
 SCHEDULES = ("linear", "cosine", "sqrt_linear", "sqrt")
 
 
@@ -29,10 +32,14 @@ def make_betas(
     `linear` is linear in sqrt(beta) (diffusers: scaled_linear); `sqrt_linear` is linear in beta (guided-diffusion:
     linear); `sqrt` is the square root of the latter; `cosine` is arXiv:2102.09672, equation 17, clipped at 0.999.
 
+    UserError: timesteps that are no whole number from 1 to MOST.
+
     >>> betas = make_betas("linear", 1000, 0.0015, 0.0195)
     >>> betas[[0, 500, 999]].tolist()
     [0.0015, 0.00796, 0.0195]
     """
+    if not isinstance(timesteps, int) or not 1 <= timesteps <= MOST:
+        raise UserError(f"timesteps is the number of noise levels, a whole number from 1 to {MOST}; got {timesteps}.")
     if schedule == "linear":
         return torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
     if schedule == "sqrt_linear":

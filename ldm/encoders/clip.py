@@ -17,6 +17,7 @@ from torch import Tensor
 from ldm.encoders.extractors import Extractor, to_signed
 from ldm.errors import UserError
 from ldm.files import sha256
+from ldm.foreign.modules import as_large_as, made
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.text_names import is_transformers, to_open_clip
 from ldm.interop.weights import check_finite
@@ -62,13 +63,10 @@ def load_clip(name: str, config: Mapping[str, Any], weights: Path, device: str =
     for part in ("vision_cfg", "text_cfg", "embed_dim"):
         if part not in config:
             raise UserError(f"the CLIP model '{name}' has no {part} in its config, so its image tower is unknown.")
-    network = CLIP(
-        config["embed_dim"],
-        dict(config["vision_cfg"]),
-        dict(config["text_cfg"]),
-        quick_gelu=bool(config.get("quick_gelu")),
-    )
     state = state_dict_of(read_checkpoint(weights), weights)
+    vision, text, quick = dict(config["vision_cfg"]), dict(config["text_cfg"]), bool(config.get("quick_gelu"))
+    with as_large_as(state, f"the CLIP model '{name}'"):
+        network = made(lambda: CLIP(config["embed_dim"], dict(vision), dict(text), quick_gelu=quick))
     try:
         state = _from_transformers(state) if is_transformers(state) and "visual.proj" not in state else state
     except KeyError as error:

@@ -28,6 +28,7 @@ from ldm.encoders.spec import EncoderSpec
 from ldm.encoders.timm_networks import make_network
 from ldm.encoders.weight_names import network_weights
 from ldm.errors import UserError, suggest
+from ldm.foreign.modules import as_large_as
 from ldm.foreign.paths import inside, only_within
 from ldm.foreign.settings import read_yaml
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
@@ -219,7 +220,8 @@ def load_encoder(name_or_folder: str | Path, weights: str | Path | None = None, 
     torch.Size([2, 512])
     """
     spec, path = find_encoder(name_or_folder, weights)
-    encoder = Encoder(spec)
+    with as_large_as(read_weights(path, spec.checkpoint_key), f"encoder '{spec.name}'"):
+        encoder = Encoder(spec)
     load_weights(encoder, path)
     encoder.weights_path = path
     return encoder.eval().requires_grad_(False).to(pick_device(str(device)))

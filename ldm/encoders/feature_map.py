@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError
 from ldm.files import whole
+from ldm.foreign.modules import as_large_as
 from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_yaml
 from ldm.interop.weights import check_finite
@@ -162,8 +163,10 @@ def load_transport(folder: Path) -> Transport:
     """
     try:
         config = read_yaml(inside(folder, CONFIG), "the map's config")
-        model = Transport(**config["transport"])
-        model.load_state_dict(weights := load_file(inside(folder, WEIGHTS)))
+        weights = load_file(inside(folder, WEIGHTS))
+        with as_large_as(weights, folder):
+            model = Transport(**config["transport"])
+        model.load_state_dict(weights)
     except (OSError, KeyError, TypeError, RuntimeError) as error:
         raise UserError(
             f"{folder} is no map of features ({str(error).splitlines()[0]}); `python -m data_prep.train_feature_map` "

@@ -9,6 +9,7 @@ import timm
 from torch import nn
 
 from ldm.errors import UserError, suggest
+from ldm.foreign.modules import made
 
 # what `timm.create_model` takes beside a network's own arguments: files, downloads, tracing
 OUTSIDE = (
@@ -37,6 +38,6 @@ def make_network(arch: str, outputs: int, kwargs: Mapping[str, Any] | None = Non
             "read from the file beside the config alone."
         )
     try:
-        return timm.create_model(arch, pretrained=False, num_classes=outputs, **kwargs)
+        return made(lambda: timm.create_model(arch, pretrained=False, num_classes=outputs, **kwargs))
     except (RuntimeError, TypeError, AssertionError) as error:
         raise UserError(f"timm cannot make {arch} with {kwargs}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ldm.foreign.paths import allowed
 
 LARGEST = 1 << 25  # bytes of a file
 MOST = 300_000  # entries; what an alias repeats counts as often as it stands
+HIGHEST = 1_000_000  # number in the parameters of a model
 DEEPEST = 64  # lists and mappings within one another
 REFERENCE = "${"
 _Safe = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -198,6 +199,28 @@ def check_settings(value: Any, source: object, where: str = "") -> None:
     Traceback (most recent call last):
     ldm.errors.UserError: config.yaml: metadata.licence refers to something else by ${...}; settings that came with ...
     """
+    for key, node in _within(value, source, where):
+        if isinstance(node, str) and REFERENCE in node:
+            raise UserError(
+                f"{source}: {key} refers to something else by ${{...}}; settings that came with a model or from others "
+                "read neither the environment nor files nor other keys: write the value itself there, if you trust it."
+            )
+
+
+def check_numbers(value: Any, source: object, where: str = "") -> None:
+    """UserError for a number in the parameters of a model that no model has; it names the key. where: as above.
+
+    >>> check_numbers({"num_res_blocks": 10**7}, "config.yaml", "model.params")
+    Traceback (most recent call last):
+    ldm.errors.UserError: config.yaml: model.params.num_res_blocks is 10000000; numbers of a model are up to 1000000.
+    """
+    for key, node in _within(value, source, where):
+        if isinstance(node, (int, float)) and not -HIGHEST <= node <= HIGHEST:
+            raise UserError(f"{source}: {key} is {str(node)[:20]}; numbers of a model are up to {HIGHEST}.")
+
+
+def _within(value: Any, source: object, where: str) -> Iterator[tuple[str, Any]]:
+    """Every key and entry of settings, by their whole keys. UserError: too deep, too many."""
     entries, left = 0, [(value, where, 0)]
     while left:
         node, key, depth = left.pop()
@@ -206,17 +229,13 @@ def check_settings(value: Any, source: object, where: str = "") -> None:
             raise _too_deep(source)
         if entries > MOST:
             raise _too_much(source)
+        yield key, node
         if isinstance(node, Mapping):
             for name, child in node.items():
                 inner = f"{key}.{name}" if key else f"{name}"
                 left += [(name, inner, depth + 1), (child, inner, depth + 1)]
         elif isinstance(node, (list, tuple)):
             left += [(child, f"{key}.{index}", depth + 1) for index, child in enumerate(node)]
-        elif isinstance(node, str) and REFERENCE in node:
-            raise UserError(
-                f"{source}: {key} refers to something else by ${{...}}; settings that came with a model or from others "
-                "read neither the environment nor files nor other keys: write the value itself there, if you trust it."
-            )
 
 
 def _too_deep(source: object) -> UserError:

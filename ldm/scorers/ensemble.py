@@ -30,6 +30,7 @@ from ldm.devices import pick_device
 from ldm.encoders.timm_networks import make_network
 from ldm.errors import UserError
 from ldm.files import sha256, whole
+from ldm.foreign.modules import as_large_as
 from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_yaml
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
@@ -216,17 +217,19 @@ def _of_folder(folder: Path) -> Ensemble:
         count, about = int(own["members"]), config.get("metadata") or {}
         if not (1 <= count <= 100 and own["views"] in (1, 8)):
             raise ValueError(f"{count} members, {own['views']} views")
-        scorer = Ensemble(
-            task, view, own["arch"], count, own["kwargs"], own["temperature"], own["offset"], own["views"],
-            folder.resolve().name, about,
-        )  # fmt: skip
+        paths = [inside(folder, MEMBER.format(k)) for k in range(count)]
+        states = [state_dict_of(read_checkpoint(path), path) for path in paths]
+        with as_large_as({(k, name): value for k, state in enumerate(states) for name, value in state.items()}, folder):
+            scorer = Ensemble(
+                task, view, own["arch"], count, own["kwargs"], own["temperature"], own["offset"], own["views"],
+                folder.resolve().name, about,
+            )  # fmt: skip
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{folder / CONFIG} does not describe a scorer: {type(error).__name__}: {error}") from error
-    for k, network in enumerate(scorer.networks):
-        path = inside(folder, MEMBER.format(k))
-        _fill(network, state_dict_of(read_checkpoint(path), path), path, f"{scorer.arch} with {task.outputs} outputs")
+    for network, state, path in zip(scorer.networks, states, paths):
+        _fill(network, state, path, f"{scorer.arch} with {task.outputs} outputs")
     return scorer
 
 
