@@ -238,6 +238,19 @@ def write_text(path: Path | str, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="")
 
 
+def reserve(path: Path) -> None:
+    """Give a file that has its size the room for it, before it is written through memory.
+
+    On a full disk this is an OSError; without it the write itself would end the process.
+
+    >>> _ = np.memmap("a", np.uint8, "w+", shape=(8192,))
+    >>> reserve(Path("a"))
+    """
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it, if it exists. Of a symbolic link only the link is removed.
 

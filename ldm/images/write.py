@@ -20,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from ldm.errors import UserError
-from ldm.files import tool_version, whole
+from ldm.files import reserve, tool_version, whole
 from ldm.images.marks import DESCRIPTION, KEY, mark_of, mark_text
 
 TILE = 256
@@ -271,7 +271,9 @@ def _pyramid(image: Any, scratch: Path) -> list[Any]:
     while max(levels[-1].shape[:2]) > TILE:
         fine = levels[-1]
         shape = (-(-fine.shape[0] // 2), -(-fine.shape[1] // 2), 3)
-        coarse = np.memmap(scratch / f".level-{len(levels)}", np.uint8, "w+", shape=shape)
+        file = scratch / f".level-{len(levels)}"
+        coarse = np.memmap(file, np.uint8, "w+", shape=shape)
+        reserve(file)
         for y, x in _blocks(fine.shape, _BLOCK):
             block = np.asarray(fine[y : y + _BLOCK, x : x + _BLOCK])
             block = np.pad(block, ((0, block.shape[0] % 2), (0, block.shape[1] % 2), (0, 0)), mode="edge")

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ldm.data import dihedral
 from ldm.data.augment import restained
 from ldm.data.collection import Pictures
-from ldm.files import whole, write_text
+from ldm.files import reserve, whole, write_text
 from ldm.scorers.ensemble import View
 
 
@@ -47,6 +47,7 @@ def prepared(pictures: Pictures, size: int, folder: Path, progress: bool = True)
     view, sides = View(size), set()
     with whole(path) as part:
         images = np.lib.format.open_memmap(part, "w+", np.uint8, shape)
+        reserve(part)
         for i in tqdm(range(len(pictures)), desc="read images", unit="image", disable=not progress):
             image = pictures.read(i)
             sides.add(min(image.shape[:2]))
