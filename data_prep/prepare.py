@@ -16,7 +16,6 @@ Examples:
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import sys
@@ -85,7 +84,7 @@ from ldm.data.tile_store import TileStore, is_finished
 from ldm.devices import pick_device
 from ldm.errors import UserError, note, some
 from ldm.images.quality import QUALITY, flagged
-from ldm.locks import Held, Lock
+from ldm.locks import clear_dead
 from ldm.tables.regions import check_files
 
 STAGES = (AHEAD, "tiles", "features", "latents", "check")
@@ -303,9 +302,8 @@ def clear_locks(cohort: Path) -> None:
 
     >>> clear_locks(store.path.parent.parent)
     """
-    for path in sorted(cohort.rglob(".lock*")):
-        with contextlib.suppress(Held), Lock(path, strict=False):
-            note(f"{path} is of a process that does not run any more; removed")
+    for path in clear_dead(cohort, strict=False):
+        note(f"{path} is of a process that does not run any more; removed")
 
 
 def _check_before(

@@ -44,6 +44,7 @@ from ldm.data.cohort import read_index
 from ldm.data.store_faults import ARRAY, INDEX, TABLE, Fault, find_faults
 from ldm.data.tile_store import TileStore, is_finished, store_paths
 from ldm.errors import UserError
+from ldm.locks import clear_dead
 
 _MAKER = {"weights_sha256": "weights", "preprocessing": "preprocessing", "dihedral": "orientations"}
 
@@ -195,6 +196,8 @@ def main(
 ) -> None:
     sources = Sources(slides or (), regions, encoder, weights, first_stage, device, precision.value, batch_size)
     paths, started = store_paths(store), time.monotonic()
+    for path in paths if repair_them else ():
+        clear_dead(path)  # of a repair that was killed
     faults = verify(store, sources.makers)
     seconds, size = time.monotonic() - started, sum(map(size_of, paths))
     for fault in faults:

@@ -114,6 +114,20 @@ class Lock:
         self.release()
 
 
+def clear_dead(folder: Path, strict: bool = True) -> list[Path]:
+    """Remove the locks of dead processes in a folder and those within it; which they were. strict: see `Lock`.
+
+    >>> Path(".lock-tiles").touch()
+    >>> clear_dead(Path("."))
+    [PosixPath('.lock-tiles')]
+    """
+    dead = []
+    for path in sorted(folder.rglob(".lock*")):
+        with suppress(Held), Lock(path, strict=strict):
+            dead.append(path)
+    return dead
+
+
 def _close_copies() -> None:
     """In a forked child: close what it has of its parent's locks, so that it keeps none of them when that is killed."""
     for handle in Lock.handles:
