@@ -24,6 +24,7 @@ from ldm.callbacks import LastCheckpoint
 from ldm.cli.script import call
 from ldm.devices import TRAINER, faster_precision
 from ldm.errors import UserError
+from ldm.files import owned
 from ldm.training import command
 from ldm.training.files import SOURCES, check_files
 from ldm.training.run import merge_config
@@ -198,8 +199,27 @@ def test_a_full_disk_leaves_the_last_checkpoint_as_it_was(capsys):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "the disk is full" in capsys.readouterr().err
     assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
-    assert [path.name for path in (run / "checkpoints").iterdir() if path.name.endswith(".part")] == []
+    assert hidden_in(run) == []
     assert train("-r", str(run), "--max_steps", "2") == 0
+
+
+def hidden_in(run: Path) -> list[Path]:
+    return [path for path in run.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_run_has_one_training_at_a_time_and_is_cleared_of_what_a_killed_one_left(capsys):
+    assert train("-b", TINY, "-l", "one", "--max_steps", "1", "--limit_val_batches", "0") == 0
+    run = only_run("one")
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    with owned(run):
+        assert train("-r", str(run), "--max_steps", "2") == 2
+    assert re.search(r"is being written by process \d+ on .*; wait for it or stop it", capsys.readouterr().err)
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
+    for name in (".lock", "checkpoints/.part-0123abcd-0/best.ckpt"):  # as a kill leaves them
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).touch()
+    assert train("-r", str(run), "--max_steps", "2") == 0
+    assert hidden_in(run) == []
 
 
 def test_precision_auto_is_settled_told_and_kept(capsys):
