@@ -79,6 +79,8 @@ def _scratch_of(path: Path) -> tuple[Path, Lock]:
     for number in range(_WRITERS):
         scratch = _numbered(path, number)
         lock = Lock(scratch / LOCK)
+        if scratch.is_symlink():  # of somebody who would have another folder cleared
+            continue
         try:
             scratch.mkdir(exist_ok=True)
         except OSError as error:
@@ -117,7 +119,8 @@ def _replace(path: Path, part: Path, aside: Path) -> None:
 
 def _clear(scratch: Path) -> None:
     """Empty a folder of scratch that is ours; what was set aside in it is put back if nothing has taken its place."""
-    for aside in (scratch / _ASIDE).glob("*"):
+    set_aside = scratch / _ASIDE
+    for aside in () if set_aside.is_symlink() else set_aside.glob("*"):
         if not os.path.lexists(place := scratch.parent / aside.name):
             os.replace(aside, place)
     for own in scratch.iterdir():
@@ -127,6 +130,8 @@ def _clear(scratch: Path) -> None:
 
 def _clear_dead(scratch: Path, strict: bool = True) -> None:
     """Remove a folder of scratch unless its writer lives."""
+    if scratch.is_symlink():
+        return
     with suppress(OSError, Held, NoLocks):
         with Lock(scratch / LOCK, strict=strict):
             _clear(scratch)

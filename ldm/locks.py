@@ -69,7 +69,7 @@ class Lock:
     def _acquire(self) -> Self:
         while self._handle < 0:
             with ExitStack() as undo:
-                handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+                handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 undo.callback(os.close, handle)
                 if self._takes(handle):
                     undo.callback(self.path.unlink, missing_ok=True)
@@ -123,7 +123,7 @@ def clear_dead(folder: Path, strict: bool = True) -> list[Path]:
     """
     dead = []
     for path in sorted(folder.rglob(".lock*")):
-        with suppress(Held), Lock(path, strict=strict):
+        with suppress(Held, OSError), Lock(path, strict=strict):
             dead.append(path)
     return dead
 

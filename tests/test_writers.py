@@ -18,9 +18,9 @@ from conftest import ROOT
 from ldm.cli import app
 from ldm.cli.script import call
 from ldm.errors import UserError
-from ldm.files import names_in, owned, sha256, whole, write_text
+from ldm.files import SCRATCH, hidden, names_in, owned, sha256, whole, write_text
 from ldm.images.write import save_image
-from ldm.locks import Held
+from ldm.locks import Held, clear_dead
 
 
 def killed(work: Callable[[], object], at: int = 0) -> bool:
@@ -209,6 +209,29 @@ def test_children_of_the_killed_hold_no_lock(tmp_path: Path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
+
+
+def test_links_in_a_folder_of_others_lose_nothing_elsewhere(tmp_path: Path):
+    """A folder that came from others may hold locks and scratch that are links to files and folders of the user."""
+    precious, out = tmp_path / "precious", tmp_path / "out"
+    precious.mkdir()
+    write_text(precious / "a", "text")
+    out.mkdir()
+    (out / ".lock").symlink_to(precious / "a")
+    with pytest.raises(UserError, match="cannot write into"):
+        owned(out).__enter__()
+    assert clear_dead(out) == []
+    (out / ".lock").unlink()
+    scratch = hidden(out / "b", SCRATCH)
+    scratch.with_name(f"{scratch.name}-0").symlink_to(precious)
+    inner = scratch.with_name(f"{scratch.name}-1")
+    inner.mkdir()
+    (inner / ".aside").symlink_to(precious)
+    with owned(out):
+        write_text(out / "b", "more")
+    assert {path.name: path.read_text() for path in precious.iterdir()} == {"a": "text"}
+    assert (out / "b").read_text() == "more"
+    assert not inner.exists()
 
 
 def test_a_place_that_cannot_be_written_is_one_message(tmp_path: Path):
