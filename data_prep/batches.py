@@ -23,14 +23,24 @@ def read_batches(store: TileStore, start: int, batch_size: int, stop: int | None
     [5, 3]
     """
     stop = len(store) if stop is None else stop
-    tiles, pending = store.tiles, deque[Future[np.ndarray]]()
-    with ThreadPoolExecutor(_READERS) as readers:
-        for first in range(start, stop, batch_size):
-            pending.append(readers.submit(tiles.__getitem__, slice(first, min(first + batch_size, stop))))
-            if len(pending) > _READERS:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    parts = (slice(first, min(first + batch_size, stop)) for first in range(start, stop, batch_size))
+    yield from ahead(store.tiles.__getitem__, parts, _READERS)
+
+
+def ahead(make: Callable[[Item], Made], items: Iterable[Item], threads: int) -> Iterator[Made]:
+    """make(item) of each item, in order; as many as there are threads are made while one is used.
+
+    >>> list(ahead(lambda x: 2 * x, [1, 2, 3], 2))
+    [2, 4, 6]
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Made]] = deque()
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def in_order(make: Callable[[Item], Made], items: Iterable[Item], device: str, alone: bool = False) -> Iterator[Made]:
@@ -52,13 +62,6 @@ def in_order(make: Callable[[Item], Made], items: Iterable[Item], device: str, a
         return
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(1 if alone else threads) as pool:
-            waiting: deque[Future[Made]] = deque()
-            for item in items:
-                waiting.append(pool.submit(make, item))
-                if len(waiting) > threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        yield from ahead(make, items, 1 if alone else threads)
     finally:
         torch.set_num_threads(threads)

@@ -16,13 +16,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from tqdm import tqdm
 
+from data_prep.batches import ahead
 from data_prep.cohort_index import tell_splits, update_index
 from data_prep.options import (
     FilesInOption,
@@ -65,8 +65,7 @@ from ldm.requests.parse import parse_integers
 from ldm.tables.geojson import read_geojson
 from ldm.tables.regions import LABEL, SlideRegions, check_files, find_regions
 
-# what is taken when a folder is given
-_BATCH = 64
+_BATCH = 32  # tiles that are read at once
 
 
 def tile_slide(
@@ -181,22 +180,16 @@ def tile_slide(
     coords, labels, texts = choose_tiles(slide, attrs, mask, on_slide)
     attrs |= {"texts": texts} if texts else {}
 
-    def read(corner: np.ndarray) -> np.ndarray:
-        return slide.read(*corner.tolist(), extent, extent, (tile_size, tile_size))
+    def read(part: slice) -> tuple[slice, np.ndarray, dict[str, np.ndarray]]:
+        tiles = slide.read_tiles(coords[part], extent, tile_size)
+        return part, tiles, quality_of(tiles, mpp)
 
-    workers = workers or min(8, os.cpu_count() or 1)
     dtypes = {label: str(values.dtype) for label, values in labels.items()} | dict.fromkeys(QUALITY, "float32")
-    with (
-        TileStoreWriter.create(store, len(coords), attrs, dtypes) as writer,
-        ThreadPoolExecutor(workers) as pool,
-    ):
-        start = writer.rows
-        with tqdm(total=len(coords), initial=start, desc=f"tiling {name}", unit="tile", leave=None) as bar:
-            for first in range(start, len(coords), _BATCH):
-                part = slice(first, min(first + _BATCH, len(coords)))
-                tiles = np.stack(list(pool.map(read, coords[part])))  # (n, T, T, 3)
-                own = {label: values[part] for label, values in labels.items()}
-                writer.append(tiles, coords[part], own | quality_of(tiles, mpp))
+    with TileStoreWriter.create(store, len(coords), attrs, dtypes) as writer:
+        parts = (slice(first, min(first + _BATCH, len(coords))) for first in range(writer.rows, len(coords), _BATCH))
+        with tqdm(total=len(coords), initial=writer.rows, desc=f"tiling {name}", unit="tile", leave=None) as bar:
+            for part, tiles, quality in ahead(read, parts, workers or min(8, os.cpu_count() or 1)):
+                writer.append(tiles, coords[part], {name: values[part] for name, values in labels.items()} | quality)
                 bar.update(len(tiles))
     if previews:
         _preview(store, out, slide, mask, on_slide)

@@ -229,23 +229,23 @@ class Layout:
             rows = np.concatenate([rows, np.zeros((self.chunk - len(rows), *rows.shape[1:]), rows.dtype)])
         return self.packing.encode(np.ascontiguousarray(rows))
 
-    def file_bytes(self, chunks: Sequence[bytes]) -> bytes:
+    def parts_of(self, chunks: Sequence[bytes]) -> list[bytes]:
         """The content of a file with these chunks, in their order; further ones are absent."""
         if not self.sharded:
-            return chunks[0]
+            return list(chunks)
         lengths = np.array([len(chunk) for chunk in chunks], np.uint64)
         index = np.full((self.shard // self.chunk, 2), ABSENT, "<u8")
         index[: len(chunks), 0] = np.cumsum(lengths) - lengths
         index[: len(chunks), 1] = lengths
-        return b"".join([*chunks, _with_crc(index.tobytes())])
+        return [*chunks, _with_crc(index.tobytes())]
 
-    def file_of(self, rows: np.ndarray) -> bytes:
-        """The content of a file with these rows.
+    def file_of(self, rows: np.ndarray) -> list[bytes]:
+        """The content of a file with these rows, in parts.
 
-        >>> Layout.of(read_description(store.path / "coords")).file_of(np.array([(256, 512)], "i4"))[:8].hex()
+        >>> Layout.of(read_description(store.path / "coords")).file_of(np.array([(256, 512)], "i4"))[0][:8].hex()
         '0001000000020000'
         """
-        return self.file_bytes([self.pack(rows[at : at + self.chunk]) for at in range(0, len(rows), self.chunk)])
+        return self.parts_of([self.pack(rows[at : at + self.chunk]) for at in range(0, len(rows), self.chunk)])
 
 
 class _Opened:
@@ -304,16 +304,17 @@ def read_description(folder: Path) -> dict[str, Any]:
     return described
 
 
-def write_file(path: Path, content: bytes) -> str:
-    """Write a file of an array and return its digest. It is there whole or as it was before.
+def write_file(path: Path, content: Sequence[bytes]) -> str:
+    """Write a file of an array, given in parts, and return its digest. It is there whole or as it was before.
 
-    >>> write_file(Path("c/0"), b"abc") == digest_of(Path("c/0"))
+    >>> write_file(Path("c/0"), [b"ab", b"c"]) == digest_of(Path("c/0"))
     True
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.partial")
     try:
-        part.write_bytes(content)
+        with part.open("wb") as file:
+            file.writelines(content)
         part.replace(path)
     except BaseException:
         part.unlink(missing_ok=True)
@@ -321,13 +322,16 @@ def write_file(path: Path, content: bytes) -> str:
     return digest_of(content)
 
 
-def digest_of(content: bytes | Path) -> str:
-    """The digest of a file or its content, as stores record it: BLAKE2b of 16 bytes, in hexadecimal.
+def digest_of(content: Sequence[bytes] | Path) -> str:
+    """The digest of a file or of its parts, as stores record it: BLAKE2b of 16 bytes, in hexadecimal.
 
-    >>> digest_of(b"abc")
+    >>> digest_of([b"ab", b"c"])
     'cf4ab791c62b8d2b2109c90275287816'
     """
-    if isinstance(content, bytes):
-        return hashlib.blake2b(content, digest_size=DIGEST_BYTES).hexdigest()
+    if not isinstance(content, Path):
+        digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+        for part in content:
+            digest.update(part)
+        return digest.hexdigest()
     with content.open("rb") as stream:
         return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=DIGEST_BYTES)).hexdigest()

@@ -108,14 +108,15 @@ class GrowingArray:
     def append(self, rows: np.ndarray) -> None:
         """Add rows; whole files are written, the rest waits in memory, packed."""
         layout = self.layout
-        rows = np.concatenate([self._rest, np.asarray(rows, layout.dtype)])
+        rows = np.asarray(rows, layout.dtype)
+        rows = np.concatenate([self._rest, rows]) if len(self._rest) else rows
         whole = len(rows) - len(rows) % layout.chunk
         for at in range(0, whole, layout.chunk):
             self._chunks.append(layout.pack(rows[at : at + layout.chunk]))
             if len(self._chunks) * layout.chunk == layout.shard:
                 self._digests.append(self._write(self._chunks))
                 self._chunks, self._last = [], ""
-        self._rest = rows[whole:]
+        self._rest = rows[whole:].copy()  # the caller may use its array again
 
     def flush(self) -> None:
         """Write the unfinished file too, if there is one."""
@@ -124,7 +125,7 @@ class GrowingArray:
             self._last = self._write([*self._chunks, *rest])
 
     def _write(self, chunks: list[bytes]) -> str:
-        return write_file(self.path / self.layout.file(len(self._digests)), self.layout.file_bytes(chunks))
+        return write_file(self.path / self.layout.file(len(self._digests)), self.layout.parts_of(chunks))
 
     def describe(self, **attrs: Any) -> None:
         """Record attributes, and the digests of what is written, in one write."""

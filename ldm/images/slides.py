@@ -8,7 +8,7 @@ upright, white where transparent, or the same refusal (`colour`, `scale`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ldm.images.source import Source
 from ldm.images.tiff import open_tiff
 
 _BLOCK = 4096
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of a level
 GIVEN = "given by hand"  # the origin of a scale that no file says
 
 
@@ -52,7 +53,7 @@ class Slide:
             source.levels,
             source.read,
         )
-        self.bounds = source.bounds
+        self.bounds, self._loose = source.bounds, source.loose
         said = source.scale
         own = said.mpp and not holds
         self.mpp, self.mpp_source = (said.mpp, said.origin) if own or not mpp else (mpp, GIVEN)
@@ -101,8 +102,33 @@ class Slide:
         """
         width, height = size or (round(w), round(h))
         level, factor = self._best_level(min(w / width, h / height))
-        left, top, right, bottom = (v / factor for v in (x, y, x + w, y + h))
-        x0, y0, x1, y1 = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+        box = (x / factor, y / factor, (x + w) / factor, (y + h) / factor)
+        around = _around(box)
+        return _fit(self._window(level, around), around, box, (width, height))
+
+    def read_tiles(self, coords: np.ndarray, extent: float, side: int) -> np.ndarray:
+        """Squares of the slide, each as `read` gives it; those in a row that overlap are cut from one part of it.
+
+        coords (n, 2): corners x, y, and extent: the sides, in level-0 pixels. side: of a result. (n, side, side, 3).
+
+        >>> slide = open_image(slide_path)
+        >>> slide.read_tiles(np.array([(0, 0), (128, 0)]), 256, 256).shape
+        (2, 256, 256, 3)
+        """
+        level, factor = self._best_level(extent / side)
+        ends = np.stack([coords, coords + extent], 1).reshape(-1, 4)
+        boxes = [tuple(box) for box in (ends / factor).tolist()]
+        tiles = np.empty((len(boxes), side, side, 3), np.uint8)
+        for run in _runs([_around(box) for box in boxes], alone=level in self._loose):
+            around = (run[0][1][0], run[0][1][1], run[-1][1][2], run[0][1][3])
+            part = self._window(level, around)
+            for i, (x0, y0, x1, y1) in run:
+                tiles[i] = _fit(part[:, x0 - around[0] : x1 - around[0]], (x0, y0, x1, y1), boxes[i], (side, side))
+        return tiles
+
+    def _window(self, level: int, around: Box) -> np.ndarray:
+        """Whole pixels of a level, white outside of it."""
+        x0, y0, x1, y1 = around
         pixels = np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
         level_w, level_h = self._levels[level]
         cx0, cy0, cx1, cy1 = max(x0, 0), max(y0, 0), min(x1, level_w), min(y1, level_h)
@@ -112,16 +138,13 @@ class Slide:
             except UserError:
                 raise
             except Exception as error:
+                factor = self.dimensions[0] / level_w
                 raise UserError(
-                    f"{self.path} cannot be decoded at x={x:g}, y={y:g} ({error}): "
+                    f"{self.path} cannot be decoded at x={x0 * factor:.0f}, y={y0 * factor:.0f} ({error}): "
                     "the file is damaged or was cut short; copy it again from its source"
                 ) from None
             pixels[cy0 - y0 : cy1 - y0, cx0 - x0 : cx1 - x0] = inside
-        if pixels.shape[:2] == (height, width) and (left, top, right, bottom) == (x0, y0, x1, y1):
-            return pixels
-        box = (left - x0, top - y0, right - x0, bottom - y0)
-        resample = Image.Resampling.LANCZOS if right - left > width else Image.Resampling.BICUBIC
-        return np.asarray(Image.fromarray(pixels).resize((width, height), resample, box))
+        return pixels
 
     def read_in_parts(self, x: float, y: float, w: float, h: float, size: tuple[int, int]) -> np.ndarray:
         """As `read`, in parts of at most _BLOCK^2 pixels: little memory where the file has no level near `size`."""
@@ -156,6 +179,35 @@ class Slide:
                 w, h = min(step, width - left), min(step, height - top)
                 out[top : top + h, left : left + w] = self.read(left * sx, top * sy, w * sx, h * sy, (w, h))
         return out
+
+
+def _around(box: Sequence[float]) -> Box:
+    left, top, right, bottom = box
+    return math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
+
+
+def _fit(pixels: np.ndarray, around: Box, box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
+    """What lies in `box` of pixels that begin and end as `around` says, at a size (width, height)."""
+    if pixels.shape[1::-1] == size and tuple(box) == around:
+        return pixels
+    x0, y0, _, _ = around
+    left, top, right, bottom = box
+    resample = Image.Resampling.LANCZOS if right - left > size[0] else Image.Resampling.BICUBIC
+    return np.asarray(Image.fromarray(pixels).resize(size, resample, (left - x0, top - y0, right - x0, bottom - y0)))
+
+
+def _runs(windows: Sequence[Box], alone: bool) -> Iterator[list[tuple[int, Box]]]:
+    """Windows with their places, those together that follow one another in a row and overlap."""
+    run: list[tuple[int, Box]] = []
+    for i, (x0, y0, x1, y1) in enumerate(windows):
+        if run:
+            last, top, end, bottom = run[-1][1]
+            if alone or (y0, y1) != (top, bottom) or not last <= x0 < end or x1 - run[0][1][0] > _BLOCK:
+                yield run
+                run = []
+        run.append((i, (x0, y0, x1, y1)))
+    if run:
+        yield run
 
 
 def open_image(path: Path | str, mpp: float | None = None, holds: bool = False) -> Slide:

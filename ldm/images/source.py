@@ -26,6 +26,7 @@ class Source:
         patient: whom the file names, None where it names nobody.
         notes: what a user should know of its pixels.
         bounds: (x, y, width, height) of the part that a scanner filled, where it left a margin around it; else None.
+        loose: levels of which a part is read a little otherwise alone than within a larger one.
     """
 
     levels: list[tuple[int, int]]
@@ -36,6 +37,7 @@ class Source:
     patient: str | None = None
     notes: tuple[str, ...] = ()
     bounds: tuple[int, int, int, int] | None = None
+    loose: frozenset[int] = frozenset()
 
 
 def upright(source: Source, orientation: int) -> Source:

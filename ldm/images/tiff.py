@@ -38,6 +38,7 @@ _OPACITY = (EXTRASAMPLE.ASSOCALPHA, EXTRASAMPLE.UNASSALPHA)
 _USUAL = (1, 5, 7, 8, 32773, 32946)  # compressions that every reader knows: none, LZW, JPEG, Deflate, PackBits
 _JPEG = (6, 7)  # decoded to RGB by their own decoder
 _HELD = 2**25  # bytes of tiles and strips that are kept decoded, for neighbours share them
+_MOST_HELD = 3 * 2**25  # the same of wide images, of which two rows are kept
 
 Read = Callable[[int, int, int, int], np.ndarray]  # x, y, width, height -> (height, width, samples)
 
@@ -70,7 +71,7 @@ def open_tiff(path: Path) -> Source | None:
         name = getattr(page.photometric, "name", page.photometric)
         raise UserError(f"{path} is of the colour model {name}; gray, RGB, palette, CMYK, CIELab and YCbCr are read")
     held = np.memmap(path, np.uint8, "r")  # threads and forked processes share no place in the file
-    reads = [_reader(own, held) for own in pages]
+    reads = [page_reader(own, held) for own in pages]
     if page.compression not in _USUAL or page.is_subsampled:
         try:
             reads[0](0, 0, 1, 1)
@@ -161,8 +162,13 @@ def _palette(page: tifffile.TiffPage) -> np.ndarray:
     return np.pad(colours.astype(np.uint8), ((0, max(0, 256 - len(colours))), (0, 0)))
 
 
-def _reader(page: tifffile.TiffPage, held: np.ndarray) -> Read:
-    """Reads a part of a page, as (h,w,samples) uint8; white where the file has no strip or tile. held: its bytes."""
+def page_reader(page: tifffile.TiffPage, held: np.ndarray) -> Read:
+    """Reads a part of a page, as (h,w,samples) uint8; white where the file has no strip or tile. held: its bytes.
+
+    >>> page = tifffile.TiffFile(slide_path).pages[0]
+    >>> page_reader(page, np.memmap(slide_path, np.uint8, "r"))(100, 200, 256, 128).shape
+    (128, 256, 3)
+    """
     planes, _, height, width, own = page.shaped
     tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
     tall = min(tall, height) if not page.is_tiled else tall
@@ -178,7 +184,8 @@ def _reader(page: tifffile.TiffPage, held: np.ndarray) -> Read:
         decoded, _, _ = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
         return decoded[0].view(np.uint8)
 
-    segment = lru_cache(maxsize=max(4, _HELD // (tall * wide * own)))(segment)
+    each = tall * wide * own
+    segment = lru_cache(max(4, _HELD // each, min(2 * across + 4, _MOST_HELD // each)))(segment)
 
     def read(x: int, y: int, w: int, h: int) -> np.ndarray:
         out = np.full((h, w, planes * own), empty, np.uint8)
