@@ -142,17 +142,29 @@ def instantiate_from_config(node: Node | Mapping[str, Any], allow: Iterable[str]
         allow: prefixes of targets that are allowed beside those in ALLOWED.
         extra: parameters that the program sets and a config must not.
     Raises:
-        UserError: this is not a node; its target does not exist or is not allowed; params are unknown or missing.
+        UserError: this is not a node; its target does not exist or is not allowed; params are unknown, missing, or of
+            a kind or value that it cannot be built with. What targets raise that `allow` permits comes through.
 
     >>> instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": 8}}, out_features=4)
     Linear(in_features=8, out_features=4, bias=True)
+    >>> instantiate_from_config({"target": "torch.nn.Linear", "params": {"in_features": "x", "out_features": 4}})
+    Traceback (most recent call last):
+    ldm.errors.UserError: torch.nn.Linear cannot be built with these params: TypeError: empty(): argument 'size' ...
     """
     where = "config" if not isinstance(node, Mapping) else str(node.get("target"))
     target, params = _parse_node(node, where, allow)
     if clash := sorted(set(params) & set(extra)):
         raise UserError(f"{where}: '{clash[0]}' is set by the program; remove it from params")
     check_params(target, {**params, **extra}, where)
-    return target(**params, **extra)
+    try:
+        return target(**params, **extra)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # a class raises whatever it stumbles over in params of the wrong kind
+        if where.startswith(_trusted(allow)):  # somebody's own code, which needs its traceback
+            raise
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{where} cannot be built with these params: {type(error).__name__}: {reason}") from error
 
 
 def validate(cfg: Mapping[str, Any], allow: Iterable[str] = ()) -> None:
@@ -235,6 +247,11 @@ def allowing(prefixes: Iterable[str]) -> Iterator[None]:
         _ALSO_ALLOWED.reset(token)
 
 
+def _trusted(allow: Iterable[str]) -> tuple[str, ...]:
+    """Prefixes of targets outside of the package that the user allows."""
+    return (*allow, *_ALSO_ALLOWED.get())
+
+
 @contextmanager
 def modules_only() -> Iterator[None]:
     """A context in which targets must be torch modules. Models are built in it, as their configs may come from anybody.
@@ -263,7 +280,7 @@ def get_obj_from_str(target: str, allow: Iterable[str] = ()) -> Callable[..., An
     >>> get_obj_from_str("torch.nn.Linear")
     <class 'torch.nn.modules.linear.Linear'>
     """
-    trusted = (*allow, *_ALSO_ALLOWED.get())
+    trusted = _trusted(allow)
     allowed = (*ALLOWED, *trusted)
     if not target.startswith(allowed):
         raise UserError(

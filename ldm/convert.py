@@ -205,7 +205,13 @@ def _read(source: Path, content: Any, options: Mapping[str, Any]) -> Converted:
             for name in given:
                 if name not in takes:
                     raise UserError(f"{source} is a model of the family {family}, which takes no {_flag(name)}.")
-            return read(source, content, **given)
+            try:
+                return read(source, content, **given)
+            except (UserError, OSError):
+                raise
+            except Exception as error:  # a reader stumbles over entries of other kinds than the family's have
+                reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                raise UserError(f"{source} is not as models of the family {family} are ({reason}).") from error
     kind = "folder" if content is None else "file"
     raise UserError(f"{source} is no model whose form is known: the {kind} fits none of {', '.join(FAMILIES)}.")
 

@@ -29,6 +29,7 @@ from ldm.foreign.budget import afford
 from ldm.foreign.modules import as_large_as
 from ldm.foreign.paths import only_within, write_files
 from ldm.foreign.settings import check_numbers, check_settings
+from ldm.foreign.shape import ABOVE_0, MAPPING, SIZE, TEXT, Is, check_shape, maybe
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.forms import name_form
 from ldm.interop.weights import averaged, check_finite, in_words, not_finite
@@ -41,6 +42,15 @@ WEIGHTS = "model.safetensors"
 AUTOENCODER = "autoencoder."  # the first stage within its training
 EMBEDDED = ("histoldm_config", "histoldm_metadata", "histoldm_conditioner", "histoldm_first_stage")  # in checkpoints
 TRAINING_ONLY = ("ckpt_path", "seed", "ema_decay", "warmup_steps", "decay_steps", "weight_decay", "monitor")
+_METADATA = {
+    "mpp?": maybe(ABOVE_0), "tile_size?": maybe(SIZE), "licence?": maybe(TEXT), "encoder?": maybe(MAPPING),
+    "conditions?": maybe(MAPPING),
+}  # fmt: skip
+_NODE = {"target": TEXT, "params": MAPPING}
+_CHECKPOINT = {
+    "histoldm_config": {"model": _NODE}, "state_dict": {"*": Is("a tensor", lambda value: isinstance(value, Tensor))},
+    "histoldm_files?": MAPPING, "histoldm_first_stage?": maybe(MAPPING), "histoldm_conditioner?": maybe(MAPPING),
+}  # fmt: skip
 HEADINGS = ("What it is", "Data", "Training", "Figures", "Use", "Must not be used for", "Licence")
 FIGURES = "| measure | value | 95% interval | on |\n|---|---|---|---|"
 PREFIX = {"network": "model.", "first stage": "first_stage_model.", "conditioner": "cond_stage_model."}
@@ -107,9 +117,19 @@ def read_model_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any
         )
     with only_within(folder):
         config = foreign_config(folder / "config.yaml")
-    if "model" not in config:
-        raise UserError(f"{folder / 'config.yaml'} has no `model: {{target, params}}`.")
-    return within(config["model"], folder), config.get("metadata", {})
+    return within(_node(config.get("model"), folder / "config.yaml"), folder), _metadata(config, folder / "config.yaml")
+
+
+def _node(node: Any, source: Path) -> dict[str, Any]:
+    if not (isinstance(node, Mapping) and isinstance(node.get("params") or {}, Mapping)):
+        raise UserError(f"{source} has no `model: {{target, params}}`.")
+    return {**node, "params": dict(node.get("params") or {})}
+
+
+def _metadata(content: Mapping[str, Any], source: Path, key: str = "metadata") -> dict[str, Any]:
+    metadata = content.get(key) or {}
+    check_shape(metadata, _METADATA, source, key)
+    return dict(metadata)
 
 
 def within(value: Any, folder: Path) -> Any:
@@ -147,7 +167,7 @@ def load_first_stage(folder: str) -> nn.Module:
 def _first_stage_node(folder: str | Path) -> dict[str, Any]:
     """The node of the first stage in a model folder: the folder's own, or that of the diffusion model in it."""
     node, _ = read_model_folder(folder)
-    return node.get("params", {}).get("first_stage_config", node)
+    return node["params"].get("first_stage_config", node)
 
 
 def resolve_first_stage(node: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -309,8 +329,9 @@ def _parts(
     content: Mapping[str, Any], source: Path
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor], dict[str, str]]:
     """Model node, metadata, inference weights and further files of a training checkpoint of this toolkit."""
+    check_shape(content, _CHECKPOINT, source)
     node, state = content["histoldm_config"]["model"], dict(content["state_dict"])
-    metadata = content.get("histoldm_metadata", {})
+    metadata = _metadata(content, source, "histoldm_metadata")
     if "first_stage" in node["params"]:  # a training of a first stage: the folder is of the autoencoder alone
         weights = {n.removeprefix(AUTOENCODER): v for n, v in state.items() if n.startswith(AUTOENCODER)}
         return node["params"]["first_stage"], metadata, weights, {}

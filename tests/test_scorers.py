@@ -440,7 +440,7 @@ def test_a_folder_comes_back_whole_and_runs_nothing(trained, tmp_path):
         load_scorer(tmp_path / "b")
     assert not (tmp_path / "ran").exists()
     broken(lambda c: c["scorer"]["task"].update(kind="other"))
-    with pytest.raises(UserError, match="the kind of a scorer is one of binary, graded, classes"):
+    with pytest.raises(UserError, match=r"scorer\.task\.kind is 'other', not one of binary, graded, classes"):
         load_scorer(tmp_path / "b")
     broken(lambda c: c["scorer"].update(kwargs={}))
     with pytest.raises(UserError, match=r"member-0.safetensors is no resnet10t with 1 outputs: conv1"):

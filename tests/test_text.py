@@ -417,7 +417,7 @@ def test_configs(name, parameters, tokens, width, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ("[]", "is a list, not an object of settings"),
+        ("[]", "is \\[\\], not `key: value` pairs"),
         ('{"text_cfg": {"width": 7, "heads": 2}}', "a multiple of its heads; its config has 7 and 2"),
     ],
 )

@@ -42,13 +42,19 @@ def build_tower(source: TowerSource, layer: str = "last") -> ClipTower | BertTow
         raise UserError(f"`layer` of a text model is one of {', '.join(LAYERS)}; got '{layer}'.")
     kind = BertTower if source.is_bert else ClipTower
     kind = TokenTransformer if source.config["text_cfg"].get(TOKEN_TRANSFORMER) else kind
-    if source.weights is None:
-        tower = kind(source.config)
-    else:
-        state = state_dict_of(read_checkpoint(source.weights), source.weights)
-        with as_large_as(state, f"the text model '{source.name}'"):
-            tower = made(lambda: kind(source.config))
-        _load_tower(tower, source, state)
+    try:
+        if source.weights is None:
+            tower = kind(source.config)
+        else:
+            state = state_dict_of(read_checkpoint(source.weights), source.weights)
+            with as_large_as(state, f"the text model '{source.name}'"):
+                tower = made(lambda: kind(source.config))
+            _load_tower(tower, source, state)
+    except UserError:
+        raise
+    except Exception as error:  # a module raises whatever it stumbles over in a config of the wrong kind
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"the text model '{source.name}' cannot be built by its config: {reason}") from error
     if layer == "penultimate":
         del tower.blocks[-1]
     return tower.eval()

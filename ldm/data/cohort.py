@@ -21,6 +21,7 @@ from ldm.data.tile_store import TileStore, as_numbers
 from ldm.errors import UserError, note
 from ldm.files import whole
 from ldm.locks import Lock
+from ldm.tables.parquet import read_parquet
 
 _BATCH = 64
 
@@ -111,15 +112,13 @@ def read_index(cohort: Path | str) -> pd.DataFrame:
     path = Path(cohort) / "index.parquet"
     if not path.is_file():
         raise UserError(f"there is no table of tiles at {path}; the data_prep commands write one with the tiles.")
-    try:
-        index = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the table of tiles {path} is broken ({str(error).splitlines()[0]}); copy it again, or delete it and run "
-            "the command that wrote it again."
-        ) from None
+    again = "copy it again, or delete it and run the command that wrote it again"
+    index = read_parquet(path, "the table of tiles", again)
     if lacking := [name for name in ("slide", "row", "patient", "split") if name not in index]:
         raise UserError(f"the table of tiles {path} has no column {', '.join(lacking)}; it is none of this toolkit.")
+    whole = index["row"].dtype.kind in "iu" and index["row"].min() >= 0 if len(index) else True
+    if not whole or not index["slide"].map(lambda name: isinstance(name, str)).all():
+        raise UserError(f"the table of tiles {path} has rows that name no slide and row of it; {again}.")
     return index
 
 

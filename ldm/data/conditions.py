@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +17,9 @@ from ldm.data.cohort import read_index
 from ldm.data.splits import fallen_apart
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, note, suggest
+from ldm.foreign.settings import read_json
+from ldm.foreign.shape import MAPPING, check_shape
+from ldm.tables.parquet import read_parquet
 
 TAKEN = ("image", "latent", "row", "slide", "coord")
 NAMES_SHOWN = 1000
@@ -194,18 +196,16 @@ class OmicsTable:
                 f"there is no omics table at {path}{suggest(source, known)} Make one with `python -m "
                 "data_prep.join_omics`."
             )
+        again = "run `python -m data_prep.join_omics` again"
+        table = read_parquet(path, "the omics table", again)
+        if not all(kind.kind in "fiub" for kind in table.dtypes):
+            raise UserError(f"the omics table {path} holds more than numbers; {again}.")
+        self.index = pd.Index(table.index.astype(str))
+        self.values = np.array(table, np.float32)
         about = path.with_suffix(".json")
-        try:
-            table = pd.read_parquet(path)
-            self.index = pd.Index(table.index.astype(str))
-            self.values = np.array(table, np.float32)
-            self.about = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
-        except (OSError, ValueError, TypeError) as error:
-            raise UserError(
-                f"the omics table {path}, or its .json, is broken ({str(error).splitlines()[0]}); run "
-                "`python -m data_prep.join_omics` again."
-            ) from None
-        self.about |= {"genes": [str(name) for name in table.columns]}
+        told = read_json(about, "what is known of an omics table,") if about.is_file() else {}
+        check_shape(told, MAPPING, about)
+        self.about = {**told, "genes": [str(name) for name in table.columns]}
 
 
 @lru_cache(maxsize=8)

@@ -127,7 +127,7 @@ def _from_pt(path: Path) -> Features:
     if not isinstance(content, np.ndarray):
         raise UserError(f"{path} holds {type(content).__name__}, not a tensor or array of features.")
     values = unbatched(_floats(content, path))
-    return Features(values, None if coords is None else Places(unbatched(np.asarray(coords))))
+    return Features(values, None if coords is None else Places(unbatched(np.asarray(coords))).checked(path))
 
 
 def _first_of(kind: type, content: Any) -> Any:
@@ -225,7 +225,8 @@ def features_to_grid(
             f"{int(off.sum())} of {len(coords)} tiles lie off the lattice of step {step:g} px that starts at "
             f"{tuple(coords.min(0))}; give the step between neighbouring tiles, or tiles cut on one lattice."
         )
-    cols, rows = cells.max(0) + 1
+    cols, rows = (int(last) + 1 for last in cells.max(0))
+    afford(5 * rows * cols * features.shape[1], f"the grid of {rows} x {cols} tiles that these coordinates span")
     flat = cells[:, 1] * cols + cells[:, 0]
     if len(np.unique(flat)) < len(flat):
         raise UserError(f"{len(flat) - len(np.unique(flat))} tiles lie in the place of another one (step {step:g} px).")

@@ -12,6 +12,7 @@ import numpy as np
 from ldm.errors import UserError
 from ldm.foreign.hdf5 import values_of
 
+_FARTHEST = 1e9  # level-0 pixels, or micrometres, that a place on a slide has at most
 STAMP_1 = (224, 256.0)  # pixels and micrometres of a tile of STAMP 1, which wrote neither
 
 
@@ -32,6 +33,22 @@ class Places:
     size: int | None = None
     slide: tuple[float, float] | None = None
     micrometres: bool = False
+
+    def checked(self, source: Path | str) -> Places:
+        """The same. UserError for coordinates and sizes that no tile has.
+
+        >>> Places(np.array([[0, 0]]), extent=-1).checked("a.h5")
+        Traceback (most recent call last):
+        ldm.errors.UserError: a.h5 says that its tiles have an extent of -1 px; correct it, or write it again.
+        """
+        if self.coords.dtype.kind not in "iuf" or not (np.abs(self.coords.astype(float)) < _FARTHEST).all():
+            raise UserError(f"{source} has coords that are no places on a slide ({self.coords.dtype}); write it again.")
+        sizes = {"an extent": self.extent, "a size": self.size, "a distance": self.step}
+        for name, value in sizes.items():
+            if value is not None and not 0 < value < _FARTHEST:
+                told = f"{source} says that its tiles have {name} of {value:g} px"
+                raise UserError(f"{told}; correct it, or write it again.")
+        return self
 
     def in_pixels(self, mpp: float | None, source: Path) -> Places:
         """The same in level-0 pixels, each `mpp` µm wide. UserError if that is not known and needed.
@@ -61,8 +78,10 @@ def places_in(file: h5py.File) -> Places | None:
     ...     places_in(file).extent, places_in(file).size
     (512.0, 256)
     """
-    if "coords" not in file:
-        return None
+    return _places_in(file).checked(file.filename) if "coords" in file else None
+
+
+def _places_in(file: h5py.File) -> Places:
     attrs = {**file.attrs, **file["coords"].attrs}
     coords = unbatched(values_of(file["coords"]))
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from ldm.errors import UserError, suggest
 from ldm.tables.genes import barcode
+from ldm.tables.parquet import read_parquet
 from ldm.tables.text import read_table
 
 LEVELS = ("auto", "patient", "sample")
@@ -85,7 +86,8 @@ def mapped(slides: pd.DataFrame, index: pd.DataFrame, samples: str) -> dict[str,
         raise UserError(f"{path} needs the columns slide and sample; it has {', '.join(frame.columns)}.")
     if frame["slide"].duplicated().any():
         raise UserError(f"{path} names the slide {frame['slide'][frame['slide'].duplicated()].iloc[0]} twice.")
-    given = dict(zip(frame["slide"], frame["sample"].where(frame["sample"].notna(), None)))
+    known = frame.dropna(subset=["slide", "sample"])
+    given = dict(zip(known["slide"], known["sample"]))
     return {slide: given.get(slide, given.get(Path(slide).stem)) or None for slide in slides.index}
 
 
@@ -127,7 +129,7 @@ def kept_samples(
     for path in sorted((cohort / "omics").glob("*.parquet")):
         if path.stem in joined:
             continue
-        known = set(pd.read_parquet(path, columns=[]).index)
+        known = set(read_parquet(path, "the omics table", columns=[]).index)
         for slide, sample in one_row_each(index)["sample"].items():
             if sample not in known or sample_of[slide] == sample:
                 continue

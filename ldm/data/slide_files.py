@@ -90,13 +90,8 @@ def _read_places(path: Path) -> Places:
     """Where the tiles of a file of coordinates are. UserError: unreadable, none in it, of another shape."""
     if path.suffix == ".zarr":
         return read_spatial(path)[1]
-    try:
-        with open_h5(path) as file:
-            places = places_in(file)
-    except UserError:
-        raise
-    except Exception as error:  # h5py raises whatever its library says of a broken file
-        raise UserError(f"{path} cannot be read as {path.suffix}: {f'{error}'.partition(chr(10))[0]}") from None
+    with open_h5(path) as file:
+        places = places_in(file)
     if places is None:
         raise UserError(f"{path} has no `coords`.")
     if places.coords.ndim != 2 or places.coords.shape[1] != 2 or not len(places.coords):
@@ -208,23 +203,18 @@ def _look(path: Path) -> list[_Found]:
         return [_Found(path, "slide", encoder)]
     if path.suffix in (".pt", ".pth"):
         return [_Found(path, "features", encoder)]
-    try:
-        with open_h5(path) as file:
-            name, coords = next((name for name in H5_NAMES if name in file), None), "coords" in file
-            if name is None:
-                empty = coords and not len(file["coords"])
-                return [_Found(path, "empty" if empty else "coords" if coords else "other")]
-            told = file.attrs.get("extractor") or file[name].attrs.get("encoder")  # STAMP, TRIDENT
-            if not encoder and isinstance(told, str) and told != "None":
-                encoder = told
-            if file[name].ndim == 1 or file.attrs.get("feat_type") in OF_SLIDES:
-                return [_Found(path, "slide", encoder)]
-            kind = "empty" if 0 in file[name].shape[:1] else "both" if coords else "features"
-            return [_Found(path, kind, encoder)]
-    except UserError:
-        raise
-    except Exception as error:  # h5py raises whatever its library says of a broken file
-        raise UserError(f"{path} cannot be read as {path.suffix}: {f'{error}'.partition(chr(10))[0]}") from None
+    with open_h5(path) as file:
+        name, coords = next((name for name in H5_NAMES if name in file), None), "coords" in file
+        if name is None:
+            empty = coords and not len(file["coords"])
+            return [_Found(path, "empty" if empty else "coords" if coords else "other")]
+        told = file.attrs.get("extractor") or file[name].attrs.get("encoder")  # STAMP, TRIDENT
+        if not encoder and isinstance(told, str) and told != "None":
+            encoder = told
+        if file[name].ndim == 1 or file.attrs.get("feat_type") in OF_SLIDES:
+            return [_Found(path, "slide", encoder)]
+        kind = "empty" if 0 in file[name].shape[:1] else "both" if coords else "features"
+        return [_Found(path, kind, encoder)]
 
 
 def _of_encoder(found: list[_Found], feature: str | None, paths: Sequence[Path | str]) -> list[_Found]:

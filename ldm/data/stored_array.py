@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import zarr
 
 from ldm.data.shard_files import Layout, read_description
 from ldm.errors import UserError
+from ldm.foreign.shape import LIST, check_shape, maybe
 from ldm.foreign.zarrs import check_array, check_zarr
 
 AGAIN = "copy the whole store again, or delete that folder and make it again"
@@ -43,15 +43,16 @@ class StoredArray:
         try:
             described = read_description(self.path)
             self.layout = Layout.of(described)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             self.layout = None  # zarr says why
         try:
             check_array(described, self.path) if self.layout else check_zarr(self.path)
             self._array = zarr.open_array(str(self.path), mode="r", zarr_format=3) if self.layout is None else None
+            attrs = described.get("attributes", {}) if self.layout else self._array.attrs.asdict()
+            check_shape(attrs, {f"{DIGESTS}?": maybe(LIST)}, "what it says of itself")
         except Exception as error:  # zarr has no error of its own for what it cannot read
             raise UserError(f"the array {self.path} cannot be opened ({_reason(error)}); {AGAIN}.") from None
         self._shape = self.layout or self._array
-        attrs: Mapping[str, Any] = described.get("attributes", {}) if self.layout else self._array.attrs.asdict()
         self.attrs: dict[str, Any] = {name: value for name, value in attrs.items() if name != DIGESTS}
         self.digests: list[str] | None = attrs.get(DIGESTS)
         files = self.files()

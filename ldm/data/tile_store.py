@@ -23,6 +23,7 @@ from ldm.data.stored_array import StoredArray
 from ldm.errors import UserError, suggest
 from ldm.files import tool_version
 from ldm.foreign.paths import inside
+from ldm.foreign.shape import ABOVE_0, COUNT, NUMBER, SIZE, TEXT, check_shape, maybe, so_many
 from ldm.images.kinds import is_ome_zarr
 from ldm.images.pictures import Picture
 from ldm.images.slides import Slide
@@ -31,6 +32,12 @@ TOLD = ("version", "mpp_source", "notes")  # attributes that are no settings: a 
 GROUPS = ("features", "latents", "labels")
 FORMAT = 1  # of the layout; a store of a higher one is of a newer version
 NEEDED = ("slide", "mpp", "tile_size", "stride", "downsample", "rows")  # attributes without which a store is none
+_FORM = {  # of attributes
+    "slide": TEXT, "mpp": maybe(ABOVE_0), "tile_size": SIZE, "stride": SIZE, "downsample": ABOVE_0, "rows": COUNT,
+    "count?": COUNT, "level0_size?": maybe(so_many(2, SIZE)),
+    "notes?": [TEXT], "texts?": {}, "licence?": maybe(TEXT), "patient?": maybe(TEXT), "magnification?": maybe(NUMBER),
+}  # fmt: skip
+_CONTENT = {"tiles": "u", "coords": "i", "features": "f", "latents": "f", "labels": "fiub"}  # kinds of numbers
 
 
 class TileStore:
@@ -80,6 +87,7 @@ class TileStore:
                 f"{path} does not say its {', '.join(lacking)} (zarr.json, attributes.histoldm), so its tiles cannot "
                 "be placed; make it again, or copy it again from where it is whole."
             )
+        check_shape(attrs, _FORM, f"{path} (zarr.json, attributes.histoldm)")
         if not attrs.get("complete") and not allow_incomplete:
             raise UserError(
                 f"{path} is not finished: {attrs.get('rows', 0)} of {attrs.get('count', '?')} tiles are written; "
@@ -92,7 +100,16 @@ class TileStore:
         if self._opened_by != os.getpid():
             self._arrays, self._opened_by = {}, os.getpid()
         if name not in self._arrays:
-            self._arrays[name] = StoredArray(inside(self.path, name))
+            array = StoredArray(inside(self.path, name))
+            inner = {"tiles": (self.tile_size, self.tile_size, 3), "coords": (2,)}.get(name, array.shape[1:])
+            kinds = _CONTENT[name.partition("/")[0]]
+            short = name in ("tiles", "coords") and array.ndim and len(array) < len(self)
+            if array.shape[1:] != inner or not array.ndim or short or array.dtype.kind not in kinds:
+                raise UserError(
+                    f"{self.path}/{name} is {array.shape} {array.dtype}, which the store with {len(self)} tiles of "
+                    f"{self.tile_size} px cannot hold; copy it again from where it is whole."
+                )
+            self._arrays[name] = array
         return self._arrays[name]
 
     def __getstate__(self) -> dict[str, Any]:

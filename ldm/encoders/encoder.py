@@ -181,7 +181,13 @@ class Encoder(nn.Module):
 
     def _raw(self, inputs: Tensor) -> Tensor:
         """The network's input -> tokens (B,L,C) or a map, as timm's `forward_features` gives them."""
-        return self.model(inputs)[-1] if self.spec.kwargs.get("features_only") else self.model.forward_features(inputs)
+        try:
+            if self.spec.kwargs.get("features_only"):
+                return self.model(inputs)[-1]
+            return self.model.forward_features(inputs)
+        except AssertionError as error:  # of timm, where a network takes one size alone
+            size = f"its input_size of {inputs.shape[-1]} px"
+            raise UserError(f"encoder {self.name}: {self.spec.arch} does not take {size} ({error}).") from error
 
     def _finished(self, raw: Tensor) -> Tensor:
         features = self.pool(raw).float()

@@ -30,9 +30,11 @@ from ldm.encoders.extractors import Extractor
 from ldm.errors import UserError, note
 from ldm.files import hidden, owns, remove, tool_version, whole, write_text
 from ldm.foreign.hdf5 import open_h5, values_of
+from ldm.foreign.shape import MAPPING, check_shape
 
 SUFFIXES = (".h5", ".hdf5", ".npy", ".pt", ".pth")
 SAME = ("extractor", "weights_sha256", "resize", "preprocessing")  # what files that are compared share
+AGAIN = "extract its features again"
 DIGEST = 32
 COPIED = 16_384  # rows copied at once
 
@@ -195,13 +197,10 @@ def _checksum(file: h5py.File, about: str) -> str:
 
 def _read_about(path: Path) -> dict[str, Any]:
     """What a feature file says of itself; nothing, if it was not written here."""
-    try:
-        with open_h5(path) as file:
-            return json.loads(file.attrs["histoldm"]) if "histoldm" in file.attrs else {}
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read as a feature file: {str(error).splitlines()[0]}") from error
+    with open_h5(path, AGAIN) as file:
+        told = json.loads(file.attrs["histoldm"]) if "histoldm" in file.attrs else {}
+    check_shape(told, {"data?": MAPPING}, path, "histoldm")
+    return told
 
 
 def read_feature_file(path: Path) -> FeatureSet:
@@ -219,21 +218,17 @@ def read_feature_file(path: Path) -> FeatureSet:
         table = pd.DataFrame({"name": [str(i) for i in range(len(values))]})
         data = {"path": path.name, "kind": "features", "count": len(values), "features_sha256": _sha256_of(values)}
         return FeatureSet(values, table, {"data": data, "dim": values.shape[1]})
-    try:
-        with open_h5(path) as file:
-            values = values_of(file["features"]).astype(np.float32)
-            digest = values_of(file["digest"]) if "digest" in file else None
-            columns = {}
-            for name, column in file.get("table", {}).items():
-                own, text = values_of(column), h5py.check_string_dtype(column.dtype) is not None
-                columns[name] = [value.decode() for value in own] if text else own
-            if file.attrs.get("sha256", told := _checksum(file, file.attrs["histoldm"])) != told:
-                raise OSError("it is not as it was written")
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path} is a damaged feature file ({reason}); extract its features again.") from error
+    with open_h5(path, AGAIN) as file:
+        values = values_of(file["features"]).astype(np.float32)
+        digest = values_of(file["digest"]) if "digest" in file else None
+        columns = {}
+        for name, column in file.get("table", {}).items():
+            own, text = values_of(column), h5py.check_string_dtype(column.dtype) is not None
+            columns[name] = [value.decode() for value in own] if text else own
+        if file.attrs.get("sha256", told := _checksum(file, file.attrs["histoldm"])) != told:
+            raise OSError("it is not as it was written")
+        if "name" not in columns or values.ndim != 2 or any(len(own) != len(values) for own in columns.values()):
+            raise OSError("its table is not that of its features")
     table = pd.DataFrame(columns)
     own = table[["name", *[name for name in table if name != "name"]]]
     return FeatureSet(_finite(values, path), own, about, digest)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -26,6 +26,8 @@ from ldm.files import whole
 from ldm.foreign.modules import as_large_as
 from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_yaml
+from ldm.foreign.shape import MAPPING, SIZE, check_shape, maybe
+from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
 from ldm.rng import generator
 
@@ -161,17 +163,19 @@ def load_transport(folder: Path) -> Transport:
     >>> load_transport(folder).map(torch.zeros(3, 384)).shape
     torch.Size([3, 512])
     """
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is no map of features; `python -m data_prep.train_feature_map` makes one.")
+    config = read_yaml(inside(folder, CONFIG), "the map's config")
+    sizes = dict.fromkeys(("dim", "target_dim", "width", "depth"), SIZE)
+    check_shape(config, {"transport": sizes, "metadata?": maybe(MAPPING)}, folder / CONFIG)
+    weights = state_dict_of(read_checkpoint(inside(folder, WEIGHTS)), folder / WEIGHTS)
+    with torch.device("meta"), as_large_as(weights, folder):
+        model = Transport(**{name: config["transport"][name] for name in sizes})
     try:
-        config = read_yaml(inside(folder, CONFIG), "the map's config")
-        weights = load_file(inside(folder, WEIGHTS))
-        with as_large_as(weights, folder):
-            model = Transport(**config["transport"])
-        model.load_state_dict(weights)
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
-        raise UserError(
-            f"{folder} is no map of features ({str(error).splitlines()[0]}); `python -m data_prep.train_feature_map` "
-            "makes one."
-        ) from error
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise UserError(f"{folder / WEIGHTS} is not of the map that {CONFIG} describes: {reason}") from error
     check_finite(weights, folder)
-    model.metadata = config.get("metadata", {})
+    model.metadata = dict(config.get("metadata") or {})
     return model.eval().requires_grad_(False)

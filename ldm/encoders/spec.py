@@ -6,10 +6,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ldm.errors import UserError, suggest
+from ldm.foreign.shape import ABOVE_0, COUNT, MAPPING, NUMBER, SWITCH, TEXT, Is, check_shape, maybe, so_many
 
 POOLINGS = ("token", "avg", "token+avg", "grid", "attention")
 INTERPOLATIONS = ("bilinear", "bicubic")
 POSITIONS = ("", "size", "antialias", "scale")
+
+
+_SIDE = Is("a whole number from 1 to 8192", lambda value: type(value) is int and 1 <= value <= 8192)
+_FORM = {
+    **dict.fromkeys(("name", "arch", "licence", "source", "unloadable", "file", "folder", "checkpoint_key"), TEXT),
+    **dict.fromkeys(("head_bias", "unit_length", "pillow", "standardise", "gated", "non_commercial"), SWITCH),
+    **dict.fromkeys(("dim", "grid", "tile_size", "input_size"), _SIDE),
+    "mpp": maybe(ABOVE_0), "kwargs": MAPPING, "head": [_SIDE], "resize": maybe(_SIDE), "tokens": COUNT,
+    "mean": so_many(3, NUMBER), "std": so_many(3, ABOVE_0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class EncoderSpec:
     checkpoint_key: str = ""
 
     def __post_init__(self):
+        check_shape(vars(self), _FORM, f"encoder {self.name}")
         for name in ("mean", "std"):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         object.__setattr__(self, "head", tuple(int(width) for width in self.head))

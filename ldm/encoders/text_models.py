@@ -17,7 +17,7 @@ from ldm.encoders.text_registry import REGISTRY, TextModel
 from ldm.errors import UserError, suggest
 from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_json
-from ldm.interop.text_names import open_clip_config
+from ldm.interop.text_names import text_config
 
 TOKEN_TRANSFORMER = "token_transformer"  # in text_cfg: the tower is CompVis' own
 CONFIGS = ("open_clip_config.json", "config.json")
@@ -131,12 +131,7 @@ def read_config(path: Path) -> dict[str, Any]:
     >>> read_config(Path("config.json"))["text_cfg"]["width"]
     768
     """
-    config = read_json(path, "the text model's config")
-    if not isinstance(config, dict):
-        raise UserError(f"the text model's config {path} is a {type(config).__name__}, not an object of settings")
-    config = config.get("model_cfg", config)
-    if "text_cfg" not in config:
-        config = open_clip_config(config)
+    config = text_config(read_json(path, "the text model's config"), f"the text model's config {path}")
     if config["text_cfg"].get("hf_model_name") and "hf_config" not in config:
         bert = inside(path.parent, "config.json")
         if not bert.is_file():
@@ -144,5 +139,5 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{path} names the text tower {config['text_cfg']['hf_model_name']}, whose own config is not beside "
                 f"it: put its config.json into {path.parent}, and its tokenizer.json."
             )
-        config = {**config, "hf_config": read_json(bert, "the text tower's config")}
+        return text_config({**config, "hf_config": read_json(bert, "the text tower's config")}, bert)
     return config

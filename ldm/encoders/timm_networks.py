@@ -10,6 +10,7 @@ from torch import nn
 
 from ldm.errors import UserError, suggest
 from ldm.foreign.modules import made
+from ldm.foreign.shape import MAPPING, check_shape
 
 # what `timm.create_model` takes beside a network's own arguments: files, downloads, tracing
 OUTSIDE = (
@@ -29,6 +30,7 @@ def make_network(arch: str, outputs: int, kwargs: Mapping[str, Any] | None = Non
     Traceback (most recent call last):
     ldm.errors.UserError: resnet10t: 'checkpoint_path' is no argument of a network but says where weights are; ...
     """
+    check_shape(kwargs or {}, MAPPING, f"{arch}: the arguments of the network")
     kwargs = dict(kwargs or {})
     if not isinstance(arch, str) or not timm.is_model(arch):
         raise UserError(f"timm has no network '{arch}'{suggest(str(arch), timm.list_models())}")
@@ -39,5 +41,8 @@ def make_network(arch: str, outputs: int, kwargs: Mapping[str, Any] | None = Non
         )
     try:
         return made(lambda: timm.create_model(arch, pretrained=False, num_classes=outputs, **kwargs))
-    except (RuntimeError, TypeError, AssertionError) as error:
-        raise UserError(f"timm cannot make {arch} with {kwargs}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # networks raise whatever they stumble over in arguments of the wrong kind
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"timm cannot make {arch} with {kwargs}: {reason}") from error

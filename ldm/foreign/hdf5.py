@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm.errors import UserError
 from ldm.foreign.budget import COMPRESSED, afford, plausible
+from ldm.foreign.h5_probe import why_unreadable
 from ldm.foreign.paths import allowed
 
 MOST = 100_000  # links that are looked at
@@ -20,11 +21,12 @@ TEXTS = 256  # that are read at once
 
 
 @contextmanager
-def open_h5(path: Path | str) -> Iterator[h5py.File]:
+def open_h5(path: Path | str, again: str = "") -> Iterator[h5py.File]:
     """An HDF5 file, read-only, that refers to no other file: every reader opens one by this.
 
-    OSError: it is none, or damaged. UserError: external links, arrays whose values lie in other files, as external
-    storage or as parts of a virtual array; more links than can be looked at.
+    again: how to get it anew, for messages.
+    UserError: it is none, or damaged, also where this shows while it is open; external links, arrays whose values lie
+    in other files, as external storage or as parts of a virtual array; more links than can be looked at.
 
     >>> with h5py.File("a.h5", "w") as file:
     ...     file["features"] = h5py.ExternalLink("/home/anybody/private.h5", "features")
@@ -33,9 +35,19 @@ def open_h5(path: Path | str) -> Iterator[h5py.File]:
     Traceback (most recent call last):
     ldm.errors.UserError: a.h5: 'features' is a link to another file; the values of an .h5 are read from itself alone...
     """
-    with h5py.File(allowed(path), "r") as file:
-        _check(file, path)
-        yield file
+    path = Path(path)
+    try:
+        if why := why_unreadable(allowed(path)):
+            raise OSError(why)
+        with h5py.File(path, "r") as file:
+            _check(file, path)
+            yield file
+    except UserError:
+        raise
+    except Exception as error:  # h5py raises errors of many kinds for what it cannot read
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        anew = f"; {again}" * bool(again)
+        raise UserError(f"{path} cannot be read as {path.suffix or 'HDF5'}: {reason}{anew}") from error
 
 
 def _check(file: h5py.File, path: Path | str) -> None:
@@ -54,10 +66,7 @@ def _check(file: h5py.File, path: Path | str) -> None:
                 raise _refused(path, inner, "is a link to another file")
             if isinstance(link, h5py.SoftLink):  # to a name in this file, all of whose links are looked at
                 continue
-            try:
-                node = group[own]
-            except (KeyError, RuntimeError, ValueError, TypeError) as error:
-                raise OSError(f"'{inner}' is damaged: {error}") from error
+            node = group[own]
             if isinstance(node, h5py.Dataset):
                 layout = node.id.get_create_plist()
                 if layout.get_layout() == h5py.h5d.VIRTUAL:

@@ -200,6 +200,8 @@ def check_settings(value: Any, source: object, where: str = "") -> None:
     ldm.errors.UserError: config.yaml: metadata.licence refers to something else by ${...}; settings that came with ...
     """
     for key, node in _within(value, source, where):
+        if isinstance(node, str) and any("\ud800" <= letter <= "\udfff" for letter in node):
+            raise UserError(f"{source}: {key} is no text: a part of it is no letter; write it again.")
         if isinstance(node, str) and REFERENCE in node:
             raise UserError(
                 f"{source}: {key} refers to something else by ${{...}}; settings that came with a model or from others "

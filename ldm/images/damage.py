@@ -63,14 +63,13 @@ def missing_bytes(path: Path | str) -> str:
         for directory in range(_MAX_DIRECTORIES):
             if offset == 0:
                 return ""
-            file.seek(offset)
-            raw = file.read(count_bytes)
-            if len(raw) < count_bytes:
+            if offset + count_bytes > size:
                 return f"directory {directory} should be at byte {offset}"
-            entries = struct.unpack(order + count_format, raw)[0]
-            body = file.read(entries * entry_bytes + word_bytes)
-            if len(body) < entries * entry_bytes + word_bytes:
+            file.seek(offset)
+            entries = struct.unpack(order + count_format, file.read(count_bytes))[0]
+            if offset + count_bytes + entries * entry_bytes + word_bytes > size:
                 return f"directory {directory} at byte {offset} is cut off"
+            body = file.read(entries * entry_bytes + word_bytes)
             data: dict[int, tuple[int, ...]] = {}
             for i in range(entries):
                 entry = body[i * entry_bytes : (i + 1) * entry_bytes]
@@ -89,7 +88,9 @@ def missing_bytes(path: Path | str) -> str:
                         value = file.read(value_bytes)
                         file.seek(here)
                 if tag in (*_OFFSETS, *_COUNTS):
-                    letter = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}[kind]
+                    letter = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}.get(kind)
+                    if letter is None:
+                        return f"the places of the pixels of directory {directory} are no whole numbers"
                     data[tag] = struct.unpack(f"{order}{count}{letter}", value[:value_bytes])
             for offsets, counts in zip(_OFFSETS, _COUNTS):
                 ends = (o + c for o, c in zip(data.get(offsets, ()), data.get(counts, ())) if c)

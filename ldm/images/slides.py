@@ -231,13 +231,29 @@ def open_image(path: Path | str, mpp: float | None = None, holds: bool = False) 
         raise UserError(f"mpp is micrometres per pixel, above 0 and up to {MOST:g}; got {mpp}")
     if not path.exists():
         raise UserError(f"there is no slide or image at {path}")
-    if path.is_dir():
-        return Slide(path, open_ome_zarr(path), mpp, holds)
-    refuse_damaged(path)
-    for opener in (open_plain,) if is_plain(path) else (open_scanned, open_tiff, open_plain):
-        if (source := opener(path)) is not None:
-            return Slide(path, source, mpp, holds)
-    raise UserError(f"{path} is not a slide or image that OpenSlide, tifffile or Pillow can read")
+    return Slide(path, _source(path), mpp, holds)
+
+
+def _source(path: Path) -> Source:
+    try:
+        if path.is_dir():
+            openers = (open_ome_zarr,)
+        else:
+            refuse_damaged(path)
+            openers = (open_plain,) if is_plain(path) else (open_scanned, open_tiff, open_plain)
+        source = next((source for opener in openers if (source := opener(path)) is not None), None)
+    except UserError:
+        raise
+    except Exception as error:  # what reads damaged files raises whatever it stumbles over
+        raise UserError(
+            f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged or was cut short; copy it again "
+            "from its source"
+        ) from error
+    if source is None:
+        raise UserError(f"{path} is not a slide or image that OpenSlide, tifffile or Pillow can read")
+    if any(min(size) < 1 for size in source.levels):
+        raise UserError(f"{path} says that it has {source.levels[0][0]} x {source.levels[0][1]} px; it is damaged")
+    return source
 
 
 def open_slide(path: Path | str, mpp: float | None = None, holds: bool = False) -> Slide:

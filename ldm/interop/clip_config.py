@@ -13,7 +13,7 @@ from torch import Tensor
 from ldm.errors import UserError
 from ldm.foreign.paths import lies_in
 from ldm.foreign.settings import read_json
-from ldm.interop.text_names import open_clip_config
+from ldm.interop.text_names import text_config
 
 HEAD_WIDTH = 64  # of every published CLIP
 NEEDED = ("positional_embedding", "token_embedding.weight", "transformer.resblocks.0.mlp.c_fc.weight")
@@ -66,5 +66,4 @@ def tower_config(tower: Mapping[str, Tensor], version: str, beside: Path, quick_
 
 
 def _read(path: Path) -> dict[str, Any]:
-    config = read_json(path, "the text tower's config")
-    return config if "text_cfg" in config else open_clip_config(config)
+    return text_config(read_json(path, "the text tower's config"), path)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ldm.errors import UserError
+from ldm.foreign.shape import ABOVE_0, MAPPING, TEXT, Is, check_shape, maybe
 
 MARK = "text_model."  # stands before the names of the text tower, under whatever prefix, but in transformers 5
 NORM, TOKENS = "final_layer_norm.weight", "embeddings.token_embedding.weight"  # a tower has both
@@ -161,6 +162,36 @@ def transformers_config(config: Mapping[str, Any], layers: int) -> dict[str, Any
         "projection_dim": config["embed_dim"],
         "vocab_size": words,
     }
+
+
+_SIDE = Is("a whole number from 1 to 10000000", lambda value: type(value) is int and 1 <= value <= 10**7)
+_DEPTH = Is("a whole number from 1 to 1000", lambda value: type(value) is int and 1 <= value <= 1000)
+_TEXT_CFG = {
+    "width?": _SIDE, "heads?": _SIDE, "vocab_size?": _SIDE, "context_length?": _SIDE, "layers?": _DEPTH,
+    "mlp_ratio?": ABOVE_0, "hf_model_name?": maybe(TEXT),
+}  # fmt: skip
+_TRANSFORMERS = {
+    "hidden_size?": _SIDE, "num_attention_heads?": _SIDE, "vocab_size?": _SIDE, "max_position_embeddings?": _SIDE,
+    "intermediate_size?": _SIDE, "num_hidden_layers?": _DEPTH,
+}  # fmt: skip
+
+
+def text_config(config: Any, source: object) -> dict[str, Any]:
+    """A model's config in open_clip's terms, of what a config.json of open_clip or transformers holds, checked.
+
+    UserError: another kind of model, sizes that are none. source: where it stands, for messages.
+
+    >>> text_config({"text_cfg": {"width": "512"}}, "config.json")
+    Traceback (most recent call last):
+    ldm.errors.UserError: config.json: text_cfg.width is '512', not a whole number from 1 to 10000000.
+    """
+    check_shape(config, {"model_cfg?": MAPPING}, source)
+    config = config.get("model_cfg", config)
+    if "text_cfg" not in config:
+        check_shape(config, {**_TRANSFORMERS, "text_config?": maybe(_TRANSFORMERS)}, source)
+        config = open_clip_config(config)
+    check_shape(config, {"text_cfg": _TEXT_CFG, "hf_config?": _TRANSFORMERS}, source)
+    return config
 
 
 def open_clip_config(config: Mapping[str, Any]) -> dict[str, Any]:

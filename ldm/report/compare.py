@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ldm.errors import UserError
+from ldm.foreign.settings import read_json
+from ldm.foreign.shape import MAPPING, NUMBER, TEXT, check_shape, maybe
 from ldm.metrics.measure import LOWER
 from ldm.report.page import IDENTITY, KIND, arrow, document, interval, number
 
@@ -20,6 +21,14 @@ SAYS = {  # what a difference says -> in words, its colour
     "differs": ("they differ", "#d9822b"),
     "same": ("no difference shown", "#9aa0a6"),
 }
+_FIGURE = {
+    "name": TEXT, "title": TEXT, "value": maybe(NUMBER), "low?": maybe(NUMBER), "high?": maybe(NUMBER), "better?": TEXT,
+    "invalid?": TEXT,
+}  # fmt: skip
+_FORM = {  # of a report, as far as it is read here
+    "title": TEXT, "date": TEXT, "sets": {"*": MAPPING}, "extractors": {"*": MAPPING},
+    "sections": [{"id": TEXT, "title": TEXT, "extractor?": TEXT, "figures": [_FIGURE]}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,19 +54,16 @@ class Difference:
 def read_report(path: Path) -> dict[str, Any]:
     """The JSON of an evaluation, or its folder. UserError where it is none.
 
-    >>> _ = Path("report.json").write_text('{"kind": "histoldm evaluation", "title": "A"}')
+    >>> import json
+    >>> _ = Path("report.json").write_text(json.dumps(reports[0]))
     >>> read_report(Path("."))["title"]
-    'A'
+    'An evaluation'
     """
     path = path / "report.json" if path.is_dir() else path
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the report {path}: {error.strerror}") from error
-    except ValueError:
-        found = None
+    found = read_json(path, "the report")
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UserError(f"{path} is no report of `histoldm evaluate`; it writes report.json into its --out.")
+    check_shape(found, _FORM, path)
     return found
 
 
@@ -114,7 +120,7 @@ def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[Differenc
 def _difference(section: str, extractor: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference:
     better, difference = a.get("better", ""), b["value"] - a["value"]
     row = Difference(section, extractor, a["title"], better, a, b, difference)
-    if "low" not in a or "low" not in b:
+    if any(each.get(end) is None for each in (a, b) for end in ("low", "high")):
         return row
     half = math.hypot(*((each["high"] - each["low"]) / 2 for each in (a, b)))
     says = "same"

@@ -57,6 +57,6 @@ def parse_integers(text: str | None, count: int, option: str, form: str) -> tupl
     if text is None:
         return None
     parts = text.split(",")
-    if len(parts) != count or not all(part.strip().isdigit() for part in parts):
+    if len(parts) != count or not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"{option} takes {form} as {count} whole numbers; got '{text}'.")
     return tuple(int(part) for part in parts)

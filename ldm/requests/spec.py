@@ -32,11 +32,17 @@ from ldm.conditioners.compose import keys_of, known_key, parse_conditions
 from ldm.errors import UserError, some, suggest
 from ldm.foreign.pickles import check_pickle
 from ldm.foreign.settings import read_yaml
+from ldm.foreign.shape import LIST, MAPPING, TEXT, Is, check_shape, maybe
 from ldm.requests.edits import Target, completed, edited, gene_values, parse_edits, safe
 from ldm.tables.text import read_table
 
 OWN = ("default", "files")
 ENTRY = ("source", "targets", "edits")
+_TARGET = Is("text or `key: value` pairs", lambda value: isinstance(value, (str, Mapping)))
+_ENTRY = maybe({"source?": maybe(MAPPING), "targets?": maybe([_TARGET]), "edits?": maybe([TEXT])})
+_FORM = {"default?": _ENTRY, "files?": maybe({"*": _ENTRY})}
+_MMDM_ENTRY = maybe({"contents": MAPPING, "labels?": maybe(LIST)})
+_MMDM_FORM = {"default?": _MMDM_ENTRY, "custom?": maybe({"*": _MMDM_ENTRY})}
 MMDM = {
     "y": "class",
     "genomics_mutation": "mutation",
@@ -118,15 +124,16 @@ def read_spec(
         return _of_mmdm(path, content["modifications"], content.get("fn_list"), conditioner, names, own)
     if content and all(isinstance(entry, Mapping) and "contents" in entry for entry in content.values()):
         return _of_mmdm(path, {"custom": content}, list(content), conditioner, names, own)
-    if unknown := set(content) - set(OWN):
-        raise UserError(f"{path}: no section '{sorted(unknown)[0]}'{suggest(sorted(unknown)[0], OWN)}")
+    if unknown := sorted(map(str, content.keys() - set(OWN))):
+        raise UserError(f"{path}: no section '{unknown[0]}'{suggest(unknown[0], OWN)}")
+    check_shape(content, _FORM, path)
     default, files = content.get("default") or {}, content.get("files") or {}
     _check_names(path, files, names)
     plans = {}
     for name in names if default else files:
         entry = {**default, **(files.get(name) or {})}
-        if unknown := set(entry) - set(ENTRY):
-            raise UserError(f"{path}: {name} has no setting '{sorted(unknown)[0]}'{suggest(*unknown, ENTRY)}")
+        if unknown := sorted(map(str, entry.keys() - set(ENTRY))):
+            raise UserError(f"{path}: {name} has no setting '{unknown[0]}'{suggest(unknown[0], ENTRY)}")
         source = {**own(name), **_values(conditioner, entry.get("source") or {})}
         changes = parse_edits(conditioner, entry.get("edits") or [])
         source = completed(conditioner, source, changes)
@@ -193,7 +200,7 @@ def _named_target(conditioner: Conditioner, given: Any) -> Target:
 
 
 def _check_names(path: Path, wanted: Sequence[str] | Mapping[str, Any], names: Sequence[str]) -> None:
-    if missing := [name for name in wanted if name not in set(names)]:
+    if missing := [str(name) for name in wanted if name not in names]:
         raise UserError(f"{path} names {len(missing)} files that are not among the images: {some(missing, 5)}")
 
 
@@ -205,6 +212,8 @@ def _of_mmdm(
     names: Sequence[str],
     own: Callable[[str], Mapping[str, Any]],
 ) -> dict[str, Plan]:
+    check_shape(modifications, _MMDM_FORM, f"{path}: modifications")
+    check_shape(listed, maybe([TEXT]), f"{path}: fn_list")
     default, custom = modifications.get("default"), modifications.get("custom") or {}
     _check_names(path, [*custom, *(listed or [])], names)
     plans = {}
@@ -234,8 +243,8 @@ def _mmdm_plan(where: str, entry: Any, conditioner: Conditioner, source: Mapping
     contents = entry.get("contents") if isinstance(entry, Mapping) else None
     if not isinstance(contents, Mapping) or not contents:
         raise UserError(f"{where} has no `contents`, what changes.")
-    if unknown := set(contents) - set(MMDM):
-        raise UserError(f"{where}: `contents` has '{sorted(unknown)[0]}'{suggest(sorted(unknown)[0], MMDM)}")
+    if unknown := sorted(map(str, contents.keys() - set(MMDM))):
+        raise UserError(f"{where}: `contents` has '{unknown[0]}'{suggest(unknown[0], MMDM)}")
     about = conditioner.describe()
     lists = {
         (name, gene): values

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,26 @@ from ldm.files import sha256, whole
 from ldm.foreign.modules import as_large_as
 from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_yaml
+from ldm.foreign.shape import ABOVE_0, MAPPING, NUMBER, SIZE, TEXT, Is, check_shape, maybe, one_of, so_many
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
-from ldm.scorers.labelled import Task
+from ldm.scorers.labelled import KINDS, Task
 
 UPSAMPLING = 4  # cells of 64 px are seen at 256 px
 WHITE = 0.99  # quantile of a cell's values that is set to 1
 CONFIG, MEMBER = "config.yaml", "member-{}.safetensors"
+_FORM = {
+    "scorer": {
+        "task": {"kind": one_of(KINDS), "of": TEXT, "classes": [TEXT], "low?": NUMBER, "high?": NUMBER}, "arch": TEXT,
+        "members": Is("a whole number from 1 to 100", lambda value: type(value) is int and 1 <= value <= 100),
+        "kwargs": maybe(MAPPING), "temperature": ABOVE_0, "offset": [NUMBER], "views": one_of((1, 8)),
+    },
+    "preprocessing": {
+        "size": Is("a whole number from 1 to 8192", lambda value: type(value) is int and 1 <= value <= 8192),
+        "mean": so_many(3, NUMBER), "std": so_many(3, ABOVE_0), "tile_size": maybe(SIZE), "mpp": maybe(ABOVE_0),
+    },
+    "metadata?": maybe(MAPPING),
+}  # fmt: skip
 FAR = 0.15  # relative difference of extent that images and those of the training may have
 
 
@@ -209,25 +222,21 @@ def _of_folder(folder: Path) -> Ensemble:
     if not (folder / CONFIG).is_file():
         state = "is no scorer: it has no config.yaml" if folder.is_dir() else "does not exist"
         raise UserError(f"the scorer {folder} {state}. `histoldm train-scorer --out FOLDER` makes one.")
-    try:
-        config = read_yaml(inside(folder, CONFIG), "the scorer's config")
-        own, seen = config["scorer"], config["preprocessing"]
-        task = Task(**own["task"] | {"classes": tuple(own["task"]["classes"])})
-        view = View(**{f.name: tuple(v) if isinstance(v := seen[f.name], list) else v for f in fields(View)})
-        count, about = int(own["members"]), config.get("metadata") or {}
-        if not (1 <= count <= 100 and own["views"] in (1, 8)):
-            raise ValueError(f"{count} members, {own['views']} views")
-        paths = [inside(folder, MEMBER.format(k)) for k in range(count)]
-        states = [state_dict_of(read_checkpoint(path), path) for path in paths]
-        with as_large_as({(k, name): value for k, state in enumerate(states) for name, value in state.items()}, folder):
-            scorer = Ensemble(
-                task, view, own["arch"], count, own["kwargs"], own["temperature"], own["offset"], own["views"],
-                folder.resolve().name, about,
-            )  # fmt: skip
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{folder / CONFIG} does not describe a scorer: {type(error).__name__}: {error}") from error
+    config = read_yaml(inside(folder, CONFIG), "the scorer's config")
+    check_shape(config, _FORM, f"{folder / CONFIG} does not describe a scorer")
+    own, seen = config["scorer"], config["preprocessing"]
+    task = Task(**{f.name: own["task"][f.name] for f in fields(Task) if f.name in own["task"]})
+    task = replace(task, classes=tuple(task.classes))
+    if len(own["offset"]) not in (1, task.outputs):
+        raise UserError(f"{folder / CONFIG} has {len(own['offset'])} offsets for {task.outputs} outputs of a network.")
+    view = View(**{f.name: tuple(v) if isinstance(v := seen[f.name], list) else v for f in fields(View)})
+    paths = [inside(folder, MEMBER.format(k)) for k in range(own["members"])]
+    states = [state_dict_of(read_checkpoint(path), path) for path in paths]
+    with as_large_as({(k, name): value for k, state in enumerate(states) for name, value in state.items()}, folder):
+        scorer = Ensemble(
+            task, view, own["arch"], own["members"], own["kwargs"], own["temperature"], own["offset"], own["views"],
+            folder.resolve().name, config.get("metadata"),
+        )  # fmt: skip
     for network, state, path in zip(scorer.networks, states, paths):
         _fill(network, state, path, f"{scorer.arch} with {task.outputs} outputs")
     return scorer

@@ -19,6 +19,8 @@ from ldm.data.collection import Pictures, pictures_of_files
 from ldm.errors import UserError, some
 from ldm.files import sha256, whole, write_text
 from ldm.foreign.paths import named_in
+from ldm.foreign.settings import read_json
+from ldm.foreign.shape import COUNT, MAPPING, TEXT, check_shape
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import save_png, save_real_png
 from ldm.rng import fold
@@ -28,6 +30,7 @@ from ldm.tables.text import read_table
 TABLE, ABOUT = "ratings.csv", "ratings.json"
 PAGE = 48  # images of a sheet
 MOST = 256  # px of an image on a sheet
+_FORM = {"scale": [TEXT], "images": [{"number": COUNT, "file": TEXT, "sha256": TEXT, "was": MAPPING}]}
 
 
 def parse_scale(text: str) -> list[str]:
@@ -37,7 +40,7 @@ def parse_scale(text: str) -> list[str]:
     (['1', '2', '3', '4', '5'], ['bad', 'good'])
     """
     low, dash, high = text.partition("-")
-    if dash and low.strip().isdigit() and high.strip().isdigit() and int(low) < int(high) <= int(low) + 100:
+    if dash and low.strip().isdecimal() and high.strip().isdecimal() and int(low) < int(high) <= int(low) + 100:
         return [str(value) for value in range(int(low), int(high) + 1)]
     names = [name.strip() for name in text.split(",")]
     if len(names) < 2 or len(set(names)) < len(names) or "" in names:
@@ -112,14 +115,15 @@ def read_ratings(path: Path, skip_unrated: bool = False) -> Labelled:
     >>> read_ratings(Path("rating/ratings.csv")).targets
     array([0.  , 1.  , 0.5 , 0.75])
     """
-    told = json.loads((path.parent / ABOUT).read_text(encoding="utf-8"))
+    told = read_json(path.parent / ABOUT, "what was handed out,")
+    check_shape(told, _FORM, path.parent / ABOUT)
     table, known = read_table(path, missing=("",)).fillna(""), {entry["number"]: entry for entry in told["images"]}
     if lacking := {"number", "rating"} - set(table):
         raise UserError(f"{path} has no column {', '.join(sorted(lacking))}; it was written with number and rating.")
     ratings: dict[int, str] = {}
     wrong: list[str] = []
     for line, (number, rating) in enumerate(zip(table["number"], table["rating"].str.strip()), 2):
-        if not str(number).strip().isdigit() or int(number) not in known:
+        if not str(number).strip().isdecimal() or int(number) not in known:
             wrong.append(f"row {line}: no image has the number '{number}'")
         elif int(number) in ratings:
             wrong.append(f"row {line}: number {number} comes twice")
@@ -149,7 +153,7 @@ def read_ratings(path: Path, skip_unrated: bool = False) -> Labelled:
     values = [ratings[number] for number in rated]
     if len(set(values)) < 2:
         raise UserError(f"all {len(values)} images of {path} are rated {values[0]}; a scorer learns from two ratings.")
-    if all(name.isdigit() for name in scale):
+    if all(name.isdecimal() for name in scale):
         task = Task("graded", "rating", (), float(scale[0]), float(scale[-1]))
     else:
         task = Task("binary" if len(scale) == 2 else "classes", "rating", tuple(scale))

@@ -5,7 +5,6 @@ Each gives `Cell`s: where a cell lies, what it was agreed to be, and what each a
 
 from __future__ import annotations
 
-import json
 import math
 import sqlite3
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,8 @@ from urllib.parse import quote
 import pandas as pd
 
 from ldm.errors import UserError, note, suggest
+from ldm.foreign.settings import parse_json
+from ldm.foreign.shape import ANYTHING, Is, check_shape, maybe
 from ldm.images.kinds import ENDINGS, images_in
 from ldm.images.slides import open_image
 from ldm.tables.text import read_table, read_text
@@ -31,6 +32,13 @@ _SLIDERUNNER = {
     "Annotations_label": ("uid", "person", "class", "annoId"),
     "Classes": ("uid", "name"),
     "Persons": ("uid", "name"),
+}
+_ID = Is("a number or text", lambda value: isinstance(value, (int, float, str)))
+_NAME = Is("text", lambda value: isinstance(value, str) and value != "")
+_MIDOG = {
+    "images": [{"id": _ID, "file_name": _NAME}],
+    "annotations": [{"image_id": _ID, "category_id": _ID, "bbox": ANYTHING, "labels?": maybe([_ID])}],
+    "categories": [{"id": _ID, "name": _NAME}],
 }
 _WHOLE_IMAGE = 6  # SlideRunner's type of an annotation without a place; 1..5 are spot, area, polygon, spot, circle
 
@@ -186,6 +194,7 @@ def read_midog(path: Path | str) -> list[Cell]:
 
     >>> box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [10, 20, 60, 70]}
     >>> images, categories = [{"id": 1, "file_name": "001.tiff"}], [{"id": 1, "name": "mitotic figure"}]
+    >>> import json
     >>> text = json.dumps({"images": images, "categories": categories, "annotations": [box]})
     >>> _ = Path("MIDOG.json").write_text(text)
     >>> print(read_midog("MIDOG.json")[0])
@@ -194,19 +203,14 @@ def read_midog(path: Path | str) -> list[Cell]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"there is no annotation file at {path}")
+    content = parse_json(read_text(path), path)
+    check_shape(content, _MIDOG, f"{path} is not a MIDOG file")
+    classes = {category["id"]: category["name"] for category in content["categories"]}
+    images = {image["id"]: image for image in content["images"]}
     try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is no JSON file ({error})") from None
-    parts = ("images", "annotations", "categories")
-    if lacking := [part for part in parts if not isinstance(content, dict) or part not in content]:
-        raise UserError(f"{path} is not a MIDOG file: it lacks {', '.join(lacking)}")
-    try:
-        classes = {category["id"]: _text(category["name"], "name", path) for category in content["categories"]}
-        images = {image["id"]: image for image in content["images"]}
         return _each_once([_midog_cell(entry, images, classes, path) for entry in content["annotations"]], path)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a MIDOG file: an entry lacks {error}") from None
+    except KeyError as error:
+        raise UserError(f"{path} is not a MIDOG file: no image or category has the id {error}") from None
 
 
 def _midog_cell(
@@ -224,16 +228,10 @@ def _midog_cell(
         )
     image = images[entry["image_id"]]
     votes = tuple(classes[vote] for vote in entry.get("labels") or ())
-    name = PurePosixPath(_text(image["file_name"], "file_name", path).replace("\\", "/")).name
+    name = PurePosixPath(image["file_name"].replace("\\", "/")).name
     domain = str(image.get("tumor_type") or "")
     cell = Cell(name, (left + right) / 2, (top + bottom) / 2, classes[entry["category_id"]], votes, domain=domain)
     return cell, max(right - left, bottom - top)
-
-
-def _text(value: Any, what: str, path: Path) -> str:
-    if not isinstance(value, str) or not value:
-        raise UserError(f"{path} is not a MIDOG file: the {what} {value!r} is not text")
-    return value
 
 
 def read_crops(

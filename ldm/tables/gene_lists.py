@@ -12,6 +12,7 @@ import numpy as np
 
 from ldm.errors import UserError, some
 from ldm.foreign.settings import parse_json, read_yaml
+from ldm.foreign.shape import TEXT, check_shape
 from ldm.tables.gene_dates import dates_among
 from ldm.tables.text import read_text
 
@@ -39,7 +40,8 @@ def read_genes(genes: Sequence[str] | str | Path, what: str) -> tuple[str, ...]:
             genes = told["genes"]
         else:
             genes = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    names = tuple(str(name) for name in genes)
+    check_shape(genes, [TEXT], f"`{what}`{source}")
+    names = tuple(map(str, genes))
     if len(names) < 2:
         raise UserError(f"`{what}`{source} names two or more genes; got {', '.join(names) or 'none'}.")
     if dates := dates_among(names):

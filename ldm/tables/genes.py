@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ldm.errors import UserError, note
 from ldm.tables.h5ad import read_h5ad
+from ldm.tables.parquet import read_parquet
 from ldm.tables.text import (
     Form,
     as_values,
@@ -338,10 +339,7 @@ def _read_text(form: Form, text: list[int]) -> tuple[pd.DataFrame, list[str], np
 
 
 def _parquet(path: Path) -> pd.DataFrame:
-    try:
-        frame = pd.read_parquet(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}.") from error
+    frame = read_parquet(path, "the table")
     if not isinstance(frame.index, pd.RangeIndex):
         frame = frame.reset_index(names=frame.index.name or "")
     return frame.rename(columns=str)

@@ -34,19 +34,14 @@ def read_h5ad(path: Path | str, layer: str | None = None) -> tuple[list[str], li
     (array([[1., 0.], [2., 5.]], dtype=float32), 'layers/counts')
     """
     path = Path(path)
-    try:
-        with open_h5(path) as file:
-            known = _matrices(file)
-            if not known:
-                raise UserError(f"{path} has no matrix: neither X nor raw nor a layer.")
-            name, why = _chosen(path, file, known, layer)
-            samples = _names(file["obs"])
-            genes = _names(file["raw/var" if name == "raw" and "var" in file["raw"] else "var"])
-            values, logs = _in_log2(file, name, _values(path, known[name], (len(samples), len(genes))))
-    except UserError:
-        raise
-    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise UserError(f"cannot read {path} as h5ad: {str(error).splitlines()[0]}.") from error
+    with open_h5(path) as file:
+        known = _matrices(file)
+        if not known:
+            raise UserError(f"{path} has no matrix: neither X nor raw nor a layer.")
+        name, why = _chosen(path, file, known, layer)
+        samples = _names(file["obs"])
+        genes = _names(file["raw/var" if name == "raw" and "var" in file["raw"] else "var"])
+        values, logs = _in_log2(file, name, _values(path, known[name], (len(samples), len(genes))))
     others = [other for other in known if other != name]
     said = f"{name}{why}{logs}" + (f"; --layer takes {some(others, 5)} instead" if others else "")
     return samples, genes, values, said

@@ -61,32 +61,38 @@ def read_text(path: Path | str, what: str = "") -> str:
 
 def _encoding(path: Path) -> str:
     """How the text of a file is encoded. UserError: a workbook, or no text; OSError where it cannot be read."""
-    for encoding in (None, "utf-8", "cp1252", "latin-1"):
-        try:
-            with _opened(path, encoding) as stream:
-                head = stream.read(_BLOCK)
-                if encoding is None:
-                    if named := next((name for mark, name in _BOMS if head.startswith(mark)), None):
-                        return named
-                    if book := next((name for mark, name in _BOOKS if head.startswith(mark)), None):
-                        raise UserError(f"{path} is {book}; save the table as CSV or tab-separated text.")
-                    if b"\0" in head[:4096]:
-                        odd, even = head[1:4096:2].count(0), head[:4096:2].count(0)
-                        if max(odd, even) < len(head[:4096]) // 3:
-                            raise UserError(f"{path} is no text; give a table of text, CSV or tab-separated.")
-                        return "utf-16-le" if odd > even else "utf-16-be"
-                    continue
-                while stream.read(_BLOCK):
-                    pass
-        except UnicodeDecodeError:
-            continue
-        except (EOFError, zlib.error) as error:
-            raise UserError(f"cannot read {path}: it is cut off or broken ({error}).") from None
-        if encoding != "utf-8":
-            name = "Windows-1252" if encoding == "cp1252" else "Latin-1"
-            note(f"{path} is not UTF-8; its letters are read as {name}. If they come out wrong, save it as UTF-8.")
-        return encoding
-    raise AssertionError("Latin-1 reads any bytes")
+    try:
+        marked = _marked(path)
+        for encoding in (marked,) if marked else ("utf-8", "cp1252", "latin-1"):
+            try:
+                with _opened(path, encoding) as stream:
+                    while stream.read(_BLOCK):
+                        pass
+            except UnicodeDecodeError:
+                continue
+            if encoding in ("cp1252", "latin-1"):
+                name = "Windows-1252" if encoding == "cp1252" else "Latin-1"
+                note(f"{path} is not UTF-8; its letters are read as {name}. If they come out wrong, save it as UTF-8.")
+            return encoding
+    except (EOFError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: it is cut off or broken ({error}).") from None
+    raise UserError(f"{path} begins as text in {marked.upper()} and does not go on so; copy it again from its source.")
+
+
+def _marked(path: Path) -> str | None:
+    """The encoding that a text's mark or its zeros tell; None where neither does."""
+    with _opened(path, None) as stream:
+        head = stream.read(4096)
+    if named := next((name for mark, name in _BOMS if head.startswith(mark)), None):
+        return named
+    if book := next((name for mark, name in _BOOKS if head.startswith(mark)), None):
+        raise UserError(f"{path} is {book}; save the table as CSV or tab-separated text.")
+    if b"\0" not in head:
+        return None
+    odd, even = head[1::2].count(0), head[::2].count(0)
+    if max(odd, even) < len(head) // 3:
+        raise UserError(f"{path} is no text; give a table of text, CSV or tab-separated.")
+    return "utf-16-le" if odd > even else "utf-16-be"
 
 
 def _opened(path: Path, encoding: str | None) -> IO:
@@ -321,7 +327,9 @@ def _unwrapped(frame: pd.DataFrame) -> pd.DataFrame:
     """Cells of text without the quotes around them."""
     for i in text_columns(frame):
         column = frame.iloc[:, i]
-        if column.str.startswith('"').any():
+        if pd.api.types.infer_dtype(column) == "integer":  # larger than 64 bits hold
+            frame.isetitem(i, column.astype(float))
+        elif column.str.startswith('"').any():
             frame.isetitem(i, column.map(unquoted, na_action="ignore"))
     return frame
 

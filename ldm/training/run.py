@@ -75,6 +75,8 @@ def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Pat
     cfg = load_config([*own, *options.base], overrides, defaults)
     validate(cfg)
     lightning = cfg["lightning"] = cfg.get("lightning") or {}
+    if run and not lightning.get("callbacks"):
+        raise UserError(f"{own[-1]} has no `lightning: {{callbacks: ...}}`; copy the run's configs again.")
     trainer = lightning["trainer"] = {**(lightning.get("trainer") or {}), **gpus}
     for key in trainer:
         check_trainer_key(key)
@@ -171,7 +173,7 @@ class Training:
 
         lightning = self.cfg["lightning"]
         arguments = {"devices": 1, **lightning["trainer"]}
-        nodes = {name: node for name, node in lightning["callbacks"].items() if node is not None}
+        nodes = {name: node for name, node in (lightning.get("callbacks") or {}).items() if node is not None}
         if arguments.get("enable_progress_bar") is False:
             nodes.pop("progress_bar", None)
         callbacks = [SetupRun(self.cfg), StepSeed(self.cfg["seed"]), FiniteTraining(), ResumedRate()]
