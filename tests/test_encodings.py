@@ -153,7 +153,8 @@ def by_tile_slides(path: Path, out: Path, model) -> np.ndarray:
 
 def by_import_captions(path: Path, out: Path, model) -> np.ndarray:
     (table := out / "captions.csv").write_text(f"path,text\n{path},tissue\n")
-    import_captions(["--table", str(table), "--size", str(SIDE), "--out", str(out / "captioned")])
+    words = ["--table", str(table), "--files-in", str(path.parent), "--size", str(SIDE)]
+    import_captions([*words, "--out", str(out / "captioned")])
     return TileStore.open(out / "captioned" / "slides" / "captions.zarr").tile(0)
 
 

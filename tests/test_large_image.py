@@ -15,6 +15,7 @@ import zarr
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import AutoencoderKL, IdentityFirstStage
+from ldm.autoencoder.latent import LatentScale
 from ldm.devices import receive, send
 from ldm.diffusion import samplers, schedules
 from ldm.diffusion.denoiser import TableDenoiser
@@ -34,7 +35,7 @@ class Stub:
 
     def __init__(self, paint, first_stage: nn.Module | None = None):
         self.first_stage_model = first_stage or IdentityFirstStage()
-        self.channels, self.image_size, self.scale_factor = self.first_stage_model.channels, WINDOW, 1.0
+        self.channels, self.image_size, self.latent_scale = self.first_stage_model.channels, WINDOW, LatentScale(1.0)
         self.tile_size = WINDOW * self.first_stage_model.downsampling
         self.device, self.cond_stage_model, self.learn_sigma = torch.device("cpu"), SimpleNamespace(dropout=0.1), False
         self.metadata = {}
@@ -56,7 +57,7 @@ class Stub:
         return {"vector": torch.zeros(1, 1)}
 
     def decode(self, latents: Tensor) -> Tensor:
-        return self.first_stage_model.decode(latents / self.scale_factor)
+        return self.first_stage_model.decode(self.latent_scale.undo(latents))
 
 
 def flat(x: Tensor, feature: Tensor) -> Tensor:
