@@ -30,6 +30,7 @@ from ldm.files import whole
 from ldm.foreign.budget import COMPRESSED, afford, plausible
 from ldm.foreign.settings import read_json
 from ldm.foreign.zarrs import check_zarr
+from ldm.tables.parquet import check_parquet
 
 TILES = "tiles"  # the name of the tiles where a Zarr has one kind of them
 WIDEST = 1 << 16  # values of a feature
@@ -158,6 +159,7 @@ def _boxes(root: zarr.Group, path: Path, tiles: str, key: str) -> tuple[np.ndarr
     with _reading(source):
         held = pq.read_metadata(source)
         plausible(held.num_rows * _BOX.itemsize, source.stat().st_size, f"the tiles of {source}", COMPRESSED)
+        check_parquet(source)
         table = pq.read_table(source)
         geometry = table["geometry"].combine_chunks()
     if not (pa.types.is_binary(geometry.type) or pa.types.is_large_binary(geometry.type)) or not len(geometry):

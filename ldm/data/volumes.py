@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import repeat
 from PIL import Image
 
 from ldm.errors import UserError, note
+from ldm.foreign.budget import COMPRESSED, afford, plausible
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS orientation: right, anterior, superior
 FOREGROUND = 0.05  # of the window: what is brighter belongs to the body
@@ -30,7 +32,8 @@ class Volume:
 
         self.path = Path(path)
         try:
-            image = nibabel.load(self.path)
+            image = _nifti(self.path)
+            file = Path(image.file_map["image"].filename)
             if image.affine is None or not np.isfinite(image.affine).all() or not np.linalg.det(image.affine):
                 raise UserError(f"{self.path} does not say where its voxels lie: its affine is broken; correct it.")
             image = nibabel.as_closest_canonical(nibabel.squeeze_image(image))
@@ -47,6 +50,10 @@ class Volume:
         if min(image.shape) < 1 or np.prod(image.shape, dtype=float) > LARGEST:
             sides = " x ".join(map(str, image.shape))
             raise UserError(f"{self.path} says that it has {sides} voxels; its header is broken, or it is no volume.")
+        voxels, packed = float(np.prod(image.shape, dtype=float)), file.suffix.lower() in (".gz", ".bz2", ".zst")
+        what = f"the {' x '.join(map(str, image.shape))} voxels of {self.path}"
+        plausible(voxels * kind.itemsize, file.stat().st_size, what, COMPRESSED if packed else 1)
+        afford(8 * voxels, what)
         self._image = image
         self.shape = tuple(map(int, image.shape))
         self.affine = np.asarray(image.affine, float)
@@ -81,6 +88,20 @@ class Volume:
                 f"the affines of {self.path} and {other.path} differ by {off:.3g}, so their voxels lie at different "
                 "places; register and resample one to the other first."
             )
+
+
+def _nifti(path: Path) -> Any:
+    """A NIfTI image, of which the header is read. Other forms that nibabel knows are not opened: some name files."""
+    import nibabel
+
+    sniff = None
+    for kind in (nibabel.Nifti1Image, nibabel.Nifti1Pair, nibabel.Nifti2Image, nibabel.Nifti2Pair):
+        found, sniff = kind.path_maybe_image(path, sniff)
+        if found:
+            return kind.from_filename(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No such file: '{path}'")
+    raise UserError(f"cannot read the volume {path}: it is no NIfTI (.nii, .nii.gz, .hdr with .img).")
 
 
 def in_plane(spacing: tuple[float, float, float], axis: int) -> tuple[float, float]:

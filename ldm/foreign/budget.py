@@ -10,7 +10,8 @@ from pathlib import Path
 from ldm.errors import UserError
 
 SMALL = 1 << 26  # bytes that are allocated without a question
-COMPRESSED = 10_000  # times that a file's bytes may become more when they are decoded; Deflate reaches 1032
+COMPRESSED = 10_000  # times that a file's bytes may become more when they are decoded
+DEFLATE = 1032  # times that Deflate reaches
 _CGROUPS = (  # of version 2 and 1: mount, files of the limit and of what is used
     ("/sys/fs/cgroup", "memory.max", "memory.current"),
     ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),

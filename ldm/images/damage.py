@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
 from ldm.errors import UserError
 
 _TYPE_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 _OFFSETS, _COUNTS = (273, 324), (279, 325)  # strips, tiles
+_NUMBERS = (256, 257, 277, 278, 284, 322, 323)  # width, height, samples, rows per strip, planes, tile's sides
+_WHOLE = {3: "H", 4: "I", 16: "Q"}
 _NDPI_TAG = 65420  # NDPI keeps the high half of its offsets elsewhere: OpenSlide's business
 _MAX_DIRECTORIES = 4096
 
@@ -71,6 +74,7 @@ def missing_bytes(path: Path | str) -> str:
                 return f"directory {directory} at byte {offset} is cut off"
             body = file.read(entries * entry_bytes + word_bytes)
             data: dict[int, tuple[int, ...]] = {}
+            numbers: dict[int, int] = {}
             for i in range(entries):
                 entry = body[i * entry_bytes : (i + 1) * entry_bytes]
                 tag, kind, count = struct.unpack(order + "HH" + word, entry[: 4 + word_bytes])
@@ -87,6 +91,8 @@ def missing_bytes(path: Path | str) -> str:
                         file.seek(start)
                         value = file.read(value_bytes)
                         file.seek(here)
+                if tag in _NUMBERS and count == 1 and kind in _WHOLE:
+                    numbers[tag] = struct.unpack_from(order + _WHOLE[kind], value)[0]
                 if tag in (*_OFFSETS, *_COUNTS):
                     letter = {3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}.get(kind)
                     if letter is None:
@@ -97,5 +103,22 @@ def missing_bytes(path: Path | str) -> str:
                 end = max(ends, default=0)
                 if end > size:
                     return f"pixels of directory {directory} should reach byte {end}"
+            if lacking := _lacking_parts(numbers, data):
+                return f"directory {directory} {lacking}"
             offset = struct.unpack(order + word, body[-word_bytes:])[0]
     return ""
+
+
+def _lacking_parts(numbers: Mapping[int, int], data: Mapping[int, tuple[int, ...]]) -> str:
+    """What a directory lacks that lists fewer strips or tiles than its size takes; "" of others."""
+    width, height = numbers.get(256, 0), numbers.get(257, 0)
+    tiled = _OFFSETS[1] in data
+    listed = len(data.get(_OFFSETS[tiled], ()))
+    if not listed or not width or not height:
+        return ""
+    wide, tall = (numbers.get(322, 0), numbers.get(323, 0)) if tiled else (width, numbers.get(278, height))
+    planes = numbers.get(277, 1) if numbers.get(284) == 2 else 1
+    needed = planes * -(-width // (wide or width)) * -(-height // (tall or height))
+    if needed <= listed:
+        return ""
+    return f"is {width} x {height} px in {needed} {'tiles' if tiled else 'strips'}, of which it lists {listed}"

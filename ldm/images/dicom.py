@@ -8,6 +8,7 @@ from typing import Any
 
 SUFFIX = ".dcm"
 _SLIDES = "1.2.840.10008.5.1.4.1.1.77.1.6"  # VL Whole Slide Microscopy Image Storage
+_DEFLATED = "1.2.840.10008.1.2.1.99"  # no slide is packed so
 _TAGS = [
     "SOPClassUID", "SeriesInstanceUID", "Modality", "ImageType", "TotalPixelMatrixColumns", "InConcatenationNumber",
 ]  # fmt: skip
@@ -82,8 +83,11 @@ def why_no_slide(path: Path) -> str:
 def _header(path: Path) -> Any:
     """The part of a DICOM header that is asked for here; None where the file has none."""
     from pydicom import dcmread
+    from pydicom.filereader import read_file_meta_info
 
     try:
+        if read_file_meta_info(path).get("TransferSyntaxUID") == _DEFLATED:
+            return None  # pydicom would unpack all of it at once
         return dcmread(path, stop_before_pixels=True, specific_tags=_TAGS)
     except Exception:  # of damaged ones, whatever it stumbles over
         return None

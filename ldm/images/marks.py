@@ -80,9 +80,11 @@ def _of_image(image: ImageFile.ImageFile) -> dict[str, Any]:
     if KEY in image.info:
         return _of_json(image.info[KEY])
     comment = image.info.get("comment", b"")
-    return _of_text(comment.decode("ascii", "replace") if isinstance(comment, bytes) else comment) or _of_text(
-        image.getexif().get(DESCRIPTION, "")
-    )
+    if found := _of_text(comment.decode("ascii", "replace") if isinstance(comment, bytes) else comment):
+        return found
+    if image.format == "PNG" and "exif" not in image.info:  # behind its pixels, which would all be decoded
+        return {}
+    return _of_text(image.getexif().get(DESCRIPTION, ""))
 
 
 def _of_text(text: str) -> dict[str, Any]:

@@ -1,9 +1,11 @@
-"""Reads plain images by Pillow: PNG, JPEG, BMP, WebP, whatever else it knows; decoded whole."""
+"""Reads plain images by Pillow: PNG, JPEG, BMP, WebP and their like; decoded whole."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,10 +13,12 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from ldm.errors import UserError
+from ldm.foreign.budget import afford
 from ldm.images.colour import CHANNELS, Convert, converter, of_several, on_white, refuse_deep, refuse_stack
 from ldm.images.damage import refuse_damaged
 from ldm.images.source import Source, upright
 
+FORMATS = ("PNG", "JPEG", "JPEG2000", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM", "TGA")
 _DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # Pillow's modes of more than 8 bits
 _GRAY = ("1", "L", "LA", "La")
 _BASE = {mode: mode for mode in CHANNELS} | {"1": "L", "LA": "L", "La": "L", "RGBX": "RGB"}  # others become RGB
@@ -31,18 +35,12 @@ def open_plain(path: Path) -> Source | None:
     [[[255, 255, 255]]]
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             size, mode, orientation, deep = image.size, image.mode, _orientation(image), _is_deep(image)
             notes = _one_picture(path, image)
             convert, told = converter(_BASE.get(mode, "RGB"), image.info.get("icc_profile"))
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise UserError(f"{path} is too large for a plain image: {error}; convert it to a pyramidal TIFF") from None
     except Image.UnidentifiedImageError:
         return None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _damaged(path, error) from None
     if deep:
         raise refuse_deep(path)
     pixels = _pixels(path, convert)
@@ -62,11 +60,32 @@ def read_gray_values(path: Path) -> np.ndarray:
     """
     refuse_damaged(path)
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             _one_picture(path, image)
             return np.asarray(image if image.mode in _DEEP else image.convert("L"))
-    except UserError:
+    except Image.UnidentifiedImageError as error:
+        raise _damaged(path, error) from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """A picture whose header is read; whatever Pillow raises of it within the block is one message.
+
+    Image.UnidentifiedImageError: a kind that is not in FORMATS, as those that Pillow has other programs read.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            afford(12 * math.prod(image.size), f"{path} of {image.width} x {image.height} px")
+            yield image
+    except (UserError, Image.UnidentifiedImageError):
         raise
+    except Image.DecompressionBombError as error:
+        count = re.search(r"\d+", str(error))
+        pixels = f"{int(count[0]) / 1e6:g} million px" if count else str(error)
+        raise UserError(
+            f"{path} is too large for a plain image: it has {pixels}, and up to "
+            f"{2 * Image.MAX_IMAGE_PIXELS / 1e6:.0f} million are decoded whole; convert it to a pyramidal TIFF"
+        ) from None
     except Exception as error:  # what reads damaged files raises whatever it stumbles over
         raise _damaged(path, error) from None
 
@@ -74,11 +93,8 @@ def read_gray_values(path: Path) -> np.ndarray:
 def _pixels(path: Path, convert: Convert) -> Callable[[], np.ndarray]:
     @lru_cache(maxsize=1)
     def pixels() -> np.ndarray:
-        try:
-            with Image.open(path) as image:
-                return _rgb(image, convert)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise _damaged(path, error) from None
+        with _opened(path) as image:
+            return _rgb(image, convert)
 
     return pixels
 

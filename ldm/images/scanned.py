@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from ldm.images.dicom import beside_slide, why_no_slide
 from ldm.images.scale import scale_of
 from ldm.images.source import ReadLevel, Source
 from ldm.images.tiff import Read, page_reader
+
+_NAMES = re.compile(r"(FILE_\d+|INDEXFILE|ImageFile.*|MapFile|MacroImage|OptimisationFile|AuthCode)$", re.IGNORECASE)
+_LIST = 1 << 20  # bytes of a list that are looked at
 
 
 def open_scanned(path: Path) -> Source | None:
@@ -37,6 +41,7 @@ def open_scanned(path: Path) -> Source | None:
         return None
     if kind := beside_slide(path):  # OpenSlide would open the slide that it lies beside
         raise UserError(f"{path} is the {kind} of a slide in DICOM, not the slide; give a file of its levels (VOLUME)")
+    _check_names(path)
     try:
         file = openslide.OpenSlide(str(path))
     except openslide.OpenSlideError as error:
@@ -89,6 +94,18 @@ def _direct(path: Path, file: openslide.OpenSlide, composed: ReadLevel) -> dict[
     except Exception:  # of tifffile or of a decoder; then OpenSlide reads all
         return {}
     return found
+
+
+def _check_names(path: Path) -> None:
+    """UserError where the list of a slide's files, of MIRAX or Hamamatsu, names one in another folder."""
+    lists = {".mrxs": path.with_suffix("") / "Slidedat.ini", ".vms": path, ".vmu": path}
+    listed = lists.get(path.suffix.lower())
+    if listed is None or not listed.is_file():
+        return
+    for line in listed.read_bytes()[:_LIST].decode("latin-1").splitlines():
+        key, _, name = line.partition("=")
+        if _NAMES.match(key.strip()) and set("/\\") & set(name):
+            raise UserError(f"{listed} names a file of another folder as its {key.strip()}; a slide's files lie in one")
 
 
 def _number(text: str | None) -> float | None:

@@ -26,6 +26,8 @@ from ldm.images.source import Source
 from ldm.images.tiff import open_tiff
 
 _BLOCK = 4096
+_SMALL, _MOST = 2**28, 2**40  # pixels that any file may have; the largest slides have about 2**37
+_PER_BYTE = 100_000  # pixels that a byte of a slide may stand for: a tile that is white, or not there
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of a level
 GIVEN = "given by hand"  # the origin of a scale that no file says
 
@@ -253,7 +255,27 @@ def _source(path: Path) -> Source:
         raise UserError(f"{path} is not a slide or image that OpenSlide, tifffile or Pillow can read")
     if any(min(size) < 1 for size in source.levels):
         raise UserError(f"{path} says that it has {source.levels[0][0]} x {source.levels[0][1]} px; it is damaged")
+    _check_size(path, source)
     return source
+
+
+def _check_size(path: Path, source: Source) -> None:
+    """UserError for an image that is larger than its files can be."""
+    width, height = source.levels[0]
+    most = _MOST if path.is_dir() else min(_MOST, max(_SMALL, _PER_BYTE * _bytes_of(path)))
+    if width * height > most:
+        raise UserError(
+            f"{path} says that it is {width} x {height} px, more than its files can hold: it is damaged, or made to "
+            "exhaust the machine"
+        )
+
+
+def _bytes_of(path: Path) -> int:
+    """Of a file, and of those beside it that may be parts of the same slide."""
+    beside = path.parent.glob("*.dcm") if path.suffix.lower() == ".dcm" else path.with_suffix("").glob("*")
+    if path.suffix.lower() in (".vms", ".vmu"):
+        beside = path.parent.glob("*")
+    return path.stat().st_size + sum(each.stat().st_size for each in beside if each.is_file())
 
 
 def open_slide(path: Path | str, mpp: float | None = None, holds: bool = False) -> Slide:

@@ -16,6 +16,7 @@ import tifffile
 from tifffile import EXTRASAMPLE, PHOTOMETRIC
 
 from ldm.errors import UserError, some
+from ldm.foreign.budget import afford
 from ldm.images.colour import (
     CHANNELS,
     Convert,
@@ -55,7 +56,7 @@ def open_tiff(path: Path) -> Source | None:
     ([(256, 256)], 'TIFF resolution tag')
     """
     try:
-        file = tifffile.TiffFile(path)
+        file = tifffile.TiffFile(path, _multifile=False)  # which its OME-XML may name: its own pixels alone
         series = file.series[0]
         pages = [level.keyframe for level in series.levels]
     except (tifffile.TiffFileError, LookupError, ValueError):
@@ -173,6 +174,7 @@ def page_reader(page: tifffile.TiffPage, held: np.ndarray) -> Read:
     tall, wide = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, width)
     tall = min(tall, height) if not page.is_tiled else tall
     across, down = math.ceil(width / wide), math.ceil(height / tall)
+    afford(2 * tall * wide * own, f"each of the {across * down} parts of {held.filename}, {width} x {height} px,")
     empty = 0 if page.photometric in (PHOTOMETRIC.MINISWHITE, PHOTOMETRIC.SEPARATED) else 255
 
     def segment(index: int) -> np.ndarray | None:

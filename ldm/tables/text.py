@@ -19,12 +19,14 @@ import re
 import zlib
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
 import pandas as pd
 
 from ldm.errors import UserError, note
+from ldm.foreign.budget import DEFLATE, afford, available
 from ldm.foreign.paths import allowed
 
 MISSING = frozenset(["", "NA", "NaN", "nan", "null", "NULL", "None", "N/A", "n/a", "#N/A", "<NA>"])
@@ -96,8 +98,22 @@ def _marked(path: Path) -> str | None:
 
 
 def _opened(path: Path, encoding: str | None) -> IO:
+    if path.suffix == ".gz":
+        _check_packed(path, path.stat().st_mtime_ns)
     opener = gzip.open if path.suffix == ".gz" else open
     return opener(path, "rb") if encoding is None else opener(path, "rt", encoding=encoding, newline="")
+
+
+@lru_cache(16)
+def _check_packed(path: Path, changed: int) -> None:
+    """UserError for a packed table that becomes larger than the memory; one is looked through that could be."""
+    if 4 * path.stat().st_size * DEFLATE < available():
+        return
+    size = 0
+    with gzip.open(path) as stream:
+        while block := stream.read(1 << 20):
+            size += len(block)
+            afford(4 * size, f"the table {path}, unpacked,")
 
 
 class Record(NamedTuple):
