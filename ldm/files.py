@@ -168,8 +168,9 @@ def owned(path: Path | str, beside: bool = False, otherwise: str = "choose anoth
             note(f"{error} Let no other run write there before this one ends.")
         except OSError as error:
             raise _cannot_write(folder, error, "into ", " Choose another --out.") from error
-        for scratch in folder.glob(f"{hidden(path, SCRATCH).name}-*") if beside else _all_scratch(folder):
-            _clear_dead(scratch, strict=False)
+        own = hidden(path, SCRATCH).name if beside else SCRATCH
+        for scratch in folder.glob(f"{SCRATCH}-*") if beside else _all_scratch(folder):
+            _clear_dead(scratch, strict=not scratch.name.startswith(own))  # what is owned is no other machine's either
         yield
 
 

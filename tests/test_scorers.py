@@ -31,7 +31,7 @@ from ldm.scorers.calibration import (
     spearman,
     with_intervals,
 )
-from ldm.scorers.data import augmented, balanced_order, to_range
+from ldm.scorers.data import augmented, balanced_order, prepared, to_range
 from ldm.scorers.ensemble import ResNetEnsemble, load_scorer, save_scorer
 from ldm.scorers.labelled import read_labelled, split_groups
 from ldm.scorers.select import score_pictures
@@ -319,6 +319,10 @@ def test_a_stopped_training_gives_the_same_weights(cells, trained, tmp_path, mon
     assert (tmp_path / "s" / "config.yaml").read_text() == (trained / "config.yaml").read_text()
     monkeypatch.setattr(scorer_training, "_epoch", None)
     train_scorer(data, tmp_path / "s", recipe(), progress=False)  # nothing is left to do
+    prepared(data.pictures, recipe().size, tmp_path / "s" / ".training", progress=False)
+    (tmp_path / "s" / ".training" / "images.npy").unlink()  # killed while what is not needed any more was removed
+    train_scorer(data, tmp_path / "s", recipe(), progress=False)
+    assert not (tmp_path / "s" / ".training").exists()
     with pytest.raises(UserError, match=r"a scorer of other settings \(seed differ\)"):
         train_scorer(data, tmp_path / "s", recipe(seed=1), progress=False)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -133,6 +134,23 @@ def test_a_folder_to_several_targets_resumes_and_says_what_it_is(world, tmp_path
     assert {path: path.read_bytes() for path in steps} == steps
     assert lost.read_bytes() == was
     assert "was made otherwise (seed)" in refused(*given, "--seed", 1)
+
+
+def test_images_are_the_same_whichever_are_there_already(world, tmp_path):
+    given = ["--model", world / "model", "--images", world / "images", "--class-of-name", "--target", "class=LUAD",
+             "--steps", 3, "--batch-size", 2, "--out"]  # fmt: skip
+    run(*given, tmp_path / "whole")
+    made = {path.name: path.read_bytes() for path in sorted((tmp_path / "whole").glob("*.png"))}
+    for lost in made:
+        shutil.copytree(tmp_path / "whole", tmp_path / lost)
+        (tmp_path / lost / lost).unlink()
+        run(*given, tmp_path / lost)
+        assert (tmp_path / lost / lost).read_bytes() == made[lost]
+    shutil.copytree(tmp_path / "whole", tmp_path / "most")
+    for name in list(made)[1:]:
+        (tmp_path / "most" / name).unlink()
+    run(*given, tmp_path / "most")
+    assert {name: (tmp_path / "most" / name).read_bytes() for name in made} == made
 
 
 def test_edits_keep_the_image_and_write_maps(world, tmp_path):

@@ -180,6 +180,13 @@ def test_the_next_owner_clears_what_the_dead_left(tmp_path: Path):
     assert everything(tmp_path) == ["sheets"]
 
 
+def test_the_owner_of_a_file_clears_all_that_is_dead_around_it(tmp_path: Path):
+    assert killed(lambda: half(tmp_path / "a"))
+    with owned(tmp_path / "b", beside=True):
+        write_text(tmp_path / "b", "text")
+    assert everything(tmp_path) == ["b"]
+
+
 def test_locks_of_other_machines_are_respected_and_those_of_this_one_taken_over(tmp_path: Path):
     (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "boot": "long ago"}))
     with pytest.raises(Held, match=r"process 1 on elsewhere; if that process is dead, delete .*\.lock"):

@@ -183,18 +183,18 @@ def _groups(
     batch_size: int,
     side: int,
 ) -> list[list[int]]:
-    """Pictures that still lack an output, in batches of those of one size with targets alike; larger ones than a tile
-    of `side` px one by one."""
-    missing = dict.fromkeys(output.picture for output in outputs if output.path not in kept)
+    """Batches in which a picture still lacks an output: of those of one size with targets alike; larger ones than a
+    tile of `side` px one by one. They are those of a run that keeps nothing, since others differ in the last bits."""
+    missing = {output.picture for output in outputs if output.path not in kept}
     alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for i in missing:
+    for i in range(len(pictures)):
         targets = tuple(tuple(sorted(target.values)) for target in plans[i].targets)
         alike[pictures[i].size, targets, tuple(sorted(plans[i].source))].append(i)
     groups = []
     for (size, *_), members in alike.items():
         many = batch_size if max(size) <= side else 1
         groups += [members[k : k + many] for k in range(0, len(members), many)]
-    return groups
+    return [members for members in groups if not missing.isdisjoint(members)]
 
 
 def conditions(model: LatentDiffusion, values: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:

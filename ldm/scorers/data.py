@@ -42,7 +42,7 @@ def prepared(pictures: Pictures, size: int, folder: Path, progress: bool = True)
     folder.mkdir(exist_ok=True)
     path, told, shape = folder / "images.npy", folder / "images.json", (len(pictures), 3, size, size)
     about = {"shape": list(shape), "names": digest(pictures.words())}
-    if told.is_file() and (held := json.loads(told.read_text()))["about"] == about:
+    if told.is_file() and path.is_file() and (held := json.loads(told.read_text()))["about"] == about:
         return np.load(path, mmap_mode="r"), set(held["sides"])
     view, sides = View(size), set()
     with whole(path) as part:
