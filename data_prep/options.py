@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ldm.cli.options import PATIENT_RULE, DeviceOption, FilesInOption, choices, inputs, output, speed
+from ldm.data.tile_store import PIXELS
 from ldm.errors import UserError
 
 __all__ = ["DeviceOption", "FilesInOption", "choices", "inputs", "output", "speed"]  # as those of `histoldm`
@@ -87,6 +88,12 @@ RegionOriginOption = Annotated[
     Origin | None,
     regional("--region-origin", help="Corner that coordinates count from (default: as file and extent tell)."),
 ]
+Pixels = choices("Pixels", PIXELS)
+PixelsOption = Annotated[
+    Pixels,
+    output("--pixels", help="Store tiles without loss (zstd), as jpeg, or none: read from the slides where needed."),
+]
+JpegQualityOption = Annotated[int, output("--jpeg-quality", min=1, max=100, help="Quality of --pixels jpeg.")]
 SizeOption = Annotated[int, taken("--size", callback=check_side, help="Side of the square tiles in pixels.")]
 SeedOption = Annotated[int, taken("--seed", help="Seed of what is drawn at random: the same seed draws the same.")]
 ValidationOption = Annotated[

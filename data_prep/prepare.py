@@ -48,6 +48,7 @@ from data_prep.options import (
     DeviceOption,
     FilesInOption,
     InsideOption,
+    JpegQualityOption,
     KeepBackgroundOption,
     LicenceOption,
     MinInsideOption,
@@ -56,6 +57,8 @@ from data_prep.options import (
     OutOption,
     OutsideOption,
     PatientOption,
+    Pixels,
+    PixelsOption,
     Precision,
     PrecisionOption,
     PreviewsOption,
@@ -78,6 +81,7 @@ from data_prep.options import (
 from data_prep.run_record import RunRecord
 from data_prep.slide_table import SlideEntry, read_slides, tell_renamed
 from ldm.cli.script import script
+from ldm.data.slide_tiles import tell_pixels
 from ldm.data.splits import fractions
 from ldm.data.store_faults import check_store
 from ldm.data.tile_store import TileStore, is_finished
@@ -102,7 +106,7 @@ def tile(path: Path, out: Path, settings: Mapping[str, Any], cache: Path | None 
     kept = is_finished(store)
     with Fetched(path, None if kept else cache) as near:
         try:
-            opened = TileStore.open(tile_slide(near, out, **settings))
+            opened = TileStore.open(tile_slide(near, out, origin=path, **settings))
         except UserError as error:
             raise type(error)(str(error).replace(str(near), str(path))) from None
     for told in opened.attrs.get("notes", ()):
@@ -330,7 +334,7 @@ def _check_before(
         attrs = TileStore.open(store).attrs
         wanted = {**tiling, **entry.settings()}
         before = {**attrs, **attrs.get("tissue", {})}
-        names = ("mpp", "tile_size", "stride", "min_tissue", "keep_background", "seed")
+        names = ("mpp", "tile_size", "stride", "min_tissue", "keep_background", "seed", "pixels")
         differ = [name for name in names if wanted.get(name) is not None and wanted[name] != before.get(name)]
         if differ:
             was = ", ".join(f"{name} {before.get(name)}" for name in differ)
@@ -363,6 +367,8 @@ def main(
     min_inside: MinInsideOption = 0.5,
     region_origin: RegionOriginOption = None,
     previews: PreviewsOption = True,
+    pixels: PixelsOption = Pixels.zstd,
+    jpeg_quality: JpegQualityOption = 90,
     encoder: Annotated[
         str | None,
         inputs(
@@ -413,11 +419,13 @@ def main(
         "keep_background": keep_background, "licence": licence, "slide_mpp": slide_mpp,
         "regions": regions and regions.absolute(), "inside": inside or [], "outside": outside or [],
         "min_inside": min_inside, "region_origin": region_origin and region_origin.value, "previews": previews,
+        "pixels": pixels.value, "jpeg_quality": jpeg_quality,
     }  # fmt: skip
     shared = {"device": device, "precision": precision.value, "with_dihedral": dihedral}
     shared |= {} if batch_size is None else {"batch_size": batch_size}
     of_encoder = encoder and {"encoder": encoder, "weights": weights, "any_mpp": any_mpp, "tokens": tokens, **shared}
     of_stage = first_stage and {"first_stage_folder": first_stage, **shared}
+    tell_pixels(pixels)
     if clear_dead_locks:
         clear_locks(out)
     record = prepare(

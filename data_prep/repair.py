@@ -20,7 +20,8 @@ from data_prep.encode_latents import encode_latents, latent_attrs, latent_rows
 from data_prep.extract_features import FeatureRows, extract, feature_attrs, resolve, usual_batch
 from data_prep.slide_table import SlideEntry, read_slides
 from data_prep.tile_slides import choose_tiles
-from ldm.data.store_faults import ARRAY, FILE, HALF, INDEX, LEFT, STORE, TABLE, Fault
+from ldm.data.slide_tiles import WHERE
+from ldm.data.store_faults import ARRAY, FILE, HALF, INDEX, LEFT, SLIDE, STORE, TABLE, Fault
 from ldm.data.store_writers import remake_file
 from ldm.data.stored_array import StoredArray
 from ldm.data.tile_store import TileStore
@@ -33,7 +34,7 @@ from ldm.images.tissue import TissueMask
 from ldm.tables.geojson import read_geojson
 from ldm.tables.regions import SlideRegions, find_regions
 
-_ORDER = (LEFT, FILE, ARRAY, HALF, STORE, TABLE, INDEX)
+_ORDER = (LEFT, FILE, ARRAY, HALF, STORE, SLIDE, TABLE, INDEX)
 _PARTS = ("coords", "tiles", "labels", "features", "latents")  # each is made of those before it
 
 
@@ -118,7 +119,9 @@ def _mend(fault: Fault, sources: Sources) -> str:
         raise UserError("columns that were joined are not made by rule; give the commands that made it again")
     if fault.kind == STORE:
         raise UserError("give the command that made it again; where it stops, delete the store first")
-    store = TileStore.open(fault.store)
+    if fault.kind == SLIDE:
+        raise UserError(f"give the folder of its slide by --slides here, and by ${WHERE} to other commands")
+    store = TileStore.open(fault.store, slides=[entry.path for entry in sources.entries.values()])
     if fault.kind == FILE and group in ("features", "latents"):
         return _mend_made(fault, store, sources)
     if fault.kind == FILE:
@@ -145,11 +148,9 @@ def _mend_tiles(fault: Fault, store: TileStore, sources: Sources) -> str:
     rows = _span(array, fault)
     tiled = "tissue" in store.attrs  # by `tile_slide`, whose rules are known
     if fault.array == "tiles":
-        extent, side = store.tile_size * store.downsample, store.tile_size
-        read = (slide.read(x, y, extent, extent, (side, side)) for x, y in store.coords[rows].tolist())
-        values = np.stack(list(read))
+        values = _read(slide, store, rows)
     elif (label := fault.array.removeprefix("labels/")) in QUALITY:
-        values = quality_of(store.tiles[rows], store.mpp)[label]
+        values = quality_of(_read(slide, store, rows), store.mpp)[label]
     elif tiled:
         drawn = _regions(store, slide, entry, sources)
         coords, labels, _ = choose_tiles(slide, store.attrs, TissueMask(slide), drawn)
@@ -162,6 +163,10 @@ def _mend_tiles(fault: Fault, store: TileStore, sources: Sources) -> str:
     else:
         raise UserError("the tiles were chosen by no rule; delete the store, and give the command that made it")
     return _put(fault, array, values, tiled, "the slide is read otherwise by the libraries that are installed now")
+
+
+def _read(slide: Slide, store: TileStore, rows: slice) -> np.ndarray:
+    return slide.read_tiles(store.coords[rows], store.tile_size * store.downsample, store.tile_size)
 
 
 def _slide_of(path: Path, store: TileStore) -> Slide:

@@ -27,6 +27,7 @@ from data_prep.cohort_index import tell_splits, update_index
 from data_prep.options import (
     FilesInOption,
     InsideOption,
+    JpegQualityOption,
     KeepBackgroundOption,
     LicenceOption,
     MinInsideOption,
@@ -35,6 +36,8 @@ from data_prep.options import (
     OutOption,
     OutsideOption,
     PatientOption,
+    Pixels,
+    PixelsOption,
     PreviewsOption,
     RegionOriginOption,
     RegionsOption,
@@ -52,9 +55,10 @@ from data_prep.options import (
 from data_prep.slide_table import read_slides, tell_renamed
 from ldm.cli.script import script
 from ldm.data.extent import tell, tell_scales
+from ldm.data.slide_tiles import slide_file, tell_pixels
 from ldm.data.splits import fractions
 from ldm.data.store_writers import TileStoreWriter
-from ldm.data.tile_store import TOLD, TileStore, as_numbers
+from ldm.data.tile_store import PIXELS, TOLD, TileStore, as_numbers
 from ldm.errors import UserError
 from ldm.images.kinds import called
 from ldm.images.previews import lacks_previews, write_previews
@@ -88,6 +92,9 @@ def tile_slide(
     region_origin: str | None = None,
     seed: int = 0,
     previews: bool = True,
+    pixels: str = "zstd",
+    jpeg_quality: int = 90,
+    origin: Path | str | None = None,
     workers: int | None = None,
 ) -> Path:
     """Tile one slide into the store `out`/slides/<stem of its name>.zarr and return its path.
@@ -111,6 +118,9 @@ def tile_slide(
             outside; neither: all regions.
         min_inside: least fraction of a tile that lies inside and not outside; at 0 regions are labels alone.
         region_origin: what their coordinates count from, see `ldm.tables.regions.SlideRegions`.
+        pixels: "zstd" stores tiles without loss, "jpeg" as JPEG of `jpeg_quality`, "none" not at all: they are read
+            from the slide where they are needed.
+        origin: where the slide lies for good, where `path` is a copy for now.
         seed: picks the background tiles.
         previews: write a picture and GeoJSON of tissue and tiles into `out`/previews, see `ldm.images.previews`.
         workers: threads that read the slide; None is up to 8.
@@ -124,6 +134,8 @@ def tile_slide(
             raise UserError(f"{fraction} is a fraction from 0 to 1; got {value}")
     if (inside or outside) and regions is None:
         raise UserError(f"{', '.join([*inside, *outside])}: classes of regions need a file of them; give regions")
+    if pixels not in PIXELS or not 1 <= jpeg_quality <= 100:
+        raise UserError(f"pixels are {', '.join(PIXELS)}, JPEG's quality 1 to 100; got {pixels} and {jpeg_quality}")
     stride = tile_size if stride is None else stride
     if tile_size < 8 or stride < 1:
         raise UserError(f"tile_size is at least 8 px and stride at least 1 px; got {tile_size} and {stride}")
@@ -150,6 +162,7 @@ def tile_slide(
         "tissue": {"min_tissue": min_tissue, "keep_background": keep_background, "seed": seed},
         "licence": licence,
         "regions": None,
+        "pixels": pixels,
     }
     drawn = None if regions is None else read_geojson(find_regions(regions, name))
     if drawn is not None:
@@ -157,6 +170,10 @@ def tile_slide(
         asked["origin"] = region_origin
         attrs["regions"] = {"file": drawn.path.name, "sha256": drawn.sha256, **asked}
     store = Path(out) / "slides" / f"{Path(name).stem}.zarr"
+    if pixels == "jpeg":
+        attrs["jpeg_quality"] = jpeg_quality
+    if pixels == "none":
+        attrs["slide_file"] = slide_file(Path(origin or path), store)
     finished = False
     if (store / "zarr.json").exists():
         begun = TileStore.open(store, allow_incomplete=True)
@@ -280,6 +297,8 @@ def main(
     min_inside: MinInsideOption = 0.5,
     region_origin: RegionOriginOption = None,
     previews: PreviewsOption = True,
+    pixels: PixelsOption = Pixels.zstd,
+    jpeg_quality: JpegQualityOption = 90,
     workers: Annotated[int | None, speed("--workers", help="Threads that read a slide (default: up to 8).")] = None,
 ) -> None:
     found, box = read_slides(slides), parse_integers(holdout, 4, "--holdout", "x,y,width,height")
@@ -289,6 +308,7 @@ def main(
             f"--holdout is a box of one slide, and there are {len(found)}; use --validation and --test, which hold out "
             "patients"
         )
+    tell_pixels(pixels)
     tell_renamed({entry.path: entry.name for entry in found}, out)
     drawn = {"inside": inside or [], "outside": outside or []}
     check_files([(entry.roi or regions, entry.name) for entry in found if entry.roi or regions], **drawn)
@@ -296,7 +316,7 @@ def main(
     failures, stores = [], []
     asked = {"mpp": mpp, "tile_size": tile_size, "stride": stride, "min_tissue": min_tissue, "seed": seed}
     asked |= {"keep_background": keep_background, "licence": licence, "slide_mpp": slide_mpp, "workers": workers}
-    asked["previews"] = previews
+    asked |= {"previews": previews, "pixels": pixels.value, "jpeg_quality": jpeg_quality}
     asked |= drawn
     for entry in found:
         try:

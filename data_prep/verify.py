@@ -49,9 +49,14 @@ from ldm.locks import clear_dead
 _MAKER = {"weights_sha256": "weights", "preprocessing": "preprocessing", "dihedral": "orientations"}
 
 
-def verify(stores: Path | str | Sequence[Path | str], made_by: Sequence[Mapping[str, Any]] = ()) -> list[Fault]:
+def verify(
+    stores: Path | str | Sequence[Path | str],
+    made_by: Sequence[Mapping[str, Any]] = (),
+    slides: Sequence[Path | str] = (),
+) -> list[Fault]:
     """All faults of stores, or of cohorts of stores.
 
+    slides: where the slides of stores without pixels are looked for, see `ldm.data.slide_tiles.find_slide`.
     made_by: attributes of the arrays of an encoder or a first stage, see `feature_attrs` and `latent_attrs`, which
     those of its name are to have. UserError: there is no store at all.
 
@@ -59,7 +64,8 @@ def verify(stores: Path | str | Sequence[Path | str], made_by: Sequence[Mapping[
     'there is no table of tiles: give the data_prep command that made the tiles again'
     """
     paths = store_paths(stores)
-    faults = [fault for path in tqdm(paths, desc="checking", unit="store", leave=None) for fault in find_faults(path)]
+    bar = tqdm(paths, desc="checking", unit="store", leave=None)
+    faults = [fault for path in bar for fault in find_faults(path, slides)]
     whole = [TileStore.open(path) for path in paths if _opens(path)]
     lost = {fault.store for fault in faults if fault.array == "coords"}
     return [*faults, *maker_faults(whole, made_by), *index_faults(whole, lost)]
@@ -198,7 +204,7 @@ def main(
     paths, started = store_paths(store), time.monotonic()
     for path in paths if repair_them else ():
         clear_dead(path)  # of a repair that was killed
-    faults = verify(store, sources.makers)
+    faults = verify(store, sources.makers, [entry.path for entry in sources.entries.values()])
     seconds, size = time.monotonic() - started, sum(map(size_of, paths))
     for fault in faults:
         print(fault)

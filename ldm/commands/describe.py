@@ -47,12 +47,17 @@ def describe_stores(path: Path) -> None:
     """How many tiles of which size and scale stores hold, where their scale is from, what lies beside the tiles."""
     stores = open_cohort(path)
     print(f"{path}: {sum(map(len, stores))} tiles in {len(stores)} store{'s' if len(stores) > 1 else ''}")
-    sizes = Counter(f"{store.tile_size} px at {_scale(store.mpp)}" for store in stores)
+    sizes = Counter(f"{store.tile_size} px at {_scale(store.mpp)}{_pixels(store)}" for store in stores)
     lines = [f"tiles of {size}{_of(count, stores)}" for size, count in sizes.items()]
     lines += [*tell_scales(stores), *_arrays(stores), *_index(stores)]
     if licences := sorted({store.attrs["licence"] for store in stores if store.attrs.get("licence")}):
         lines.append(f"licence: {'; '.join(licences)}")
     print("\n".join(f"  {line}" for line in lines))
+
+
+def _pixels(store: TileStore) -> str:
+    told = {"jpeg": f", as JPEG of quality {store.attrs.get('jpeg_quality')}", "none": ", read from the slide"}
+    return told.get(store.attrs["pixels"], "")
 
 
 def _scale(mpp: float | None) -> str:

@@ -91,6 +91,7 @@ class TileDataset(Dataset):
             `{class: disease, score: votes, mutation: omics/mutation, region: features/hipt-region}`.
         missing: tiles that lack a condition are an `error`, or left out (`skip`).
         gray: images are (1,H,W), the mean of the colours.
+        slides: folders of the slides of stores without pixels, see `ldm.data.slide_tiles`.
     Raises:
         UserError: anything named that is not there, rows that do not match, dimensions that differ between stores,
             latents that are not cached in eight orientations.
@@ -111,11 +112,12 @@ class TileDataset(Dataset):
         conditions: Mapping[str, str] | None = None,
         missing: str = "error",
         gray: bool = False,
+        slides: Sequence[str] = (),
     ) -> None:
         for key in keys:
             if key not in ("image", "ssl", "latent"):
                 raise UserError(f"a tile has no '{key}'{suggest(key, ('image', 'ssl', 'latent'))}")
-        self.stores = open_cohort(stores)
+        self.stores = open_cohort(stores, slides)
         self.keys, self.dihedral, self.gray = tuple(keys), dihedral, gray
         self.names = {}  # key -> name of its array in the store
         if "ssl" in keys:

@@ -115,10 +115,13 @@ def open_images(path: Path, where: Where = None, crop: int | None = None, side: 
 
 
 def _files(path: Path, pictures: Pictures) -> tuple[Path, ...]:
-    """Files that hold these images; of slides in several files all of them, of stores the folders of their tiles."""
+    """Files that hold these images; of slides in several files all of them, of stores the folders of their tiles,
+    or where they have none, what says where on which slide these are."""
     if pictures.paths is None:
         shown = {own["slide"] for own in pictures.about}
-        return tuple(store.path / "tiles" for store in open_cohort(path) if store.slide in shown)
+        stores = [store for store in open_cohort(path) if store.slide in shown]
+        parts = {store: ("coords", "zarr.json") if store.attrs["pixels"] == "none" else ("tiles",) for store in stores}
+        return tuple(store.path / part for store, own in parts.items() for part in own)
     files: list[Path] = []
     for own in dict.fromkeys(pictures.paths):
         beside = {".mrxs": [own.with_suffix("")], ".dcm": sorted(own.parent.glob(f"*{own.suffix}"))}

@@ -23,6 +23,7 @@ import imagecodecs
 import numpy as np
 from numcodecs import zstd
 
+from ldm.data import jpeg_codec
 from ldm.foreign.budget import afford
 from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_json
@@ -58,6 +59,15 @@ def _from_zstd(data: bytes, into: np.ndarray) -> None:
     _check_size(len(decoded), into)
 
 
+def _from_jpeg(data: bytes, into: np.ndarray) -> None:
+    if len(into) != 1:
+        raise Damage(f"it is to hold {len(into)} tiles, and a JPEG is one")
+    try:
+        jpeg_codec.decode(_check_crc(data), into[0])
+    except ValueError as error:
+        raise Damage(str(error)) from None
+
+
 def _from_bytes(data: bytes, into: np.ndarray) -> None:
     _check_size(len(data), into)
     into[...] = np.frombuffer(data, into.dtype).reshape(into.shape)
@@ -83,20 +93,18 @@ class Packing:
         >>> packing.encode(np.ones(2, "f4")).hex()
         '0000803f0000803f'
         """
-        plain = {"name": "bytes"} if dtype.itemsize == 1 else None
-        if not codecs or codecs[0] not in (_BYTES, plain):
+        names, told = [codec["name"] for codec in codecs], [codec.get("configuration", {}) for codec in codecs]
+        if names == [jpeg_codec.NAME, "crc32c"]:
+            quality = told[0]["quality"]
+            return cls(lambda rows: _with_crc(jpeg_codec.encode(rows[0], quality)), _from_jpeg)
+        if not codecs or codecs[0] not in (_BYTES, {"name": "bytes"} if dtype.itemsize == 1 else None):
             return None
-        match [(codec["name"], codec.get("configuration", {})) for codec in codecs[1:]]:
-            case []:
-                return cls(lambda rows: rows.tobytes(), _from_bytes)
-            case [("crc32c", _)]:
-                return cls(
-                    lambda rows: _with_crc(rows.tobytes()), lambda data, into: _from_bytes(_check_crc(data), into)
-                )
-            case [("zstd", {"level": level, **more})]:
-                checked = bool(more.get("checksum"))
-                return cls(lambda rows: zstd.compress(rows, level, checked), _from_zstd)
-        return None
+        if names[1:] == ["zstd"]:
+            level, checked = told[1]["level"], bool(told[1].get("checksum"))
+            return cls(lambda rows: zstd.compress(rows, level, checked), _from_zstd)
+        if names[1:] == ["crc32c"]:
+            return cls(lambda rows: _with_crc(rows.tobytes()), lambda data, into: _from_bytes(_check_crc(data), into))
+        return cls(lambda rows: rows.tobytes(), _from_bytes) if names[1:] == [] else None
 
 
 @dataclass(frozen=True)

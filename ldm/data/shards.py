@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from ldm.data.jpeg_codec import JpegCodec
 from ldm.data.shard_files import Damage, Layout, digest_of, read_description, write_file
 from ldm.data.stored_array import AGAIN, DIGESTS
 from ldm.errors import UserError
@@ -33,8 +34,11 @@ def create_array(
     dtype: str,
     whole_chunk: bool = False,
     attrs: Mapping[str, Any] | None = None,
+    jpeg: int | None = None,
 ) -> GrowingArray:
     """An array in shards of 1024 rows or 256 MiB, whose chunks hold one tile, or small rows up to 32 KiB.
+
+    jpeg: the quality of tiles that are stored as JPEG; None stores them as they are.
 
     Each chunk has a checksum, which is checked whenever it is read. The description, attrs with it, is one file, which
     is there whole or not at all.
@@ -47,14 +51,16 @@ def create_array(
     shard = min(SHARD_ROWS, _power_of_two(SHARD_BYTES / row_bytes))
     is_image = np.dtype(dtype) == np.uint8 and len(shape) == 4
     chunk = shard if whole_chunk else 1 if is_image else min(shard, _power_of_two(CHUNK_BYTES / row_bytes))
+    lossless = is_image and jpeg is None
     zarr.create_array(
         str(group / name),
         shape=shape,
         dtype=dtype,
         chunks=(chunk, *shape[1:]),
         shards=None if whole_chunk else (shard, *shape[1:]),
+        serializer="auto" if jpeg is None else JpegCodec(jpeg),
         # floats hardly shrink
-        compressors=zarr.codecs.ZstdCodec(level=1, checksum=True) if is_image else zarr.codecs.Crc32cCodec(),
+        compressors=zarr.codecs.ZstdCodec(level=1, checksum=True) if lossless else zarr.codecs.Crc32cCodec(),
         attributes={**(attrs or {}), DIGESTS: []},
         overwrite=True,
     )

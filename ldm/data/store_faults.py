@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from ldm.files import LOCK
 from ldm.locks import Held, Lock
 
 FILE, ARRAY, HALF, LEFT, STORE, INDEX, TABLE = "file", "array", "half", "left", "store", "index", "table"
+SLIDE = "slide"
 _PARTIAL = ".partial"
 _OURS = re.compile(r"-[0-9a-f]{8}")  # how this version ends the names of arrays that it is making
 
@@ -34,6 +35,7 @@ class Fault:
         store: the store, or of an index its cohort. what: the fault, in words.
         kind: what would be made again: FILE, a file of an array; ARRAY, all of it; HALF, the rest of one that is half
             made; STORE, all of it; INDEX, rows of the table of tiles; TABLE, all of it. LEFT: what should not be there.
+            SLIDE: the slide of a store without pixels, which is not there, or another.
         array: its name in the store, as "features/uni". file: which of its files. path: where it is.
     """
 
@@ -49,15 +51,17 @@ class Fault:
         return f"{', '.join(filter(None, (str(self.store), self.array, shard)))}: {self.what}"
 
 
-def find_faults(path: Path | str) -> Iterator[Fault]:
+def find_faults(path: Path | str, slides: Sequence[Path | str] = ()) -> Iterator[Fault]:
     """All faults of a store, array by array. Each file is read once, about as fast as the disk gives it.
+
+    slides: where the slide of a store without pixels is looked for, see `ldm.data.slide_tiles.find_slide`.
 
     >>> list(find_faults(store.path))
     []
     """
     path = Path(path)
     try:
-        store = TileStore.open(path, allow_incomplete=True)
+        store = TileStore.open(path, allow_incomplete=True, slides=slides)
     except UserError as error:
         yield Fault(path, _without(error, path), STORE)
         return
@@ -70,8 +74,15 @@ def find_faults(path: Path | str) -> Iterator[Fault]:
     labels = {*store.label_names, *(["tissue"] if "tissue" in store.attrs else [])}
     names = [*shapes, *(f"labels/{name}" for name in sorted(labels))]
     names += [f"{group}/{name}" for group in ("features", "latents") for name in store.names(group)]
-    for name in names:
-        yield from _array_faults(store, name, shapes.get(name))
+    if store.attrs["pixels"] == "none":
+        names.remove("tiles")
+    faults = [fault for name in names for fault in _array_faults(store, name, shapes.get(name))]
+    yield from faults
+    if "tiles" not in names and not any(fault.array == "coords" for fault in faults):
+        try:
+            _ = store.tiles.slide
+        except UserError as error:
+            yield Fault(path, _without(error, path).rpartition(". Say")[0], SLIDE, "tiles")
     yield from _left_over(path)
 
 

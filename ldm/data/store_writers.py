@@ -15,7 +15,7 @@ import zarr
 from ldm.data.shard_files import digest_of, write_file
 from ldm.data.shards import GrowingArray, ShardBuffer, create_array
 from ldm.data.stored_array import DIGESTS, StoredArray
-from ldm.data.tile_store import FORMAT, GROUPS, TOLD, TileStore
+from ldm.data.tile_store import FORMAT, GROUPS, PIXELS, TOLD, TileStore
 from ldm.errors import UserError
 from ldm.files import LOCK, hidden, remove, tool_version
 from ldm.locks import Lock
@@ -74,7 +74,8 @@ class TileStoreWriter(_Writer):
 
         Args:
             path: the `.zarr` folder.
-            attrs: at least slide, mpp, tile_size, stride, level0_size, downsample; see `TileStore`.
+            attrs: at least slide, mpp, tile_size, stride, level0_size, downsample; pixels are "zstd" unless it says
+                "jpeg", with jpeg_quality, or "none", with slide_file; see `TileStore`.
             labels: name -> dtype of the labels given to `append`.
         Returns:
             A writer whose `rows` says how many tiles are on disk already: append from there on.
@@ -82,7 +83,8 @@ class TileStoreWriter(_Writer):
             UserError: the folder cannot be written, another writer is at work, or it was begun with other settings.
         """
         path = Path(path)
-        attrs = _plain({"version": tool_version(), "format": FORMAT, **attrs, "count": int(count)})
+        attrs = {"version": tool_version(), "format": 1, "pixels": PIXELS[0], **attrs, "count": int(count)}
+        attrs = _plain(attrs | ({"format": FORMAT} if attrs["pixels"] != PIXELS[0] else {}))
         if count < 1:
             raise UserError(f"a tile store holds at least one tile, got count={count}")
         try:
@@ -98,7 +100,7 @@ class TileStoreWriter(_Writer):
 
     @classmethod
     def _begin(cls, path: Path, lock: Lock, attrs: dict[str, Any], labels: dict[str, str]) -> TileStoreWriter:
-        names = ["tiles", "coords", *(f"labels/{name}" for name in labels)]
+        names = ["tiles"] * (attrs["pixels"] != "none") + ["coords", *(f"labels/{name}" for name in labels)]
         for file in path.glob("*.partial"):  # of zarr, when it was killed
             file.unlink()
         if (path / "zarr.json").exists():
@@ -117,7 +119,10 @@ class TileStoreWriter(_Writer):
             arrays = {name: GrowingArray(path / name, rows) for name in names}
         else:
             t, count = attrs["tile_size"], attrs["count"]
-            arrays = {"tiles": create_array(path, "tiles", (count, t, t, 3), "u1")}
+            arrays = {}
+            if "tiles" in names:
+                quality = attrs["jpeg_quality"] if attrs["pixels"] == "jpeg" else None
+                arrays["tiles"] = create_array(path, "tiles", (count, t, t, 3), "u1", jpeg=quality)
             arrays["coords"] = create_array(path, "coords", (count, 2), "i4", whole_chunk=True)
             for name in GROUPS:
                 zarr.create_group(str(path / name), overwrite=True)
@@ -139,10 +144,14 @@ class TileStoreWriter(_Writer):
         return self._buffer is None
 
     def append(self, tiles: np.ndarray, coords: np.ndarray, labels: Mapping[str, np.ndarray] | None = None) -> None:
-        """Add tiles (n, T, T, 3) uint8, coords (n, 2) level-0 x, y, and one value per tile for each label."""
+        """Add tiles (n, T, T, 3) uint8, coords (n, 2) level-0 x, y, and one value per tile for each label.
+
+        Of a store without pixels the tiles are not kept.
+        """
         if self._buffer is None:
             raise ValueError(f"{self.path} is finished; nothing can be appended")
-        rows = {"tiles": np.asarray(tiles), "coords": np.asarray(coords)}
+        rows = {"tiles": np.asarray(tiles)} if "tiles" in self._buffer.arrays else {}
+        rows |= {"coords": np.asarray(coords)}
         rows |= {f"labels/{name}": np.asarray(values) for name, values in (labels or {}).items()}
         if self._buffer.append(rows):
             self._record()

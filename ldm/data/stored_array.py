@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+from abc import ABC, abstractmethod
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,69 @@ AGAIN = "copy the whole store again, or delete that folder and make it again"
 DIGESTS = "digests"  # attribute: the digest of each file in the order of its rows, see `ldm.data.shard_files.digest_of`
 
 
-class StoredArray:
-    """A Zarr array, read-only. Indexing gives NumPy arrays, as those of NumPy do.
+class RowArray(ABC):
+    """An array that is read by its rows; indexing gives NumPy arrays, as those of NumPy do.
+
+    Attributes:
+        path: where it is, for messages.
+    """
+
+    path: Path
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    @abstractmethod
+    def dtype(self) -> np.dtype: ...
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop, a copy."""
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        try:
+            return self._take(key)
+        except (IndexError, UserError):
+            raise
+        except Exception as error:
+            raise UserError(f"{self.path}[{key}] cannot be read: {_reason(error)}; {AGAIN}.") from None
+
+    def _take(self, key: Any) -> np.ndarray:
+        if isinstance(key, slice):
+            start, stop, step = key.indices(len(self))
+            return self.read(start, max(start, stop)) if step == 1 else self._take(np.arange(start, stop, step))
+        if isinstance(key, tuple) and key and key[0] is not Ellipsis:
+            rows, rest = self._take(key[0]), key[1:]
+            return rows[rest] if rows.ndim < self.ndim else rows[(slice(None), *rest)]
+        if isinstance(key, (list, np.ndarray)):
+            chosen = np.arange(len(self))[np.asarray(key, None if len(key) else int)]
+            rows = np.empty((chosen.size, *self.shape[1:]), self.dtype)
+            for place, row in enumerate(chosen.flat):
+                rows[place] = self._take(int(row))
+            return rows.reshape(*chosen.shape, *self.shape[1:])
+        if key is Ellipsis or isinstance(key, tuple):
+            return self.read(0, len(self))[key]
+        row = operator.index(key)
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"{self.path} has rows 0..{len(self) - 1}, asked for {row}")
+        row %= len(self)
+        return self.read(row, row + 1)[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+
+class StoredArray(RowArray):
+    """A Zarr array, read-only.
 
     Writers write every chunk, also those of zeros, so that a file which is not there was lost; zarr itself would fill
     its place with zeros.
@@ -81,10 +143,6 @@ class StoredArray:
         return self._shape.shards
 
     @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-    @property
     def shape(self) -> tuple[int, ...]:
         return self._shape.shape
 
@@ -92,42 +150,11 @@ class StoredArray:
     def dtype(self) -> np.dtype:
         return self._shape.dtype
 
-    def __len__(self) -> int:
-        return self.shape[0]
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self._array[start:stop] if self.layout is None else self.layout.read(self.path, start, stop)
 
-    def __getitem__(self, key: Any) -> np.ndarray:
-        try:
-            return self._array[key] if self.layout is None else self._rows(key)
-        except IndexError:
-            raise
-        except Exception as error:
-            raise UserError(f"{self.path}[{key}] cannot be read: {_reason(error)}; {AGAIN}.") from None
-
-    def _rows(self, key: Any) -> np.ndarray:
-        if isinstance(key, slice):
-            start, stop, step = key.indices(len(self))
-            if step == 1:
-                return self.layout.read(self.path, start, max(start, stop))
-            return self._rows(np.arange(start, stop, step))
-        if isinstance(key, tuple) and key and key[0] is not Ellipsis:
-            rows, rest = self._rows(key[0]), key[1:]
-            return rows[rest] if rows.ndim < self.ndim else rows[(slice(None), *rest)]
-        if isinstance(key, (list, np.ndarray)):
-            chosen = np.arange(len(self))[np.asarray(key, None if len(key) else int)]
-            rows = self.layout.empty(chosen.size)
-            for place, row in enumerate(chosen.flat):
-                rows[place] = self._rows(int(row))
-            return rows.reshape(*chosen.shape, *self.shape[1:])
-        if key is Ellipsis or isinstance(key, tuple):
-            return self.layout.read(self.path, 0, len(self))[key]
-        row = operator.index(key)
-        if not -len(self) <= row < len(self):
-            raise IndexError(f"{self.path} has rows 0..{len(self) - 1}, asked for {row}")
-        row %= len(self)
-        return self.layout.read(self.path, row, row + 1)[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype=dtype)
+    def _take(self, key: Any) -> np.ndarray:
+        return self._array[key] if self.layout is None else super()._take(key)
 
 
 def _reason(error: Exception) -> str:

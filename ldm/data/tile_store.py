@@ -19,22 +19,26 @@ from typing import Any
 import numpy as np
 
 from ldm.data.shard_files import read_description
-from ldm.data.stored_array import StoredArray
+from ldm.data.slide_tiles import SlideTiles
+from ldm.data.stored_array import RowArray, StoredArray
 from ldm.errors import UserError, suggest
 from ldm.files import tool_version
 from ldm.foreign.paths import inside
-from ldm.foreign.shape import ABOVE_0, COUNT, NUMBER, SIZE, TEXT, check_shape, maybe, so_many
+from ldm.foreign.shape import ABOVE_0, COUNT, NUMBER, SIZE, TEXT, check_shape, maybe, one_of, so_many
 from ldm.images.kinds import is_ome_zarr
 from ldm.images.pictures import Picture
 from ldm.images.slides import Slide
 
-TOLD = ("version", "mpp_source", "notes")  # attributes that are no settings: a store may have others and be the same
+# attributes that are no settings: a store may have others and be the same
+TOLD = ("version", "mpp_source", "notes", "slide_file")
 GROUPS = ("features", "latents", "labels")
-FORMAT = 1  # of the layout; a store of a higher one is of a newer version
+FORMAT = 2  # of the layout, of which 1 knows no pixels but zstd; a store of a higher one is of a newer version
+PIXELS = ("zstd", "jpeg", "none")  # as what tiles are stored; of `none` they are read from the slide
 NEEDED = ("slide", "mpp", "tile_size", "stride", "downsample", "rows")  # attributes without which a store is none
 _FORM = {  # of attributes
     "slide": TEXT, "mpp": maybe(ABOVE_0), "tile_size": SIZE, "stride": SIZE, "downsample": ABOVE_0, "rows": COUNT,
     "count?": COUNT, "level0_size?": maybe(so_many(2, SIZE)),
+    "pixels?": one_of(PIXELS), "jpeg_quality?": COUNT, "slide_file?": {"name": TEXT, "path": TEXT, "digest": TEXT},
     "notes?": [TEXT], "texts?": {}, "licence?": maybe(TEXT), "patient?": maybe(TEXT), "magnification?": maybe(NUMBER),
 }  # fmt: skip
 _CONTENT = {"tiles": "u", "coords": "i", "features": "f", "latents": "f", "labels": "fiub"}  # kinds of numbers
@@ -46,17 +50,21 @@ class TileStore:
     Attributes:
         attrs: what the store says of itself: version, slide, mpp, mpp_source (where the slide's are from),
             magnification, tile_size, stride, level0_size (w, h), downsample (level-0 pixels per tile pixel), tissue
-            (settings), licence, count, rows, complete; where labels stand for text, texts: label -> their values.
+            (settings), licence, count, rows, complete; where labels stand for text, texts: label -> their values;
+            pixels (one of PIXELS), and jpeg_quality or slide_file with it.
         path: the `.zarr` folder.
+        slides: files and folders where the slide of a store without pixels is looked for, see `find_slide`.
     """
 
-    def __init__(self, path: Path, attrs: dict[str, Any]) -> None:
-        self.path, self.attrs = path, attrs
-        self._arrays: dict[str, StoredArray] = {}
+    def __init__(self, path: Path, attrs: dict[str, Any], slides: Sequence[Path | str] = ()) -> None:
+        self.path, self.attrs, self.slides = path, attrs, slides
+        self._arrays: dict[str, RowArray] = {}
         self._opened_by = os.getpid()
 
     @classmethod
-    def open(cls, path: Path | str, allow_incomplete: bool = False) -> TileStore:
+    def open(
+        cls, path: Path | str, allow_incomplete: bool = False, slides: Sequence[Path | str] = ()
+    ) -> TileStore:
         """Open `path` (a `.zarr` folder). UserError when it is missing, no tile store, or not finished yet."""
         path = Path(path)
         if not path.is_dir():
@@ -88,19 +96,22 @@ class TileStore:
                 "be placed; make it again, or copy it again from where it is whole."
             )
         check_shape(attrs, _FORM, f"{path} (zarr.json, attributes.histoldm)")
+        if attrs.get("pixels") == "none" and "slide_file" not in attrs:
+            raise UserError(f"{path} does not say which slide its pixels are read from; make it again.")
         if not attrs.get("complete") and not allow_incomplete:
             raise UserError(
                 f"{path} is not finished: {attrs.get('rows', 0)} of {attrs.get('count', '?')} tiles are written; "
                 "run the command that was writing it again and it goes on from there."
             )
-        return cls(path, attrs)
+        return cls(path, {"pixels": PIXELS[0], **attrs}, slides)
 
-    def array(self, name: str) -> StoredArray:
+    def array(self, name: str) -> RowArray:
         """The array `name` inside the group, such as "tiles" or "features/uni". UserError where a part is missing."""
         if self._opened_by != os.getpid():
             self._arrays, self._opened_by = {}, os.getpid()
         if name not in self._arrays:
-            array = StoredArray(inside(self.path, name))
+            from_slide = name == "tiles" and self.attrs["pixels"] == "none"
+            array = self._of_slide() if from_slide else StoredArray(inside(self.path, name))
             inner = {"tiles": (self.tile_size, self.tile_size, 3), "coords": (2,)}.get(name, array.shape[1:])
             kinds = _CONTENT[name.partition("/")[0]]
             short = name in ("tiles", "coords") and array.ndim and len(array) < len(self)
@@ -112,8 +123,12 @@ class TileStore:
             self._arrays[name] = array
         return self._arrays[name]
 
+    def _of_slide(self) -> SlideTiles:
+        told = self.attrs["slide_file"]
+        return SlideTiles(self.path, self.coords, self.tile_size, self.downsample, told, self.slides)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "attrs": self.attrs}
+        return {"path": self.path, "attrs": self.attrs, "slides": self.slides}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
@@ -148,7 +163,7 @@ class TileStore:
         return float(self.attrs["downsample"])
 
     @property
-    def tiles(self) -> StoredArray:
+    def tiles(self) -> RowArray:
         return self.array("tiles")  # (N, T, T, 3) u1
 
     @property
@@ -307,13 +322,17 @@ def holds_stores(path: Path) -> bool:
     return bool(found) and not any(map(is_ome_zarr, found))
 
 
-def open_cohort(path: Path | str | Sequence[Path | str]) -> list[TileStore]:
+def open_cohort(
+    path: Path | str | Sequence[Path | str], slides: Sequence[Path | str] = ()
+) -> list[TileStore]:
     """Stores of `path`: one `.zarr`, a folder of them, a cohort folder with `slides/`, or several of these.
+
+    slides: where the slides of stores without pixels are looked for, see `ldm.data.slide_tiles`.
 
     >>> [found.slide for found in open_cohort(store.path.parent)]
     ['CMU-1-Small-Region.svs']
     """
-    return [TileStore.open(found) for found in store_paths(path)]
+    return [TileStore.open(found, slides=slides) for found in store_paths(path)]
 
 
 def store_paths(path: Path | str | Sequence[Path | str]) -> list[Path]:

@@ -20,11 +20,12 @@ from ldm.foreign.settings import read_json
 DESCRIPTIONS = ("zarr.json", ".zarray")  # of Zarr 3, of arrays of Zarr 2
 FEW = 1_000_000  # chunks that may lack a file: those of the fill value are left out
 SPARSE = 4096  # chunks to a file: in a shard, or left out
-# codecs that turn bytes to numbers and texts and do nothing else, by the names of both versions
+# codecs that turn bytes to numbers and texts and do nothing else, by the names of both versions; the JPEG is this
+# toolkit's, see `ldm.data.jpeg_codec`
 CODECS = {
     "adler32", "astype", "bitround", "blosc", "bytes", "bz2", "crc32", "crc32c", "delta", "fixedscaleoffset",
-    "fletcher32", "gzip", "lz4", "lzma", "packbits", "quantize", "sharding_indexed", "shuffle", "transpose",
-    "vlen-bytes", "vlen-utf8", "zlib", "zstd",
+    "fletcher32", "gzip", "histoldm.jpeg", "lz4", "lzma", "packbits", "quantize", "sharding_indexed", "shuffle",
+    "transpose", "vlen-bytes", "vlen-utf8", "zlib", "zstd",
 }  # fmt: skip
 
 
