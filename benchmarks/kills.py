@@ -300,7 +300,7 @@ class Run:
 
     def ended(self) -> Run:
         self.code = int(self.server._ask(wait=self.number))
-        self.said = self.log.read_text(errors="replace")
+        self.said = self.log.read_text(errors="replace") if self.log.exists() else ""  # killed before it said anything
         return self
 
     @property
