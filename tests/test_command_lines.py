@@ -71,6 +71,7 @@ def test_help_of_a_script_is_its_docstring_wrapped_for_the_terminal(capsys, monk
 
 
 def interrupt(*_: object, **__: object) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job begun in the background ignores
     os.kill(os.getpid(), signal.SIGINT)
     signal.pause()
 
