@@ -53,8 +53,8 @@ class Case:
     """A command: the words after `histoldm`, or after `python -m` where they begin with data_prep.
 
     `given`: what of the world it writes into, which each run has a copy of; the rest is in `world/`. `again`: exit
-    codes of a run after it has finished. `varies`: what tells times. `parts`: it owns what it writes part by part, so that
-    of two at once each may be refused a part.
+    codes of a run after it has finished. `varies`: what tells times. `parts`: it owns what it writes part by part, so
+    that of two at once each may be refused a part.
     """
 
     words: str
