@@ -176,7 +176,7 @@ def test_two_reports_are_compared(world, evaluated):
     assert "note: not valid: FID, FD∞ (50 images, 3072 dimensions" in output
     page = (world / "comparison" / "comparison.html").read_text()
     assert "B is worse" in page
-    with pytest.raises(UserError, match="is no report"):
+    with pytest.raises(UserError, match=r"the report of `histoldm evaluate` .*tiles\.csv is not valid JSON"):
         run("--compare", evaluated[0], world / "made" / "tiles.csv", "--out", world / "comparison")
 
 

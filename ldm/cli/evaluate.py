@@ -40,8 +40,8 @@ def evaluate(
         list[str] | None,
         measure(
             "--features",
-            help="Extractor of features: inception, pixels, clip:ViT-L-14, an encoder by name, an encoder folder, or "
-            "features in stores (repeat).",
+            help="Extractor of features: inception, judge (knows photographs alone, so it conditioned none of the "
+            "images), pixels, clip:ViT-L-14, an encoder by name, an encoder folder, or features in stores (repeat).",
         ),
     ] = None,
     weights: Annotated[

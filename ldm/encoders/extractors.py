@@ -1,4 +1,4 @@
-"""What turns images into features that distances are measured in: Inception, tile encoders, CLIP's image tower."""
+"""What turns images into features that distances are measured in: Inception, the judge, tile encoders, CLIP's tower."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.encoders import inception
+from ldm.encoders import inception, judge
 from ldm.encoders.encoder import load_encoder
 from ldm.encoders.registry import REGISTRY
 from ldm.errors import UserError, suggest
@@ -59,7 +59,7 @@ def _pixels(images: Tensor) -> Tensor:
 def load_extractor(
     name: str, weights: str | Path | None = None, device: str = "cpu", resize: str = "clean"
 ) -> Extractor:
-    """`inception`, an encoder of the registry by name, an encoder folder, or `pixels`. Nothing is downloaded.
+    """`inception`, `judge`, an encoder of the registry by name, an encoder folder, or `pixels`. Nothing is downloaded.
 
     resize: how images come to Inception's size, `clean` or `tensorflow`; encoders have their own.
 
@@ -76,11 +76,15 @@ def load_extractor(
             "licence": inception.LICENCE,
         }
         return Extractor(name, inception.DIM, network, about, device)
+    if name == "judge":
+        network = judge.load_judge(weights, device)
+        about = {"extractor": name, "weights_sha256": sha256(network.weights_path), "licence": judge.LICENCE}
+        return Extractor(name, judge.DIM, network, about, device)
     if name == "pixels":
         about = {"extractor": name, "resize": f"mean to {PIXELS} px"}
         return Extractor(name, 3 * PIXELS**2, _pixels, about, device)
     if name not in REGISTRY and not Path(name).is_dir():
-        known = ["inception", "pixels", f"{CLIP}ViT-L-14", *REGISTRY]
+        known = ["inception", "judge", "pixels", f"{CLIP}ViT-L-14", *REGISTRY]
         raise UserError(f"'{name}' is no extractor and no encoder folder{suggest(name, known)}")
     encoder = load_encoder(name, weights, device)
     about = {

@@ -163,9 +163,10 @@ def load_transport(folder: Path) -> Transport:
     >>> load_transport(folder).map(torch.zeros(3, 384)).shape
     torch.Size([3, 512])
     """
-    if not (folder / CONFIG).is_file():
+    found = (folder / CONFIG).is_file()
+    config = read_yaml(inside(folder, CONFIG), "the map's config") if found else None
+    if not isinstance(config, dict) or "transport" not in config:
         raise UserError(f"{folder} is no map of features; `python -m data_prep.train_feature_map` makes one.")
-    config = read_yaml(inside(folder, CONFIG), "the map's config")
     sizes = dict.fromkeys(("dim", "target_dim", "width", "depth"), SIZE)
     check_shape(config, {"transport": sizes, "metadata?": maybe(MAPPING)}, folder / CONFIG)
     weights = state_dict_of(read_checkpoint(inside(folder, WEIGHTS)), folder / WEIGHTS)

@@ -66,16 +66,16 @@ class InceptionV3(Inception3):
         return super().forward((resized - 128) / 128)
 
 
-def clean_resize(images: Tensor) -> Tensor:
-    """uint8 (B,H,W,3) -> (B,3,299,299) in 0..255.
+def clean_resize(images: Tensor, side: int = SIDE) -> Tensor:
+    """uint8 (B,H,W,3) -> (B,3,side,side) in 0..255.
 
     >>> clean_resize(torch.full((1, 64, 64, 3), 200, dtype=torch.uint8)).unique(), SIDE
     (tensor([200.]), 299)
     """
-    if images.shape[1:3] == (SIDE, SIDE):
+    if images.shape[1:3] == (side, side):
         return images.permute(0, 3, 1, 2).float()
     filtered = [
-        np.asarray(Image.fromarray(channel.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        np.asarray(Image.fromarray(channel.astype(np.float32)).resize((side, side), Image.Resampling.BICUBIC))
         for image in images.cpu().numpy()
         for channel in np.moveaxis(image, -1, 0)
     ]

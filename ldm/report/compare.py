@@ -60,7 +60,7 @@ def read_report(path: Path) -> dict[str, Any]:
     'An evaluation'
     """
     path = path / "report.json" if path.is_dir() else path
-    found = read_json(path, "the report")
+    found = read_json(path, "the report of `histoldm evaluate`")
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise UserError(f"{path} is no report of `histoldm evaluate`; it writes report.json into its --out.")
     check_shape(found, _FORM, path)
