@@ -34,6 +34,7 @@ from ldm.errors import UserError
 from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights, resolve_first_stage
 from ldm.networks.cache import CastNetwork, CompiledNetwork, DeepCache
 from ldm.networks.ema import EMA
+from ldm.networks.repa import alignment_of, projection, watched
 from ldm.networks.takes import declared
 from ldm.rng import generator, sample_noise, training_generator
 
@@ -73,6 +74,8 @@ class LatentDiffusion(pl.LightningModule):
         weight_decay, warmup_steps, decay_steps: AdamW; linear warm-up, then constant, or cosine decay to zero at
             decay_steps.
         ckpt_path: weights to start from: a model folder or a checkpoint (`ldm.model_folder.load_weights`).
+        repa: aligns a block of the network with features of the store while it trains, `{feature: uni2-h, block: 8}`
+            (`ldm.networks.repa.Alignment`).
         monitor: what the best checkpoint is chosen by. seed: of noise levels, noise and condition dropout.
     """
 
@@ -102,6 +105,7 @@ class LatentDiffusion(pl.LightningModule):
         warmup_steps: int = 0,
         decay_steps: int | None = None,
         ckpt_path: str | None = None,
+        repa: Mapping[str, Any] | None = None,
         monitor: str = "val/loss",
         seed: int = 0,
     ):
@@ -135,6 +139,8 @@ class LatentDiffusion(pl.LightningModule):
         if self.image_size is None:
             raise UserError("unet_config.params needs image_size, the side of a tile's latent; samples have that size.")
         self.channels = self.first_stage_model.channels
+        self.alignment = None if repa is None else alignment_of(repa, self.model.diffusion_model)
+        self.targets = {} if repa is None else {"repa": f"features/{self.alignment.feature}"}  # of the training data
         if not next(self.model.parameters()).is_meta:
             self.check_parts()
 
@@ -332,6 +338,11 @@ class LatentDiffusion(pl.LightningModule):
             losses = losses + bound * len(self.sigmas) / 1000
         return losses
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.alignment is not None:
+            tile = self.trainer.datamodule.datasets["train"][0]
+            self.repa = projection(self.alignment, self.model.diffusion_model, tile.get("repa"), self.seed)
+
     def on_fit_start(self) -> None:
         if self.device.type == "cuda":  # its convolutions want this layout; a CPU's group normalisation does not
             self.to(memory_format=torch.channels_last)
@@ -350,9 +361,14 @@ class LatentDiffusion(pl.LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         step = self.trainer.fit_loop.total_batch_idx
         rng = training_generator(self.seed, self.global_rank, step, self.device)
-        loss = self.loss(batch, rng).mean()
+        with watched(self.model.diffusion_model, self.alignment) as maps:
+            loss = self.loss(batch, rng).mean()
         self.log("train/loss", loss, prog_bar=True)
-        return loss
+        if self.alignment is None:
+            return loss
+        apart = self.repa(maps[0], batch["repa"]).mean()
+        self.log("train/alignment", apart, prog_bar=True)
+        return loss + self.alignment.weight * apart
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
@@ -382,6 +398,8 @@ class LatentDiffusion(pl.LightningModule):
         parameters = list(self.model.parameters())
         if self.cond_stage_model is not None:
             parameters += [p for p in self.cond_stage_model.parameters() if p.requires_grad]
+        if self.alignment is not None:
+            parameters += self.repa.parameters()
         optimizer = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._learning_rate_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

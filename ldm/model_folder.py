@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 
 FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
 WEIGHTS = "model.safetensors"
+PROJECTION = "repa."  # of an alignment, which trains alone
 AUTOENCODER = "autoencoder."  # the first stage within its training
 EMBEDDED = ("histoldm_config", "histoldm_metadata", "histoldm_conditioner", "histoldm_first_stage")  # in checkpoints
-TRAINING_ONLY = ("ckpt_path", "seed", "ema_decay", "warmup_steps", "decay_steps", "weight_decay", "monitor")
+TRAINING_ONLY = ("ckpt_path", "seed", "ema_decay", "warmup_steps", "decay_steps", "weight_decay", "monitor", "repa")
 _METADATA = {
     "mpp?": maybe(ABOVE_0), "tile_size?": maybe(SIZE), "licence?": maybe(TEXT), "encoder?": maybe(MAPPING),
     "conditions?": maybe(MAPPING),
@@ -336,7 +337,7 @@ def _parts(
         weights = {n.removeprefix(AUTOENCODER): v for n, v in state.items() if n.startswith(AUTOENCODER)}
         return node["params"]["first_stage"], metadata, weights, {}
     params = dict(node["params"])
-    state = averaged(state, state, source)
+    state = averaged({n: v for n, v in state.items() if not n.startswith(PROJECTION)}, state, source)
     params["first_stage_config"] = content.get("histoldm_first_stage") or params["first_stage_config"]
     if "histoldm_conditioner" in content:
         params["cond_stage_config"] = content["histoldm_conditioner"]

@@ -51,6 +51,25 @@ def with_shared(node: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str,
     return {**node, "params": {key: value for key, value in shared.items() if key in takes} | own}
 
 
+def with_targets(node: Mapping[str, Any], targets: Mapping[str, str]) -> Mapping[str, Any]:
+    """The node of a training set whose items also have `targets`, as further conditions. UserError: it takes none.
+
+    >>> tiles = {"target": "ldm.data.datasets.TileDataset", "params": {"conditions": {"class": "disease"}}}
+    >>> with_targets(tiles, {"repa": "features/uni"})["params"]["conditions"]
+    {'class': 'disease', 'repa': 'features/uni'}
+    """
+    if not targets:
+        return node
+    params = dict(node.get("params") or {})
+    if "conditions" in inspect.signature(get_obj_from_str(node["target"])).parameters:
+        return {**node, "params": params | {"conditions": {**(params.get("conditions") or {}), **targets}}}
+    inner = [key for key, value in params.items() if isinstance(value, Mapping) and "target" in value]
+    if len(inner) != 1:
+        named = ", ".join(targets.values())
+        raise UserError(f"{node['target']} has no place for {named}, which the model's loss reads.")
+    return {**node, "params": params | {inner[0]: with_targets(params[inner[0]], targets)}}
+
+
 def _augmentation(node: Mapping[str, Any]) -> Augmentation:
     if not isinstance(node, Mapping):
         raise UserError(f"augment is `key: value` pairs, as {{stain: 0.05}}; got {node!r}.")
@@ -81,6 +100,8 @@ class TileDataModule(pl.LightningDataModule):
             state them, see `ldm.data.datasets.TileDataset`.
         augment: how training images are changed at random, `{dihedral: true, stain: 0.05, colour: 0.1, blur: 0.1}`;
             see `ldm.data.augment.Augmentation`.
+        targets: what losses read of training tiles beside what all three have, batch key -> source, as `conditions`;
+            a training fills it in from its model.
     Raises:
         UserError: whatever is wrong with a dataset; no tile to train or to validate on; an augmentation that would
             change nothing.
@@ -103,6 +124,7 @@ class TileDataModule(pl.LightningDataModule):
         gray: bool | None = None,
         in_memory: bool | None = None,
         augment: Mapping[str, Any] | None = None,
+        targets: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
@@ -116,12 +138,16 @@ class TileDataModule(pl.LightningDataModule):
             "missing": missing, "gray": gray, "in_memory": in_memory,
         }  # fmt: skip
         shared = {key: value for key, value in shared.items() if value is not None}
+        self.targets = dict(targets or {})
         self.datasets: dict[str, Dataset] = {}
         for split, node in {"train": train, "validation": validation, "test": test}.items():
             if not node:
                 continue
+            node = with_shared(node, shared)
             try:
-                self.datasets[split] = instantiate_from_config(with_shared(node, shared))
+                self.datasets[split] = instantiate_from_config(
+                    with_targets(node, self.targets) if split == "train" else node
+                )
             except NoTiles as error:
                 if split != "test":
                     raise
@@ -135,7 +161,13 @@ class TileDataModule(pl.LightningDataModule):
     @property
     def metadata(self) -> dict[str, Any]:
         """What a model trained on this data must remember of it."""
-        return getattr(self.datasets["train"], "metadata", {})
+        known = dict(getattr(self.datasets["train"], "metadata", {}))
+        if not self.targets or "conditions" not in known:
+            return known
+        conditions = {key: about for key, about in known["conditions"].items() if key not in self.targets}
+        return {key: value for key, value in known.items() if key != "conditions"} | (
+            {"conditions": conditions} if conditions else {}
+        )
 
     def _workers(self) -> dict[str, Any]:
         return {

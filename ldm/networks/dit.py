@@ -121,6 +121,11 @@ class DiT(nn.Module):
         )  # fmt: skip
         self.reset_parameters()
 
+    @property
+    def stages(self) -> nn.ModuleList:
+        """Its blocks in the order in which they run."""
+        return self.blocks
+
     def reset_parameters(self) -> None:
         """Initial weights: every block begins as the identity, and the prediction as zero (DiT, section 3.2)."""
         for module in self.modules():

@@ -164,6 +164,11 @@ class UNetModel(nn.Module):
             skips=len(self.input_blocks) - 1,
         )
 
+    @property
+    def stages(self) -> list[nn.Module]:
+        """Its blocks in the order in which they run."""
+        return [*self.input_blocks, self.middle_block, *self.output_blocks]
+
     def forward(
         self,
         x: Tensor,

@@ -143,7 +143,7 @@ class Training:
         precision = _settle_precision(cfg["lightning"]["trainer"])
         seed_everything(cfg["seed"], workers=True, verbose=False)
         self.model: LightningModule = self._build(model)
-        self.data: LightningDataModule = self._build(cfg["data"])
+        self.data: LightningDataModule = self._build(cfg["data"], targets=getattr(self.model, "targets", {}))
         self.trainer = self._trainer()
         size, device = sum(p.numel() for p in self.model.parameters()) / 1e6, self.trainer.strategy.root_device
         kind = type(self.model).__name__
@@ -151,14 +151,16 @@ class Training:
         if precision:
             self.trainer.print(precision)
 
-    def _build(self, node: Mapping[str, Any]) -> LightningModule | LightningDataModule:
-        """Build the model or the data, with the run's seed if it takes a `seed` that the config does not give."""
+    def _build(self, node: Mapping[str, Any], **more: Any) -> LightningModule | LightningDataModule:
+        """Build the model or the data, with the run's seed if it takes a `seed` that the config does not give, and with
+        what of `more` says anything."""
         from ldm.config import get_obj_from_str, instantiate_from_config
 
         params = node.get("params") or {}
         takes = "seed" in inspect.signature(get_obj_from_str(node["target"])).parameters and "seed" not in params
         seed = {"seed": self.cfg["seed"]} if takes else {}
-        return instantiate_from_config({"target": node["target"], "params": params}, **seed)
+        more = {name: value for name, value in more.items() if value}
+        return instantiate_from_config({"target": node["target"], "params": params}, **seed, **more)
 
     def _trainer(self) -> Trainer:
         """Build the Trainer with its logger and callbacks; what it rejects in `lightning.trainer` is a UserError."""

@@ -1,0 +1,187 @@
+"""Training that aligns a block of the network with features of the store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+
+from ldm.data.module import TileDataModule
+from ldm.data.store_writers import ArrayWriter, TileStoreWriter
+from ldm.errors import UserError
+from ldm.model_folder import export, load_model
+from ldm.networks.dit import DiT
+from ldm.networks.repa import Alignment, Projection, alignment_of, projection, watched
+from ldm.networks.unet import UNetModel
+from ldm.training.command import main
+
+UNET = {
+    "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1,
+    "channel_mult": [1, 2], "attention_resolutions": [2], "num_heads": 2,
+}  # fmt: skip
+DIT = {"image_size": 8, "in_channels": 4, "out_channels": 4, "hidden_size": 32, "depth": 3, "num_heads": 2}
+NETWORKS = {"unet": UNetModel, "dit": DiT}
+FIRST_STAGE = {
+    "target": "ldm.autoencoder.autoencoder.AutoencoderKL",
+    "params": {
+        "embed_dim": 4,
+        "ddconfig": {
+            "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 1],
+            "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "double_z": True,
+        },
+    },
+}  # fmt: skip
+
+
+def network_of(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return NETWORKS[kind](**(UNET if kind == "unet" else DIT))
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    """48 tiles with latents, a feature of 6 numbers and a map of it on 2 x 2 cells."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "cohort" / "a.zarr"
+    attrs = {"slide": "a.png", "mpp": 0.5, "tile_size": 32, "stride": 32, "downsample": 1.0, "level0_size": [96, 96]}
+    with TileStoreWriter.create(path, 48, attrs) as writer:
+        writer.append(rng.integers(0, 256, (48, 32, 32, 3), dtype=np.uint8), np.arange(96).reshape(48, 2) * 32)
+    for name, shape, about in (
+        ("latents/first", (4, 8, 8), {}), ("features/own", (6,), {}), ("features/own-map", (4, 6), {"tokens": 2}),
+    ):  # fmt: skip
+        with ArrayWriter(path, name, shape, "float16", about) as writer:
+            writer.append(rng.normal(size=(48, *shape)).astype(np.float16))
+    return path
+
+
+def config(cohort: Path, kind: str, feature: str, **repa) -> dict:
+    target = f"{NETWORKS[kind].__module__}.{NETWORKS[kind].__name__}"
+    return {
+        "model": {
+            "base_learning_rate": 1e-3, "scale_lr": False, "target": "ldm.latent_diffusion.LatentDiffusion",
+            "params": {
+                "parameterization": "flow", "first_stage_config": FIRST_STAGE,
+                "unet_config": {"target": target, "params": UNET if kind == "unet" else DIT},
+                "repa": {"feature": feature, "block": 2, "hidden": 16, **repa},
+            },
+        },
+        "data": {
+            "target": "ldm.data.module.TileDataModule",
+            "params": {
+                "batch_size": 8, "stores": str(cohort), "keys": ["latent"], "latents": "first",
+                **{split: {"target": "ldm.data.datasets.TileDataset"} for split in ("train", "validation")},
+            },
+        },
+        "lightning": {"trainer": {"accelerator": "cpu", "max_steps": 4}},
+    }  # fmt: skip
+
+
+def train(tmp_path: Path, cfg: dict, name: str, *more: str) -> Path:
+    path = tmp_path / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(cfg))
+    logs = tmp_path / "logs"
+    assert main(["-t", "--base", str(path), "--logdir", str(logs), "--name", name, "--no-test", *more]) == 0
+    return next(logs.glob(f"*_{name}"))
+
+
+def test_a_projection_is_compared_with_what_the_store_holds():
+    torch.manual_seed(0)
+    project, maps = Projection(5, 3, 8), torch.randn(2, 5, 4, 6)
+    with torch.no_grad():
+        places = project.layers(maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)       # (B,3,4,6)
+        assert project(maps, places).abs().max() < 1e-6
+        assert project(maps, 7 * places.mean((2, 3))).abs().max() < 1e-6            # of the whole image
+        assert project(maps, F.adaptive_avg_pool2d(places, (2, 2))).abs().max() < 1e-6
+        fine = F.interpolate(places, scale_factor=2)                                # finer than the network's
+        assert project(maps, fine).abs().max() < 1e-6
+        assert project(maps, -places).sub(2).abs().max() < 1e-6
+        turned = project(maps, places.flip(3))
+    assert (turned > 0.005).all()                                                  # place by place
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("kind", ["unet", "dit"])
+def test_the_gradient_reaches_what_lies_before_the_block_alone(kind, checkpointed):
+    torch.manual_seed(0)
+    network = network_of(kind)
+    network.use_checkpoint = checkpointed
+    alignment = alignment_of({"feature": "x", "block": 2, "hidden": 8}, network)
+    project = projection(alignment, network, torch.zeros(6, 2, 2), seed=0)
+    with watched(network, alignment) as maps:
+        out = network(torch.randn(2, 4, 8, 16), torch.tensor([3.0, 700.0]))
+    assert len(maps) == 1
+    assert maps[0].shape == ((2, 32, 8, 16) if kind == "unet" else (2, 32, 4, 8))
+    if kind == "dit":  # blocks begin as the identity
+        for block in network.blocks:
+            torch.nn.init.normal_(block.adaLN_modulation[1].weight, std=0.1)
+        with watched(network, alignment) as maps:
+            out = network(torch.randn(2, 4, 8, 16), torch.tensor([3.0, 700.0]))
+    project(maps[0], torch.randn(2, 6, 2, 4)).sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in project.parameters())
+    stages = list(network.stages)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in stages[0].parameters())
+    assert all(p.grad is None for p in stages[2].parameters())
+    assert out.shape == (2, 4, 8, 16)
+    assert not network._forward_pre_hooks
+    assert not stages[1]._forward_hooks
+
+
+@pytest.mark.parametrize(("kind", "feature"), [("unet", "own"), ("dit", "own-map")])
+def test_what_a_training_leaves_knows_nothing_of_the_alignment(cohort, tmp_path, kind, feature):
+    cfg = config(cohort, kind, feature, weight=2.0)
+    run = train(tmp_path, cfg, "aligned")
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert any(name.startswith("repa.layers") for name in content["state_dict"])
+    model = load_model(run)
+    assert not hasattr(model, "repa")
+    folder = export(run, tmp_path / "model")
+    assert "repa" not in (folder / "config.yaml").read_text()
+    exported = load_model(folder).model.state_dict()
+    assert all(torch.equal(value, exported[name]) for name, value in model.model.state_dict().items())
+
+
+def test_a_resumed_training_goes_on_as_if_it_had_not_stopped(cohort, tmp_path):
+    cfg = config(cohort, "dit", "own-map")
+    whole = train(tmp_path, cfg, "whole")
+    part = train(tmp_path, cfg, "part", "--max_steps", "2")
+    assert main(["-t", "--resume", str(part), "--max_steps", "4", "--no-test"]) == 0
+    states = [torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for run in (whole, part)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_targets_are_of_the_training_alone_and_are_not_recorded(cohort):
+    node = {"target": "ldm.data.datasets.TileDataset", "params": {"keys": ["latent"]}}
+    data = TileDataModule(
+        node, node, stores=str(cohort), latents="first", conditions={"map": "features/own-map"},
+        targets={"repa": "features/own"},
+    )  # fmt: skip
+    assert set(data.datasets["train"][0]) - set(data.datasets["validation"][0]) == {"repa"}
+    assert set(data.metadata["conditions"]) == {"map"}
+
+
+@pytest.mark.parametrize(
+    ("repa", "message"),
+    [
+        ({"block": 10}, "the network has 9 blocks"),
+        ({"blok": 1}, "did you mean 'block'"),
+        ({"block": 0}, "counts from 1"),
+        ({"weight": 0}, "above 0"),
+        ({"feature": "owm"}, "did you mean 'own'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_trained(cohort, tmp_path, capsys, repa, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(config(cohort, "unet", **{"feature": "own", **repa})))
+    assert main(["-t", "--base", str(path), "--logdir", str(tmp_path / "logs")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_network_without_blocks_is_refused():
+    with pytest.raises(UserError, match="does not say which blocks"):
+        alignment_of({"feature": "x", "block": 1}, torch.nn.Linear(1, 1))
+    assert Alignment("x", 1).weight == 0.5
