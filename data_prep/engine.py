@@ -11,12 +11,14 @@ import contextlib
 import os
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from ldm.errors import UserError, nearest, notes_kept
+from ldm.errors import UserError, nearest, note, notes_kept
 from ldm.locks import Held
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 DONE, KEPT, FAILED, LEFT_OUT, BUSY = "done", "done before", "failed", "left out", "busy"
 AHEAD = "fetch"  # the stage that runs while the slide before is worked on
+IN_FLIGHT = 1000  # slides that a scheduler knows of at once
 QUIET = {"TQDM_DISABLE": "1", "DASK_LOGGING__DISTRIBUTED": "error"}  # of worker processes: the client tells
 INSTALL = "pip install 'histoldm[cluster]'"
 _SLURM = (
@@ -50,7 +53,7 @@ class Task:
     gpu: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class Outcome:
     """What became of a task. state: DONE, KEPT, FAILED, LEFT_OUT or BUSY."""
 
@@ -118,34 +121,60 @@ def run_here(tasks: Sequence[Task]) -> Iterator[Outcome]:
 
 
 def run_by(client: Client, tasks: Sequence[Task]) -> Iterator[Outcome]:
-    """Outcomes of the tasks as they end, by the workers of a Dask client. Earlier slides go first."""
+    """Outcomes of the tasks as they end, by the workers of a Dask client. Earlier slides go first.
+
+    The scheduler knows of IN_FLIGHT slides at once, so that its memory does not grow with the cohort.
+    """
     from distributed import as_completed
 
-    held = [info.get("resources", {}) for info in client.scheduler_info(n_workers=-1)["workers"].values()]
-    has = {name for resources in held for name in resources}
-    order = {slide: i for i, slide in enumerate(dict.fromkeys(task.slide for task in tasks))}
-    slides, window = list(order), 2 * max(1, len(held))
-    futures: dict[tuple[str, str], Any] = {}
+    held = _resources(client)
+    has, window = {name for resources in held for name in resources}, 2 * len(held)
+    of_slide: dict[str, list[Task]] = defaultdict(list)
     for task in tasks:
-        needs = [futures[task.slide, need] for need in task.needs]
-        if task.stage == AHEAD and (i := order[task.slide]) >= window and (slides[i - window], "tiles") in futures:
-            needs.append(futures[slides[i - window], "tiles"])  # no more copies than a few slides ahead
-        kind = "FETCH" if task.stage == AHEAD else "GPU" if task.gpu and "GPU" in has else "WORK"
-        futures[task.slide, task.stage] = client.submit(
-            _after if task.stage == AHEAD else attempt, task, *needs,
-            key=f"{task.stage}-{order[task.slide]}-{id(tasks)}",
-            resources={kind: 1} if kind in has else None, priority=-order[task.slide], pure=False,
-        )  # fmt: skip
-    names = {future.key: place for place, future in futures.items()}
-    for future in as_completed(list(futures.values())):
-        slide, stage = names[future.key]
+        of_slide[task.slide].append(task)
+    slides, futures = list(of_slide), dict[tuple[int, str], Any]()
+    ended, left = as_completed(loop=client.loop), dict[int, int]()
+    coming = iter(range(len(slides)))
+
+    def begin(i: int) -> None:
+        left[i] = len(of_slide[slides[i]])
+        for task in of_slide[slides[i]]:
+            needs = [futures[i, need] for need in task.needs]
+            if task.stage == AHEAD and (before := futures.get((i - window, "tiles"))) is not None:
+                needs.append(before)  # no more copies than a few slides ahead
+            kind = "FETCH" if task.stage == AHEAD else "GPU" if task.gpu and "GPU" in has else "WORK"
+            futures[i, task.stage] = client.submit(
+                _after if task.stage == AHEAD else attempt, task, *needs, key=f"{task.stage}-{i}-{id(tasks)}",
+                resources={kind: 1} if kind in has else None, priority=-i, pure=False,
+            )  # fmt: skip
+            ended.add(futures[i, task.stage])
+
+    for i in islice(coming, IN_FLIGHT):
+        begin(i)
+    for future in ended:
+        stage, number, _ = future.key.rsplit("-", 2)
+        i = int(number)
         if future.status == "finished":
             yield future.result()
         else:
             error = future.exception()
             lost = "its worker died each time that it was tried; is the memory enough?"
             killed = type(error).__name__ == "KilledWorker"
-            yield Outcome(slide, stage, FAILED, reason=lost if killed else f"{type(error).__name__}: {error}")
+            yield Outcome(slides[i], stage, FAILED, reason=lost if killed else f"{type(error).__name__}: {error}")
+        left[i] -= 1
+        if not left[i]:
+            for task in of_slide[slides[i]]:
+                del futures[i, task.stage]
+            for after in islice(coming, 1):
+                begin(after)
+
+
+def _resources(client: Client) -> list[dict[str, float]]:
+    """The resources of each worker, when there is one: jobs of a cluster may wait for long until they start."""
+    if not client.scheduler_info(n_workers=-1)["workers"]:
+        note("no worker has started yet; waiting for the first one")
+        client.wait_for_workers(1)
+    return [info.get("resources", {}) for info in client.scheduler_info(n_workers=-1)["workers"].values()]
 
 
 def _after(task: Task, *_: Outcome) -> Outcome:

@@ -7,8 +7,8 @@ import json
 import platform
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,19 @@ from ldm.files import tool_version, write_text
 from ldm.images.quality import QUALITY
 from ldm.report.page import document
 
+ROWS = 10_000  # of slides that the page shows, as no browser could show a million
 PACKAGES = ("torch", "zarr", "numpy", "openslide-python", "tifffile", "timm")
+
+
+def _as_dict(outcome: Outcome) -> dict[str, Any]:
+    told = {each.name: getattr(outcome, each.name) for each in fields(outcome)}
+    return told | {"seconds": round(outcome.seconds, 4)}
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as JSON, one a line, without what is empty: a file of a million stays small, and line by line to read."""
+    told = ({name: value for name, value in row.items() if value not in (None, "", [], {}, ())} for row in rows)
+    return ",".join(f"\n  {json.dumps(row, default=str, ensure_ascii=False)}" for row in told)
 
 
 class RunRecord:
@@ -67,11 +79,14 @@ class RunRecord:
             "packages": {name: version(name) for name in PACKAGES}, "command": sys.argv,
             "started": self.started.isoformat(timespec="seconds"), "ended": ended.isoformat(timespec="seconds"),
             "settings": self.asked, "tiles": self.tiles, "minutes": {k: v / 60 for k, v in self.seconds().items()},
-            "notes": self.notes(), "slides": self.entries, "outcomes": [asdict(each) for each in self.outcomes],
+            "notes": self.notes(),
         }  # fmt: skip
+        rows = {"slides": self.entries, "outcomes": map(_as_dict, self.outcomes)}
+        text = json.dumps(about, indent=1, default=str, ensure_ascii=False).removesuffix("\n}")
+        text += "".join(f',\n "{name}": [{_lines(each)}\n ]' for name, each in rows.items()) + "\n}\n"
         name = self.started.strftime("%Y-%m-%dT%H-%M-%S")
         path = next(path for i in range(1000) if not (path := runs / f"{name}{f'-{i}' if i else ''}.json").exists())
-        write_text(path, json.dumps(about, indent=1, default=str, ensure_ascii=False))
+        write_text(path, text)
         write_text(self.out / "summary.html", self._page(ended))
 
     def _page(self, ended: datetime) -> str:
@@ -91,8 +106,10 @@ class RunRecord:
         stages = list(dict.fromkeys(outcome.stage for outcome in self.outcomes))
         head = "".join(f"<th>{html.escape(stage)}</th>" for stage in ("slide", "", *stages, "tiles", *QUALITY, "MB"))
         order = sorted(by_slide, key=lambda slide: (slide not in failed, slide))
-        rows = "".join(self._row(slide, by_slide[slide], stages) for slide in order)
+        rows = "".join(self._row(slide, by_slide[slide], stages) for slide in order[:ROWS])
         body += f'<section><h2>Slides</h2><div class="scroll"><table><thead><tr>{head}</tr></thead>{rows}</table></div>'
+        if (more := len(order) - ROWS) > 0:
+            body += f"<p>Of {len(order)} slides {ROWS}, failed ones first; the other {more} are in runs/ alone.</p>"
         settings = html.escape(json.dumps(self.asked, indent=1, default=str))
         body += f"</section><section><h2>Settings</h2><pre>{settings}</pre></section>"
         minutes = (ended - self.started).total_seconds() / 60

@@ -302,6 +302,7 @@ def sha256(*paths: Path | str) -> str:
     return digest.hexdigest()
 
 
+@functools.cache
 def tool_version() -> str:
     """The version of this toolkit, as recorded in the files that it writes; "unknown" if it is not installed.
 

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT
+from data_prep.engine import DONE, FAILED, Outcome
 from data_prep.prepare import main, prepare
+from data_prep.run_record import RunRecord
 from ldm.data.cohort import read_index
 from ldm.data.store_faults import check_store
 from ldm.data.tile_store import TileStore, open_cohort
@@ -122,6 +124,27 @@ def test_other_settings_than_those_of_the_cohort_are_refused_before_any_work(pre
     with pytest.raises(UserError, match=message):
         main([*words(slides, prepared), *more])
     assert bytes_of(prepared) == before
+
+
+def test_the_page_of_very_many_slides_shows_as_many_as_a_browser_can_and_failed_ones_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_prep.run_record.ROWS", 3)
+    record = RunRecord(tmp_path, [{"path": f"s{i}.png", "mpp": None} for i in range(5)], {})
+    for i in range(5):
+        record.add(Outcome(f"s{i}.png", "tiles", FAILED if i == 4 else DONE, facts={"tiles": i}))
+    record.write()
+    page = (tmp_path / "summary.html").read_text()
+    assert [f"s{i}.png" in page for i in range(5)] == [True, True, False, False, True]
+    assert "Of 5 slides 3, failed ones first; the other 2 are in runs/ alone." in page
+    (run,) = (tmp_path / "runs").iterdir()
+    told = json.loads(run.read_text())
+    assert told["slides"][0] == {"path": "s0.png"}
+    assert told["outcomes"][3] == {
+        "slide": "s3.png",
+        "stage": "tiles",
+        "state": "done",
+        "seconds": 0.0,
+        "facts": {"tiles": 3},
+    }
 
 
 def test_from_python(slides, tmp_path):

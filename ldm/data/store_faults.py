@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -115,14 +115,22 @@ def _array_faults(store: TileStore, name: str, shape: tuple[int, ...] | None) ->
     if array.digests is not None and len(array.digests) != len(files):
         yield fault(f"records digests of {len(array.digests)} of its {len(files)} files", ARRAY)
         return
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        for i, what in enumerate(pool.map(partial(_file_fault, array, files), range(len(files)))):
-            if what:
-                yield fault(what, FILE, file=i, path=files[i])
+    for i, what in enumerate(_each(partial(_file_fault, array, files), len(files))):
+        if what:
+            yield fault(what, FILE, file=i, path=files[i])
     known = {folder / "zarr.json", *files}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path not in known:
             yield fault(f"{path.relative_to(folder)} is no file of this array", LEFT, path=path)
+
+
+def _each(call: Callable[[int], str], count: int) -> Iterator[str]:
+    """call(0), call(1), ...: by several threads, but for a single one, as most arrays of a small slide are one file."""
+    if count < 2:
+        yield from map(call, range(count))
+        return
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        yield from pool.map(call, range(count))
 
 
 def _file_fault(array: StoredArray, files: list[Path], i: int) -> str:

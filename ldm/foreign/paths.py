@@ -121,7 +121,7 @@ def named_in(table: Path, names: Iterable[Any], folder: Path | None = None) -> l
         folder: where relative paths begin, and where the files may lie; None: the table's.
     Raises:
         UserError: a file that lies outside of it, by an absolute path, by `..` or by a link, and in no folder that
-            --outside names.
+            --files-in names.
 
     >>> named_in(Path("cohort/captions.csv"), ["a.png", "../private/b.png"])
     Traceback (most recent call last):
