@@ -118,7 +118,7 @@ def test_unknown_settings_of_a_loss_are_refused(kind, key, told):
 
 def test_kl_loss_sums_over_pixels_and_vq_loss_averages():
     x, y, last = torch.zeros(2, 3, 16, 16), torch.full((2, 3, 16, 16), 0.5), nn.Parameter(torch.zeros(1))
-    recon = Reconstruction(y, torch.tensor(7.0), None)
+    recon = Reconstruction(y, torch.tensor(7.0), None, y)
     loss, logs = LPIPSWithDiscriminator(disc_start=9, kl_weight=0.1, logvar_init=0.3, **DISC)(x, recon, 0, last)
     assert loss.item() == pytest.approx(3 * 16 * 16 * (0.5 / torch.tensor(0.3).exp().item() + 0.3) + 0.7, rel=1e-5)
     assert logs["rec_loss"] == 0.5

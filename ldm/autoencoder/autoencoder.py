@@ -20,6 +20,7 @@ class Reconstruction(NamedTuple):
     image: Tensor  # (B,3,H,W)
     latent_loss: Tensor  # () KL divergence per image, or codebook loss
     indices: Tensor | None  # codebook indices of a VQ latent
+    latent: Tensor  # (B,C,h,w) that it was decoded from
 
 
 class AutoencoderKL(nn.Module):
@@ -58,7 +59,7 @@ class AutoencoderKL(nn.Module):
         """Reconstruct from a sample of the posterior, or from its mode without a generator."""
         posterior = self.encode(x)
         z = posterior.mode() if generator is None else posterior.sample(generator)
-        return Reconstruction(self.decode(z), posterior.kl().mean(), None)
+        return Reconstruction(self.decode(z), posterior.kl().mean(), None, z)
 
     def get_last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight
@@ -107,7 +108,8 @@ class VQModel(nn.Module):
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
         quantised = self.quantize(self.encode(x))
-        return Reconstruction(self.decode(quantised.z, force_not_quantize=True), quantised.loss, quantised.indices)
+        image = self.decode(quantised.z, force_not_quantize=True)
+        return Reconstruction(image, quantised.loss, quantised.indices, quantised.z)
 
     def get_last_layer(self) -> Tensor:
         return self.decoder.conv_out.weight

@@ -9,12 +9,15 @@ import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
+from ldm.autoencoder.alignment import TokenAlignment, alignment_of, balance
 from ldm.autoencoder.autoencoder import Reconstruction
 from ldm.autoencoder.weights import load_discriminator, load_weights
 from ldm.config import foreign_config, instantiate_from_config
 from ldm.errors import UserError
 from ldm.metrics.pairs import psnr
 from ldm.rng import generator, training_generator
+
+ALIGN = "align"  # entry of the batch that holds the tokens with which latents are aligned
 
 
 class AutoencoderStage(pl.LightningModule):
@@ -32,6 +35,8 @@ class AutoencoderStage(pl.LightningModule):
         ckpt_path: weights to start from (`ldm.autoencoder.weights`): a model folder or a published checkpoint; its
             discriminator too, where it has one that fits.
         freeze_encoder: train the decoder alone, so that latents, and models trained on them, stay valid.
+        align: aligns the latents with patch tokens of the store, `{feature: uni2-h-tokens, weight: 0.1}`
+            (`ldm.autoencoder.alignment.LatentAlignment`).
         monitor: logged value by which the best checkpoint is chosen.
         accumulate_grad_batches, gradient_clip_val: as the Trainer's, which manual optimisation does not take.
         seed: names, with rank and step, the draws of the latents' noise.
@@ -44,6 +49,7 @@ class AutoencoderStage(pl.LightningModule):
         image_key: str = "image",
         ckpt_path: str | None = None,
         freeze_encoder: bool = False,
+        align: dict | None = None,
         monitor: str | None = "val/rec_loss",
         accumulate_grad_batches: int = 1,
         gradient_clip_val: float | None = None,
@@ -54,6 +60,10 @@ class AutoencoderStage(pl.LightningModule):
         self.automatic_optimization = False
         self.autoencoder = instantiate_from_config(first_stage)
         self.loss = instantiate_from_config(loss)
+        if align is not None and freeze_encoder:
+            raise UserError("align moves the latents, which freeze_encoder keeps; leave one of them out.")
+        self.alignment = None if align is None else alignment_of(align)
+        self.targets = {} if align is None else {ALIGN: f"features/{self.alignment.feature}"}  # of the training data
         self.image_key = image_key
         self.monitor = monitor
         self.accumulate = accumulate_grad_batches
@@ -71,10 +81,18 @@ class AutoencoderStage(pl.LightningModule):
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Reconstruction:
         return self.autoencoder(x, generator)
 
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.alignment is not None:
+            tile = self.trainer.datamodule.datasets["train"][0]
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self.seed)
+                self.align = TokenAlignment(self.alignment, self.autoencoder.channels, tile.get(ALIGN))
+
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         if self.learning_rate is None:
             raise UserError("the autoencoder stage has no learning rate; set model.base_learning_rate in the config.")
         weights = [*self.autoencoder.parameters(), self.loss.logvar]
+        weights += [] if self.alignment is None else self.align.parameters()
         trained = ([p for p in weights if p.requires_grad], list(self.loss.discriminator.parameters()))
         return [torch.optim.Adam(group, lr=self.learning_rate, betas=(0.5, 0.9)) for group in trained]
 
@@ -89,6 +107,11 @@ class AutoencoderStage(pl.LightningModule):
         self.toggle_optimizer(opt_ae)  # the discriminator passes gradients on but collects none
         recon = self(x, draws)
         loss, logs = self.loss(x, recon, step, self.autoencoder.get_last_layer())
+        if self.alignment is not None:
+            apart = self.align(recon.latent, batch[ALIGN])
+            weight = balance(loss, apart, self.autoencoder.encoder.conv_out.weight) * self.alignment.weight
+            loss = loss + weight * apart
+            logs["alignment"] = apart.detach()
         self.manual_backward(loss / self.accumulate)
         if update:
             opt_ae.step()

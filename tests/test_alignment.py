@@ -1,4 +1,4 @@
-"""Training that aligns a block of the network with features of the store."""
+"""Training that aligns a block of the network, or the latents of a first stage, with features of the store."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from ldm.autoencoder.alignment import LatentAlignment, TokenAlignment, balance
 from ldm.data.module import TileDataModule
 from ldm.data.store_writers import ArrayWriter, TileStoreWriter
 from ldm.errors import UserError
-from ldm.model_folder import export, load_model
+from ldm.model_folder import export, load_first_stage, load_model
 from ldm.networks.dit import DiT
 from ldm.networks.repa import Alignment, Projection, alignment_of, projection, watched
 from ldm.networks.unet import UNetModel
@@ -31,7 +32,7 @@ FIRST_STAGE = {
         "embed_dim": 4,
         "ddconfig": {
             "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 1],
-            "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0, "double_z": True,
+            "num_res_blocks": 1, "attn_resolutions": [],
         },
     },
 }  # fmt: skip
@@ -185,3 +186,70 @@ def test_a_network_without_blocks_is_refused():
     with pytest.raises(UserError, match="does not say which blocks"):
         alignment_of({"feature": "x", "block": 1}, torch.nn.Linear(1, 1))
     assert Alignment("x", 1).weight == 0.5
+
+
+# --- latents of a first stage -----------------------------------------------------------------------------------------
+
+
+def first_stage_config(cohort: Path, **align) -> dict:
+    loss = {"disc_start": 3, "perceptual_weight": 0, "disc_ndf": 4, "disc_num_layers": 2}
+    node = {"target": "ldm.data.datasets.TileDataset"}
+    return {
+        "model": {
+            "base_learning_rate": 1e-3, "scale_lr": False, "target": "ldm.autoencoder.stage.AutoencoderStage",
+            "params": {
+                "first_stage": FIRST_STAGE, "align": {"feature": "own-map", **align},
+                "loss": {"target": "ldm.autoencoder.losses.LPIPSWithDiscriminator", "params": loss},
+            },
+        },
+        "data": {
+            "target": "ldm.data.module.TileDataModule",
+            "params": {"batch_size": 8, "stores": str(cohort), "keys": ["image"], "train": node, "validation": node},
+        },
+        "lightning": {"trainer": {"accelerator": "cpu", "max_steps": 4}},
+    }  # fmt: skip
+
+
+def test_angles_of_latents_and_their_differences_have_margins():
+    align = TokenAlignment(LatentAlignment("x"), channels=2, feature=torch.zeros(2, 1, 2))
+    with torch.no_grad():
+        align.project.weight.copy_(torch.eye(2)[:, :, None, None])
+    one, two = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    same, apart = (torch.stack(pair, 1)[None, :, None] for pair in ((one, one), (one, two)))    # (1,2,1,2)
+    with torch.no_grad():
+        assert align(3 * same, same) == 0
+        assert align(-same, same) == pytest.approx(1.5)  # cosine -1, but equal to one another
+        assert align(apart, same) == pytest.approx(0.5 / 2 + 0.75 * 2 / 4)  # one of two places, two of four pairs
+
+
+def test_the_balance_is_the_ratio_of_gradients():
+    layer = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    assert balance((layer**2).sum(), layer.sum(), layer) == pytest.approx(10 / 2**0.5, rel=1e-3)
+
+
+def test_a_first_stage_with_aligned_latents_is_a_first_stage(cohort, tmp_path):
+    run = train(tmp_path, first_stage_config(cohort), "latents")
+    content = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert content["state_dict"]["align.project.weight"].shape == (6, 4, 1, 1)
+    part = train(tmp_path, first_stage_config(cohort), "part", "--max_steps", "2")
+    assert main(["-t", "--resume", str(part), "--max_steps", "4", "--no-test"]) == 0
+    again = torch.load(part / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(value, again[name]) for name, value in content["state_dict"].items())
+    first_stage = load_first_stage(str(export(run, tmp_path / "first-stage")))
+    assert first_stage.latent(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("align", "message"),
+    [
+        ({"feature": "own"}, "is to be a map of patch tokens"),
+        ({"feature": "own-mop"}, "did you mean 'own-map'"),
+        ({"weight": 0}, "align.weight is between"),
+        ({"wieght": 1}, "did you mean 'weight'"),
+    ],
+)
+def test_mistakes_in_an_alignment_of_latents_are_told(cohort, tmp_path, capsys, align, message):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(first_stage_config(cohort, **align)))
+    assert main(["-t", "--base", str(path), "--logdir", str(tmp_path / "logs")]) == 2
+    assert message in capsys.readouterr().err
