@@ -177,7 +177,7 @@ def run_job(job: dict[str, Any]) -> NoReturn:
         for stream in (1, 2):
             os.dup2(log, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
+        sys.stdout, sys.stderr = (open(stream, "w", 1, errors="backslashreplace", closefd=False) for stream in (1, 2))
         os.chdir(job["folder"])
         torch.set_num_threads(1)
         for name, value in SMALL.items():

@@ -95,7 +95,7 @@ PixelsOption = Annotated[
 ]
 JpegQualityOption = Annotated[int, output("--jpeg-quality", min=1, max=100, help="Quality of --pixels jpeg.")]
 SizeOption = Annotated[int, taken("--size", callback=check_side, help="Side of the square tiles in pixels.")]
-SeedOption = Annotated[int, taken("--seed", help="Seed of what is drawn at random: the same seed draws the same.")]
+SeedOption = Annotated[int, taken("--seed", min=0, help="Seed of what is drawn: the same seed draws the same.")]
 ValidationOption = Annotated[
     float | None,
     splits(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.engine import DONE, FAILED, Outcome
-from ldm.files import tool_version, write_text
+from ldm.files import tool_version, writable_folder, write_text
 from ldm.images.quality import QUALITY
 from ldm.report.page import document
 
@@ -72,8 +72,7 @@ class RunRecord:
     def write(self) -> None:
         """runs/<time>.json, and summary.html, which shows the last run."""
         ended = datetime.now().astimezone()
-        runs = self.out / "runs"
-        runs.mkdir(parents=True, exist_ok=True)
+        writable_folder(runs := self.out / "runs")
         about = {
             "version": tool_version(), "python": platform.python_version(), "machine": platform.node(),
             "packages": {name: version(name) for name in PACKAGES}, "command": sys.argv,

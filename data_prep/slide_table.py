@@ -108,6 +108,8 @@ def find_slides(paths: Sequence[Path | str]) -> list[Path]:
     slides: list[Path] = []
     for p in map(Path, paths):
         slides += images_in(p) if p.is_dir() and not is_ome_zarr(p) else [p]
+    for path in slides:
+        path.name.encode()  # as in what is written: `ldm.errors.run_command` tells of one that is not UTF-8
     slides = one_per_series(found := slides)
     if not slides:
         for path in found:  # why a file that was named is none

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from difflib import get_close_matches
+from io import TextIOWrapper
 
 from tqdm import tqdm
 
 LISTED = 25  # most names that a message lists
+_REFUSED = {  # by the system, whatever a command wants of the file -> what to do
+    errno.ENAMETOOLONG: "give a shorter name: 255 bytes at most, with what is added to it",
+    errno.EACCES: "allow it, or give another place",
+    errno.EPERM: "allow it, or give another place",
+    errno.EROFS: "give a place on another disk",
+    errno.ELOOP: "correct the links that lead to one another",
+    errno.ENOTDIR: "a part of that path is a file; correct it",
+    errno.EISDIR: "give a file",
+    errno.EIO: "its disk has errors, or is gone",
+    errno.ESTALE: "its disk is gone; mount it again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the machine's limit of open files",
+}
+_UNDECODED = re.compile(r"[^\s\"'<>:]*[\udc80-\udcff][^\s\"'<>:]*")  # part of a name, with bytes that are not UTF-8
+_COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # to a terminal
 _NOTES: ContextVar[list[str] | None] = ContextVar("notes", default=None)
 
 
@@ -27,7 +44,7 @@ def note(text: str) -> None:
     if (kept := _NOTES.get()) is not None:
         kept.append(text)
     else:
-        tqdm.write(f"note: {text}", file=sys.stderr)
+        tqdm.write(f"note: {printable(text)}", file=sys.stderr)
 
 
 @contextmanager
@@ -90,29 +107,59 @@ def _disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def _told_by_system(error: Exception) -> str:
+    """What is to be said of an error by which the system refuses a file, or its name; "" of others."""
+    if _disk_full(error):
+        path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # a copy has both
+        return f"the disk is full{f' ({path})' if path else ''}; make room and run the same command again."
+    if isinstance(error, OSError) and error.errno in _REFUSED and error.filename is not None:
+        return f"{error.filename}: {error.strerror}; {_REFUSED[error.errno]}."
+    if isinstance(error, UnicodeEncodeError):
+        return _no_text(error.object)
+    return ""
+
+
+def _no_text(text: str) -> str:
+    """What is to be said of a text with bytes of a name that are not UTF-8; "" where there are none."""
+    if (name := _UNDECODED.search(text)) is None:
+        return ""
+    return f"the name {name[0]!r} is not UTF-8, in which names are recorded; rename that file or folder."
+
+
+def printable(text: object) -> str:
+    r"""A text of others as a terminal may show it: what would move its cursor, or be no letter, as escapes.
+
+    >>> print(printable("tiles \x1b[2J of\n0.5 um \udce9"))
+    tiles \x1b[2J of
+    0.5 um \udce9
+    """
+    return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], str(text))
+
+
 def run_command(command: Callable[[], object]) -> int:
     """Run the body of a command and return its exit code: 0, or 130 after Ctrl-C.
 
-    A UserError, or a full disk, is printed to stderr as one line, with exit code 2; other errors are raised.
+    A UserError, a full disk, and a file or name that the system refuses, are printed to stderr as one line, with exit
+    code 2; other errors are raised. Names on the command line are UTF-8, since most files that are written hold them.
 
     >>> def command():
     ...     raise UserError("there is no such file")
     >>> run_command(command)
     2
     """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files may be no text
     try:
+        if told := next(filter(None, map(_no_text, sys.argv[1:])), ""):
+            raise UserError(told)
         command()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue.", file=sys.stderr)
         return 130
     except Exception as error:
-        if not _disk_full(error):
+        told = str(error) if isinstance(error, UserError) else _told_by_system(error)
+        if not told:
             raise
-        path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # a copy has both
-        place = f" ({path})" if path else ""
-        print(f"error: the disk is full{place}; make room and run the same command again.", file=sys.stderr)
+        print(f"error: {printable(told)}", file=sys.stderr)
         return 2
     return 0

@@ -136,8 +136,11 @@ class LatentDiffusion(pl.LightningModule):
         self.cond_stage_model = instantiate_from_config(cond_stage_config) if cond_stage_config else None
         self.cond_stage_node = cond_stage_config
         self.image_size = declared(self.model.diffusion_model).image_size
-        if self.image_size is None:
-            raise UserError("unet_config.params needs image_size, the side of a tile's latent; samples have that size.")
+        if type(self.image_size) is not int or self.image_size < 1:
+            raise UserError(
+                f"unet_config.params.image_size is {self.image_size}; it is the side of a tile's latent, which samples "
+                "have, a whole number above 0."
+            )
         self.channels = self.first_stage_model.channels
         self.alignment = None if repa is None else alignment_of(repa, self.model.diffusion_model)
         self.targets = {} if repa is None else {"repa": f"features/{self.alignment.feature}"}  # of the training data

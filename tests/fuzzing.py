@@ -47,12 +47,14 @@ class Kind:
         make: writes whole files into an empty folder.
         enter: reads them as the commands do, given the folder and another one to write to.
         files: patterns of the files that are damaged.
+        own: the user writes them, and may ask for more memory than there is.
     """
 
     name: str
     make: Callable[[Path], object]
     enter: Callable[[Path, Path], object]
     files: tuple[str, ...] = ("*",)
+    own: bool = False
 
 
 @dataclass
@@ -237,7 +239,7 @@ def _reading(kind: Kind, folder: Path) -> str | tuple[str, str]:
         return "result"
     except UserError as error:
         cause: BaseException | None = error
-        while cause is not None:
+        while cause is not None and not kind.own:
             if isinstance(cause, MemoryError) or "allocate" in str(cause).partition("\n")[0].lower():
                 return f"it took more than {GROWTH >> 20} MiB", _in_product(traceback.format_exc())
             cause = cause.__cause__ or cause.__context__

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import tifffile
 from attacks import SECRET, refused
+from PIL import Image
 from pydicom import dcmread
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from test_dicom import TISSUE, Series
@@ -87,6 +88,17 @@ def test_plain_images_are_no_larger_than_can_be_decoded(tmp_path, write):
         said = refused(lambda read=read: read(path), "too large for a plain image: it has 2500 million px")
         assert "pyramidal TIFF" in said
     assert read_mark(path) == {}
+
+
+def test_a_jpeg_is_not_drawn_over_and_over(tmp_path):
+    path = tmp_path / "a.jpg"
+    for progressive in (False, True):
+        Image.new("RGB", (64, 64), "red").save(path, progressive=progressive)
+        assert open_image(path).read(0, 0, 64, 64).shape == (64, 64, 3)
+    data = path.read_bytes()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    path.write_bytes(data[:-2] + 3000 * last + data[-2:])
+    refused(lambda: open_image(path), "drawn in 30.. passes")
 
 
 def test_pillow_runs_no_other_program(tmp_path, monkeypatch):

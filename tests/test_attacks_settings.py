@@ -107,6 +107,8 @@ BOMBS = {
     "items": ("[" + "1," * 400_000 + "1]", "more than 300000 entries"),
     "bytes": ("a: '" + "x" * (1 << 25) + "'", "more than 32 MiB"),
     "digits": ("a: " + "9" * 10_000, "not valid YAML"),
+    "bits": ("a: 0b" + "1" * 100_000, "not valid YAML"),
+    "base 60": ("a: !!int " + ":".join(["1"] * 100_000), "not valid YAML"),
     "key twice": ("a: 1\na: 2", "the key a is there twice"),
     "tag": ("a: !!python/object/apply:os.system ['true']", "not valid YAML"),
 }

@@ -181,13 +181,23 @@ def described(shape: list[int], chunk: list[int], kind: str = "uint8") -> dict:
     ],
 )
 def test_an_ome_zarr_has_no_more_chunks_than_it_can(tmp_path, shape, chunk, message):
-    path = tmp_path / "a.zarr"
+    refused(lambda: open_image(image_of(tmp_path / "a.zarr", shape, chunk)), message)
+
+
+def image_of(path: Path, shape: list[int], chunk: list[int], levels: int = 1) -> Path:
+    """An OME-Zarr image of one array, which is each of its levels."""
     (path / "0").mkdir(parents=True)
-    image = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}]}
+    image = {"axes": [{"name": "y"}, {"name": "x"}], "datasets": [{"path": "0"}] * levels}
     group = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": {"multiscales": [image]}}}
     (path / "zarr.json").write_text(json.dumps(group))
     (path / "0" / "zarr.json").write_text(json.dumps(described(shape, chunk)))
-    refused(lambda: open_image(path), message)
+    return path
+
+
+def test_an_ome_zarr_has_no_more_levels_than_any_image(tmp_path):
+    """Each is opened, which of 50,000 takes a minute."""
+    path = image_of(tmp_path / "a.zarr", [4, 4], [4, 4], levels=50_000)
+    refused(lambda: open_image(path), "has 50000 levels")
 
 
 def test_a_tile_store_has_no_more_tiles_than_it_can(tmp_path, tiny_store):

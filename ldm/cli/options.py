@@ -79,7 +79,7 @@ WhereOption = Annotated[
     list[str] | None,
     inputs("--where", help=f"Selection of tiles in a store: {FORMS} (repeat)."),
 ]
-SeedOption = Annotated[int, wanted("--seed", help="Seed of everything random.")]
+SeedOption = Annotated[int, wanted("--seed", min=0, help="Seed of everything random.")]
 BatchOption = Annotated[int, speed("--batch-size", min=1, help="Tiles that the network sees at once.")]
 DeviceOption = Annotated[
     str, speed("--device", help="Device: auto (a GPU where there is one), cpu, cuda, cuda:1 or mps.")

@@ -12,6 +12,7 @@ from ldm.data.cohort import counted
 from ldm.data.conditions import index_path, index_rows, lost_index
 from ldm.data.extent import tell_scales
 from ldm.data.tile_store import GROUPS, TileStore, holds_stores, open_cohort
+from ldm.errors import printable
 
 
 def describe(path: Path) -> None:
@@ -28,31 +29,35 @@ def describe_model(model_path: Path) -> None:
     side = model.tile_size
     count = sum(p.numel() for p in model.model.parameters()) / 1e6
     first = type(model.first_stage_model).__name__
-    print(f"{model_path}: tiles of {side} px; UNet of {count:.1f} M parameters over {first}, {model.parameterization}")
+    _say(f"{model_path}: tiles of {side} px; UNet of {count:.1f} M parameters over {first}, {model.parameterization}")
     for name in ("mpp", "licence", "slide_licence"):
         if name in model.metadata:
-            print(f"  {name}: {model.metadata[name]}")
+            _say(f"  {name}: {model.metadata[name]}")
     if "encoder" in model.metadata:
         encoder = model.metadata["encoder"]
-        print(f"  features: {encoder.get('encoder')} ({encoder.get('licence', 'licence not recorded')})")
+        _say(f"  features: {encoder.get('encoder')} ({encoder.get('licence', 'licence not recorded')})")
     conditioner = model.cond_stage_model
-    print("conditions:" if conditioner is not None else "  unconditional")
+    _say("conditions:" if conditioner is not None else "  unconditional")
     for key, about in ({} if conditioner is None else conditioner.describe()).items():
-        print(f"  {key:<12} {about.words()}")
+        _say(f"  {key:<12} {about.words()}")
     if isinstance(conditioner, ConditionerSet):
-        print(f"guidance scales by name: {', '.join(conditioner.members)}")
+        _say(f"guidance scales by name: {', '.join(conditioner.members)}")
 
 
 def describe_stores(path: Path) -> None:
     """How many tiles of which size and scale stores hold, where their scale is from, what lies beside the tiles."""
     stores = open_cohort(path)
-    print(f"{path}: {sum(map(len, stores))} tiles in {len(stores)} store{'s' if len(stores) > 1 else ''}")
+    _say(f"{path}: {sum(map(len, stores))} tiles in {len(stores)} store{'s' if len(stores) > 1 else ''}")
     sizes = Counter(f"{store.tile_size} px at {_scale(store.mpp)}{_pixels(store)}" for store in stores)
     lines = [f"tiles of {size}{_of(count, stores)}" for size, count in sizes.items()]
     lines += [*tell_scales(stores), *_arrays(stores), *_index(stores)]
     if licences := sorted({store.attrs["licence"] for store in stores if store.attrs.get("licence")}):
         lines.append(f"licence: {'; '.join(licences)}")
-    print("\n".join(f"  {line}" for line in lines))
+    _say("\n".join(f"  {line}" for line in lines))
+
+
+def _say(text: str) -> None:
+    print(printable(text))  # names and licences are whatever others wrote
 
 
 def _pixels(store: TileStore) -> str:

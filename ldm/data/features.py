@@ -14,6 +14,7 @@ from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.foreign.budget import afford
 from ldm.foreign.hdf5 import open_h5, values_of
+from ldm.foreign.paths import allowed
 
 H5_NAMES = ("features", "feats", "embeddings")
 SUFFIXES = (".npy", ".h5", ".hdf5", ".pt", ".pth", ".zarr")
@@ -67,7 +68,7 @@ def read_features(path: Path | str, feature: str | None = None, dim: int | None 
     >>> read_features("grid.npy", dim=8).values.shape
     (2, 3, 8)
     """
-    path = Path(path)
+    path = allowed(path)
     if not path.exists():
         raise UserError(f"there are no features at {path}.")
     if path.suffix not in SUFFIXES:

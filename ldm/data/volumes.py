@@ -11,6 +11,7 @@ from PIL import Image
 
 from ldm.errors import UserError, note
 from ldm.foreign.budget import COMPRESSED, afford, plausible
+from ldm.foreign.paths import allowed
 
 AXES = {"sagittal": 0, "coronal": 1, "axial": 2}  # of a volume in RAS orientation: right, anterior, superior
 FOREGROUND = 0.05  # of the window: what is brighter belongs to the body
@@ -32,7 +33,7 @@ class Volume:
 
         self.path = Path(path)
         try:
-            image = _nifti(self.path)
+            image = _nifti(allowed(self.path))
             file = Path(image.file_map["image"].filename)
             if image.affine is None or not np.isfinite(image.affine).all() or not np.linalg.det(image.affine):
                 raise UserError(f"{self.path} does not say where its voxels lie: its affine is broken; correct it.")

@@ -32,7 +32,7 @@ def make_betas(
     `linear` is linear in sqrt(beta) (diffusers: scaled_linear); `sqrt_linear` is linear in beta (guided-diffusion:
     linear); `sqrt` is the square root of the latter; `cosine` is arXiv:2102.09672, equation 17, clipped at 0.999.
 
-    UserError: timesteps that are no whole number from 1 to MOST.
+    UserError: timesteps that are no whole number from 1 to MOST, other parameters that are no numbers from 0 to 1.
 
     >>> betas = make_betas("linear", 1000, 0.0015, 0.0195)
     >>> betas[[0, 500, 999]].tolist()
@@ -40,6 +40,9 @@ def make_betas(
     """
     if not isinstance(timesteps, int) or not 1 <= timesteps <= MOST:
         raise UserError(f"timesteps is the number of noise levels, a whole number from 1 to {MOST}; got {timesteps}.")
+    for name, value in {"linear_start": linear_start, "linear_end": linear_end, "cosine_s": cosine_s}.items():
+        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise UserError(f"{name} of the noise schedule is a number from 0 to 1; got {value!r}.")
     if schedule == "linear":
         return torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2
     if schedule == "sqrt_linear":
@@ -50,7 +53,7 @@ def make_betas(
         time = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps + cosine_s
         alphas = torch.cos(time / (1 + cosine_s) * math.pi / 2) ** 2
         return (1 - alphas[1:] / alphas[:-1]).clamp(0, 0.999)
-    raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}")
+    raise UserError(f"beta_schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
 
 
 def sigmas_from_alphas_cumprod(alphas_cumprod: Tensor) -> Tensor:

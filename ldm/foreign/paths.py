@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -55,10 +56,16 @@ def only_within(folder: Path | str, *more: Path | str) -> Iterator[None]:
 
 
 def allowed(path: Path | str) -> Path:
-    """The path of a file that is to be opened. UserError: within `only_within`, one that lies outside.
+    """The path of a file or folder that is to be opened, which may not be there.
+
+    UserError: within `only_within`, one that lies outside; a pipe or a device, which may never end.
 
     >>> allowed("genes.txt")
     PosixPath('genes.txt')
+    >>> os.mkfifo("a.npy")
+    >>> allowed("a.npy")
+    Traceback (most recent call last):
+    ldm.errors.UserError: a.npy is a pipe, a socket or a device, and no file; write what it gives to one.
     """
     path, folders = Path(path), _WITHIN.get()
     if folders and not any(lies_in(path, folder) for folder in folders):
@@ -66,6 +73,12 @@ def allowed(path: Path | str) -> Path:
             f"{path} lies outside of the folder {folders[0]}, which names it or links to it: what others made is read "
             "from its own folder alone. If you trust it, copy the file into that folder."
         )
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # not there, or no name of a file
+        return path
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise UserError(f"{path} is a pipe, a socket or a device, and no file; write what it gives to one.")
     return path
 
 

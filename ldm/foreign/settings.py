@@ -26,8 +26,13 @@ _FLOAT = re.compile(
 )
 
 
+_INT = re.compile(r"^[-+]?(?:0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$")
+DIGITS = 1000  # of a whole number
+
+
 class _Loader(_Safe):
-    """Plain values; 1e-4 is a number and 2024-05-01 is text, as in configs; a key that is there twice is an error."""
+    """Plain values; 1e-4 is a number, 2024-05-01 and 12:30 are texts, as in configs; a key that is there twice is an
+    error."""
 
     def __init__(self, stream: str):
         super().__init__(stream)
@@ -46,12 +51,20 @@ class _Loader(_Safe):
                     seen.add((key.tag, key.value))
         super().flatten_mapping(node)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        value = self.construct_scalar(node)
+        if len(value) > DIGITS or ":" in value:  # the latter to base 60, which takes long
+            raise yaml.constructor.ConstructorError(None, None, f"{value[:20]} is no whole number", node.start_mark)
+        return super().construct_yaml_int(node)
+
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("timestamp", "float")]
+    first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("timestamp", "float", "int")]
     for first, forms in _Safe.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):
@@ -200,6 +213,8 @@ def check_settings(value: Any, source: object, where: str = "") -> None:
     ldm.errors.UserError: config.yaml: metadata.licence refers to something else by ${...}; settings that came with ...
     """
     for key, node in _within(value, source, where):
+        if not (node is None or isinstance(node, (str, int, float, Mapping, list, tuple))):
+            raise UserError(f"{source}: {key} is a {type(node).__name__}, which is no setting.")
         if isinstance(node, str) and any("\ud800" <= letter <= "\udfff" for letter in node):
             raise UserError(f"{source}: {key} is no text: a part of it is no letter; write it again.")
         if isinstance(node, str) and REFERENCE in node:

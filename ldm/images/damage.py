@@ -1,7 +1,9 @@
-"""Finds out before any work starts whether a file is empty, holds text, or is a TIFF (SVS, ...) that was cut short."""
+"""Finds out before any work starts whether a file is empty, holds text, is a TIFF (SVS, ...) that was cut short, or a
+JPEG that is drawn over and over."""
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +16,13 @@ _NUMBERS = (256, 257, 277, 278, 284, 322, 323)  # width, height, samples, rows p
 _WHOLE = {3: "H", 4: "I", 16: "Q"}
 _NDPI_TAG = 65420  # NDPI keeps the high half of its offsets elsewhere: OpenSlide's business
 _MAX_DIRECTORIES = 4096
+_JPEG = b"\xff\xd8\xff"
+_PASS = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")  # of one to four colours
+_MOST_PASSES = 200  # of a progressive JPEG, which has about ten
 
 
 def refuse_damaged(path: Path) -> None:
-    """UserError for empty files, text files and TIFF files that point beyond their end.
+    """UserError for empty files, text files, TIFF files that point beyond their end and JPEG files of too many passes.
 
     >>> _ = Path("a.tif").write_text("404: not found")
     >>> refuse_damaged(Path("a.tif"))
@@ -34,6 +39,8 @@ def refuse_damaged(path: Path) -> None:
     if not lists and b"\0" not in head and all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
         start = head.decode().split("\n")[0][:60]
         raise UserError(f"{path} holds text, not an image; it begins with '{start}'")
+    if head.startswith(_JPEG) and (passes := sum(1 for _ in _PASS.finditer(path.read_bytes()))) > _MOST_PASSES:
+        raise UserError(f"{path} is drawn in {passes} passes over all of it, a JPEG of a camera or a program in ten")
     if missing := missing_bytes(path):
         raise UserError(
             f"{path} was cut short at {path.stat().st_size} bytes ({missing}); copy it again from its source"

@@ -17,6 +17,8 @@ from ldm.images.kinds import PLATE, SEVERAL, is_ome_zarr
 from ldm.images.scale import UNKNOWN, Scale, physical_scale
 from ldm.images.source import Source
 
+MOST_LEVELS = 64  # each is smaller than the one before
+
 
 def open_ome_zarr(path: Path) -> Source:
     """An OME-Zarr image of 8 bits: gray, RGB, or RGB with opacity; of a folder of bioformats2raw the one in it.
@@ -37,6 +39,8 @@ def open_ome_zarr(path: Path) -> Source:
             told = _told(path)
         image = told["multiscales"][0]
         axes = [axis["name"] if isinstance(axis, dict) else axis for axis in image["axes"]]
+        if len(image["datasets"]) > MOST_LEVELS:
+            raise UserError(f"{path} has {len(image['datasets'])} levels; no image has more than {MOST_LEVELS}.")
         arrays = [_array(path, str(dataset["path"])) for dataset in image["datasets"]]
         shape, kind = arrays[0].shape, arrays[0].dtype
         channels = shape[axes.index("c")] if "c" in axes else 1

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from ldm.errors import UserError
+from ldm.foreign.paths import allowed
 from ldm.images.damage import refuse_damaged
 from ldm.images.kinds import is_plain
 from ldm.images.ome_zarr import open_ome_zarr
@@ -228,7 +229,7 @@ def open_image(path: Path | str, mpp: float | None = None, holds: bool = False) 
     >>> open_image(slide_path)
     Slide('CMU-1-Small-Region.svs', 2220 x 2967 px at 0.499 um/px)
     """
-    path = Path(path)
+    path = allowed(path)
     if mpp is not None and not 0 < mpp <= MOST:
         raise UserError(f"mpp is micrometres per pixel, above 0 and up to {MOST:g}; got {mpp}")
     if not path.exists():

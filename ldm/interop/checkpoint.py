@@ -22,12 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.foreign.budget import plausible
+from ldm.foreign.budget import in_words, plausible
 from ldm.foreign.paths import allowed
 from ldm.foreign.pickles import Stream, check_pickle
 from ldm.interop.forms import SINGLE, check_form, file_of, shards_of, unwrapped, weights_in
 from ldm.interop.pickled_arrays import Array, Kind, latin1, number
 
+HEADER = 1 << 23  # bytes of the names and shapes of tensors
 SHARED = 8  # times that the values of a file may be told anew, as of weights that parts of a model share
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # begins what torch wrote before 1.6
 ZIP_MAGIC = b"PK\x03\x04"
@@ -102,6 +103,7 @@ def _read(path: Path) -> Any:
         with path.open("rb") as stream:
             start = stream.read(64)
             if path.suffix == ".safetensors":
+                _check_header(path, start)
                 return load_file(path)
             if start.startswith(ZIP_MAGIC):
                 return _read_zip(path, stream)
@@ -115,6 +117,13 @@ def _read(path: Path) -> Any:
         raise UserError(f"cannot read {path}: it is truncated or damaged ({_reason(error)}).") from error
     except Exception as error:  # a pickle may ask for anything, and fail in as many ways
         raise UserError(f"cannot read {path} as a checkpoint: {_reason(error)}.") from error
+
+
+def _check_header(path: Path, start: bytes) -> None:
+    """UserError for a .safetensors with so many names that to find each among all takes an hour."""
+    size = int.from_bytes(start[:8], "little")
+    if HEADER < size <= path.stat().st_size:  # else it is damaged
+        raise UserError(f"{path} begins with names of {in_words(size)}; those of no model take more than 8 MB.")
 
 
 def state_dict_of(content: Any, path: str | Path) -> dict[str, Tensor]:

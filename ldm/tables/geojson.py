@@ -26,6 +26,7 @@ import numpy as np
 import shapely
 
 from ldm.errors import UserError
+from ldm.foreign.paths import allowed
 
 SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz", ".zip")
 UNCLASSIFIED = "unclassified"
@@ -134,7 +135,7 @@ def _content(path: Path) -> bytes:
         "alone, without detections and measurements"
     )
     try:
-        if path.suffix.lower() == ".zip":
+        if allowed(path).suffix.lower() == ".zip":
             data = _zipped(path)
         else:
             with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from ldm.errors import UserError
 from ldm.foreign.budget import afford
+from ldm.foreign.paths import allowed
 
 CELL = 64  # bytes that a cell may take in memory
 
@@ -46,7 +47,7 @@ def check_parquet(path: Path) -> None:
     >>> pd.DataFrame({"slide": ["a", "b"]}).to_parquet("index.parquet")
     >>> check_parquet(Path("index.parquet"))
     """
-    with pq.ParquetFile(path) as file:
+    with pq.ParquetFile(allowed(path)) as file:
         told = file.metadata
         unpacked = sum(told.row_group(i).total_byte_size for i in range(told.num_row_groups))
         rows, columns = told.num_rows, max(1, told.num_columns)

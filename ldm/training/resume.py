@@ -45,13 +45,20 @@ def find_run(resume: str) -> tuple[Path, Path]:
         for place in (checkpoint, path):
             name_form(place)
         raise UserError(f"cannot resume '{run}': it has no checkpoints/last.ckpt")
-    if not zipfile.is_zipfile(checkpoint):
+    if not _is_whole(checkpoint):
         raise UserError(f"cannot resume: '{checkpoint}' is not a complete checkpoint; try another one of that folder")
     _check_configs(run, path)
     content = read_checkpoint(checkpoint)
     if not isinstance(content, Mapping) or OWN not in content:
         raise UserError(f"cannot resume '{checkpoint}': it is no training of this toolkit{_anew(checkpoint)}")
     return run, checkpoint
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(checkpoint)
+    except zipfile.BadZipFile:  # the end of one, with other numbers in it
+        return False
 
 
 def _check_configs(run: Path, path: Path) -> None:

@@ -19,6 +19,7 @@ from ldm.training.files import check_files
 if TYPE_CHECKING:  # imported when training begins, so that --help does not wait for it
     from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 
+MAX_SEED = 2**32 - 1  # of NumPy's
 SEED = 23
 CALLBACKS = {
     "progress_bar": "ldm.callbacks.ProgressBar",
@@ -87,6 +88,8 @@ def merge_config(options: argparse.Namespace, overrides: Sequence[str], run: Pat
     elif not run:
         cfg["model"].setdefault("scale_lr", True)
     cfg["seed"] = next(s for s in (options.seed, cfg.get("seed"), SEED) if s is not None)
+    if type(cfg["seed"]) is not int or not 0 <= cfg["seed"] <= MAX_SEED:
+        raise UserError(f"seed is {cfg['seed']!r}; it is a whole number from 0 to {MAX_SEED}.")
     cfg["name"] = options.name or cfg.get("name") or Path((options.base or [run])[0]).stem
     return cfg
 
