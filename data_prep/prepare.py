@@ -340,7 +340,7 @@ def _check_before(
             was = ", ".join(f"{name} {before.get(name)}" for name in differ)
             now = ", ".join(f"{name} {wanted[name]}" for name in differ)
             raise UserError(
-                f"{store} was made with {was}, and {now} is asked for now; leave that out, or write to another --out"
+                f"{store} was made with {was}, and {now} is asked for now; ask for what was, or write to another --out"
             )
         return
 

@@ -184,8 +184,9 @@ def tile_slide(
                 f"{', '.join(absent)}; delete it"
             )
         finished &= all(before.get(each) == attrs[each] for each in attrs.keys() - {*TOLD})
-    if finished:
-        TileStoreWriter.create(store, before["count"], before).close(complete=True)  # clears what a killed run left
+    if finished:  # clears what a killed run left, and records where the slide lies now
+        now = before | {name: value for name, value in attrs.items() if name == "slide_file"}
+        TileStoreWriter.create(store, before["count"], now).close(complete=True)
     if finished and not (previews and lacks_previews(out, name)):
         return store
     mask, on_slide = TissueMask(slide), drawn and SlideRegions(drawn, slide, region_origin)

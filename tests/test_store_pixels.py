@@ -25,15 +25,17 @@ from data_prep.prepare import size_of
 from data_prep.repair import Sources, repair
 from data_prep.tile_slides import main, tile_slide
 from data_prep.verify import verify
+from ldm.cli import app
 from ldm.commands.describe import describe_stores
 from ldm.data.datasets import TileDataset
 from ldm.data.image_sets import content_sha256, open_images
 from ldm.data.jpeg_codec import decode, encode
-from ldm.data.slide_tiles import WHERE
+from ldm.data.slide_tiles import WHERE, identity
 from ldm.data.store_faults import FILE, SLIDE, find_faults
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import PIXELS, TileStore, open_cohort
 from ldm.errors import UserError
+from ldm.images.write import save_ome_zarr
 
 MODELS = ROOT / "data" / "models"
 
@@ -243,6 +245,45 @@ def test_another_slide_of_that_name_is_not_taken(moved: Path, tmp_path: Path):
         store.tile(0)
     found = TileStore.open(moved, slides=[tmp_path / "wsi"])  # the right one lies deeper
     assert found.tiles.slide == tmp_path / "wsi" / "case-1" / "a.svs"
+
+
+def test_tiling_again_records_where_the_slide_lies_now(moved: Path, stores: dict[str, TileStore]):
+    wsi = moved.parents[3] / "wsi"
+    words = ["--slides", str(wsi / "case-1"), "--out", str(moved.parents[1]), "--tile-size", "128", "--stride", "100"]
+    for command in (main, prepare):
+        shutil.rmtree(moved)
+        shutil.copytree(stores["none"].path, moved)
+        command([*words, "--pixels", "none", "--no-previews"])
+        assert TileStore.open(moved).tiles.slide.resolve() == wsi / "case-1" / "a.svs"
+        assert np.array_equal(TileStore.open(moved).tile(5), stores["zstd"].tile(5))
+        assert verify(moved) == []
+    other = wsi / "case-1" / "a.svs"
+    whole = other.read_bytes()
+    other.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))  # as many bytes
+    with pytest.raises(UserError, match=r"a\.zarr is of another file than the slide a\.svs that is given"):
+        main([*words, "--pixels", "none", "--no-previews"])
+
+
+def test_tiles_are_sampled_where_the_slide_is_not(moved: Path, tmp_path: Path, capsys):
+    extract(open_cohort(moved, slides=[tmp_path / "wsi"]), MODELS / "demo-encoder", any_mpp=True)
+    words = ["--model", MODELS / "demo-ssl", "--features", moved, "--count", 1, "--steps", 1, "--out", tmp_path / "out"]
+    app(["sample", *map(str, words)], standalone_mode=False)
+    said = capsys.readouterr()
+    assert "wrote 1 tiles" in said.out
+    assert "contact_sheet.png shows no real tiles: " in said.err
+    assert "its slide a.svs: it was not found" in said.err
+
+
+def test_folders_of_ome_zarr_that_say_the_same_are_told_apart(tmp_path: Path, stores: dict[str, TileStore]):
+    tiles = {tmp_path / "x": stores["zstd"].tile(5), tmp_path / "y": stores["zstd"].tile(6)}
+    one, other = (save_ome_zarr(folder / "a.ome.zarr", tile, 0.5, {}) for folder, tile in tiles.items())
+    assert (one / "zarr.json").read_bytes() == (other / "zarr.json").read_bytes()
+    assert identity(one) == identity(Path(shutil.copytree(one, tmp_path / "z" / "a.ome.zarr")))
+    assert identity(one) != identity(other)
+    for each in (one, other):  # as bioformats2raw lays an image out
+        (each.parent / "several" / "0").mkdir(parents=True)
+        each.rename(each.parent / "several" / "0")
+    assert identity(one.parent / "several") != identity(other.parent / "several")
 
 
 def _read(path: Path, slides: list[Path], queue) -> None:

@@ -17,14 +17,24 @@ from ldm.conditioners.compose import parse_conditions
 from ldm.convert import load_model, weights_of
 from ldm.data.extent import extent_differs, tell
 from ldm.data.features import read_features
+from ldm.data.slide_tiles import NoSlide
 from ldm.data.tile_store import TileStore, open_cohort
-from ldm.errors import UserError
+from ldm.errors import UserError, note
 from ldm.files import owns, write_text
 from ldm.images.pictures import Picture
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import SCALED, SUFFIXES, save_image, save_png, to_uint8
 from ldm.requests.sampling import AskedSampler
-from ldm.requests.tiles import AskedTiles, check_encoder, evenly, feature_dim, is_store, pick_feature, requested_tiles
+from ldm.requests.tiles import (
+    AskedTiles,
+    Requests,
+    check_encoder,
+    evenly,
+    feature_dim,
+    is_store,
+    pick_feature,
+    requested_tiles,
+)
 from ldm.sampling.canvas import large_image
 from ldm.sampling.sampler import Sampler, Windows, changed
 from ldm.sampling.tiles import sample
@@ -51,6 +61,8 @@ def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sa
     about = sampler.record(chosen, model, "sample") | {"model_sha256": weights_of(model_path)}
     about |= {"mpp": model.metadata["mpp"]} if model.metadata.get("mpp") else {}
     paths = [out / f"{i:05d}.png" for i in range(len(tiles))]
+    shown = evenly(len(paths), SHEET_TILES)
+    real = _real(tiles, shown)
     fixed = {name: value for name, value in tiles.fixed.items() if name not in tiles.about[0]}
     words = [" ".join(f"{k}={v}" for k, v in (row | fixed).items() if v != "") for row in tiles.about]
     texts = [
@@ -79,11 +91,20 @@ def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sa
     rows = zip(paths, tiles.about)
     writer.writerows({"file": p.name, **row, "seed": chosen.seed, "index": i} for i, (p, row) in enumerate(rows))
     write_text(out / "tiles.csv", table.getvalue())
-    shown = evenly(len(paths), SHEET_TILES)
     made = np.stack([Picture.of_file(paths[i]).pixels() for i in shown])
-    sheet = contact_sheet(made, None if tiles.real is None else np.stack([tiles.real(int(i)) for i in shown]))
-    save_png(out / "contact_sheet.png", sheet, provenance(model_path, model, "see tiles.csv", about))
+    save_png(
+        out / "contact_sheet.png", contact_sheet(made, real), provenance(model_path, model, "see tiles.csv", about)
+    )
     print(written(len(paths), len(kept), "tiles", out, "tiles.csv and contact_sheet.png"))
+
+
+def _real(tiles: Requests, shown: np.ndarray) -> np.ndarray | None:
+    """The real tiles (n,T,T,3) that the sheet shows beside; None where there are none, or, as is told, no slide is."""
+    try:
+        return None if tiles.real is None else np.stack([tiles.real(int(i)) for i in shown])
+    except NoSlide as error:
+        note(f"contact_sheet.png shows no real tiles: {error}")
+        return None
 
 
 @owns("outs", beside=True)

@@ -23,8 +23,13 @@ from ldm.images.slides import Slide, open_image
 
 WHERE = "HISTOLDM_SLIDES"  # folders, as PATH has them
 _PART = 1 << 16  # bytes at the beginning, the middle and the end that tell a file from others
+_FEW = 32  # files of pixels of an OME-Zarr that tell it from others
 _OPEN = 8  # slides that a process keeps open
 _OF_FOLDERS = ("zarr.json", ".zattrs", "0/zarr.json", "0/.zarray")  # what tells an OME-Zarr from others
+
+
+class NoSlide(UserError):
+    """The slide of a store without pixels is not there, or another has its name."""
 
 
 def slide_file(path: Path, store: Path) -> dict[str, str]:
@@ -52,7 +57,7 @@ def identity(path: Path) -> str:
     >>> len(identity(slide_path))
     32
     """
-    files = [path / name for name in _OF_FOLDERS] if path.is_dir() else [path]
+    files = [path / name for name in _OF_FOLDERS] + _chunks(path) if path.is_dir() else [path]
     if path.suffix.lower() == ".mrxs":
         files.append(path.with_suffix("") / "Slidedat.ini")
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
@@ -68,10 +73,18 @@ def identity(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _chunks(path: Path) -> list[Path]:
+    """A few files of the coarsest level of an OME-Zarr, whose metadata may be those of others."""
+    for depth in ("*", "*/*"):  # the latter of bioformats2raw
+        if levels := sorted(file.parent for name in ("zarr.json", ".zarray") for file in path.glob(f"{depth}/{name}")):
+            return [file for file in sorted(levels[-1].rglob("*")) if file.is_file()][:_FEW]
+    return []
+
+
 def find_slide(store: Path, told: Mapping[str, str], given: Sequence[Path | str] = ()) -> Path:
     """The file of a store's slide. told: what the store records of it. given: files, or folders, to look in first.
 
-    UserError: it is not there, or another has its name.
+    NoSlide: it is not there, or another has its name.
 
     >>> told = slide_file(slide_path, Path("a.zarr"))
     >>> find_slide(Path("b/a.zarr"), told, [slide_path.parent]) == slide_path
@@ -84,7 +97,7 @@ def find_slide(store: Path, told: Mapping[str, str], given: Sequence[Path | str]
                 return path
             wrong = wrong or path
     found = f"{wrong} is another file of that name" if wrong else "it was not found"
-    raise UserError(
+    raise NoSlide(
         f"{store} holds coordinates alone, and pixels are read from its slide {told['name']}: {found}. Say in which "
         f"folder it lies: export {WHERE}=/folder (slides= in Python)."
     )
@@ -123,7 +136,7 @@ class SlideTiles(RowArray):
         store: its path. coords: (N, 2) level-0 x, y. side: of a tile in pixels; downsample: level-0 pixels for one.
         told: what the store records of its slide. given: see `find_slide`.
     Raises:
-        UserError: when it is indexed: the slide is not there, or cannot be read.
+        NoSlide, UserError: when it is indexed: the slide is not there, cannot be read.
     """
 
     def __init__(

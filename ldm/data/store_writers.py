@@ -112,8 +112,17 @@ class TileStoreWriter(_Writer):
                 raise UserError(
                     f"{path} was made with other settings ({changes}); delete it or write to another folder"
                 )
+            lies, lay = (each.get("slide_file", {}) for each in (attrs, before))
+            if lies.get("digest") != lay.get("digest"):
+                raise UserError(
+                    f"{path} is of another file than the slide {attrs['slide']} that is given, and its labels and "
+                    "features would be of other pixels; give the slide as it was, or write to another folder"
+                )
             group = zarr.open_group(str(path), mode="r+")
             rows = int(before["rows"])
+            if before["complete"] and lies != lay:
+                before |= {"slide_file": lies}  # elsewhere than before
+                group.update_attributes({"histoldm": before})
             if before["complete"]:
                 return cls(path, lock, group, before, None)
             arrays = {name: GrowingArray(path / name, rows) for name in names}

@@ -188,7 +188,7 @@ def _of_store(
     pictures = TileDataset(paths, ("image",), where=where, conditions=sources, missing="skip")
     rows = evenly(len(dataset), count)
     items = [dataset[int(row)] for row in rows]
-    for item, row in zip(items, rows):
+    for item, row in zip(items, rows if images else ()):
         shown = pictures[int(row)]["image"]
         item |= {key: shown.mean(0, keepdim=True) if about[key].channels == 1 else shown for key in images}
     words = [
