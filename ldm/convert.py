@@ -268,7 +268,7 @@ def _check_schedule(found: Converted, source: str | Path) -> None:
         if held is None:
             continue
         if held.shape != wanted.shape:
-            raise UserError(f"{source} was trained with {len(held)} noise levels, its config says {len(wanted)}.")
+            raise UserError(f"{source} was trained with {held.numel()} noise levels, its config says {len(wanted)}.")
         wrong = ~torch.isclose(held.double(), wanted, rtol=max(1e-4, 4 * torch.finfo(held.dtype).eps), atol=1e-6)
         if wrong.any():
             at = int(wrong.nonzero()[-1])

@@ -33,6 +33,7 @@ from ldm.foreign.shape import ABOVE_0, MAPPING, SIZE, TEXT, Is, check_shape, may
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.forms import name_form
 from ldm.interop.weights import averaged, check_finite, in_words, not_finite
+from ldm.model_card import begun_card
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -52,8 +53,6 @@ _CHECKPOINT = {
     "histoldm_config": {"model": _NODE}, "state_dict": {"*": Is("a tensor", lambda value: isinstance(value, Tensor))},
     "histoldm_files?": MAPPING, "histoldm_first_stage?": maybe(MAPPING), "histoldm_conditioner?": maybe(MAPPING),
 }  # fmt: skip
-HEADINGS = ("What it is", "Data", "Training", "Figures", "Use", "Must not be used for", "Licence")
-FIGURES = "| measure | value | 95% interval | on |\n|---|---|---|---|"
 PREFIX = {"network": "model.", "first stage": "first_stage_model.", "conditioner": "cond_stage_model."}
 
 
@@ -308,7 +307,7 @@ def export(
     content = _read(checkpoint)
     node, recorded, state, files = _parts(content, checkpoint)
     about = {**recorded, **(metadata or {})}
-    card = _begun_card(Path(out).name, content["histoldm_config"], about, content.get("global_step", 0))
+    card = begun_card(Path(out).name, content["histoldm_config"], about, content.get("global_step", 0))
     return write_model_folder(out, node, state, about, dtype, {CARD: card, **files})
 
 
@@ -419,41 +418,3 @@ def check_names(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], sourc
             parts.append(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(wanted[name].shape)}")
         raise UserError(f"the weights in {source} do not fit their config: {'; '.join(parts)}.")
     check_finite(state, source)
-
-
-def _begun_card(name: str, config: Mapping[str, Any], metadata: Mapping[str, Any], steps: int) -> str:
-    """A card with all HEADINGS. config: of the training, whole. What only a person can say stands in brackets."""
-    kind = str(config["model"]["target"]).rpartition(".")[2]
-    tiles = f"tiles of {metadata['tile_size']} px" if "tile_size" in metadata else "tiles"
-    at = f" at {metadata['mpp']:g} µm per px" if metadata.get("mpp") else ""
-    stores = dict.fromkeys(Path(store).name for store in _named(config.get("data", {}), "stores"))  # places are private
-    listed = "".join(f"- `{store}`\n" for store in stores)
-    data = f"{listed}\n[sources and their licences; how many slides and patients; what was held out]"
-    licence = metadata.get("licence") or "[of the model]"
-    if metadata.get("slide_licence"):
-        licence += f" The slides: {metadata['slide_licence']}."
-    if encoder := metadata.get("encoder"):
-        licence += f" Its features: {encoder.get('encoder')}, {encoder.get('licence', 'licence not recorded')}."
-    parts = (
-        f"A {kind} for {tiles}{at}. [what it makes, under which conditions]",
-        data.strip(),
-        f"{steps} steps, by the settings in `configs/` of its run. [command, hardware, minutes]",
-        f"{FIGURES}\n\n[of `histoldm evaluate` against held-out tiles; on how many, of how many patients]",
-        f"    histoldm describe {name}",
-        "Decisions on a patient or a specimen: its images are no evidence of anything. [what else]",
-        licence,
-    )
-    return f"# {name}\n" + "".join(f"\n## {title}\n\n{text}\n" for title, text in zip(HEADINGS, parts))
-
-
-def _named(node: Any, name: str) -> Iterator[str]:
-    """Every text under the key `name` within a config."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key == name:
-                yield from map(str, value if isinstance(value, list) else [value])
-            else:
-                yield from _named(value, name)
-    elif isinstance(node, list):
-        for value in node:
-            yield from _named(value, name)

@@ -271,14 +271,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=40, help="mutations of each kind")
     parser.add_argument("--minutes", type=float, default=0.0, help="go on with further seeds for so long")
     parser.add_argument("--only", nargs="*", default=[], help="these kinds")
+    parser.add_argument("--without", nargs="*", default=[], help="all kinds but these")
     parser.add_argument("--number", type=int, help="this mutation alone, with its traceback")
     parser.add_argument("--json", type=Path, help="write what was found there")
     options = parser.parse_args(argv)
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     from fuzz_kinds import KINDS
 
-    kinds = [kind for kind in KINDS if not options.only or kind.name in options.only]
-    if unknown := set(options.only) - {kind.name for kind in KINDS}:
+    chosen = set(options.only or [kind.name for kind in KINDS]) - set(options.without)
+    kinds = [kind for kind in KINDS if kind.name in chosen]
+    if unknown := {*options.only, *options.without} - {kind.name for kind in KINDS}:
         parser.error(f"unknown kinds {', '.join(unknown)}; there are {', '.join(kind.name for kind in KINDS)}")
     with tempfile.TemporaryDirectory(prefix="fuzzing-") as folder:
         if options.number is not None:

@@ -13,7 +13,8 @@ import ldm
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.model_folder import HEADINGS, load_weights, write_model_folder
+from ldm.model_card import HEADINGS
+from ldm.model_folder import load_weights, write_model_folder
 
 DDCONFIG = dict(double_z=True, z_channels=4, resolution=64, in_channels=3, out_ch=3, ch=32, ch_mult=[1, 1],
                 num_res_blocks=1, attn_resolutions=[], dropout=0.0)  # fmt: skip

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from ldm.model_folder import HEADINGS
+from ldm.model_card import HEADINGS
 
 sys.path.append(str(ROOT / "benchmarks"))
 
