@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from multiprocessing import get_context
 from pathlib import Path
@@ -21,6 +22,8 @@ import zarr
 from ldm.data import dihedral
 from ldm.data.cohort import merge_index
 from ldm.data.datasets import TileDataset
+from ldm.data.module import collate
+from ldm.data.sampler import ResumableBatchSampler, ResumableDataLoader
 from ldm.data.store_faults import check_store
 from ldm.data.store_writers import ArrayWriter, TileStoreWriter
 from ldm.data.tile_store import TileStore, open_cohort
@@ -346,3 +349,23 @@ def test_dihedral_is_the_group_of_the_square():
     assert np.array_equal(elements[5], np.rot90(elements[0][..., ::-1], 1, (-2, -1)))  # the flip comes first
     with pytest.raises(ValueError, match=r"0\.\.7"):
         dihedral.apply(elements[0], 8)
+
+
+def test_a_training_holds_no_pixels_however_large_its_stores_are(tmp_path: Path):
+    rng, peaks = np.random.default_rng(0), {}
+    for count in (1024, 4096):
+        attrs = ATTRS | {"tile_size": 64, "stride": 64}
+        with TileStoreWriter.create(tmp_path / f"{count}.zarr", count, attrs) as writer:
+            for first in range(0, count, 512):
+                tiles = rng.integers(0, 256, (512, 64, 64, 3), np.uint8)  # 50 MB in all of the larger store
+                writer.append(tiles, np.arange(first, first + 512)[:, None].repeat(2, 1))
+        tracemalloc.start()
+        data = TileDataset(str(tmp_path / f"{count}.zarr"), ("image",))
+        tracemalloc.reset_peak()
+        loader = ResumableDataLoader(data, ResumableBatchSampler(len(data), 16, seed=1), collate_fn=collate)
+        seen = [int(row) for batch in loader for row in batch["row"]]
+        peaks[count] = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert sorted(seen) == [*range(count)]
+    assert peaks[4096] - peaks[1024] < 100 * 3072  # bytes a tile, of 12288
+    assert peaks[4096] < 5e6

@@ -107,7 +107,7 @@ def settings_text(path: Path, what: str = "the settings") -> str:
             state = "it is no file" if path.exists() else "there is no such file"
             raise UserError(f"cannot read {what} {path}: {state}.")
         with path.open("rb") as stream:
-            data = stream.read(LARGEST + 1)
+            data = stream.read(min(LARGEST, path.stat().st_size) + 1)
         if len(data) > LARGEST:
             raise UserError(f"{path} has more than {LARGEST >> 20} MiB; no settings are so large. Is it another file?")
         return data.decode("utf-8-sig")
