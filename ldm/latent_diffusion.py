@@ -31,11 +31,13 @@ from ldm.diffusion.guidance import cfg
 from ldm.diffusion.losses import error_scale, min_snr_scale, scaled_error, variational_bound
 from ldm.diffusion.samplers import sample_dpmpp_2m
 from ldm.errors import UserError
+from ldm.interop.weights import state_sha256
 from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights, resolve_first_stage
 from ldm.networks.cache import CastNetwork, CompiledNetwork, DeepCache
 from ldm.networks.ema import EMA
+from ldm.networks.lora import adapted, check_same, trained_alone
 from ldm.networks.repa import alignment_of, projection, watched
-from ldm.networks.takes import declared
+from ldm.networks.takes import check_takes, declared
 from ldm.rng import generator, sample_noise, training_generator
 
 VALIDATION_STREAM = 0x76616C
@@ -74,6 +76,8 @@ class LatentDiffusion(pl.LightningModule):
         weight_decay, warmup_steps, decay_steps: AdamW; linear warm-up, then constant, or cosine decay to zero at
             decay_steps.
         ckpt_path: weights to start from: a model folder or a checkpoint (`ldm.model_folder.load_weights`).
+        lora: trains an adapter of the network alone, `{rank: 16}` (`ldm.networks.lora.LoraSettings`); what ckpt_path
+            names stays as it is, and checkpoints hold the adapter.
         repa: aligns a block of the network with features of the store while it trains, `{feature: uni2-h, block: 8}`
             (`ldm.networks.repa.Alignment`).
         monitor: what the best checkpoint is chosen by. seed: of noise levels, noise and condition dropout.
@@ -105,6 +109,7 @@ class LatentDiffusion(pl.LightningModule):
         warmup_steps: int = 0,
         decay_steps: int | None = None,
         ckpt_path: str | None = None,
+        lora: Mapping[str, Any] | None = None,
         repa: Mapping[str, Any] | None = None,
         monitor: str = "val/loss",
         seed: int = 0,
@@ -158,8 +163,16 @@ class LatentDiffusion(pl.LightningModule):
         self.shift_factor = self._of_latents(shift_factor, "shift_factor")
         self.model_ema = EMA(self.model, ema_decay) if use_ema else None
         self.measure_scale = scale_by_std  # on the first batch
+        self.lora: dict[str, Any] | None = None
+        if lora is not None and ckpt_path is None:
+            raise UserError("lora adapts a model that is there; name it by model.params.ckpt_path.")
         if ckpt_path is not None:
             rank_zero_info(load_weights(self, ckpt_path, first_stage_config["target"] == FIRST_STAGE_FOLDER))
+            if lora is not None:
+                base = {"base": str(ckpt_path), "base_sha256": state_sha256(self.model.diffusion_model)}
+                self.lora = adapted(self.model.diffusion_model, lora, seed) | base
+                if self.cond_stage_model is not None:
+                    self.cond_stage_model.requires_grad_(False)
             if self.model_ema is not None:  # the average restarts at the weights that training starts from
                 self.model_ema = EMA(self.model, ema_decay)
         if self.model_ema is not None:  # every rank keeps its own, equal average: nothing to broadcast
@@ -181,38 +194,12 @@ class LatentDiffusion(pl.LightningModule):
 
     def check_parts(self) -> None:
         """UserError if the network has no place for what the conditioner tells it, or waits for what it does not."""
-        takes, channels = declared(self.model.diffusion_model), self.first_stage_model.channels
-        parts: dict[str, list[Tensor]] = {}
+        parts: dict[str, list[int]] = {}
         with torch.no_grad():
             for key, value in self.null_condition().items():
-                parts.setdefault(key.rpartition("/")[2], []).append(value)
-        for name, dim, needed in (
-            ("crossattn", takes.context_dim, takes.context_dim is not None),
-            ("vector", takes.vector_dim, takes.needs_vector),
-        ):
-            if wrong := [value for value in parts.get(name, ()) if value.shape[-1] != dim]:
-                raise UserError(
-                    f"the conditioner gives {name} of dimension {wrong[0].shape[-1]}, the network takes "
-                    f"{dim or 'none'}; make them equal."
-                )
-            if needed and name not in parts:
-                raise UserError(
-                    f"the network takes {name} of dimension {dim}, but no conditioner acts by {name}; leave one of "
-                    "them out."
-                )
-        if ("label" in parts) != (takes.num_classes is not None):
-            raise UserError("a conditioner that acts by label goes with a network with num_classes; give both or none.")
-        extra = sum(value.shape[1] for value in parts.get("concat", ()))
-        if takes.in_channels != channels + extra:
-            raise UserError(
-                f"the network's in_channels is {takes.in_channels}; the latent has {channels} channels and the "
-                f"conditioner adds {extra}."
-            )
-        if takes.out_channels != channels * (1 + self.learn_sigma):
-            raise UserError(
-                f"the network's out_channels is {takes.out_channels}; the latent has {channels} channels"
-                f"{', twice with learn_sigma' if self.learn_sigma else ''}."
-            )
+                name = key.rpartition("/")[2]
+                parts.setdefault(name, []).append(value.shape[1 if name == "concat" else -1])
+        check_takes(declared(self.model.diffusion_model), parts, self.first_stage_model.channels, self.learn_sigma)
 
     def build_noise_table(self) -> None:
         """Compute `sigmas` (timesteps,), the ascending noise levels of the training schedule; checkpoints lack them."""
@@ -251,12 +238,17 @@ class LatentDiffusion(pl.LightningModule):
         return TableDenoiser(network, self.sigmas, self.parameterization)
 
     def denoiser(
-        self, precision: torch.dtype = torch.float32, compile: bool = False, cache: int = 1
+        self,
+        precision: torch.dtype = torch.float32,
+        compile: bool = False,
+        cache: int = 1,
+        network: nn.Module | None = None,
     ) -> Denoiser:
         """The model as denoiser(x, sigma, cond) -> x0; below float32 the network runs under autocast.
 
         compile: through torch.compile, for batches of one size. cache: compute the network's deep features at every
-        `cache`-th step only (`DeepCache`; approximate); such a denoiser is for one sampling run after another.
+        `cache`-th step only (`DeepCache`; approximate); such a denoiser is for one sampling run after another. network:
+        in place of `model`, as one with adapters is.
         """
         if compile and cache > 1:
             raise UserError("a network is either compiled or keeps its deep features; leave one of them out.")
@@ -266,9 +258,10 @@ class LatentDiffusion(pl.LightningModule):
                 return DeepCache(model.diffusion_model, cache)
             return CompiledNetwork(model) if compile else model
 
+        network = self.model if network is None else network
         if precision == torch.float32:
-            return self.make_denoiser(wrap(self.model))
-        return self.make_denoiser(CastNetwork(self.model, precision, wrap))
+            return self.make_denoiser(wrap(network))
+        return self.make_denoiser(CastNetwork(network, precision, wrap))
 
     @torch.no_grad()
     def condition(self, features: Any = None, **given: Any) -> Cond:
@@ -398,7 +391,7 @@ class LatentDiffusion(pl.LightningModule):
         return nullcontext() if self.model_ema is None else self.model_ema.averaged(self.model)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        parameters = list(self.model.parameters())
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         if self.cond_stage_model is not None:
             parameters += [p for p in self.cond_stage_model.parameters() if p.requires_grad]
         if self.alignment is not None:
@@ -415,17 +408,25 @@ class LatentDiffusion(pl.LightningModule):
         done = (step - self.warmup_steps) / max(self.decay_steps - self.warmup_steps, 1)
         return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
+    def portable_conditioner(self) -> tuple[dict[str, Any], dict[str, str]]:
+        """The conditioner's node, and the texts of the files that it names as "./name"."""
+        params, files = self.cond_stage_model.portable()
+        params = {**self.cond_stage_node.get("params", {}), **params}
+        return {"target": self.cond_stage_node["target"], "params": params}, files
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["histoldm_metadata"] = self.metadata
         checkpoint["histoldm_first_stage"] = self.first_stage_node
+        if self.lora is not None:
+            checkpoint |= {"histoldm_lora": self.lora, "state_dict": trained_alone(self, checkpoint["state_dict"])}
         if self.cond_stage_model is not None:
-            params, files = self.cond_stage_model.portable()
-            params = {**self.cond_stage_node.get("params", {}), **params}
-            checkpoint["histoldm_conditioner"] = {"target": self.cond_stage_node["target"], "params": params}
-            checkpoint["histoldm_files"] = files
+            checkpoint["histoldm_conditioner"], checkpoint["histoldm_files"] = self.portable_conditioner()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.metadata = checkpoint.get("histoldm_metadata", {})
+        if self.lora is not None:
+            check_same(checkpoint.get("histoldm_lora"), self.lora)
+            checkpoint["state_dict"] = self.state_dict() | checkpoint["state_dict"]
         for name, own in self.first_stage_model.state_dict().items():
             held = checkpoint["state_dict"].get(f"first_stage_model.{name}")
             if held is not None and held.shape == own.shape and not torch.equal(own.to(held), held):

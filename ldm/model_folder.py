@@ -43,7 +43,9 @@ WEIGHTS = "model.safetensors"
 PROJECTION = "repa."  # of an alignment, which trains alone
 AUTOENCODER = "autoencoder."  # the first stage within its training
 EMBEDDED = ("histoldm_config", "histoldm_metadata", "histoldm_conditioner", "histoldm_first_stage")  # in checkpoints
-TRAINING_ONLY = ("ckpt_path", "seed", "ema_decay", "warmup_steps", "decay_steps", "weight_decay", "monitor", "repa")
+TRAINING_ONLY = (
+    "ckpt_path", "seed", "ema_decay", "warmup_steps", "decay_steps", "weight_decay", "monitor", "repa", "lora",
+)  # fmt: skip
 _METADATA = {
     "mpp?": maybe(ABOVE_0), "tile_size?": maybe(SIZE), "licence?": maybe(TEXT), "encoder?": maybe(MAPPING),
     "conditions?": maybe(MAPPING),
@@ -52,6 +54,7 @@ _NODE = {"target": TEXT, "params": MAPPING}
 _CHECKPOINT = {
     "histoldm_config": {"model": _NODE}, "state_dict": {"*": Is("a tensor", lambda value: isinstance(value, Tensor))},
     "histoldm_files?": MAPPING, "histoldm_first_stage?": maybe(MAPPING), "histoldm_conditioner?": maybe(MAPPING),
+    "histoldm_lora?": {"base": TEXT},
 }  # fmt: skip
 PREFIX = {"network": "model.", "first stage": "first_stage_model.", "conditioner": "cond_stage_model."}
 
@@ -335,6 +338,11 @@ def _parts(
     if "first_stage" in node["params"]:  # a training of a first stage: the folder is of the autoencoder alone
         weights = {n.removeprefix(AUTOENCODER): v for n, v in state.items() if n.startswith(AUTOENCODER)}
         return node["params"]["first_stage"], metadata, weights, {}
+    if lora := content.get("histoldm_lora"):
+        raise UserError(
+            f"{source} holds an adapter of {lora['base']}: sample from that model with --lora {source}, or put it into "
+            "its weights by `histoldm export --merge 1`."
+        )
     params = dict(node["params"])
     state = averaged({n: v for n, v in state.items() if not n.startswith(PROJECTION)}, state, source)
     params["first_stage_config"] = content.get("histoldm_first_stage") or params["first_stage_config"]

@@ -4,89 +4,28 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from tiny_cohort import DIT, FIRST_STAGE, NETWORKS, UNET, config, make_cohort, train
 
 from ldm.autoencoder.alignment import LatentAlignment, TokenAlignment, balance
 from ldm.data.module import TileDataModule
-from ldm.data.store_writers import ArrayWriter, TileStoreWriter
 from ldm.errors import UserError
 from ldm.model_folder import export, load_first_stage, load_model
-from ldm.networks.dit import DiT
 from ldm.networks.repa import Alignment, Projection, alignment_of, projection, watched
-from ldm.networks.unet import UNetModel
 from ldm.training.command import main
 
-UNET = {
-    "image_size": 8, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1,
-    "channel_mult": [1, 2], "attention_resolutions": [2], "num_heads": 2,
-}  # fmt: skip
-DIT = {"image_size": 8, "in_channels": 4, "out_channels": 4, "hidden_size": 32, "depth": 3, "num_heads": 2}
-NETWORKS = {"unet": UNetModel, "dit": DiT}
-FIRST_STAGE = {
-    "target": "ldm.autoencoder.autoencoder.AutoencoderKL",
-    "params": {
-        "embed_dim": 4,
-        "ddconfig": {
-            "z_channels": 4, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 1, 1],
-            "num_res_blocks": 1, "attn_resolutions": [],
-        },
-    },
-}  # fmt: skip
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> Path:
+    return make_cohort(tmp_path)
 
 
 def network_of(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
     return NETWORKS[kind](**(UNET if kind == "unet" else DIT))
-
-
-@pytest.fixture
-def cohort(tmp_path: Path) -> Path:
-    """48 tiles with latents, a feature of 6 numbers and a map of it on 2 x 2 cells."""
-    rng = np.random.default_rng(0)
-    path = tmp_path / "cohort" / "a.zarr"
-    attrs = {"slide": "a.png", "mpp": 0.5, "tile_size": 32, "stride": 32, "downsample": 1.0, "level0_size": [96, 96]}
-    with TileStoreWriter.create(path, 48, attrs) as writer:
-        writer.append(rng.integers(0, 256, (48, 32, 32, 3), dtype=np.uint8), np.arange(96).reshape(48, 2) * 32)
-    for name, shape, about in (
-        ("latents/first", (4, 8, 8), {}), ("features/own", (6,), {}), ("features/own-map", (4, 6), {"tokens": 2}),
-    ):  # fmt: skip
-        with ArrayWriter(path, name, shape, "float16", about) as writer:
-            writer.append(rng.normal(size=(48, *shape)).astype(np.float16))
-    return path
-
-
-def config(cohort: Path, kind: str, feature: str, **repa) -> dict:
-    target = f"{NETWORKS[kind].__module__}.{NETWORKS[kind].__name__}"
-    return {
-        "model": {
-            "base_learning_rate": 1e-3, "scale_lr": False, "target": "ldm.latent_diffusion.LatentDiffusion",
-            "params": {
-                "parameterization": "flow", "first_stage_config": FIRST_STAGE,
-                "unet_config": {"target": target, "params": UNET if kind == "unet" else DIT},
-                "repa": {"feature": feature, "block": 2, "hidden": 16, **repa},
-            },
-        },
-        "data": {
-            "target": "ldm.data.module.TileDataModule",
-            "params": {
-                "batch_size": 8, "stores": str(cohort), "keys": ["latent"], "latents": "first",
-                **{split: {"target": "ldm.data.datasets.TileDataset"} for split in ("train", "validation")},
-            },
-        },
-        "lightning": {"trainer": {"accelerator": "cpu", "max_steps": 4}},
-    }  # fmt: skip
-
-
-def train(tmp_path: Path, cfg: dict, name: str, *more: str) -> Path:
-    path = tmp_path / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(cfg))
-    logs = tmp_path / "logs"
-    assert main(["-t", "--base", str(path), "--logdir", str(logs), "--name", name, "--no-test", *more]) == 0
-    return next(logs.glob(f"*_{name}"))
 
 
 def test_a_projection_is_compared_with_what_the_store_holds():

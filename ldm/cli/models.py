@@ -30,27 +30,44 @@ def describe(
 
 @app.command(rich_help_panel="Models")
 def export(
-    run: Annotated[Path, typer.Argument(help="Training run folder (logs/<time>_<name>) or a checkpoint of one.")],
+    run: Annotated[Path, typer.Argument(help="Training run folder (logs/<time>_<name>), checkpoint, or adapter.")],
     out: Annotated[Path, output("--out", help="Model folder to write.")],
     half: Annotated[bool, output("--half", help="Store weights in float16: half the size.")] = False,
     licence: Annotated[str | None, output("--licence", help="Licence of the model, recorded in it.")] = None,
+    merge: Annotated[
+        float | None, inputs("--merge", help="Put an adapter (LoRA) into its model's weights, times this scale.")
+    ] = None,
+    base: Annotated[
+        Path | None, inputs("--base", help="Model that an adapter changes; by default that of its training.")
+    ] = None,
 ) -> None:
     """Make a model folder of a training run: what every command takes and what you share.
 
     Its card, README.md, is begun with what the training knows; fill in the rest. A card that is there stays.
 
-    Of a published model `histoldm convert` makes a model folder.
+    Of a training of an adapter (LoRA) it makes a folder for --lora, or with --merge a model. Of a published model
+    `histoldm convert` makes a model folder.
 
-    Example:
+    Examples:
 
         histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl
+        histoldm export adapters/her2 --merge 1 --base models/ssl --out models/her2
     """
     import torch
 
+    from ldm.commands.adapters import export_adapter, is_adapter, merge_adapter
+    from ldm.errors import UserError
     from ldm.model_folder import export as export_run
 
-    metadata = {"licence": licence} if licence else {}
-    folder = export_run(run, out, torch.float16 if half else None, metadata)
+    metadata, dtype = {"licence": licence} if licence else {}, torch.float16 if half else None
+    if merge is not None:
+        folder = merge_adapter(run, out, base, merge, dtype, metadata)
+    elif base is not None:
+        raise UserError("--base is the model that --merge puts an adapter into; give both.")
+    elif is_adapter(run):
+        folder = export_adapter(run, out, metadata)
+    else:
+        folder = export_run(run, out, dtype, metadata)
     print(f"wrote {folder}")
 
 

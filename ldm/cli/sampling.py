@@ -31,6 +31,7 @@ GUIDES: dict[str, tuple[Any, Any, str, str]] = {  # parameter -> type, default, 
     ),
     "guide": (Path | None, None, "--guide-model", "Folder of a smaller or less trained model to move away from"),
     "classifier": (Path | None, None, "--classifier", "Folder of a classifier of noisy images to be guided by"),
+    "lora": (list[str] | None, None, "--lora", "Adapter (LoRA) of the network: path, or path=scale (repeat)"),
     "classifier_scale": (float, 1.0, "--classifier-scale", "Scale of the classifier's gradient"),
 }
 
@@ -62,7 +63,8 @@ def settings(*tasks: Task, **defaults: str) -> Callable[[Command], Command]:
                 made = carrier(**{each.name: _read(each, given.pop(each.name)) for each in _fields(carrier)})
                 if kind is AskedSampler:
                     guides = {guide: given.pop(guide) for guide in GUIDES}
-                    made = AskedSampler(made, **guides | {"negative": tuple(guides["negative"] or ())})
+                    lists = {name: tuple(guides[name] or ()) for name in ("negative", "lora")}
+                    made = AskedSampler(made, **guides | lists)
                 carried[name] = made
             command(**given, **carried)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -17,6 +15,7 @@ from ldm.encoders.encoder import fill, pooled_tokens, read_weights, token_map
 from ldm.encoders.timm_networks import make_network
 from ldm.encoders.weight_names import unwrapped
 from ldm.errors import UserError
+from ldm.interop.weights import state_sha256
 
 TIMM = "timm:"
 AS_IT_IS = "none: images (B,3,H,W) in [-1, 1]"
@@ -104,19 +103,6 @@ def _name_of(thing: Any) -> str:
         kind = thing if hasattr(thing, "__qualname__") else type(thing)
         return f"{kind.__module__}.{kind.__qualname__}"
     return told
-
-
-def state_sha256(network: nn.Module) -> str:
-    """SHA-256 of a module's weights and buffers: names, types, shapes and values.
-
-    >>> state_sha256(nn.Identity())[:8]
-    'e3b0c442'
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(np.asarray(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)).tobytes())
-    return digest.hexdigest()
 
 
 def timm_model(arch: str, weights: str | Path | None) -> nn.Module:

@@ -66,13 +66,14 @@ class Inert:
     __setstate__ = __setitem__ = append = extend = add = _ignore
 
 
-def read_checkpoint(path: str | Path) -> Any:
+def read_checkpoint(path: str | Path, lora: bool = False) -> Any:
     """The content of a .safetensors file or of a torch file of any age: containers, plain values, tensors on the CPU.
 
     Tensors are mapped from the file, not copied, wherever it is laid out for that. Other objects are `Inert`. Of a
     folder the file of weights in it is read, of an index all its shards. Names are those of the model itself: what
     torch.compile, DataParallel and Lightning's strategies put before them is left out.
     UserError: no such file, a damaged or truncated one, another kind of file, weights that are not whole.
+    lora: those of an adapter, which changes a model that is not in it, will do.
 
     >>> torch.save({"state_dict": {"weight": torch.ones(2)}, "date": Path("now")}, "model.ckpt")
     >>> content = read_checkpoint("model.ckpt")
@@ -85,7 +86,8 @@ def read_checkpoint(path: str | Path) -> Any:
     if not path.is_file():
         raise UserError(f"the checkpoint {path} does not exist.")
     content = _sharded(path) if path.name.endswith(".index.json") else _read(path)
-    check_form(content, path)
+    if not lora:
+        check_form(content, path)
     return unwrapped(content)
 
 

@@ -21,9 +21,8 @@ LORA = re.compile(r"(^|[._])lora_(A|B|up|down|unet|te\d?|embedding_[AB])([._]|$)
 DIFFUSERS = "diffusion_pytorch_model"
 SINGLE = ("model.safetensors", "pytorch_model.bin", f"{DIFFUSERS}.safetensors", f"{DIFFUSERS}.bin")
 MERGE = (
-    "a LoRA, low-rank changes to a model that is not in it: merge it into that model first (with diffusers "
-    "`pipe.load_lora_weights(...); pipe.fuse_lora(); pipe.save_pretrained(FOLDER)`, with peft `merge_and_unload()`), "
-    "and give the merged model"
+    "a LoRA, low-rank changes to a model that is not in it: sample from that model with --lora, or put it into its "
+    "weights by `histoldm export --merge 1 --base MODEL`"
 )
 
 
@@ -70,11 +69,12 @@ def check_form(content: Any, path: Path) -> None:
 
     >>> check_form({"unet.to_q.lora_A.weight": torch.ones(1)}, Path("style.safetensors"))
     Traceback (most recent call last):
-    ldm.errors.UserError: style.safetensors is a LoRA, low-rank changes to a model that is not in it: merge it ...
+    ldm.errors.UserError: style.safetensors is a LoRA, low-rank changes to a model that is not in it: sample ...
     """
     if not isinstance(content, Mapping):
         return
-    if any(LORA.search(name) for name in _names(weights_in(content))):
+    ours = "histoldm_lora" in content  # a training's, of which everything else is there
+    if not ours and any(LORA.search(name) for name in _names(weights_in(content))):
         raise UserError(f"{path} is {MERGE}.")
     if content.keys() & {"ds_config", "ds_version"}:
         raise UserError(f"{path} is {_deepspeed(path.parent)}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ldm.errors import UserError, note
 
@@ -108,3 +110,16 @@ def averaged(state: Mapping[str, Tensor], names: Iterable[str], source: str | Pa
         flat = {name: name.removeprefix(NETWORK).replace(".", "") for name in names if name.startswith(NETWORK)}
         found |= {name: average[key] for name, key in flat.items() if key in average}
     return found
+
+
+def state_sha256(network: nn.Module) -> str:
+    """SHA-256 of a module's weights and buffers: names, types, shapes and values.
+
+    >>> state_sha256(nn.Identity())[:8]
+    'e3b0c442'
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(np.asarray(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)).tobytes())
+    return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +55,42 @@ def declared(network: nn.Module) -> Takes:
             "(ldm.networks.takes.Takes), as ldm.networks.unet.UNetModel has."
         )
     return takes
+
+
+def check_takes(takes: Takes, parts: Mapping[str, Sequence[int]], channels: int, learn_sigma: bool) -> None:
+    """UserError if a network has no place for what a conditioner tells it, or waits for what it does not.
+
+    parts: how conditions act -> the widths of those that do. channels: of the latent. learn_sigma: it has twice as many
+    outputs.
+
+    >>> check_takes(Takes(4, 4, 32, context_dim=512), {"crossattn": [256]}, channels=4, learn_sigma=False)
+    Traceback (most recent call last):
+    ldm.errors.UserError: the conditioner gives crossattn of dimension 256, the network takes 512; make them equal.
+    """
+    for name, dim, needed in (
+        ("crossattn", takes.context_dim, takes.context_dim is not None),
+        ("vector", takes.vector_dim, takes.needs_vector),
+    ):
+        if wrong := [width for width in parts.get(name, ()) if width != dim]:
+            raise UserError(
+                f"the conditioner gives {name} of dimension {wrong[0]}, the network takes {dim or 'none'}; make them "
+                "equal."
+            )
+        if needed and name not in parts:
+            raise UserError(
+                f"the network takes {name} of dimension {dim}, but no conditioner acts by {name}; leave one of them "
+                "out."
+            )
+    if ("label" in parts) != (takes.num_classes is not None):
+        raise UserError("a conditioner that acts by label goes with a network with num_classes; give both or none.")
+    extra = sum(parts.get("concat", ()))
+    if takes.in_channels != channels + extra:
+        raise UserError(
+            f"the network's in_channels is {takes.in_channels}; the latent has {channels} channels and the conditioner "
+            f"adds {extra}."
+        )
+    if takes.out_channels != channels * (1 + learn_sigma):
+        raise UserError(
+            f"the network's out_channels is {takes.out_channels}; the latent has {channels} channels"
+            f"{', twice with learn_sigma' if learn_sigma else ''}."
+        )

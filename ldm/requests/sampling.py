@@ -17,7 +17,8 @@ class AskedSampler:
     """A Sampler whose negative condition is in words, and whose guiding models are in folders.
 
     Attributes:
-        negative: name=value texts. guide: folder of a model. classifier: folder of a classifier of noisy images.
+        negative: name=value texts. guide: folder of a model. classifier: folder of a classifier of noisy images. lora:
+            adapters, path or path=scale.
     """
 
     sampler: Sampler = field(default_factory=Sampler)
@@ -25,12 +26,14 @@ class AskedSampler:
     guide: Path | None = None
     classifier: Path | None = None
     classifier_scale: float = 1.0
+    lora: tuple[str, ...] = ()
 
     def loaded(self, model: LatentDiffusion) -> Sampler:
         """The Sampler for a model, with everything read."""
         from ldm.conditioners.compose import parse_conditions
         from ldm.convert import load_model
         from ldm.model_folder import load_network
+        from ldm.sampling.adapters import parse_adapters
         from ldm.sampling.guided import Classifier
 
         device, parts = str(model.device), {}
@@ -40,6 +43,8 @@ class AskedSampler:
             parts["guide"] = load_model(self.guide, device)
         if self.classifier is not None:
             parts["classifier"] = Classifier(load_network(self.classifier, device), self.classifier_scale)
+        if self.lora:
+            parts["lora"] = parse_adapters(self.lora)
         return replace(self.sampler, **parts)
 
     def record(self, sampler: Sampler, model: LatentDiffusion, task: Task) -> dict[str, Any]:

@@ -170,9 +170,10 @@ def guided_solver(
             free = without_target(free)
         return strong if sampler.guidance_interval == "all" else within(strong, free, *sampler.guidance_interval)
 
-    plain = free = model.denoiser(PRECISIONS[sampler.precision], sampler.compile, sampler.cache)
+    precision, network = PRECISIONS[sampler.precision], sampler.network(model)
+    plain = free = model.denoiser(precision, sampler.compile, sampler.cache, network)
     if sampler.compile:  # for batches of one size, and those of guided steps are larger
-        free = model.denoiser(PRECISIONS[sampler.precision], sampler.compile)
+        free = model.denoiser(precision, sampler.compile, network=network)
     variance = float(model.metadata.get("variance") == "fixedlarge")
     denoiser: Denoiser | RangeDenoiser = guide(plain, free)
     if ancestral and model.learn_sigma:

@@ -20,10 +20,11 @@ from ldm.sampling.calls import explained
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from ldm.diffusion.denoiser import Cond
     from ldm.latent_diffusion import LatentDiffusion
+    from ldm.sampling.adapters import Adapters
     from ldm.sampling.guided import Classifier, GuidedSolver
 
 Guidance = float | Mapping[str, float]  # one scale, or one for each condition by name
@@ -109,6 +110,7 @@ class Sampler:
         negative: a condition of one sample, of `model.condition`, to move away from, in place of the null.
         guide: a smaller or less trained model to move away from (autoguidance, arXiv:2406.02507).
         classifier: see `Classifier`.
+        lora: adapters of the network, `{"adapters/her2": 0.8}`: folder or file, and the scale of each (`Adapters`).
         precision: of the network's arithmetic: fp32, bf16 or fp16; by default bf16 on GPUs that have it, and fp32
             elsewhere, so that an image does not depend on the machine.
         compile: run the network through torch.compile, which takes a minute at first.
@@ -137,6 +139,7 @@ class Sampler:
     negative: Cond | None = field(default=None, compare=False)
     guide: LatentDiffusion | None = field(default=None, compare=False)
     classifier: Classifier | None = field(default=None, compare=False)
+    lora: Adapters | Mapping[str, float] | None = field(default=None, compare=False)
     precision: str | None = setting(
         None, "Precision of the network's arithmetic: bf16 on GPUs that have it, else fp32", PRECISIONS
     )
@@ -148,6 +151,10 @@ class Sampler:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if isinstance(self.lora, Mapping):
+            from ldm.sampling.adapters import Adapters
+
+            object.__setattr__(self, "lora", Adapters(self.lora))  # frozen for all others
         scales = self.guidance_scale.values() if self.named else [self.guidance_scale or 0.0]
         if not all(isinstance(scale, (int, float)) and math.isfinite(scale) for scale in scales):
             raise UserError(f"a guidance scale is a finite number; got {self.guidance_scale}.")
@@ -200,7 +207,8 @@ class Sampler:
         """
         usual = self.usual(model, task)
         own = _plain(self.settled(model, task))
-        return {"seed": self.seed} | {name: value for name, value in own.items() if value != usual[name]}
+        told = {"lora": self.lora.record()} if self.lora else {}
+        return {"seed": self.seed} | {name: value for name, value in own.items() if value != usual[name]} | told
 
     @staticmethod
     def usual(model: LatentDiffusion, task: Task) -> dict[str, Any]:
@@ -212,6 +220,10 @@ class Sampler:
         from ldm.sampling.guided import sampling_sigmas
 
         return sampling_sigmas(self, model)
+
+    def network(self, model: LatentDiffusion) -> nn.Module | None:
+        """The model's network with the adapters, if there are any."""
+        return self.lora.network(model) if self.lora else None
 
     def guided(
         self, model: LatentDiffusion, cond: Cond | None = None, given: Collection[str] | None = None

@@ -148,7 +148,8 @@ class _Way:
         if self.inversion.start != "invert":
             added = noise(0).to(z) * self.sigmas[0]
             return z + added if self.inversion.start == "noise" else added
-        denoiser = self.model.denoiser(PRECISIONS[self.sampler.precision], self.sampler.compile)
+        own = self.sampler
+        denoiser = self.model.denoiser(PRECISIONS[own.precision], own.compile, network=own.network(self.model))
         if self.inversion.exact and isinstance(self.model.first_stage_model, IdentityFirstStage):
             denoiser = clip(denoiser)  # as on the way down; as published, the way up is not clipped else
         denoiser = self.over(denoiser)

@@ -140,7 +140,8 @@ class Training:
 
         self.cfg, self.folder, self.checkpoint = cfg, folder, checkpoint
         model = cfg["model"]
-        if checkpoint is not None and "ckpt_path" in (model.get("params") or {}):  # its weights are the checkpoint's
+        params = model.get("params") or {}
+        if checkpoint is not None and "ckpt_path" in params and not params.get("lora"):  # weights are the checkpoint's
             model = {**model, "params": {**model["params"], "ckpt_path": None}}
         check_files({**cfg, "model": model})
         precision = _settle_precision(cfg["lightning"]["trainer"])
