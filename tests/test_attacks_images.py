@@ -246,6 +246,19 @@ def test_parquet_has_no_more_rows_than_there_is_memory_for(tmp_path):
     refused(lambda: read_gene_table(path, "expression"), "would take .* GB")
 
 
+def test_texts_of_parquet_that_are_one_long_text_are_counted(tmp_path):
+    path, text = tmp_path / "index.parquet", pa.array(["x" * 1_000_000] * 1000)
+    for name, values in (("slide", text), ("list", pa.ListArray.from_arrays(list(range(1001)), text))):
+        part = pa.table({name: values, "row": pa.array(range(1000))})
+        with pq.ParquetWriter(path, part.schema, compression="zstd") as writer:
+            for _ in range(12):
+                writer.write_table(part)
+        assert path.stat().st_size < 500_000
+        refused(lambda: read_index(tmp_path), "the table .* of 12000 rows would take .* GB")
+    pq.write_table(pa.table({"slide": ["x" * 9_000_000] * 4, "row": range(4)}), path)
+    refused(lambda: read_index(tmp_path), "has no column")  # read
+
+
 def test_packed_tables_become_no_larger_than_the_memory(tmp_path):
     with gzip.open(tmp_path / "a.csv.gz", "wb") as stream:
         stream.write(b"a,b\n")

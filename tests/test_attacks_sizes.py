@@ -28,6 +28,7 @@ from ldm.images.slides import open_image
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.requests.spec import load_spec
 from ldm.scorers.ensemble import load_scorer
+from ldm.tables.geojson import read_geojson
 from ldm.tables.h5ad import read_h5ad
 
 MODELS = Path(__file__).parents[1] / "data" / "models"
@@ -292,3 +293,21 @@ def test_numbers_of_a_scorer_are_those_that_its_weights_have(tmp_path):
         told["scorer"]["kwargs"] = change
         (folder / "config.yaml").write_text(yaml.safe_dump(told))
         refused(lambda: load_scorer(folder), "describes a model of more than")
+
+
+# --- outlines --------------------------------------------------------------------------------------------------------
+
+
+def test_an_outline_that_crosses_itself_without_end_is_told(tmp_path):
+    """To repair it takes memory for every crossing; a drawn one that crosses itself somewhere is repaired."""
+    star, drawn = (
+        1000 + 900 * np.stack([np.cos(angles), np.sin(angles)], -1)
+        for angles in (np.arange(10_000) * 2.4, np.linspace(0, 2 * np.pi, 3000, endpoint=False))
+    )
+    drawn[[5, 9]] = drawn[[9, 5]]
+    for corners in (star, drawn):
+        shape = {"type": "Polygon", "coordinates": [[*corners.tolist(), corners[0].tolist()]]}
+        (tmp_path / "a.geojson").write_text(json.dumps({"type": "Feature", "geometry": shape, "properties": {}}))
+        if corners is star:
+            refused(lambda: read_geojson(tmp_path / "a.geojson"), "crosses itself some .* times")
+    assert read_geojson(tmp_path / "a.geojson").regions[0].shape.area == pytest.approx(900**2 * np.pi, rel=0.01)

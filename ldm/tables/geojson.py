@@ -30,6 +30,7 @@ from ldm.foreign.paths import allowed
 
 SUFFIXES = (".geojson", ".json", ".geojson.gz", ".json.gz", ".zip")
 UNCLASSIFIED = "unclassified"
+MOST_CROSSINGS = 5_000_000  # of an outline that is repaired, and 50 for each of its corners
 MOST_BYTES = 512 << 20  # of a file, unpacked; annotations without detections and measurements take far less
 FARTHEST = 10_000_000  # px from the corner; no slide is so wide
 _ANGLES = np.linspace(0, 2 * np.pi, 256, endpoint=False)
@@ -257,8 +258,26 @@ def _valid(shape: shapely.Geometry, found: _Found) -> shapely.Geometry:
     if shape.is_valid:
         return shape
     found.repaired += 1
+    corners = shapely.get_coordinates(shape)
+    if (crossings := _overlaps(corners)) > MOST_CROSSINGS + 50 * len(corners):
+        raise UserError(
+            f"an outline of {len(corners)} corners crosses itself some {crossings} times, which is none that is drawn; "
+            "leave it out."
+        )
     parts = shapely.get_parts(shapely.make_valid(shape, method="structure", keep_collapsed=False))
     return shapely.union_all(parts[shapely.area(parts) > 0])
+
+
+def _overlaps(corners: np.ndarray) -> int:
+    """About how often edges of an outline may cross: pairs of them whose boxes overlap, of a sample of them.
+
+    >>> _overlaps(np.array([[0, 0], [1, 0], [2, 0], [3, 0], [4, 0]]))  # four edges, that touch their neighbours
+    10
+    """
+    low, high = np.minimum(corners[:-1], corners[1:]), np.maximum(corners[:-1], corners[1:])
+    some = np.linspace(0, len(low) - 1, min(len(low), 500)).astype(int)
+    pairs = sum(int(((low <= high[i]) & (low[i] <= high)).all(1).sum()) for i in some)
+    return pairs * len(low) // max(len(some), 1)
 
 
 def _class_of(properties: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.errors import UserError
+from ldm.foreign.settings import check_settings
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.forms import name_form
 from ldm.interop.weights import in_words, not_finite
@@ -87,6 +88,7 @@ def check_resume(cfg: dict[str, Any], checkpoint: Path) -> list[str]:
     ldm.errors.UserError: a resumed run cannot change seed (1 -> 2). ...
     """
     content = read_checkpoint(checkpoint)
+    check_settings(content[OWN], checkpoint, OWN)
     _check_weights(checkpoint, content["state_dict"])
     before = dict(_leaves(content[OWN]))
     if "scale_lr" not in cfg["model"]:  # of version 0.1.0
