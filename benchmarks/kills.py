@@ -36,16 +36,16 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from benchmarks.kills_world import build_world
-
 ROOT = Path(__file__).resolve().parent.parent
 CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")  # audit events, and `open`
 TOLD = ("the disk is full", "No space left on device")
 LIBRARIES = (  # that commands import when they come to need them
-    "lightning_fabric", "matplotlib.figure", "open_clip", "pyarrow.dataset", "pydantic", "pytorch_lightning",
-    "torchmetrics", "transformers",
+    "distributed", "lightning_fabric", "matplotlib.figure", "open_clip", "pyarrow.dataset", "pydantic",
+    "pytorch_lightning", "torchmetrics", "transformers",
 )  # fmt: skip
-SMALL = {"ldm.data.shards.SHARD_ROWS": 8, "ldm.scorers.select.CHUNK": 4}  # so that little data has several parts
+SMALL = {  # so that little data has several parts, and nobody waits for long
+    "ldm.data.shards.SHARD_ROWS": 8, "ldm.scorers.select.CHUNK": 4, "data_prep.prepare.PAUSE": 0.2,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,9 @@ def run_job(job: dict[str, Any]) -> NoReturn:
         for name, value in SMALL.items():
             module, _, constant = name.rpartition(".")
             setattr(importlib.import_module(module), constant, value)
-        if job["words"] == ["world"]:
-            build_world(Path.cwd())
+        if job["words"][0] == "call":
+            module, _, function = job["words"][1].rpartition(".")
+            getattr(importlib.import_module(module), function)(*job["words"][2:])
             code = 0
         else:
             code = command(job)
@@ -434,7 +435,7 @@ def workplace() -> Iterator[tuple[Server, Path, Path]]:
         world, place = Path(top, "world"), Path(top, "runs")
         world.mkdir()
         place.mkdir()
-        run = server.run(["world"], world)
+        run = server.run(["call", "benchmarks.kills_world.build_world", str(world)], world)
         if run.code:
             raise RuntimeError(run.said)
         yield server, world, place

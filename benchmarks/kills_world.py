@@ -68,8 +68,8 @@ SSL_MODEL: dict[str, Any] = {
 }
 
 
-def build_world(folder: Path) -> None:
-    """A model, a first stage, a run, a scorer, images, a cohort, tables: all tiny, and the same every time."""
+def build_world(place: str) -> None:
+    """In `place`: model, first stage, a run, a scorer, images, a cohort, tables: all tiny, the same every time."""
     import h5py
     import numpy as np
     import open_clip
@@ -88,6 +88,7 @@ def build_world(folder: Path) -> None:
     from ldm.scorers.labelled import read_labelled
     from ldm.scorers.training import Recipe, train_scorer
 
+    folder = Path(place)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     model = instantiate_from_config(MODEL)

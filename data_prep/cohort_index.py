@@ -86,8 +86,8 @@ def update_index(
             if box := holdout.get(store.slide):
                 split = _box_split(store, box, known, path)
             if len(known) == len(store):
-                moved = known["split"].where(known["split"] != "train", split)
-                known = known.assign(split=moved) if late and not box else known
+                if late and not box:
+                    known = known.assign(split=known["split"].where(known["split"] != "train", split))
             else:
                 known = _rows_of(store, owners[store.slide], split)
             if entry := said.get(store.slide):

@@ -16,13 +16,12 @@ Examples:
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,7 +42,7 @@ from data_prep.engine import (
     run_by,
     run_here,
 )
-from data_prep.fetch import Fetched, fetch
+from data_prep.fetch import fetch
 from data_prep.options import (
     DeviceOption,
     FilesInOption,
@@ -79,101 +78,19 @@ from data_prep.options import (
     taken,
 )
 from data_prep.run_record import RunRecord
+from data_prep.slide_stages import check, encoder_of, features, first_stage_of, latents, store_of, tile
 from data_prep.slide_table import SlideEntry, read_slides, tell_renamed
 from ldm.cli.script import script
 from ldm.data.slide_tiles import tell_pixels
 from ldm.data.splits import fractions
-from ldm.data.store_faults import check_store
 from ldm.data.tile_store import TileStore, is_finished
-from ldm.devices import pick_device
 from ldm.errors import UserError, note, some
-from ldm.images.quality import QUALITY, flagged
 from ldm.locks import clear_dead
 from ldm.tables.regions import check_files
 
 STAGES = (AHEAD, "tiles", "features", "latents", "check")
+PATHS = ("regions", "encoder", "weights", "first_stage_folder")  # settings that may be paths
 PAUSE = 5.0  # seconds until slides that another run is at work on are tried again
-
-
-# --- stages of one slide, as workers run them -------------------------------------------------------------------------
-
-
-def tile(path: Path, out: Path, settings: Mapping[str, Any], cache: Path | None = None) -> dict[str, Any]:
-    """Tile a slide, from the copy of it in `cache` where there is one."""
-    from data_prep.tile_slides import tile_slide
-
-    store = store_of(out, settings["name"])
-    kept = is_finished(store)
-    with Fetched(path, None if kept else cache) as near:
-        try:
-            opened = TileStore.open(tile_slide(near, out, origin=path, **settings))
-        except UserError as error:
-            raise type(error)(str(error).replace(str(near), str(path))) from None
-    for told in opened.attrs.get("notes", ()):
-        note(told)
-    flags = flagged({label: opened.labels(label) for label in opened.label_names if label in QUALITY})
-    return {"tiles": len(opened), **flags, "bytes": size_of(store), "state": KEPT if kept else DONE}
-
-
-def features(store: Path, **settings: Any) -> dict[str, Any]:
-    """Write the features of a store's tiles."""
-    from data_prep.extract_features import extract
-
-    opened = TileStore.open(store)
-    before = opened.names("features")
-    network = _encoder(settings.pop("encoder"), settings.pop("weights", None), settings.get("device", "auto"))
-    name = extract([opened], network, **settings)
-    return {"feature": name, "state": KEPT if opened.names("features") == before else DONE}
-
-
-def latents(store: Path, **settings: Any) -> dict[str, Any]:
-    """Write the latents of a store's tiles."""
-    from data_prep.encode_latents import encode_latents
-
-    opened = TileStore.open(store)
-    before = set(opened.latent_names)
-    stage = _first_stage(str(settings["first_stage_folder"]))
-    name, _ = encode_latents([opened], **settings, first_stage=stage)
-    return {"latents": name, "state": KEPT if name in before else DONE}
-
-
-@functools.lru_cache(1)
-def _encoder(encoder: str | Path, weights: Path | None, device: str) -> Any:
-    """An encoder, loaded once in each process."""
-    from data_prep.extract_features import resolve
-
-    return resolve(encoder, weights, device=pick_device(device))
-
-
-@functools.lru_cache(1)
-def _first_stage(folder: str) -> Any:
-    from ldm.model_folder import load_first_stage
-
-    return load_first_stage(folder)
-
-
-def check(store: Path) -> dict[str, Any]:
-    """Check that a store is whole, and how large it is."""
-    check_store(store)
-    return {"bytes": size_of(store)}
-
-
-def store_of(out: Path | str, slide: str) -> Path:
-    """Where the store of a slide is.
-
-    >>> store_of("cohort", "a.svs").as_posix()
-    'cohort/slides/a.zarr'
-    """
-    return Path(out) / "slides" / f"{Path(slide).stem}.zarr"
-
-
-def size_of(folder: Path) -> int:
-    """Bytes of the files in a folder.
-
-    >>> size_of(store.path) > 1000
-    True
-    """
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 # --- a cohort ---------------------------------------------------------------------------------------------------------
@@ -285,7 +202,9 @@ def prepare(
     if workers:
         tiling.setdefault("workers", max(1, (os.cpu_count() or 1) // workers))
     _check_before(out, entries, tiling, encoder, first_stage)
-    tasks = plan(entries, out.absolute(), tiling, encoder, first_stage, cache and Path(cache).absolute())
+    places = [_absolute(each, PATHS) for each in (tiling, encoder, first_stage)]
+    far = [replace(entry, path=entry.path.absolute(), roi=entry.roi and entry.roi.absolute()) for entry in entries]
+    tasks = plan(far, out.absolute(), *places, cache and Path(cache).absolute())
     asked = {"tiling": tiling, "encoder": encoder, "first_stage": first_stage}
     asked |= {"validation": validation, "test": test, "patient": patient}
     record = RunRecord(out, [asdict(entry) for entry in entries], asked)
@@ -299,6 +218,14 @@ def prepare(
             update_index(out, validation, test, patient=patient, entries=entries)
         record.write()
     return record
+
+
+def _absolute(settings: Mapping[str, Any] | None, names: Iterable[str]) -> dict[str, Any] | None:
+    """Settings whose paths hold for workers that were started in other folders too."""
+    if settings is None:
+        return None
+    given = {name: settings[name] for name in names if isinstance(settings.get(name), (str, Path))}
+    return {**settings} | {name: Path(path).absolute() for name, path in given.items() if Path(path).exists()}
 
 
 def clear_locks(cohort: Path) -> None:
@@ -321,11 +248,11 @@ def _check_before(
     from data_prep.extract_features import check_encoder
 
     if encoder is not None:
-        _encoder.cache_clear()
+        encoder_of.cache_clear()
         check_encoder(encoder["encoder"], encoder.get("weights"))
     if first_stage is not None:
-        _first_stage.cache_clear()  # of another call in this process
-        _first_stage(str(first_stage["first_stage_folder"]))
+        first_stage_of.cache_clear()  # of another call in this process
+        first_stage_of(str(first_stage["first_stage_folder"]))
     drawn = [(entry.roi or tiling.get("regions"), entry.name) for entry in entries]
     check_files([each for each in drawn if each[0]], tiling.get("inside", ()), tiling.get("outside", ()))
     for entry in entries:
@@ -417,7 +344,7 @@ def main(
     tiling = {
         "mpp": mpp, "tile_size": tile_size, "stride": stride, "min_tissue": min_tissue, "seed": seed,
         "keep_background": keep_background, "licence": licence, "slide_mpp": slide_mpp,
-        "regions": regions and regions.absolute(), "inside": inside or [], "outside": outside or [],
+        "regions": regions, "inside": inside or [], "outside": outside or [],
         "min_inside": min_inside, "region_origin": region_origin and region_origin.value, "previews": previews,
         "pixels": pixels.value, "jpeg_quality": jpeg_quality,
     }  # fmt: skip

@@ -37,8 +37,8 @@ from data_prep.options import (
     number,
     output,
 )
-from data_prep.prepare import size_of
 from data_prep.repair import Sources, repair
+from data_prep.slide_stages import size_of
 from ldm.cli.script import script
 from ldm.data.cohort import read_index
 from ldm.data.store_faults import ARRAY, INDEX, TABLE, Fault, find_faults

@@ -11,6 +11,7 @@ import typer.main
 from scripts import MODULES
 
 from benchmarks.kills import CASES, Server, Stop, Trials, can_mount, workplace
+from benchmarks.kills_stages import STAGES, VICTIMS, StageTrials
 from ldm.cli import app
 
 
@@ -37,3 +38,29 @@ def test_every_command_that_writes_is_tried():
     tried = {case.words.split()[0] for case in CASES.values()}
     scripts = {module for module in MODULES if module.startswith("data_prep")}
     assert tried == {*typer.main.get_command(app).commands, *scripts} - reading - trained
+
+
+@pytest.mark.slow
+def test_a_cohort_is_the_same_whatever_is_killed_in_whatever_stage(places):
+    pytest.importorskip("distributed")
+    with StageTrials(*places, "scheduler", slides=2) as trials:
+        for i, stage in enumerate(STAGES):
+            trials.killed(stage, random.Random(i), VICTIMS[i % 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_a_cohort_is_the_same_by_any_number_of_workers_and_by_two_commands_at_once(places, workers: int):
+    pytest.importorskip("distributed")
+    with StageTrials(*places, "scheduler" if workers else "alone", slides=2, workers=workers) as trials:
+        trials.measure("tiles")
+        trials.at_once(0.1 * workers)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not can_mount(), reason="mounts file systems, as root may")
+def test_a_cohort_on_a_full_disk_and_on_one_that_cannot_be_written(places):
+    pytest.importorskip("distributed")
+    with StageTrials(*places, "scheduler", slides=2) as trials:
+        trials.starved(0.4)
+        trials.locked()

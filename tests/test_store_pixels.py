@@ -21,8 +21,8 @@ from conftest import ROOT
 from data_prep.encode_latents import encode_latents
 from data_prep.extract_features import extract
 from data_prep.prepare import main as prepare
-from data_prep.prepare import size_of
 from data_prep.repair import Sources, repair
+from data_prep.slide_stages import size_of
 from data_prep.tile_slides import main, tile_slide
 from data_prep.verify import verify
 from ldm.cli import app
