@@ -190,13 +190,15 @@ def _of_table(path: Path) -> list[SlideEntry]:
     typed = {name: as_values(table[name], path) for name in others}
     numbers = {name: _numbers(table[of[name]], path) for name in ("mpp", "min_tissue", "keep_background") if name in of}
     entries, left, missing = [], [], []
+    reasons = [_cell(row, of, "exclude").lower() for _, row in table.iterrows()]
+    taken = table[[reason in _NO for reason in reasons]]
+    named_in(path, [*taken[column], *(taken[of["roi"]].dropna() if "roi" in of else [])])
     for i, row in table.iterrows():
         file = path.parent / str(row[column])
         reason = _cell(row, of, "exclude")
         if reason.lower() not in _NO:
             left.append(f"{file.name}{'' if reason.lower() in _YES else f': {reason}'}")
             continue
-        named_in(path, [row[column]])
         if not file.exists():
             missing.append(str(file))
             continue
@@ -204,7 +206,7 @@ def _of_table(path: Path) -> list[SlideEntry]:
         split = _cell(row, of, "split")
         if split and split not in _SPLITS:
             raise UserError(f"{path}: {file.name} has the split '{split}'; splits are {', '.join(_SPLITS)}")
-        region = named_in(path, [roi])[0] if roi else None
+        region = path.parent / roi if roi else None
         if region and not region.exists():
             missing.append(str(region))
         own = {name: float(values[i]) for name, values in numbers.items() if pd.notna(values[i])}

@@ -101,6 +101,19 @@ def test_what_a_table_gets_wrong(slides, rows, message):
         read_slides([table(slides, rows)])
 
 
+def test_all_files_that_lie_elsewhere_are_named_in_one_message(slides):
+    lines = ["path,roi", "slides/a.png,", "../p/x.png,/q/regions.geojson", "../p/y.png,"]
+    with pytest.raises(UserError) as refused:
+        read_slides([table(slides, "\n".join(lines))])
+    assert "names 3 files outside of the folder" in str(refused.value)
+    assert str(refused.value).endswith(f"--files-in /q --files-in {slides.parent.parent / 'p'}")
+
+
+def test_a_slide_without_micrometres_is_told_of_the_column(slides, tmp_path):
+    with pytest.raises(UserError, match=r"does not say how many micrometres a pixel has; .* the column mpp in a table"):
+        run(table(slides, "path\nslides/a.png\n"), tmp_path / "cohort")
+
+
 def test_a_pattern_without_files(tmp_path):
     with pytest.raises(UserError, match="no file matches"):
         read_slides([tmp_path / "*.svs"])

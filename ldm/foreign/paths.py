@@ -143,10 +143,11 @@ def named_in(table: Path, names: Iterable[Any], folder: Path | None = None) -> l
     names, folder = [str(name) for name in names], table.parent if folder is None else folder
     paths = [folder / name for name in names]
     if out := stray(paths, folder):
-        count, first = len(out), out[0]
+        count, where = len(out), sorted({str(paths[place].resolve().parent) for place in out})
+        where = where if len(where) < 4 else [os.path.commonpath(where)]
         raise UserError(
-            f"{table} names {count} file{'s' * (count > 1)} outside of the folder {folder}, as {names[first]}. If you "
-            f"mean to read them, say where they lie: --files-in {paths[first].resolve().parent}"
+            f"{table} names {count} file{'s' * (count > 1)} outside of the folder {folder}, as {names[out[0]]}. If you "
+            f"mean to read them, say where they lie: {' '.join(f'--files-in {each}' for each in where)}"
         )
     return paths
 

@@ -44,7 +44,7 @@ class Slide:
         magnification: objective power, or None where the file does not say.
         gray: whether it has one channel; it is read as three that are alike.
         patient: whom the file names, as DICOM does; None where it names nobody.
-        notes: what a user should know of how it is read.
+        notes: what a user should know of how it is read. scale_notes: those of its micrometres per pixel.
         bounds: (x, y, width, height) of the part that a scanner filled, where it left a margin around it; else None.
     """
 
@@ -60,7 +60,7 @@ class Slide:
         said = source.scale
         own = said.mpp and not holds
         self.mpp, self.mpp_source = (said.mpp, said.origin) if own or not mpp else (mpp, GIVEN)
-        self.notes = source.notes + said.notes
+        self.scale_notes, self.notes = said.notes, source.notes + said.notes
         if mpp and said.mpp and abs(said.mpp / mpp - 1) > 0.01:
             told = f"its {said.origin} says {said.mpp:g} um per pixel"
             given = f"the {mpp:g} given" + (" for it holds" if holds else " is for files that say none")
@@ -287,10 +287,11 @@ def open_slide(path: Path | str, mpp: float | None = None, holds: bool = False) 
     """
     slide = open_image(path, mpp, holds)
     if not slide.mpp:
-        wrong = f" ({'; '.join(slide.notes)})" if slide.notes else ""
+        wrong = f" ({'; '.join(slide.scale_notes)})" if slide.scale_notes else ""
         known = f"at {slide.magnification:g}x probably {10 / slide.magnification:g}" if slide.magnification else ""
         raise UserError(
-            f"{path} does not say how many micrometres a pixel has{wrong}; pass --slide-mpp (mpp= in Python), "
+            f"{path} does not say how many micrometres a pixel has{wrong}; pass --slide-mpp (mpp= in Python, the "
+            "column mpp in a table of slides), "
             f"{known or 'about 0.25 for 40x, 0.5 for 20x, 1.0 for 10x'}"
         )
     return slide
