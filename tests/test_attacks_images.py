@@ -259,6 +259,12 @@ def test_texts_of_parquet_that_are_one_long_text_are_counted(tmp_path):
     refused(lambda: read_index(tmp_path), "has no column")  # read
 
 
+def test_texts_of_parquet_that_are_no_text_are_told(tmp_path):
+    names = pa.array([b"a", b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"slide": names, "row": [0, 1]}), tmp_path / "index.parquet")
+    refused(lambda: read_index(tmp_path), "is broken .*UTF8")
+
+
 def test_packed_tables_become_no_larger_than_the_memory(tmp_path):
     with gzip.open(tmp_path / "a.csv.gz", "wb") as stream:
         stream.write(b"a,b\n")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser
+from ldm.errors import UserError
 
 Noise = Callable[[int], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
@@ -26,7 +27,7 @@ def _nothing(step: int, x: Tensor, x0: Tensor) -> None:
 
 def _checked(x: Tensor, sigmas: Tensor) -> Tensor:
     if not torch.isfinite(sigmas).all():
-        raise ValueError("sigmas must be finite; a zero-terminal-SNR table has no finite first sigma to start from")
+        raise UserError("sigmas must be finite; a zero-terminal-SNR table has no finite first sigma to start from.")
     return sigmas.to(x.device)
 
 

@@ -41,7 +41,7 @@ def make_betas(
     if not isinstance(timesteps, int) or not 1 <= timesteps <= MOST:
         raise UserError(f"timesteps is the number of noise levels, a whole number from 1 to {MOST}; got {timesteps}.")
     for name, value in {"linear_start": linear_start, "linear_end": linear_end, "cosine_s": cosine_s}.items():
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if type(value) not in (int, float) or not 0 <= value <= 1:
             raise UserError(f"{name} of the noise schedule is a number from 0 to 1; got {value!r}.")
     if schedule == "linear":
         return torch.linspace(linear_start**0.5, linear_end**0.5, timesteps, dtype=torch.float64) ** 2

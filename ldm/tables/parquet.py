@@ -35,7 +35,11 @@ def read_parquet(
     """
     try:
         check_parquet(path)
-        return pd.read_parquet(path, columns=columns)
+        frame = pd.read_parquet(path, columns=columns)
+        for values in (frame.index, *(column for _, column in frame.items())):
+            if isinstance(values.dtype, pd.StringDtype):
+                pa.array(values.array).validate(full=True)  # that they are UTF-8, which else shows when they are used
+        return frame
     except UserError:
         raise
     except Exception as error:  # Arrow raises errors of many kinds for what it cannot read
