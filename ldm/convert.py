@@ -39,11 +39,15 @@ if TYPE_CHECKING:
 FAMILIES = {
     "mitotic-figure DPM": ("ldm.interop.mitotic.is_mitotic", "ldm.interop.mitotic.read_mitotic"),
     "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
+    "PixCell": ("ldm.interop.pixcell.is_pixcell", "ldm.interop.pixcell.read_pixcell"),
+    "SiT": ("ldm.interop.sit.is_sit", "ldm.interop.sit.read_sit"),
+    "conditioning model of ZoomLDM": ("ldm.interop.zoomldm_cdm.is_cdm", "ldm.interop.zoomldm_cdm.read_cdm"),
     "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),
     "Stable Diffusion": (
         "ldm.interop.stable_diffusion.is_stable_diffusion",
         "ldm.interop.stable_diffusion.read_stable_diffusion",
     ),
+    "autoencoder": ("ldm.interop.first_stages.is_autoencoder", "ldm.interop.first_stages.read_autoencoder"),
     "latent-diffusion": ("ldm.interop.compvis.is_compvis", "ldm.interop.compvis.read_compvis"),
     "guided-diffusion": ("ldm.interop.guided.is_guided", "ldm.interop.guided.read_guided"),
 }
@@ -125,13 +129,12 @@ def load_model(
                 raise UserError(f"{_flag(next(iter(options)))} goes with a published checkpoint, which {path} is not.")
             return model_folder.load_model(path, device)
         found = _read(path, content, {"allow_target": tuple(allow_target), **options})
-        if found.schedule:
-            _check_schedule(found, path)
         for note in found.notes:
             warnings.warn(f"{path.name}: {note}", stacklevel=2)
         with tempfile.TemporaryDirectory() as folder:
             node = _with_files(found, Path(folder))
             model = model_folder.loaded(node, found.metadata, found.state, path, device, Path(folder))
+        _check_fixed(found, model, path)
         if model.cond_stage_model is not None and "text" not in model.cond_stage_model.keys:  # whose null takes long
             model.check_parts()
         return model
@@ -221,6 +224,8 @@ def _facts(
 ) -> dict[str, Any]:
     """Metadata of what the user says of a model that its checkpoint does not."""
     about: dict[str, Any] = {}
+    if "encoder" in found.metadata and encoder is None:
+        encoder = found.metadata["encoder"]["encoder"]
     if licence:
         about["licence"] = licence
     if mpp is not None:
@@ -257,9 +262,18 @@ def check(found: Converted, source: str | Path) -> nn.Module:
     model_folder.check_names(found.state, module.state_dict(), source)
     if getattr(module, "cond_stage_model", None) is not None:  # without, a context may come as a tensor
         module.check_parts()
+    _check_fixed(found, module, source)
+    return module
+
+
+def _check_fixed(found: Converted, module: nn.Module, source: str | Path) -> None:
+    """UserError unless what a source holds that is no weight is what the model computes."""
     if found.schedule:
         _check_schedule(found, source)
-    return module
+    if found.positions is not None:
+        own, held = module.model.diffusion_model.positions_of(), found.positions[0].float()
+        if own.shape != held.shape or (own - held).abs().max() > 1e-3:
+            raise UserError(f"{source} holds positions (pos_embed) that are not those of its kind; it is refused.")
 
 
 def _check_schedule(found: Converted, source: str | Path) -> None:
@@ -303,6 +317,10 @@ def _account(found: Converted) -> list[str]:
     """What is to be said of a conversion: notes, then how many tensors were taken and why others were not."""
     lines = [f"note: {note}" for note in found.notes]
     count = sum(value.numel() for value in found.state.values())
+    if licence := found.metadata.get("licence"):
+        lines.append(f"licence: {licence}")
+    if encoder := found.metadata.get("encoder"):
+        lines.append(f"features: {encoder['encoder']} ({encoder['licence']})")
     lines.append(f"{len(found.state)} tensors taken, {count / 1e6:.2f} M values")
     for reason, number in Counter(found.unused.values()).items():
         first = next(name for name, why in found.unused.items() if why == reason)

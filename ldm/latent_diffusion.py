@@ -214,6 +214,12 @@ class LatentDiffusion(pl.LightningModule):
         return self.image_size * self.first_stage_model.downsampling
 
     @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Shape of what is denoised of one sample: (C,h,w), or (C,N) of models of tokens."""
+        sides = 1 if declared(self.model.diffusion_model).sequence else 2
+        return (self.channels, *[self.image_size] * sides)
+
+    @property
     def image_channels(self) -> int:
         """Channels of its images: 3 (RGB) or 1 (gray)."""
         pixels = isinstance(self.first_stage_model, (IdentityFirstStage, UnitFirstStage))

@@ -37,7 +37,8 @@ class Stub:
         self.first_stage_model = first_stage or IdentityFirstStage()
         self.channels, self.image_size, self.latent_scale = self.first_stage_model.channels, WINDOW, LatentScale(1.0)
         self.tile_size = WINDOW * self.first_stage_model.downsampling
-        self.device, self.cond_stage_model, self.learn_sigma = torch.device("cpu"), SimpleNamespace(dropout=0.1), False
+        self.device, self.cond_stage_model, self.learn_sigma = torch.device("cpu"), None, False
+        self.cond_stage_model = SimpleNamespace(dropout=0.1, describe=dict)
         self.metadata = {}
         betas = schedules.make_betas("linear", 1000, 0.0015, 0.0195)
         self.sigmas = schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0)).float()

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from published import load, relative
+from safetensors.torch import load_file, save_file
 
 from ldm.autoencoder.autoencoder import AutoencoderKL
 from ldm.autoencoder.latent import LatentScale
 from ldm.config import instantiate_from_config
 from ldm.convert import convert, read_published
 from ldm.errors import UserError
+from ldm.interop.first_stages import read_autoencoder
 from ldm.model_folder import load_first_stage, read_model_folder
 
 SCALES = {
@@ -60,6 +62,55 @@ def test_the_folder_of_diffusers_becomes_a_first_stage_that_knows_its_shift(publ
 
 def _named(published: Path) -> dict[str, float]:
     return {name.removesuffix("_factor"): value for name, value in SCALES[published.name].items()}
+
+
+def single_file(folder: Path, out: Path, prefix: str = "") -> Path:
+    """The autoencoder of a folder as one file by its original names."""
+    state = {prefix + name: value.contiguous() for name, value in read_published(folder).state.items()}
+    save_file(state, out)
+    return out
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_a_single_file_by_the_original_names_is_the_same(prefix, published, tmp_path):
+    golden = load(published / "io.pt")
+    source = single_file(published, tmp_path / "ae.safetensors", prefix)
+    if prefix:
+        save_file(load_file(source) | {"model.diffusion_model.joint_blocks.0.weight": torch.ones(1)}, source)
+    lines: list[str] = []
+    convert(source, tmp_path / "vae", config=published / "config.json", say=lines.append)
+    assert any("groups of normalisation, as the config says" in line for line in lines)
+    assert any("not of the autoencoder" in line for line in lines) == bool(prefix)
+    stage, (_, about) = load_first_stage(str(tmp_path / "vae")), read_model_folder(tmp_path / "vae")
+    assert {name: about[name] for name in ("scale_factor", "shift_factor")} == SCALES[published.name]
+    with torch.no_grad():
+        assert relative(stage.encode(golden["image"]).mean, golden["mean"]) < 1e-5
+        assert relative(stage.decode(golden["z_sample"]), golden["dec_sample"]) < 1e-5
+
+
+def test_a_single_file_says_what_it_does_not(published, tmp_path):
+    source = single_file(published, tmp_path / "mine.safetensors")
+    with pytest.raises(UserError, match="in groups of a number that no tensor tells"):
+        read_published(source)
+    (tmp_path / "groups.yaml").write_text(f"norm_num_groups: {4 if published.name == 'sd3_vae' else 8}")
+    assert "scale_factor" not in read_published(source, config=tmp_path / "groups.yaml").metadata
+
+
+@pytest.mark.parametrize(("name", "scale"), [("ae", 0.3611), ("flux-vae", 0.3611), ("sd3_vae", 1.5305), ("mine", None)])
+def test_the_scale_of_a_published_file_is_told_by_its_name(name, scale, tmp_path):
+    with torch.device("meta"):
+        stage = instantiate_from_config({"target": "ldm.autoencoder.autoencoder.AutoencoderKL", "params": {
+            "embed_dim": 16, "quant_conv": False, "ddconfig": {
+                "double_z": True, "z_channels": 16, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+                "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0,
+            },
+        }})  # fmt: skip
+    assert sum(value.numel() for value in stage.state_dict().values()) == 83_819_683  # SD3's and FLUX's
+    found = read_autoencoder(tmp_path / f"{name}.safetensors", stage.state_dict())
+    assert found.metadata.get("scale_factor") == scale
+    assert any("scale" in note for note in found.notes)
+    with torch.device("meta"):
+        assert instantiate_from_config(found.node).state_dict().keys() == found.state.keys()
 
 
 def test_it_goes_back_to_diffusers_as_it_came(published, tmp_path):

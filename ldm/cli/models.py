@@ -97,7 +97,7 @@ def convert(
     mpp: Annotated[float | None, inputs("--mpp", help="Micrometres per pixel of the model's tiles.")] = None,
     licence: Annotated[str | None, output("--licence", help="Licence of the weights, recorded in it.")] = None,
     base: Annotated[
-        Path | None, inputs("--base", help="Model folder with the parts that a network alone lacks.")
+        Path | None, inputs("--base", help="Model or autoencoder with the parts that the weights lack.")
     ] = None,
     allow_target: AllowTargetOption = None,
     to: Annotated[Form | None, output("--to", help="Write a model folder in the form of others.")] = None,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,7 +21,7 @@ from ldm.data.features import read_features
 from ldm.data.slide_tiles import NoSlide
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError, note
-from ldm.files import owns, write_text
+from ldm.files import owns, whole, write_text
 from ldm.images.pictures import Picture
 from ldm.images.sheets import contact_sheet
 from ldm.images.write import SCALED, SUFFIXES, save_image, save_png, to_uint8
@@ -60,6 +61,9 @@ def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sa
     chosen = sampler.loaded(model)
     about = sampler.record(chosen, model, "sample") | {"model_sha256": weights_of(model_path)}
     about |= {"mpp": model.metadata["mpp"]} if model.metadata.get("mpp") else {}
+    if len(model.latent_shape) == 2:
+        sample_tokens(model_path, model, out, tiles, chosen, about)
+        return
     paths = [out / f"{i:05d}.png" for i in range(len(tiles))]
     shown = evenly(len(paths), SHEET_TILES)
     real = _real(tiles, shown)
@@ -105,6 +109,25 @@ def _real(tiles: Requests, shown: np.ndarray) -> np.ndarray | None:
     except NoSlide as error:
         note(f"contact_sheet.png shows no real tiles: {error}")
         return None
+
+
+def sample_tokens(
+    model_path: Path, model: LatentDiffusion, out: Path, tiles: Requests, sampler: Sampler, about: dict[str, Any]
+) -> None:
+    """tokens.npy (N,L,C) of a model whose samples condition another, tokens.csv of which is which, tokens.json."""
+    cond = model.condition(**tiles.given(range(len(tiles)))) if model.cond_stage_model is not None else None
+    tokens = sample(model, cond, len(tiles), sampler).mT.contiguous().numpy()
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["row", *tiles.about[0], "seed", "index"])
+    writer.writeheader()
+    writer.writerows({"row": i, **row, "seed": sampler.seed, "index": i} for i, row in enumerate(tiles.about))
+    out.mkdir(parents=True, exist_ok=True)
+    with whole(out / "tokens.npy") as part, part.open("wb") as file:
+        np.save(file, tokens)
+    write_text(out / "tokens.csv", table.getvalue())
+    text = provenance(model_path, model, "see tokens.csv", about)
+    write_text(out / "tokens.json", json.dumps(text, indent=2, default=str) + "\n")
+    print(written(len(tiles), 0, "samples of tokens", out, "tokens.csv and tokens.json"))
 
 
 @owns("outs", beside=True)

@@ -184,6 +184,16 @@ def keys_of(conditioner: Conditioner | None, kind: str) -> list[str]:
     return [key for key, told in about.items() if told.kind == kind]
 
 
+def cells_of(conditioner: Conditioner | None) -> int:
+    """Cells along each side of the grid of features that describes one image: 1 where one feature does, or many may.
+
+    >>> cells_of(model.cond_stage_model)
+    1
+    """
+    grids = [conditioner.describe()[key].grid for key in keys_of(conditioner, "features")]
+    return next((grid[0] for grid in grids if len(grid) == 1), 1)
+
+
 def names_given(conditioner: Conditioner, keys: Iterable[str]) -> list[str]:
     """Names of the conditioners, of a set, that take conditions given by these names.
 

@@ -24,6 +24,7 @@ class FeatureField:
         size: canvas height and width, window: side of a tile, all in the same pixels.
         interpolation: linear, slerp (of vectors as they are, not of their directions, as published) or nearest.
         background: (D,) embedding that fills holes; without it they take the nearest known embedding.
+        cells: of the grid along each side of a window, which takes cells x cells of them.
 
     >>> field = FeatureField(torch.tensor([[[0.0], [1.0]]]), size=(256, 512), window=256)
     >>> field.at([(0, 0), (0, 64), (0, 256)])
@@ -39,16 +40,28 @@ class FeatureField:
         window: int,
         interpolation: str = "linear",
         background: Tensor | None = None,
+        cells: int = 1,
     ):
         if features.ndim != 3:
             raise UserError(f"a grid of features has shape (rows, cols, D); got {tuple(features.shape)}.")
         if interpolation not in INTERPOLATIONS:
             raise UserError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got '{interpolation}'.")
         self.features = fill_holes(features.float(), background)
-        self.size, self.window, self.interpolation = size, window, interpolation
+        if window % cells:
+            raise UserError(f"a window of {window} has no {cells} cells of equal size along its side.")
+        self.size, self.window, self.interpolation, self.cells = size, window // cells, interpolation, cells
 
     def at(self, corners: Sequence[tuple[int, int]]) -> Tensor:
-        """Embeddings (K,D) of windows whose upper left corners (row, col) are given in canvas pixels."""
+        """Embeddings (K,D) of windows whose upper left corners (row, col) are given in canvas pixels; (K,D,cells,cells)
+        where a window takes several."""
+        if self.cells == 1:
+            return self._of_cells(corners)
+        places = [offset * self.window for offset in range(self.cells)]
+        inside = [(row + down, col + across) for row, col in corners for down in places for across in places]
+        grids = self._of_cells(inside).unflatten(0, (len(corners), self.cells, self.cells))
+        return grids.permute(0, 3, 1, 2)                                        # (K,D,cells,cells)
+
+    def _of_cells(self, corners: Sequence[tuple[int, int]]) -> Tensor:
         rows, cols = (self._positions([corner[axis] for corner in corners], axis) for axis in (0, 1))
         r0, c0 = rows.floor().long(), cols.floor().long()
         r1, c1 = (r0 + 1).clamp(max=self.features.shape[0] - 1), (c0 + 1).clamp(max=self.features.shape[1] - 1)

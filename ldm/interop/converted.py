@@ -19,6 +19,7 @@ class Converted:
         files: name -> text of further files that the node names as "./name".
         unused: name of a tensor of the source -> why it is not needed. Every tensor is in `state` or here.
         notes: what was guessed or is to be known, in sentences.
+        positions: fixed positions of a transformer's tokens, to be compared with those that it computes.
         schedule: buffers of the noise schedule by CompVis' names, to be compared with the schedule of the node.
     """
 
@@ -29,3 +30,4 @@ class Converted:
     unused: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     schedule: dict[str, Tensor] = field(default_factory=dict)
+    positions: Tensor | None = None

@@ -198,6 +198,20 @@ def _settings(
     notes: list[str],
 ) -> dict[str, Any]:
     """A network's settings with diffusers' defaults. UserError for one that its counterpart here does not have."""
+    fixed_settings(config, fixed, {*defaults, *silent}, where, notes)
+    chosen = {**{name: allowed[0] for name, allowed in fixed.items()}, **defaults}
+    return chosen | {name: value for name, value in config.items() if name in chosen}
+
+
+def fixed_settings(
+    config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]], known: set[str], where: str, notes: list[str]
+) -> None:
+    """UserError for a setting that is none of its `fixed` values; those that are not `known` are noted.
+
+    >>> fixed_settings({"act_fn": "mish"}, VAE_FIXED, set(), "vae/config.json", [])
+    Traceback (most recent call last):
+    ldm.errors.UserError: vae/config.json: act_fn is 'mish'; supported is 'silu' or 'swish'.
+    """
     for name, allowed in fixed.items():
         value = config.get(name, allowed[0])
         if isinstance(value, list) and len(set(map(str, value))) == 1:
@@ -205,11 +219,8 @@ def _settings(
         if value not in allowed:
             raise UserError(f"{where}: {name} is {value!r}; supported is {' or '.join(map(repr, allowed))}.")
     for name, value in config.items():
-        known = name.startswith("_") or name in defaults or name in fixed or name in silent
-        if not known and value not in (None, False):
+        if not (name.startswith("_") or name in known or name in fixed) and value not in (None, False):
             notes.append(f"{where}: the setting {name} ({value!r}) is not known and was left")
-    chosen = {**{name: allowed[0] for name, allowed in fixed.items()}, **defaults}
-    return chosen | {name: value for name, value in config.items() if name in chosen}
 
 
 def _kind(kind: str, attends: str, plain: str, where: str) -> bool:

@@ -41,7 +41,7 @@ def is_diffusers(path: Path, content: Any) -> bool:
         return True
     with only_within(path):
         config = path / "config.json"
-        return config.is_file() and str(_read_json(config).get("_class_name")) in PARTS.values()
+        return config.is_file() and str(json_of(config).get("_class_name")) in PARTS.values()
 
 
 def read_diffusers(path: Path, content: Any, *, base: str | Path | None = None, raw_weights: bool = False) -> Converted:
@@ -64,7 +64,7 @@ def read_diffusers(path: Path, content: Any, *, base: str | Path | None = None, 
 def _read(folder: Path, base: Converted | None, raw_weights: bool) -> Converted:
     parts = _parts(folder, raw_weights)
     if set(parts) == {"vae"}:
-        return _first_stage_alone(parts["vae"])
+        return first_stage_in(parts["vae"])
     found = base or Converted({"target": LATENT_DIFFUSION, "params": {"use_ema": False}}, {})
     if base is None and (lacking := [part for part in ("unet", "vae", "scheduler") if part not in parts]):
         raise UserError(
@@ -94,8 +94,12 @@ def _read(folder: Path, base: Converted | None, raw_weights: bool) -> Converted:
     return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping. UserError: missing or unreadable."""
+def json_of(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping. UserError: missing or unreadable.
+
+    >>> json_of(published / "diffusers_sd1" / "vae" / "config.json")["latent_channels"]
+    4
+    """
     if not path.exists():
         raise UserError(f"{path} does not exist; copy the whole folder.")
     content = read_json(path)
@@ -104,8 +108,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_weights(folder: Path, notes: list[str]) -> dict[str, Tensor]:
-    """The tensors of a network's folder: one file or sharded, .safetensors or .bin; a variant if there is no other."""
+def weights_in_folder(folder: Path, notes: list[str]) -> dict[str, Tensor]:
+    """The tensors of a network's folder: one file or sharded, .safetensors or .bin; a variant if there is no other.
+
+    >>> weights_in_folder(published / "diffusers_sd1" / "vae", [])["decoder.conv_in.bias"].ndim
+    1
+    """
     for suffix in ("safetensors", "bin"):
         for stem in WEIGHTS:
             if (folder / f"{stem}.{suffix}").is_file():
@@ -129,14 +137,14 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 def _parts(folder: Path, raw_weights: bool) -> dict[str, Path]:
     """Where the parts of a pipeline, or a network alone, lie."""
     if (folder / "config.json").is_file():
-        kind = str(_read_json(folder / "config.json").get("_class_name"))
+        kind = str(json_of(folder / "config.json").get("_class_name"))
         for part, name in PARTS.items():
             if kind == name and part != "text_encoder":
                 return {part: folder}
         raise UserError(f"{folder} is a {kind}; a UNet2DConditionModel or an AutoencoderKL can be converted.")
     index = {}
     if (folder / "model_index.json").is_file():
-        index = _read_json(folder / "model_index.json")
+        index = json_of(folder / "model_index.json")
     for part, entry in index.items():
         kind = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
         if part.startswith("_") or kind is None:
@@ -215,9 +223,9 @@ def replace_part(found: Converted, prefix: str, state: Mapping[str, Tensor]) -> 
 
 
 def _add_unet(found: Converted, folder: Path, based: bool) -> None:
-    config = _read_json(folder / "config.json")
+    config = json_of(folder / "config.json")
     node, modules = unet_node(config, str(folder / "config.json"), found.notes)
-    state = renamed(_read_weights(folder, found.notes), modules, str(folder))
+    state = renamed(weights_in_folder(folder, found.notes), modules, str(folder))
     params, other = node["params"], found.node["params"].get("unet_config", {}).get("params", {})
     if based:
         for name in ("in_channels", "out_channels", "context_dim"):
@@ -231,29 +239,31 @@ def _add_unet(found: Converted, folder: Path, based: bool) -> None:
 
 
 def _add_vae(found: Converted, folder: Path) -> None:
-    config = _read_json(folder / "config.json")
-    node, modules, scale = vae_node(config, str(folder / "config.json"), found.notes)
-    state = renamed(modern(_read_weights(folder, found.notes)), modules, str(folder))
+    vae = first_stage_in(folder)
+    found.notes += vae.notes
     params = found.node["params"]
     params.pop("shift_factor", None)
-    params |= {"first_stage_config": node, **scale}
+    params |= {"first_stage_config": vae.node, **vae.metadata}
     params.pop("scale_by_std", None)
     found.state.pop("scale_factor", None)
-    replace_part(found, FIRST_STAGE, to_convolutions(state))
+    replace_part(found, FIRST_STAGE, vae.state)
 
 
-def _first_stage_alone(folder: Path) -> Converted:
-    whole = Converted({"target": "", "params": {}}, {})
-    _add_vae(whole, folder)
-    params = whole.node["params"]
-    state = {name.removeprefix(FIRST_STAGE): value for name, value in whole.state.items()}
-    about = {name: params[name] for name in ("scale_factor", "shift_factor") if name in params}
-    return Converted(params["first_stage_config"], state, about, notes=whole.notes)
+def first_stage_in(folder: Path) -> Converted:
+    """The AutoencoderKL in a folder of diffusers; scale and shift of its latents are its metadata.
+
+    >>> first_stage_in(published / "diffusers_sd1" / "vae").metadata
+    {'scale_factor': 0.18215}
+    """
+    config, notes = json_of(folder / "config.json"), []
+    node, modules, scale = vae_node(config, str(folder / "config.json"), notes)
+    state = renamed(modern(weights_in_folder(folder, notes)), modules, str(folder))
+    return Converted(node, to_convolutions(state), scale, notes=notes)
 
 
 def _add_text(found: Converted, folder: Path, tokenizer: Path | None) -> None:
-    config = _read_json(folder / "config.json")
-    state = _read_weights(folder, found.notes)
+    config = json_of(folder / "config.json")
+    state = weights_in_folder(folder, found.notes)
     own = open_clip_config(config)
     own["embed_dim"] = own["embed_dim"] or own["text_cfg"]["width"]
     name = str(config.get("_name_or_path") or "") or f"text encoder of {folder.resolve().parent.name}"
@@ -280,7 +290,7 @@ def _text_condition(
 def _padding(tokenizer: Path | None) -> str:
     """What fills a caption's tokens: eos (Stable Diffusion 1), or zero, "!" (2)."""
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if tokenizer and (tokenizer / name).is_file() and "pad_token" in (words := _read_json(tokenizer / name)):
+        if tokenizer and (tokenizer / name).is_file() and "pad_token" in (words := json_of(tokenizer / name)):
             pad = words["pad_token"]
             pad = pad.get("content") if isinstance(pad, dict) else pad
             known = {"<|endoftext|>": "eos", "!": "zero"}
@@ -292,9 +302,9 @@ def _padding(tokenizer: Path | None) -> str:
 
 def _vocabulary(tokenizer: Path) -> dict[str, int] | None:
     if (tokenizer / "vocab.json").is_file():
-        return _read_json(tokenizer / "vocab.json")
+        return json_of(tokenizer / "vocab.json")
     if (tokenizer / "tokenizer.json").is_file():
-        return _read_json(tokenizer / "tokenizer.json").get("model", {}).get("vocab")
+        return json_of(tokenizer / "tokenizer.json").get("model", {}).get("vocab")
     return None
 
 
@@ -313,7 +323,7 @@ def clip_vocabulary() -> dict[str, int]:
 
 def _add_scheduler(found: Converted, folder: Path) -> None:
     path = folder / "scheduler_config.json"
-    config = _read_json(path)
+    config = json_of(path)
     found.node["params"].pop("cosine_s", None)
     found.node["params"] |= schedule_params(config, str(path), found.notes)
     own = {name: value for name, value in config.items() if not name.startswith("_")}

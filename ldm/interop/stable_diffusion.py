@@ -15,12 +15,12 @@ from ldm.interop.checkpoint import state_dict_of
 from ldm.interop.compvis import FIRST_STAGE, NETWORK, read_by, read_compvis
 from ldm.interop.compvis_conditions import CONDITIONER
 from ldm.interop.converted import Converted
+from ldm.interop.first_stages import first_stage_params
 from ldm.interop.forms import weights_in
 from ldm.interop.text_names import is_transformers, left_out
 
 HEADS = 8  # of every attention of the 1.x networks; no tensor tells
 LATENT_SIDE = 64  # of the 512 px that it was trained on
-RESOLUTION = 256  # of the autoencoder's training
 BETAS = {"linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000}
 SCALE_FACTOR = 0.18215
 CLIP_L = "openai/clip-vit-large-patch14"
@@ -109,7 +109,7 @@ def _project_of(state: Mapping[str, Tensor], notes: list[str]) -> dict[str, Any]
             "unet_config": {"target": targets.UNETS[0], "params": _unet_params(network)},
             "first_stage_config": {
                 "target": "ldm.models.autoencoder.AutoencoderKL",
-                "params": _first_stage_params(_within(state, FIRST_STAGE)),
+                "params": first_stage_params(_within(state, FIRST_STAGE)),
             },
             "cond_stage_config": {
                 "target": f"{targets.ENCODERS}FrozenCLIPEmbedder",
@@ -151,26 +151,6 @@ def _unet_params(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "context_dim": shapes[f"{middle}0.attn2.to_k.weight"][1],
         "use_scale_shift_norm": shapes[f"{first}emb_layers.1.weight"][0] > shapes[f"{first}in_layers.2.weight"][0],
     }
-
-
-def _first_stage_params(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Parameters of the KL autoencoder with tensors of these shapes, by their names within it."""
-    ch, in_channels = shapes["encoder.conv_in.weight"][:2]
-    levels = range(_count(shapes, r"encoder\.down\.(\d+)\.") + 1)
-    attention = [RESOLUTION // 2**i for i in levels if f"encoder.down.{i}.attn.0.q.weight" in shapes]
-    ddconfig = {
-        "double_z": True,
-        "z_channels": shapes["decoder.conv_in.weight"][1],
-        "resolution": RESOLUTION,
-        "in_channels": in_channels,
-        "out_ch": shapes["decoder.conv_out.weight"][0],
-        "ch": ch,
-        "ch_mult": [shapes[f"encoder.down.{i}.block.0.conv2.weight"][0] // ch for i in levels],
-        "num_res_blocks": _count(shapes, r"encoder\.down\.0\.block\.(\d+)\.") + 1,
-        "attn_resolutions": attention,
-        "dropout": 0.0,
-    }
-    return {"embed_dim": shapes["post_quant_conv.weight"][1], "ddconfig": ddconfig}
 
 
 def _betas(betas: Tensor | None) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
 from ldm.networks.layers import timestep_embedding
+from ldm.networks.positions import angles, axes, sincos, token_positions, turned
 from ldm.networks.takes import Takes
 
 TIME_DIM = 256  # of the sinusoidal embedding of timesteps in all published transformers
@@ -117,7 +118,7 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch**2 * out_channels, modulation, norm)
         self.takes = Takes(
             in_channels, out_channels, image_size, context_dim, vector_dim or hidden_size,
-            needs_vector=vector_dim is not None, num_classes=num_classes,
+            needs_vector=vector_dim is not None, num_classes=num_classes, sequence=not patch_size,
         )  # fmt: skip
         self.reset_parameters()
 
@@ -202,6 +203,11 @@ class DiT(nn.Module):
         """The place of each token along each axis (N,), in tokens of the size that it was trained on."""
         base = self.image_size // max(self.patch_size, 1)
         return axes(grid, [base / count / self.position_scale for count in grid], device)
+
+    def positions_of(self) -> Tensor:
+        """What is added to the tokens of the size that it was trained on (N,D), of positions "sincos"."""
+        sides = [self.image_size // max(self.patch_size, 1)] * (2 if self.patch_size else 1)
+        return sincos(self._places(sides, torch.device("cpu")), self.t_embedder.mlp[0].out_features)
 
     def _turns(self, grid: Sequence[int], device: torch.device) -> Tensor:
         """Angles (N,head_dim/2) by which rotary positions turn the pairs of a head: half by row, half by column."""
@@ -395,60 +401,6 @@ class ConditionEmbedder(nn.Module):
         if context_dim is not None:
             self.y_proj = Mlp(context_dim, dim)
             self.y_proj.fc2 = nn.Linear(dim, dim)
-
-
-def axes(grid: Sequence[int], steps: Sequence[float], device: torch.device) -> list[Tensor]:
-    """The place (N,) float64 of each point of a grid along each axis, row by row, in steps of `steps`.
-
-    >>> axes((1, 3), (1.0, 0.5), torch.device("cpu"))
-    [tensor([0., 0., 0.], dtype=torch.float64), tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)]
-    """
-    kind = torch.float32 if device.type == "mps" else torch.float64  # which has no other
-    sides = [torch.arange(count, device=device, dtype=kind) * step for count, step in zip(grid, steps)]
-    return [each.flatten() for each in torch.meshgrid(*sides, indexing="ij")]
-
-
-def angles(places: Tensor, count: int) -> Tensor:
-    """Places (N,) times `count` frequencies from 1 down to 1/10000: (N,count).
-
-    >>> angles(torch.tensor([2.0]), 2)
-    tensor([[2.0000, 0.0200]])
-    """
-    rates = 10000.0 ** (-torch.arange(count, device=places.device, dtype=places.dtype) / count)
-    return places[:, None] * rates
-
-
-def sincos(places: Sequence[Tensor], dim: int) -> Tensor:
-    """The embedding (N,dim) float32 of places (N,) along each axis: columns, then rows; of each sines, then cosines.
-
-    >>> sincos([torch.tensor([0.0])], 4)
-    tensor([[0., 0., 1., 1.]])
-    """
-    turns = [angles(each, dim // len(places) // 2) for each in reversed(places)]
-    return torch.cat([wave for each in turns for wave in (each.sin(), each.cos())], dim=-1).float()
-
-
-def token_positions(side: int, dim: int, base: int, scale: float) -> Tensor:
-    """The embedding (1,side*side,dim) of tokens on a square that lies over an image of base x base tokens (PixCell).
-
-    >>> token_positions(4, 8, 16, 2.0).shape
-    torch.Size([1, 16, 8])
-    """
-    places = axes((side, side), [base / side / scale] * 2, torch.zeros(()).device)
-    return sincos([place + base // side**2 for place in places], dim)[None]
-
-
-def turned(x: Tensor, turns: Tensor) -> Tensor:
-    """x (B,heads,M,d) with neighbouring pairs of its first N tokens turned by angles (N,d/2); the rest stay.
-
-    >>> turned(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[torch.pi / 2]])).round()
-    tensor([[[[-0., 1.]]]])
-    """
-    count = len(turns)
-    a, b = x[:, :, :count].float().unflatten(-1, (-1, 2)).unbind(-1)                # (B,heads,N,d/2) each
-    cos, sin = turns.cos(), turns.sin()
-    new = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat([new, x[:, :, count:]], dim=2) if count < x.shape[2] else new
 
 
 def _check(**given: tuple[object, ...]) -> None:

@@ -25,6 +25,7 @@ class Takes:
         num_classes: of the labels y (B,), which must then be given; None: it takes none.
         skips: how many of its blocks run by themselves on deep features kept from an earlier step
             (`ldm.networks.cache.DeepCache`); 0: it keeps none.
+        sequence: whether x is (B,in_channels,image_size), tokens in their order, and no image.
         dtype: of a sampler's x, for networks that float32 is too coarse for.
 
     >>> Takes(in_channels=4, out_channels=4, image_size=32, context_dim=512).vector_dim is None
@@ -39,6 +40,7 @@ class Takes:
     needs_vector: bool = False
     num_classes: int | None = None
     skips: int = 0
+    sequence: bool = False
     dtype: torch.dtype = torch.float32
 
 

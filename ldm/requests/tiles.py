@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.conditioners.compose import known_key, parse_conditions
+from ldm.conditioners.compose import cells_of, known_key, parse_conditions
 from ldm.data.conditions import has_condition, lost_index
 from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
@@ -141,11 +141,37 @@ def _of_file(model: LatentDiffusion, path: Path, where: Where, fixed: dict[str, 
     if where:
         raise UserError(f"--where selects tiles of a store; {path} is a file of features.")
     key = known_key(model.cond_stage_model, "features")
-    values = read_features(path, dim=feature_dim(model)).values
-    vectors = values.reshape(-1, values.shape[-1])
-    vectors = vectors[~np.isnan(vectors).any(1)]
+    vectors = features_in(path, feature_dim(model), cells_of(model.cond_stage_model))
+    vectors = vectors[~np.isnan(vectors).reshape(len(vectors), -1).any(1)]
     rows = evenly(len(vectors), count)
     return Requests([{"source": path.name, "row": int(row)} for row in rows], {key: list(vectors[rows])}, fixed)
+
+
+def features_in(path: Path, dim: int | None, cells: int = 1) -> np.ndarray:
+    """What describes each tile in a file of features: (N,D), or the blocks (N,D,cells,cells) of its grid.
+
+    >>> np.save("grid.npy", np.zeros((2, 4, 8), np.float32))
+    >>> features_in(Path("grid.npy"), dim=8).shape, features_in(Path("grid.npy"), dim=8, cells=2).shape
+    ((8, 8), (2, 8, 2, 2))
+    """
+    found = read_features(path, dim=dim)
+    return blocks(found.grid()[0], cells) if cells > 1 else found.values.reshape(-1, found.values.shape[-1])
+
+
+def blocks(grid: np.ndarray, cells: int) -> np.ndarray:
+    """The blocks (N,D,cells,cells) of a grid (rows,cols,D), row by row, each of which describes one tile.
+
+    >>> blocks(np.zeros((4, 8, 3)), 4).shape
+    (2, 3, 4, 4)
+    """
+    rows, cols, dim = grid.shape
+    if rows % cells or cols % cells:
+        raise UserError(
+            f"the model takes {cells} x {cells} features for a tile; a grid of {rows} x {cols} is no whole number of "
+            "such blocks."
+        )
+    parted = grid.reshape(rows // cells, cells, cols // cells, cells, dim)
+    return parted.transpose(0, 2, 4, 1, 3).reshape(-1, dim, cells, cells)
 
 
 def _of_store(

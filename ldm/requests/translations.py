@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ldm.conditioners.compose import keys_of, parse_conditions
+from ldm.conditioners.compose import cells_of, keys_of, parse_conditions
 from ldm.data.collection import read_pictures
-from ldm.data.features import read_features
 from ldm.data.tile_store import holds_stores, open_cohort
 from ldm.data.where import Where
 from ldm.encoders.encoder import load_encoder
@@ -21,7 +20,7 @@ from ldm.errors import UserError, some
 from ldm.images.pictures import Picture
 from ldm.requests.edits import Target, gene_values, safe
 from ldm.requests.spec import Plan, mmdm_source, plan_of_flags, read_pairs, read_spec
-from ldm.requests.tiles import AskedTiles, check_encoder, feature_dim, requested_tiles
+from ldm.requests.tiles import AskedTiles, check_encoder, feature_dim, features_in, requested_tiles
 from ldm.tables.genes import barcode, read_gene_table
 
 if TYPE_CHECKING:
@@ -227,12 +226,16 @@ def _with_features(
     keys, dim = keys_of(model.cond_stage_model, "features"), feature_dim(model)
     if not keys:
         raise UserError("the model is not conditioned on features; leave --encoder and the features out.")
-    key, count = keys[0], len(pictures)
+    key, count, cells = keys[0], len(pictures), cells_of(model.cond_stage_model)
+    if cells > 1 and (map_features or asked.encoder):
+        raise UserError(
+            f"the model takes {cells} x {cells} features for an image: give them with --features and --target-features."
+        )
     transport = None if map_features is None else load_transport(map_features)
     own_dim = dim if transport is None else transport.dim
     values = None
     if asked.features is not None:
-        values = _rows(asked.features, count, own_dim)
+        values = _rows(asked.features, count, own_dim, cells)
     elif asked.encoder is not None:
         values = _encoded(model, pictures, asked.encoder, check=transport is None)
     elif all(key in own for own in known):
@@ -243,7 +246,7 @@ def _with_features(
     if target_features is not None:
         if map_features is not None:
             raise UserError("give --target-features or --map-features, not both.")
-        return [Target(safe(target_features.stem), {key: row}) for row in _rows(target_features, count, dim)]
+        return [Target(safe(target_features.stem), {key: row}) for row in _rows(target_features, count, dim, cells)]
     if transport is None:
         return [None] * count
     if values is None:
@@ -254,12 +257,11 @@ def _with_features(
     return [Target("mapped", {key: row}) for row in mapped]
 
 
-def _rows(path: Path, count: int, dim: int | None) -> np.ndarray:
-    values = read_features(path, dim=dim).values
-    values = values.reshape(-1, values.shape[-1])
+def _rows(path: Path, count: int, dim: int | None, cells: int) -> np.ndarray:
+    values = features_in(path, dim, cells)
     if len(values) not in (1, count):
         raise UserError(f"{path} has {len(values)} features for {count} images; give one, or one for each in order.")
-    return np.broadcast_to(values, (count, values.shape[1])).astype(np.float32)
+    return np.broadcast_to(values, (count, *values.shape[1:])).astype(np.float32)
 
 
 def _encoded(model: LatentDiffusion, pictures: Sequence[Picture], encoder: str, check: bool) -> np.ndarray:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.autoencoder.model import AttnBlock
-from ldm.conditioners.compose import names_given
+from ldm.conditioners.compose import cells_of, names_given
 from ldm.devices import send
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.fields import FeatureField
@@ -54,7 +54,8 @@ def large_image(
 
     Args:
         features: (rows, cols, D): the entry at [row, col] conditions the image there. The first tile of the grid lies
-            in the upper left corner, the last in the lower right. Rows of NaN are holes.
+            in the upper left corner, the last in the lower right. Rows of NaN are holes. Of a model that takes k x k
+            features for a tile, each is of a tile's k-th part.
         size: (height, width) in pixels, multiples of the first stage's downsampling; by default adjoining tiles.
         sampler: how; by default `Sampler()`. windows: how the canvas is covered; by default `Windows()`.
         conditions: other conditions by name, the same everywhere: `{"class": "LUAD"}`.
@@ -77,7 +78,8 @@ def large_image(
         raise UserError(f"a large image takes a grid of features (rows, cols, D); got shape {tuple(features.shape)}.")
     if model.cond_stage_model is None:
         raise UserError("the model is unconditional; a large image needs one conditioned on features.")
-    height, width = size or (features.shape[0] * tile, features.shape[1] * tile)
+    cells = cells_of(model.cond_stage_model)
+    height, width = size or (features.shape[0] * tile // cells, features.shape[1] * tile // cells)
     if height % factor or width % factor or min(height, width) < tile:
         raise UserError(
             f"the size must be at least one tile of {tile} px and a multiple of {factor} px; got {height}x{width}."
@@ -89,7 +91,7 @@ def large_image(
     canvas = (height // factor, width // factor)
     if background is not None:
         background = torch.as_tensor(np.asarray(background), dtype=torch.float32)
-    field = FeatureField(features, canvas, window, windows.interpolation, background)
+    field = FeatureField(features, canvas, window, windows.interpolation, background, cells)
     target = sampler.classifier.target_of(model, [conditions or {}]) if sampler.classifier else {}
     sigmas = sampler.sigmas(model)
 

@@ -154,7 +154,7 @@ def guided_solver(
         gradient = target_gradient(likely, sampler.classifier.scale)
     elif cond and TARGET in cond:
         raise UserError("the condition has a target to guide to; give the classifier that guides, in the Sampler.")
-    pixels = isinstance(model.first_stage_model, IdentityFirstStage)
+    pixels = isinstance(model.first_stage_model, IdentityFirstStage) and len(model.latent_shape) == 3
     ancestral = sampler.solver == "ddpm"
 
     def guide(denoiser: Denoiser, free: Denoiser) -> Denoiser:

@@ -189,6 +189,8 @@ class Sampler:
             raise UserError(
                 f"an unconditional model has no guidance; set the guidance scale to 1 (got {own.guidance_scale})."
             )
+        if task != "sample" and len(getattr(model, "latent_shape", (1, 1, 1))) == 2:
+            raise UserError("the model makes tokens, not images: it can be sampled, and nothing else.")
         if own.classifier is not None and not hasattr(model.denoiser(), "table"):
             raise UserError("a classifier of noisy images guides models with a noise table; this one has none.")
         own.sigmas(model)

@@ -33,7 +33,7 @@ def sample(
     sampler: Sampler | None = None,
     first: int = 0,
 ) -> Tensor:
-    """Sample tiles: (N,3,H,W) in [-1,1] on the CPU; (N,1,H,W) of models of gray images.
+    """Sample tiles: (N,3,H,W) in [-1,1] on the CPU; (N,1,H,W) of models of gray images; (N,C,L) of models of tokens.
 
     Args:
         cond: a condition of N samples, or of one that `count` samples share, as `model.condition` gives it; None is the
@@ -62,7 +62,7 @@ def sample(
     if context is not None and not any("crossattn" in part for part in cond):
         raise UserError("the network attends to a context, and the model has no conditioner that gives one.")
     solver, sigmas = sampler.guided(model, cond), sampler.sigmas(model)
-    shape, images = (model.channels, model.image_size, model.image_size), []
+    shape, images = model.latent_shape, []
     with tqdm(total=count * sampler.steps, desc="sample", unit="step", disable=not sampler.progress) as bar:
         for start in range(0, count, sampler.batch_size):
             rows = range(start, min(start + sampler.batch_size, count))
@@ -70,7 +70,8 @@ def sample(
             part = {name: value[rows.start : rows.stop] for name, value in cond.items()}
             x = sample_noise(seeds, shape).to(model.device, model.sample_dtype) * sigmas[0]
             x = solver.solve(x, sigmas, part, tile_noise(seeds, shape), lambda i, x, x0: bar.update(len(x)))
-            images.append(model.decode(x.float()).clamp(-1, 1).cpu())
+            made = model.decode(x.float())
+            images.append((made.clamp(-1, 1) if made.ndim == 4 else made).cpu())
     return torch.cat(images)
 
 
