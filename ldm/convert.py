@@ -25,6 +25,7 @@ from ldm.foreign.paths import write_files
 from ldm.foreign.settings import check_numbers
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.converted import Converted
+from ldm.interop.diffusers_names import to_convolutions
 from ldm.interop.export import apart
 from ldm.interop.forms import file_of
 from ldm.interop.noise_buffers import schedule_buffers
@@ -129,6 +130,8 @@ def load_model(
                 raise UserError(f"{_flag(next(iter(options)))} goes with a published checkpoint, which {path} is not.")
             return model_folder.load_model(path, device)
         found = _read(path, content, {"allow_target": tuple(allow_target), **options})
+        if found.averages:
+            _name_averages(found, build(found), path)
         for note in found.notes:
             warnings.warn(f"{path.name}: {note}", stacklevel=2)
         with tempfile.TemporaryDirectory() as folder:
@@ -259,11 +262,26 @@ def check(found: Converted, source: str | Path) -> nn.Module:
     'LatentDiffusion'
     """
     module = build(found)
+    _name_averages(found, module, source)
     model_folder.check_names(found.state, module.state_dict(), source)
     if getattr(module, "cond_stage_model", None) is not None:  # without, a context may come as a tensor
         module.check_parts()
     _check_fixed(found, module, source)
     return module
+
+
+def _name_averages(found: Converted, module: nn.Module, source: str | Path) -> None:
+    """Give averaged weights, of a file that holds no others, the names of what they are averages of."""
+    if not found.averages:
+        return
+    names = {}
+    for name in module.state_dict():
+        beginning = "model." if name.startswith("model.") else ""
+        names[beginning + name.removeprefix(beginning).replace(".", "")] = name
+    if strange := [name for name in found.averages if name not in names]:
+        raise UserError(f"{len(strange)} averaged weights of {source} are of no weight of the model ({strange[0]}).")
+    found.state |= to_convolutions({names[name]: value for name, value in found.averages.items()})
+    found.averages = {}
 
 
 def _check_fixed(found: Converted, module: nn.Module, source: str | Path) -> None:

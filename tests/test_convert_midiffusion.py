@@ -143,6 +143,8 @@ def test_the_sdedit_network_sees_the_image_alone(tmp_path):
     ("change", "message"),
     [
         ({"model": {"ch_mult": [1, 2, 2, 2]}}, r"ch_mult \[1, 2, 2, 2\], the weights are of \[1, 1, 1, 2\]"),
+        ({"model": {"attn_resolutions": [64]}}, r"the config says attn_resolutions \[64\], the weights are of"),
+        ({"model": {"resamp_with_conv": False}}, "the config says resamp_with_conv False, the weights are of True"),
         ({"modle": {"ch": 32}}, "did you mean 'model'"),
         ({"model": 3}, "section 'model' holds settings"),
         ({"data": {"rescaled": True}}, "data.rescaled is true"),
@@ -155,6 +157,30 @@ def test_settings_that_cannot_be(published, tmp_path, change, message):
     for section, values in change.items():
         config[section] = config.get(section, {}) | values if isinstance(values, dict) else values
     (tmp_path / "c.yml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=message):
+        convert.read_published(path, config=tmp_path / "c.yml")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learn_sigma": True}, "the config says learn_sigma True, the weights are of False"),
+        ({"class_cond": True}, "the config says class_cond True, the weights are of False"),
+        ({"channel_mult": "1,2,3"}, "the config says channel_mult"),
+        ({"resblock_updown": True}, "the config says resblock_updown True"),
+        ({"use_scale_shift_norm": "flip"}, "the config says use_scale_shift_norm"),
+    ],
+)
+def test_arguments_that_the_weights_contradict_are_told(published, tmp_path, change, message):
+    path, io = published[ADM]
+    arguments = dict(io["create_model_args"])
+    (tmp_path / "c.yml").write_text(yaml.safe_dump({"create_model_args": arguments}))
+    found = convert.read_published(path, config=tmp_path / "c.yml")
+    assert any("as the config says: no tensor tells" in note for note in found.notes)
+    if "use_scale_shift_norm" in change:
+        own = found.node["params"]["unet_config"]["params"]["unet"]["params"]
+        change = {"use_scale_shift_norm": not own["use_scale_shift_norm"]}
+    (tmp_path / "c.yml").write_text(yaml.safe_dump({"create_model_args": arguments | change}))
     with pytest.raises(UserError, match=message):
         convert.read_published(path, config=tmp_path / "c.yml")
 

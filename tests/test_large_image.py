@@ -36,6 +36,7 @@ class Stub:
     def __init__(self, paint, first_stage: nn.Module | None = None):
         self.first_stage_model = first_stage or IdentityFirstStage()
         self.channels, self.image_size, self.latent_scale = self.first_stage_model.channels, WINDOW, LatentScale(1.0)
+        self.latent_shape = (self.channels, WINDOW, WINDOW)
         self.tile_size = WINDOW * self.first_stage_model.downsampling
         self.device, self.cond_stage_model, self.learn_sigma = torch.device("cpu"), None, False
         self.cond_stage_model = SimpleNamespace(dropout=0.1, describe=dict)

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from published import load
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import torch_save_to_dcp
 
 import ldm
 from ldm.autoencoder.weights import read_state_dict
-from ldm.convert import read_published
+from ldm.convert import check, convert, read_published
 from ldm.errors import UserError
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.training.resume import find_run
@@ -230,3 +231,67 @@ def test_averages_of_a_published_model_that_were_never_updated_are_left(diffusio
     found = read_published("model.ckpt", config=config)
     assert all(torch.equal(value, raw.state[name]) for name, value in found.state.items())
     assert any(note.startswith("the averaged weights were never updated") for note in found.notes)
+
+
+def test_a_file_is_read_by_its_content_whatever_its_name():
+    state = {"a": torch.arange(3.0)}
+    save_file(state, "model.ckpt")
+    torch.save(state, "model.safetensors")
+    for name in ("model.ckpt", "model.safetensors"):
+        assert torch.equal(read_state_dict(name)["a"], state["a"])
+    torch.save(state, "old.safetensors", _use_new_zipfile_serialization=False)
+    assert torch.equal(read_state_dict("old.safetensors")["a"], state["a"])
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda state: {f"module.{name}": value for name, value in state.items()},
+        lambda state: {"model": state},
+        lambda state: {"model": {f"module.{name}": value for name, value in state.items()}, "args": None},
+        lambda state: {f"model.{name}": value for name, value in state.items()},
+        lambda state: {"state_dict": {f"model.{name}": value for name, value in state.items()}},
+        lambda state: {"model": {name: value + 1 for name, value in state.items()}, "ema": state},
+        lambda state: {"ema": state},
+    ],
+)
+def test_a_network_of_guided_diffusion_is_found_in_every_wrapper(wrapped, oracle, tmp_path):
+    golden = load(oracle / "hismmdm_unet.pt")
+    torch.save(wrapped(golden["state_dict"]), tmp_path / "model.pt")
+    (tmp_path / "flags.yaml").write_text("{image_size: 16, num_heads: 4, use_new_attention_order: true}")
+    found = read_published(tmp_path / "model.pt", config=tmp_path / "flags.yaml")
+    name = "input_blocks.0.0.weight"
+    assert torch.equal(found.state[f"model.diffusion_model.{name}"], golden["state_dict"][name])
+    assert "4 attention heads, as the flags say: no tensor tells" in found.notes
+    check(found, tmp_path / "model.pt")
+
+
+def averages_of(state: dict, only: int | None = None) -> dict:
+    network = [name for name in state if name.startswith("model.diffusion_model.")][:only]
+    return {f"model_ema.{name.removeprefix('model.').replace('.', '')}": state[name] + 1 for name in network}
+
+
+def test_averages_alone_load_and_averages_of_some_are_counted(oracle, tmp_path):
+    folder = oracle / "ldm_ckpt_lid_vq"
+    state = {n: v for n, v in read_checkpoint(folder / "model.ckpt")["state_dict"].items() if "model_ema" not in n}
+    config = folder / "config.yaml"
+    rest = {name: value for name, value in state.items() if not name.startswith("model.")}
+    torch.save({"state_dict": rest | averages_of(state)}, tmp_path / "alone.ckpt")
+    lines: list[str] = []
+    convert(tmp_path / "alone.ckpt", tmp_path / "alone", config=config, say=lines.append)
+    assert "note: the file holds averaged weights alone" in lines
+    held, name = load_file(tmp_path / "alone" / "model.safetensors"), "model.diffusion_model.out.2.weight"
+    assert torch.equal(held[name], state[name] + 1)
+    assert torch.equal(ldm.load_model(tmp_path / "alone.ckpt", config=config).state_dict()[name], held[name])
+
+    torch.save({"state_dict": state | averages_of(state, 3)}, tmp_path / "some.ckpt")
+    found = read_published(tmp_path / "some.ckpt", config=config)
+    network = [name for name in state if name.startswith("model.diffusion_model.")]
+    some = f"3 of {len(network)} weights have an average; the other {len(network) - 3} are as they are"
+    assert some in found.notes
+    assert any("attention heads, as the config says: no tensor tells" in note or "channels, as the config" in note
+               for note in found.notes)  # fmt: skip
+    wrong = rest | averages_of(state) | {"model_ema.other": torch.ones(1)}
+    torch.save({"state_dict": wrong}, tmp_path / "wrong.ckpt")
+    with pytest.raises(UserError, match=r"1 averaged weights of .*wrong.ckpt are of no weight of the model"):
+        convert(tmp_path / "wrong.ckpt", tmp_path / "wrong", config=config)

@@ -104,11 +104,11 @@ def _read(path: Path) -> Any:
     try:
         with path.open("rb") as stream:
             start = stream.read(64)
-            if path.suffix == ".safetensors":
-                _check_header(path, start)
-                return load_file(path)
             if start.startswith(ZIP_MAGIC):
                 return _read_zip(path, stream)
+            if _is_safetensors(path, start):
+                _check_header(path, start)
+                return load_file(path)
             for beginning, what in NO_CHECKPOINT.items():
                 if start.startswith(beginning):
                     raise UserError(f"{path} {what}.")
@@ -119,6 +119,15 @@ def _read(path: Path) -> Any:
         raise UserError(f"cannot read {path}: it is truncated or damaged ({_reason(error)}).") from error
     except Exception as error:  # a pickle may ask for anything, and fail in as many ways
         raise UserError(f"cannot read {path} as a checkpoint: {_reason(error)}.") from error
+
+
+def _is_safetensors(path: Path, start: bytes) -> bool:
+    """Whether a file is one of safetensors by its content, whatever its name; or by its name, if it is no pickle."""
+    size = int.from_bytes(start[:8], "little")
+    if start[8:9] == b"{" and size <= path.stat().st_size:
+        return True
+    other = (b"\x80", *NO_CHECKPOINT)
+    return path.suffix == ".safetensors" and not start.startswith(other)
 
 
 def _check_header(path: Path, start: bytes) -> None:

@@ -16,6 +16,7 @@ from ldm.interop.converted import Converted
 from ldm.interop.diffusers_folder import base_model, replace_part
 from ldm.interop.diffusers_names import to_convolutions
 from ldm.interop.forms import weights_in
+from ldm.interop.heads import heads_told
 from ldm.interop.weights import STALE, never_updated
 
 NETWORK, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
@@ -43,7 +44,7 @@ def is_compvis(path: Path, content: Any) -> bool:
     True
     """
     names = set(map(str, weights_in(content)))
-    whole = any(name.startswith((NETWORK, FIRST_STAGE)) for name in names) or names >= FIRST_STAGE_NAMES
+    whole = any(name.startswith((NETWORK, FIRST_STAGE, AVERAGE)) for name in names) or names >= FIRST_STAGE_NAMES
     return whole or _is_network(names)
 
 
@@ -167,7 +168,7 @@ def _read_diffusion(
         first_stage = targets.first_stage_node(given.get("first_stage_config"), allow)
     _read_schedule(rest, found)
     network = _averaged(rest, found, "model.", raw_weights)
-    if not network:
+    if not network and not found.averages:
         raise UserError(f"{path} holds no network (no {NETWORK}*); is it a first stage? Then give its own config.")
     _read_scale(rest, found, params)
     rest.leave(FIRST_STAGE + "loss.", "of the first stage's training loss")
@@ -178,7 +179,8 @@ def _read_diffusion(
     members = {}
     label = unet["params"].pop("num_classes", None)
     if label is not None:
-        weights = {"embedding.weight": network.pop("diffusion_model.label_emb.weight")}
+        held, name = (found.averages or network), "diffusion_model.label_emb.weight"
+        weights = {"embedding.weight": held.pop(f"model.{name.replace('.', '')}" if found.averages else name)}
         own = {"dim": weights["embedding.weight"].shape[1], "acts": "vector"}
         told = targets.Conditioning("class", {"target": targets.CLASS_EMBEDDER, "params": own}, {"rows": label})
         members["class"] = class_embedder(Published(told, weights, classes, found, path), has_null=False)
@@ -196,6 +198,8 @@ def _read_diffusion(
         members["map"] = (targets.hybrid_map(channels), blank(channels))
     if classes is not None and not members.keys() & {"class", "grid"}:
         _none_for("classes", classes)
+    if unet["target"] == targets.UNET:
+        found.notes.append(heads_told(unet["params"], "the config says"))
     cond_stage = compose(members, found.state)
     found.node = {
         "target": targets.LATENT_DIFFUSION,
@@ -256,6 +260,10 @@ def _averaged(rest: _Rest, found: Converted, beginning: str, raw_weights: bool) 
     for name in ("decay", "num_updates"):
         if average.pop(name, None) is not None:
             found.unused[AVERAGE + name] = "counts of the averaging"
+    if average and not raw:
+        found.averages = {beginning + name: value for name, value in average.items()}
+        found.notes.append("the file holds averaged weights alone")
+        return {}
     names = {name.replace(".", ""): name for name in raw}
     if len(names) < len(raw):
         raise UserError("names of the averaged weights stand for more than one weight; give --raw-weights.")
@@ -268,6 +276,8 @@ def _averaged(rest: _Rest, found: Converted, beginning: str, raw_weights: bool) 
         found.notes.append(f"the averaged weights {STALE}")
         found.unused |= dict.fromkeys((AVERAGE + name for name in average), "averaged weights that were never updated")
         return raw
+    if average and (rest_of := len(raw) - len(average)):
+        found.notes.append(f"{len(average)} of {len(raw)} weights have an average; the other {rest_of} are as they are")
     replaced = {names[name]: value for name, value in average.items()}
     for name in replaced:
         found.unused[beginning + name] = "weights of the last step; the averaged ones are taken (--raw-weights: these)"

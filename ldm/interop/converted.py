@@ -20,6 +20,8 @@ class Converted:
         unused: name of a tensor of the source -> why it is not needed. Every tensor is in `state` or here.
         notes: what was guessed or is to be known, in sentences.
         positions: fixed positions of a transformer's tokens, to be compared with those that it computes.
+        averages: averaged weights of a file that holds no others, by the part's beginning and CompVis' names without
+            dots: they stand for the weights of that part.
         schedule: buffers of the noise schedule by CompVis' names, to be compared with the schedule of the node.
     """
 
@@ -31,3 +33,4 @@ class Converted:
     notes: list[str] = field(default_factory=list)
     schedule: dict[str, Tensor] = field(default_factory=dict)
     positions: Tensor | None = None
+    averages: dict[str, Tensor] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from ldm.interop.checkpoint import state_dict_of
 from ldm.interop.compvis_conditions import Published, class_embedder, compose
 from ldm.interop.converted import Converted
 from ldm.interop.forms import weights_in
+from ldm.interop.heads import heads_told
 
 CLASSIFIER = "ldm.networks.encoder_unet.EncoderUNetModel"
 OMICS = "ldm.conditioners.omics.OmicsEmbedder"
@@ -27,6 +28,7 @@ GENES = {"genomics_emb": "mutation_genes", "transcriptomics_emb": "expression_ge
 HIS_MMDM = {"num_heads": 4, "use_new_attention_order": True}  # of its published models, all of one architecture
 DEFAULT_SIZES = {(0.5, 1, 1, 2, 2, 4, 4): 512, (1, 1, 2, 2, 4, 4): 256, (1, 1, 2, 3, 4): 128, (1, 2, 3, 4): 64}
 SCHEDULES = {"linear": "sqrt_linear", "cosine": "cosine"}
+WITHIN = ("model.diffusion_model.", "diffusion_model.", "model.")  # before the names of a network, in some files
 CLASSIFIER_HEAD = 64  # width of a head in create_classifier
 NUMBERS = (  # whole, above 0; -1 is none
     "image_size", "num_channels", "num_res_blocks", "num_heads", "num_heads_upsample", "num_head_channels",
@@ -53,7 +55,7 @@ def is_guided(path: Path, content: Any) -> bool:
     >>> is_guided(Path("model.pt"), state)
     True
     """
-    return {"time_embed.0.weight", "input_blocks.0.0.weight"} <= {*weights_in(content)}
+    return {"time_embed.0.weight", "input_blocks.0.0.weight"} <= {*_network(content, Converted({}, {}))}
 
 
 def read_guided(
@@ -64,6 +66,7 @@ def read_guided(
     classes: Sequence[str] | None = None,
     mutation_genes: str | Path | None = None,
     expression_genes: str | Path | None = None,
+    raw_weights: bool = False,
 ) -> Converted:
     """A class-conditional or omics UNet as a diffusion model on pixels; a classifier as the network that it is.
 
@@ -75,8 +78,8 @@ def read_guided(
     >>> read_guided(path, read_checkpoint(path), config="flags.yaml").node["params"]["learn_sigma"]
     True
     """
-    state = state_dict_of(content, path)
     found = Converted({}, {})
+    state = state_dict_of(_network(content, found, raw_weights), path)
     flags = _read_flags(Path(config), found.notes) if config else {}
     if "middle_block.0.in_layers.0.weight" not in state:
         raise UserError(f"{path} is no whole network of guided-diffusion: it has no middle_block.")
@@ -91,7 +94,7 @@ def read_guided(
         )
     if config is None:
         flags = dict(HIS_MMDM)
-        found.notes.append("no flags are given: they are taken to be those of His-MMDM's models (4 heads, new order)")
+        found.notes.append("no flags are given: they are taken to be those of His-MMDM's models, with the new order")
     _check_flags(flags, shape)
     unet = {
         **shape,
@@ -137,6 +140,22 @@ def read_guided(
         },
     }
     return found
+
+
+def _network(content: Any, found: Converted, raw_weights: bool = False) -> dict[str, Any]:
+    """The tensors of a file by the network's own names: without `model.` before them, the averages if it has both."""
+    raw, average = weights_in(content), content.get("ema") if isinstance(content, Mapping) else None
+    own = average if isinstance(average, Mapping) and not (raw_weights and raw is not content) else raw
+    if own is not raw and raw is not content:
+        found.unused |= {f"model: {name}": "weights of the last step; the averages are taken" for name in raw}
+    elif own is raw and isinstance(average, Mapping):
+        found.unused |= {f"ema: {name}": "averaged weights; raw ones were asked for" for name in average}
+    tensors = {name: value for name, value in own.items() if isinstance(name, str)}
+    for prefix in WITHIN:
+        inner = [name for name in tensors if name.startswith(prefix)]
+        if f"{prefix}time_embed.0.weight" in tensors and len(inner) == len(tensors):
+            return {name.removeprefix(prefix): tensors[name] for name in inner}
+    return tensors
 
 
 # --- the architecture --------------------------------------------------------------------------------------------
@@ -315,6 +334,8 @@ def _check_flags(flags: Mapping[str, Any], shape: Mapping[str, Any]) -> None:
 def _heads(flags: Mapping[str, Any], notes: list[str]) -> dict[str, int]:
     if "num_heads" not in flags and flags.get("num_head_channels", -1) == -1:
         notes.append("the flags have no num_heads: 4, the default of guided-diffusion")
+    else:
+        notes.append(heads_told(flags, "the flags say"))
     return heads_of({"num_heads": 4, **flags})
 
 

@@ -13,6 +13,7 @@ from ldm.config import foreign_config
 from ldm.errors import UserError, suggest
 from ldm.interop.converted import Converted
 from ldm.interop.guided import heads_of, unet_shape
+from ldm.interop.heads import heads_told
 
 DDPM, ADM = "temb.dense.0.weight", "time_embed.0.weight"  # names that only the one or the other UNet has
 UNUSED_WEIGHTS = ("logvar",)  # of its "bayesian" kind, which uses it nowhere
@@ -80,6 +81,8 @@ def read_midiffusion(
             f"sampled: an image and two maps of it ({3 * out}), or the image alone ({out})."
         )
     guided = params["in_channels"] == 3 * out
+    if DDPM not in weights:
+        found.notes.append(heads_told(settings["model"], "the config says" if config else "published"))
     if guided:
         model = settings["model"]
         network = {
@@ -214,17 +217,20 @@ def _ddpm(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[st
     except (KeyError, ValueError) as error:
         raise UserError(f"the weights are of no whole DDPM UNet: they lack {error}.") from error
     model, side = settings["model"], settings["data"]["image_size"]
-    _check(own, model, {name: name for name in own})
+    attention = [side >> level for level in range(len(mults)) if f"down.{level}.attn.0.q.weight" in weights]
+    resample = "down.0.downsample.conv.weight" in weights or len(mults) == 1
+    told = {name: value for name, value in model.items() if name != "resamp_with_conv" or len(mults) > 1}
+    told |= {"attn_resolutions": sorted(model.get("attn_resolutions", attention), reverse=True)}
+    shown = own | {"attn_resolutions": attention, "resamp_with_conv": resample}
+    _check(shown, told, {name: name for name in shown})
     return {
         "target": "ldm.networks.ddpm_unet.DDPMUNet",
         "params": {
             **own,
             "image_size": side,
-            "attn_resolutions": [
-                side >> level for level in range(len(mults)) if f"down.{level}.attn.0.q.weight" in weights
-            ],
+            "attn_resolutions": attention,
             "dropout": model["dropout"],
-            "resamp_with_conv": "down.0.downsample.conv.weight" in weights or len(mults) == 1,
+            "resamp_with_conv": resample,
         },
     }
 
@@ -241,8 +247,16 @@ def _adm(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str
         "ch": "model_channels",
         "num_channels": "model_channels",
         "num_res_blocks": "num_res_blocks",
+        "channel_mult": "channel_mult",
+        "attention_resolutions": "attention_resolutions",
+        "use_scale_shift_norm": "use_scale_shift_norm",
+        "resblock_updown": "resblock_updown",
+        "learn_sigma": "learn_sigma",
+        "class_cond": "class_cond",
     }
-    _check(own, model, names)
+    outs = (own["in_channels"], own["in_channels"] // 3)  # of images, or of images beside two maps of each
+    shown = own | {"learn_sigma": own["out_channels"] not in outs, "class_cond": "label_emb.weight" in weights}
+    _check(shown, _arguments(model, settings["data"]["image_size"], len(own["channel_mult"])), names)
     return {
         "target": "ldm.networks.unet.UNetModel",
         "params": {
@@ -252,6 +266,20 @@ def _adm(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str
             "use_new_attention_order": model["use_new_attention_order"],
         },
     }
+
+
+def _arguments(model: Mapping[str, Any], side: int, levels: int) -> dict[str, Any]:
+    """create_model's arguments as the weights tell them: texts of numbers as lists, sides of maps as factors."""
+    told = {name: value for name, value in model.items() if value not in (None, "")}
+    if levels == 1:
+        told.pop("resblock_updown", None)
+    for name in ("channel_mult", "attention_resolutions"):
+        if name in told and isinstance(told[name], str):
+            numbers = [float(part) for part in told[name].split(",")]
+            told[name] = sorted(side // n for n in numbers) if name == "attention_resolutions" else numbers
+    if "attention_resolutions" in told:
+        told["attention_resolutions"] = [n for n in told["attention_resolutions"] if n <= 2 ** (levels - 1)]
+    return told
 
 
 def _check(own: Mapping[str, Any], told: Mapping[str, Any], names: Mapping[str, str]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm.config import foreign_config
 from ldm.errors import UserError, suggest
 from ldm.interop.converted import Converted
+from ldm.interop.heads import heads_told
 
 DIT = "ldm.networks.dit.DiT"
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}  # of the published sizes S, B, L, XL, by width
@@ -91,7 +92,7 @@ def _heads(hidden: int, settings: Mapping[str, Any], notes: list[str]) -> int:
             "give --config with a YAML that says it, as num_heads: 16."
         )
     whose = "the config says" if "num_heads" in settings else f"published transformers of width {hidden} have"
-    notes.append(f"{heads} attention heads, as {whose}: no tensor tells")
+    notes.append(heads_told({"num_heads": heads}, whose))
     return heads
 
 
