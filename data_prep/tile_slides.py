@@ -60,8 +60,9 @@ from ldm.data.splits import fractions
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import PIXELS, TOLD, TileStore, as_numbers
 from ldm.errors import UserError
+from ldm.files import clear_left
 from ldm.images.kinds import called
-from ldm.images.previews import lacks_previews, write_previews
+from ldm.images.previews import lacks_previews, preview_files, write_previews
 from ldm.images.quality import QUALITY, quality_of, tell_flagged
 from ldm.images.slides import Slide, open_slide
 from ldm.images.tissue import TissueMask
@@ -187,6 +188,8 @@ def tile_slide(
     if finished:  # clears what a killed run left, and records where the slide lies now
         now = before | {name: value for name, value in attrs.items() if name == "slide_file"}
         TileStoreWriter.create(store, before["count"], now).close(complete=True)
+        for path in preview_files(out, name):
+            clear_left(path)
     if finished and not (previews and lacks_previews(out, name)):
         return store
     mask, on_slide = TissueMask(slide), drawn and SlideRegions(drawn, slide, region_origin)

@@ -138,6 +138,18 @@ def _clear_dead(scratch: Path, strict: bool = True) -> None:
         scratch.rmdir()
 
 
+def clear_left(path: Path) -> None:
+    """Clear away what dead writers of a file left beside it, where it is there and not written again.
+
+    >>> Path(".part-a8edeb79-0").mkdir()
+    >>> clear_left(Path("scores.csv"))
+    >>> Path(".part-a8edeb79-0").exists()
+    False
+    """
+    for scratch in path.parent.glob(f"{hidden(path, SCRATCH).name}-*"):
+        _clear_dead(scratch)
+
+
 @contextmanager
 def owned(path: Path | str, beside: bool = False, otherwise: str = "choose another --out") -> Iterator[None]:
     """A context in which no other run writes into the folder `path`.

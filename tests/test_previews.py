@@ -14,6 +14,7 @@ from scipy.ndimage import binary_dilation
 
 from data_prep.tile_slides import main, tile_slide
 from ldm.data.tile_store import TileStore
+from ldm.files import LOCK, SCRATCH, hidden, names_in
 from ldm.images.previews import TISSUE, outlines, preview_files, tissue_features, write_previews
 from ldm.images.slides import Slide, open_slide
 from ldm.images.source import Source
@@ -155,6 +156,16 @@ def test_what_lacks_is_made_and_what_is_there_is_left(demo_slide: Path, tmp_path
     written = picture.stat().st_mtime_ns
     main(ask)
     assert picture.stat().st_mtime_ns == written
+
+
+def test_what_a_kill_left_beside_a_finished_picture_is_cleared_away(tiled, demo_slide: Path):
+    folder, _ = tiled
+    for path in preview_files(folder, demo_slide.name):
+        (left := path.with_name(f"{hidden(path, SCRATCH).name}-0")).mkdir()
+        (left / LOCK).touch()
+    before = {*names_in(folder / "previews")}
+    tile_slide(demo_slide, folder)
+    assert {path.name for path in (folder / "previews").iterdir()} == before
 
 
 def test_coordinates_are_rounded_to_hundredths():
