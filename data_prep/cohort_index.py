@@ -78,10 +78,23 @@ def update_index(
         patients = [owners[store.slide] for store in stores if store.slide not in holdout]
         by_patient = choose_splits(patients, validation, test, old[old["split"] != "train"] if late else old)
         by_patient |= {owners[name]: each.split for name, each in said.items() if each.split and name in owners}
-        known_rows = dict(list(old.groupby("slide", sort=False)))
-        tables = []
+        rows_of = old.groupby("slide", sort=False).indices
+        tables: list[pd.DataFrame] = []
+        same: list[np.ndarray] = []  # rows of `old` that stay as they are and follow each other
+
+        def take_same() -> None:
+            if same:
+                tables.append(old.take(np.concatenate(same)))
+                same.clear()
+
         for store in stores:
-            known = known_rows.get(store.slide, old[:0])
+            rows, entry = rows_of.get(store.slide, np.zeros(0, int)), said.get(store.slide)
+            changes = late or store.slide in holdout or (entry is not None and (entry.labels or entry.split))
+            if len(rows) == len(store) and not changes:
+                same.append(rows)
+                continue
+            take_same()
+            known = old.take(rows)
             split: str | np.ndarray = by_patient.get(owners[store.slide], "train")
             if box := holdout.get(store.slide):
                 split = _box_split(store, box, known, path)
@@ -90,9 +103,10 @@ def update_index(
                     known = known.assign(split=known["split"].where(known["split"] != "train", split))
             else:
                 known = _rows_of(store, owners[store.slide], split)
-            if entry := said.get(store.slide):
+            if entry:
                 known = known.assign(**entry.labels, **({"split": entry.split} if entry.split else {}))
             tables.append(known)
+        take_same()
         if tables:
             table = pd.concat(tables, ignore_index=True)
             _tell_moved(old, table)
@@ -134,6 +148,7 @@ def _box_split(store: TileStore, box: Sequence[float], known: pd.DataFrame, path
 
 
 def _rows_of(store: TileStore, patient: str, split: str | np.ndarray) -> pd.DataFrame:
+    store = TileStore(store.path, store.attrs)  # whose arrays are let go of
     x, y = store.coords.T
     columns = {"slide": store.slide, "row": np.arange(len(store)), "x": x, "y": y}
     labels = {name: store.labels(name) for name in store.label_names}

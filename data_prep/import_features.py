@@ -260,7 +260,7 @@ def cut(
     downsample = extent / tile_size
     attrs = {
         "slide": slide_name,
-        "mpp": None if mpp is None else mpp * downsample,
+        "mpp": None if mpp is None else float(f"{mpp * downsample:.12g}"),  # 0.5, not 0.49999999999999994
         **about,
         "tile_size": tile_size,
         "stride": max(1, round((places.step or _gap(places.coords) or extent) / downsample)),
