@@ -43,9 +43,7 @@ class StandardizedConv(nn.Module):
         self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()
-        variance, mean = torch.var_mean(weight, (1, 2, 3), unbiased=False, keepdim=True)
-        weight = (weight - mean) * (variance + 1e-5).rsqrt()
+        weight = F.layer_norm(self.weight.float(), self.weight.shape[1:], eps=1e-5)
         return F.conv2d(x, weight.to(x.dtype), self.bias.to(x.dtype), padding=1)
 
 
@@ -57,8 +55,9 @@ class ChannelNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(1, channels, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        variance, mean = torch.var_mean(x.float(), 1, unbiased=False, keepdim=True)
-        return ((x - mean) * (variance + 1e-5).rsqrt() * self.g).to(x.dtype)
+        gain = self.g.flatten()
+        normed = F.layer_norm(x.movedim(1, -1).float(), gain.shape, gain.float(), eps=1e-5)  # (B,H,W,C)
+        return normed.movedim(-1, 1).to(x.dtype).contiguous()
 
 
 class Block(nn.Module):
