@@ -24,6 +24,8 @@ from ldm.diffusion.samplers import sample_euler
 from ldm.diffusion.schedules import table_sigmas
 from ldm.diffusion.tiled import tiled
 from ldm.errors import UserError
+from ldm.interop.lora import placed
+from ldm.sampling.adapters import Adapters
 
 SIZES = {"pixcell_256": 1, "pixcell_1024": 4}
 
@@ -227,3 +229,19 @@ def test_positions_that_are_not_its_own_are_refused(third, tmp_path):
     (tmp_path / "flags.yaml").write_text("num_heads: 2")
     with pytest.raises(UserError, match="positions"):
         convert(tmp_path / "epoch.pth", tmp_path / "model", base=third / "sd3_vae", config=tmp_path / "flags.yaml")
+
+
+def test_the_staining_adapter_is_the_published_one(third, pixcell):
+    name, _, model, _ = pixcell
+    if name != "pixcell_1024":
+        pytest.skip("an adapter is there of the larger model alone")
+    folder = third / name / "lora"
+    golden, adapters = load(folder / "io.pt"), Adapters({folder / "MIST_HER2_lora_10.pth": 1.0})
+    cond = model.condition(features=grids(golden["cond"], SIZES[name]))
+    with torch.no_grad():
+        out = call_network(adapters.network(model), golden["x"], golden["t"], cond)
+    assert relative(out, golden["out"]) < 1e-5
+    other = dict(model.model.diffusion_model.named_parameters())
+    other["blocks.0.attn.qkv.weight"] = other["blocks.0.attn.qkv.weight"] * 2
+    with pytest.raises(UserError, match="trained on other weights"):
+        placed(adapters.loras[0][0], other)

@@ -128,9 +128,9 @@ def test_conditions_by_name_come_to_the_device(name, given):
 
 
 def test_windows_of_a_large_image():
+    features, sampler = np.zeros((2, 2, 512), np.float32), ldm.Sampler(steps=2, progress=False)
     with gpu("demo-ssl") as model, pytest.raises(DynamicOutputShapeException) as stopped:
-        features = np.zeros((2, 2, 512), np.float32)
-        ldm.large_image(model, features, (512, 512), ldm.Sampler(steps=2, progress=False))
+        ldm.large_image(model, features, (512, 512), sampler)
     assert "decode_canvas" in [entry.name for entry in stopped.traceback]  # all steps were taken
 
 

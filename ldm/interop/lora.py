@@ -24,6 +24,7 @@ from ldm.foreign.settings import read_json
 from ldm.foreign.shape import ABOVE_0, MAPPING, SIZE, TEXT, check_shape, maybe
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.diffusers_names import unet_modules
+from ldm.interop.pixcell import BLOCK, JOINED, MODULES
 from ldm.interop.weights import AVERAGE, check_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -37,19 +38,6 @@ DOWN, UP = (
 )
 OTHERS = ("hada_", "lokr_", "dora_scale", "lora_magnitude_vector", "lora_mid", "lora_embedding_", "oft_")
 PROCESSOR = re.compile(r"\.processor\.(to_(?:q|k|v|out))_lora\.(down|up)\.weight$")  # of diffusers before 2023
-# diffusers' layers of a transformer's block -> PixArt's, and which part of a joined one they are
-BLOCK: dict[str, tuple[str, int, int]] = {
-    "attn1.to_q": ("attn.qkv", 0, 3), "attn1.to_k": ("attn.qkv", 1, 3), "attn1.to_v": ("attn.qkv", 2, 3),
-    "attn1.to_out.0": ("attn.proj", 0, 1), "attn2.to_q": ("cross_attn.q_linear", 0, 1),
-    "attn2.to_k": ("cross_attn.kv_linear", 0, 2), "attn2.to_v": ("cross_attn.kv_linear", 1, 2),
-    "attn2.to_out.0": ("cross_attn.proj", 0, 1), "ff.net.0.proj": ("mlp.fc1", 0, 1), "ff.net.2": ("mlp.fc2", 0, 1),
-}  # fmt: skip
-MODULES = {
-    "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2", "adaln_single.linear": "t_block.1",
-    "caption_projection.linear_1": "y_embedder.y_proj.fc1", "caption_projection.linear_2": "y_embedder.y_proj.fc2",
-    "pos_embed.proj": "x_embedder.proj", "proj_out": "final_layer.linear",
-}  # fmt: skip
 _CONFIG = {
     "r?": SIZE, "lora_alpha?": ABOVE_0, "rank_pattern?": maybe(MAPPING), "alpha_pattern?": maybe(MAPPING),
     "peft_type?": TEXT, "base_model_name_or_path?": maybe(TEXT), "histoldm?": MAPPING,
@@ -233,10 +221,10 @@ def _names(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, int, int]]:
                     known.setdefault(theirs + layer.removeprefix(ours), (f"{layer}.weight", 0, 1))
     for layer in layers:
         block = re.match(r"blocks\.(\d+)\.(.+)", layer)
-        for theirs, (ours, part, parts) in BLOCK.items() if block else ():
-            if ours == block[2]:
-                known[f"transformer_blocks.{block[1]}.{theirs}"] = (f"{layer}.weight", part, parts)
-    known |= {theirs: (f"{ours}.weight", 0, 1) for theirs, ours in MODULES.items() if f"{ours}.weight" in weights}
+        before, table, inner = (f"transformer_blocks.{block[1]}.", BLOCK, block[2]) if block else ("", MODULES, layer)
+        known |= {before + theirs: (f"{layer}.weight", 0, 1) for theirs, ours in table.items() if ours == inner}
+        parts = JOINED.get(inner, ()) if block else ()
+        known |= {before + theirs: (f"{layer}.weight", part, len(parts)) for part, theirs in enumerate(parts)}
     return known
 
 
