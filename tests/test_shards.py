@@ -213,6 +213,19 @@ def test_digests_are_exact_after_a_kill_between_data_and_digest(tmp_path: Path):
                 shutil.rmtree(killed)
 
 
+def test_digests_are_exact_after_a_kill_between_the_last_rows_and_the_name(tmp_path: Path):
+    path = tmp_path / "a.zarr"
+    write_store(path, 90)
+    asked = (path, "features/e", (3,), "f2")
+    killed = ArrayWriter(*asked)
+    killed.append(np.ones((COUNT, 3)))
+    killed.flush()
+    killed._lock.release()
+    with ArrayWriter(*asked) as writer:
+        assert writer.rows == COUNT
+    assert digests_fit(path)
+
+
 def test_what_is_recorded_as_written_is_there_for_large_tiles_too(tmp_path: Path, monkeypatch):
     """Shards of large tiles hold fewer rows than those of their coordinates; a kill comes without a close."""
     monkeypatch.setattr("ldm.data.shards.SHARD_BYTES", 256 * SIDE * SIDE * 3)

@@ -98,13 +98,14 @@ class GrowingArray:
         self.attrs: dict[str, Any] = attrs
         self._chunks: list[bytes] = []
         self._rest = layout.empty(0)
+        self._last = ""  # digest of the unfinished file
         try:
             self._digests += [digest_of(path / layout.file(i)) for i in range(len(self._digests), whole)]
             if more:
                 self._chunks, self._rest = layout.packed(path, whole, more)
+                self._last = digest_of(path / layout.file(whole))
         except (OSError, Damage) as error:
             raise UserError(f"what an interrupted run left of {path} is damaged ({error}); {AGAIN}.") from None
-        self._last = ""  # digest of the unfinished file
 
     @property
     def digests(self) -> list[str]:

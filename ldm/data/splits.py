@@ -13,7 +13,7 @@ import pandas as pd
 
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError, some
-from ldm.files import write_text
+from ldm.files import clear_left, write_text
 from ldm.tables.text import read_text
 
 UNKNOWN = "unknown"  # the patient of images that nothing says it of
@@ -191,6 +191,7 @@ def record_fractions(cohort: Path | str, validation: float | None, test: float, 
     if told != _recorded(cohort):
         Path(cohort).mkdir(parents=True, exist_ok=True)
         write_text(Path(cohort) / SPLITS, json.dumps(told) + "\n")
+    clear_left(Path(cohort) / SPLITS)
 
 
 def _recorded(cohort: Path | str) -> dict[str, float | None] | None:

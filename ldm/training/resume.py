@@ -11,6 +11,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 
 from ldm.errors import UserError
 from ldm.foreign.settings import check_settings
+from ldm.foreign.shape import MAPPING, check_shape
 from ldm.interop.checkpoint import read_checkpoint
 from ldm.interop.forms import name_form
 from ldm.interop.weights import in_words, not_finite
@@ -89,6 +90,7 @@ def check_resume(cfg: dict[str, Any], checkpoint: Path) -> list[str]:
     """
     content = read_checkpoint(checkpoint)
     check_settings(content[OWN], checkpoint, OWN)
+    check_shape(content, {"state_dict": MAPPING}, checkpoint)
     _check_weights(checkpoint, content["state_dict"])
     before = dict(_leaves(content[OWN]))
     if "scale_lr" not in cfg["model"]:  # of version 0.1.0
