@@ -426,6 +426,7 @@ def test_mistakes_with_regions(demo_slide, drawn, tmp_path, capsys):
             "has no regions of CMU-1-Small-Region.svs; put them into CMU-1-Small-Region.geojson",
         ),
         (["--inside", "Tumour"], "classes of regions need a file of them"),
+        (["--regions", str(tmp_path / "none")], "there is no file or folder of regions at"),
         (["--regions", str(drawn), "--min-inside", "1", "--tile-size", "1100"], "no tile lies in the regions"),
         (["--regions", str(drawn), "--region-origin", "bounds"], "has no bounds"),
         (["--regions", str(REAL / "qupath-0.5.geojson")], "lies outside CMU-1-Small-Region.svs"),

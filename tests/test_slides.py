@@ -296,3 +296,9 @@ def test_a_slide_of_one_colour_is_all_tissue(spread: int):
     pixels = np.array([210, 120, 170]) + rng.integers(-30, 30, 3) + rng.normal(0, spread, (72, 72, 1))
     mask = TissueMask(Slide.of_pixels(pixels.clip(0, 255).astype(np.uint8), mpp=1.0)).mask
     assert mask.all()
+
+
+def test_a_small_picture_of_glass_has_no_tissue():
+    """Glass narrower than the holes in tissue that are filled is none of them."""
+    pixels = np.random.default_rng(0).normal(243, 3, (150, 150, 3)).clip(0, 255).astype(np.uint8)
+    assert not TissueMask(Slide.of_pixels(pixels, mpp=0.495)).mask.any()

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import shapely
 
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError, some, suggest
 from ldm.images.slides import Slide
 from ldm.tables.geojson import SUFFIXES, RegionFile, read_geojson
 
@@ -144,7 +144,7 @@ def check_classes(
 
 
 def check_files(files: Iterable[tuple[Path | str, str]], inside: Sequence[str], outside: Sequence[str]) -> None:
-    """UserError where none of the files of regions of several slides has a class that is asked for.
+    """UserError where one of the files of regions is not there, or none of them has a class that is asked for.
 
     files: of each slide the file or folder, and its name; one that cannot be read counts as empty.
 
@@ -154,7 +154,10 @@ def check_files(files: Iterable[tuple[Path | str, str]], inside: Sequence[str], 
     ldm.errors.UserError: a.geojson has no region 'Tumour'. Known: (none).
     """
     known: set[str] = set()
-    files = list(files) if inside or outside else []
+    files = list(files)
+    if absent := [path for path in dict.fromkeys(path for path, _ in files) if not Path(path).exists()]:
+        raise UserError(f"there is no file or folder of regions at {some(list(map(str, absent)), 3)}")
+    files = files if inside or outside else []
     for path, slide in files:
         with suppress(UserError):
             known |= set(read_geojson(find_regions(path, slide)).classes)
