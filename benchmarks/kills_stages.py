@@ -294,6 +294,7 @@ def victims(place: str) -> Sequence[str]:
 def main(
     kills: Annotated[int, typer.Option(help="Kills in each stage, in each place.")] = 20,
     places: Annotated[str, typer.Option(help=f"Where: of {','.join(PLACES)}.")] = "alone,scheduler",
+    stages: Annotated[str, typer.Option(help=f"Which: of {','.join(STAGES)}.")] = ",".join(STAGES),
     seed: Annotated[int, typer.Option(help="Seed of the moments.")] = 0,
 ) -> None:
     """Kill prepare in each stage; exit code 1 where something is lost or left."""
@@ -301,7 +302,7 @@ def main(
     with workplace() as (server, world, runs):
         for place in places.split(","):
             with StageTrials(server, world, runs, place) as trials:
-                for stage in STAGES:
+                for stage in stages.split(","):
                     rng, start, made, faults = random.Random(f"{seed} {place} {stage}"), time.monotonic(), 0, []
                     while made < kills:
                         try:
