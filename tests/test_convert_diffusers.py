@@ -733,21 +733,20 @@ def test_the_project_names_the_classes_of_compvis(model_folder, tmp_path):
 # --- what has no counterpart ------------------------------------------------------------------------------------------
 
 SCORE = {"target": "ldm.conditioners.score.ScoreEmbedder", "params": {}}
+OMICS = {"target": "ldm.conditioners.omics.OmicsEmbedder", "params": {}}
 
 
 @pytest.mark.parametrize(
     ("form", "change", "message"),
     [
-        ("diffusers", lambda p: p.update(cond_stage_config=SCORE), "the condition ScoreEmbedder"),
+        ("diffusers", lambda p: p.update(cond_stage_config=OMICS), "the condition OmicsEmbedder"),
         ("compvis", lambda p: p.update(cond_stage_config=SCORE), "the condition ScoreEmbedder"),
-        ("diffusers", lambda p: p.update(cond_stage_config=CONDITIONS["class"]), "the condition ClassEmbedder"),
         ("diffusers", lambda p: p.update(first_stage_config=VQ), "first stages of the kind VQModel"),
         ("diffusers", lambda p: p.update(parameterization="edm"), "parameterization 'edm'"),
         ("compvis", lambda p: p.update(parameterization="edm"), "parameterization 'edm'"),
         ("diffusers", lambda p: p.update(beta_schedule="sqrt"), "beta_schedule 'sqrt'"),
         ("diffusers", lambda p: p["unet_config"]["params"].update(resblock_updown=True), "resblock_updown True"),
         ("compvis", lambda p: p["unet_config"]["params"].update(norm_groups=16), "16 groups"),
-        ("diffusers", lambda p: p["cond_stage_config"]["params"].update(chunks=2), "captions of one chunk"),
         ("compvis", lambda p: p["cond_stage_config"]["params"].update(context_dim=8), "projection after the text"),
     ],
 )

@@ -20,9 +20,11 @@ from ldm.interop.converted import Converted
 from ldm.interop.diffusers_config import PREDICTIONS, SCHEDULES
 from ldm.interop.diffusers_folder import FIRST_STAGE, TEXT, UNET, clip_vocabulary, read_own
 from ldm.interop.diffusers_names import renamed, to_linear, unet_modules, vae_modules
+from ldm.interop.export_diffusers_parts import MODULE, conditioning, module_text, pixel_unet
 from ldm.interop.text_names import from_open_clip, transformers_config
 
 AUTOENCODER_KL = "ldm.autoencoder.autoencoder.AutoencoderKL"
+IDENTITY = "ldm.autoencoder.autoencoder.IdentityFirstStage"
 ENDS = ("<|startoftext|>", "<|endoftext|>")
 DDIM = {  # settings of the scheduler beside those of the noise table
     "class": "DDIMScheduler",
@@ -54,58 +56,91 @@ TEXT_DEFAULTS: dict[str, Any] = {
 
 
 def to_diffusers(folder: Path, out: Path, half: bool = False) -> list[str]:
-    """Write a text-to-image model as the folder of a StableDiffusionPipeline, a KL first stage as an AutoencoderKL's;
-    gives what is to be said of it.
+    """Write a diffusion model as a folder of diffusers, a KL first stage as an AutoencoderKL's; gives what is to say.
 
-    UserError: the model has something that this pipeline does not.
+    A model of text by KL latents is a StableDiffusionPipeline. Classes, scores and features lie beside the networks as
+    a table and a module that gives them to the pipeline (`diffusers_conditioning`).
+    UserError: the model has something that diffusers does not, as omics.
 
-    >>> to_diffusers(models / "demo-ssl", Path("pipeline"))
+    >>> to_diffusers(models / "demo-omics", Path("pipeline"))
     Traceback (most recent call last):
-    ldm.errors.UserError: diffusers' StableDiffusionPipeline does not have ...
+    ldm.errors.UserError: diffusers does not have the condition OmicsEmbedder; the model cannot be written in that form.
     """
-    form = "diffusers' StableDiffusionPipeline"
+    form = "diffusers"
     model = read_own(folder)
     if model.node["target"] != targets.LATENT_DIFFUSION:
         return _first_stage_alone(model, out, half)
     check_free(out, "model_index.json")
     params = with_defaults(model.node["params"], DIFFUSION_DEFAULTS)
     notes: list[str] = []
-    unet, unet_names = _unet_config(params["unet_config"], form)
-    vae, vae_names = _vae_config(params["first_stage_config"], form)
-    scale = model.state.get("scale_factor", params["scale_factor"])
-    if params["shift_factor"] or isinstance(scale, list):
-        raise lacks(form, "latents that are shifted, or scaled by channel")
-    vae["scaling_factor"] = float(scale)
+    c = unet_params(params["unet_config"], form)
+    for name in ("conv_resample", "num_classes", "resblock_updown"):
+        if c[name] != UNET_DEFAULTS[name]:
+            raise lacks(form, f"UNets with {name} {c[name]}")
+    if c["channel_mult"][0] != 1:
+        raise lacks(form, f"UNets whose first level is not of model_channels (channel_mult {c['channel_mult']})")
+    node = params.get("cond_stage_config")
+    told, tensors = (None, {}) if node is None or node["target"] == targets.TEXT_EMBEDDER else conditioning(node, model)
+    acts = {member["acts"] for member in told["members"]} if told else set()
     scheduler = _scheduler_config(params, model.metadata.get("scheduler") or {}, form)
-    networks = {
-        "unet": (unet, renamed(part_of(model, UNET), unet_names, str(folder))),
-        "vae": (vae, renamed(to_linear(part_of(model, FIRST_STAGE)), vae_names, str(folder))),
-    }
+    if c["use_spatial_transformer"]:
+        unet, unet_names = _unet_config(c)
+        networks = {"unet": (unet, renamed(part_of(model, UNET), unet_names, str(folder)))}
+    else:
+        networks = {"unet": pixel_unet(c, part_of(model, UNET), str(folder))}
+        unet = networks["unet"][0]
+    if "vector" in acts:
+        unet["class_embed_type"] = "identity"
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
-        "feature_extractor": [None, None],
-        "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
+        "_class_name": "DDIMPipeline",
         "scheduler": ["diffusers", scheduler["_class_name"]],
-        "text_encoder": [None, None],
-        "tokenizer": [None, None],
         "unet": ["diffusers", unet["_class_name"]],
-        "vae": ["diffusers", vae["_class_name"]],
     }
+    if params["first_stage_config"]["target"] == IDENTITY:
+        scheduler["clip_sample"] = True  # as samplers here do of models on pixels
+    else:
+        vae, vae_names = _vae_config(params["first_stage_config"], form)
+        scale = model.state.get("scale_factor", params["scale_factor"])
+        if params["shift_factor"] or isinstance(scale, list):
+            raise lacks(form, "latents that are shifted, or scaled by channel")
+        vae["scaling_factor"] = float(scale)
+        networks["vae"] = (vae, renamed(to_linear(part_of(model, FIRST_STAGE)), vae_names, str(folder)))
+        index["vae"] = ["diffusers", vae["_class_name"]]
+    if "vae" in networks and c["use_spatial_transformer"]:
+        index |= {
+            "_class_name": "StableDiffusionPipeline",
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "text_encoder": [None, None],
+            "tokenizer": [None, None],
+        }
     tokenizer: dict[str, str] = {}
-    if node := params.get("cond_stage_config"):
+    if told is not None:
+        notes.append(f"its conditions ({', '.join(m['key'] for m in told['members'])}) lie in conditioning.json and "
+                     f"conditioning.safetensors; {MODULE} makes prompt_embeds of them, and samples")  # fmt: skip
+        if "vae" in networks and acts == {"crossattn"} and unet["in_channels"] == unet["out_channels"]:
+            notes.append("load it by StableDiffusionPipeline.from_pretrained(OUT, text_encoder=None, tokenizer=None)")
+        if unet["in_channels"] != unet["out_channels"]:
+            notes.append(f"a map beside the latents is given by no pipeline: sample with {MODULE}")
+    elif node is not None:
         text, config = text_node(node, model, form)
         if text["chunks"] > 1:
-            raise UserError(f"{form} reads captions of one chunk; the model's captions have {text['chunks']}.")
+            notes.append(
+                f"captions have {text['chunks']} chunks, which no pipeline joins: give prompt_embeds, each chunk "
+                "encoded by itself"
+            )
         tower, tokens = _tower_of(model), config["text_cfg"]["context_length"]
         encoder = transformers_config(config, layers_of(tower))
         encoder |= {"_name_or_path": config.get("name", ""), "use_attention_mask": text["mask_padding"]}
         networks["text_encoder"] = (encoder, from_open_clip(tower))
-        index["text_encoder"] = ["transformers", "CLIPTextModel"]
+        if "vae" in networks:
+            index["text_encoder"] = ["transformers", "CLIPTextModel"]
         if config["text_cfg"]["vocab_size"] == len(clip_vocabulary()):
             tokenizer = _tokenizer_files(tokens, "!" if text["pad"] == "zero" else ENDS[1])
-            index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+            if "vae" in networks:
+                index["tokenizer"] = ["transformers", "CLIPTokenizer"]
         else:
             notes.append("the text tower has not CLIP's words: without a tokenizer, give the pipeline prompt_embeds")
         if text["prompt"] != "{text}":
@@ -116,6 +151,11 @@ def to_diffusers(folder: Path, out: Path, half: bool = False) -> list[str]:
     notes.append(f"licence: {licence}" if licence else "the model folder records no licence")
     with whole(out) as part:
         write_json(part / "model_index.json", index)
+        if told is not None:
+            write_json(part / "conditioning.json", told)
+            save_file(apart(tensors), part / "conditioning.safetensors", metadata={"format": "pt"})
+        if told is not None or index["_class_name"] != "StableDiffusionPipeline":
+            (part / MODULE).write_text(module_text(), encoding="utf-8")
         write_json(part / "scheduler" / "scheduler_config.json", scheduler)
         for name, text_of in tokenizer.items():
             (part / "tokenizer").mkdir(exist_ok=True)
@@ -149,17 +189,9 @@ def _scale_config(about: Mapping[str, Any]) -> dict[str, Any]:
     return {"scaling_factor": float(scale)} | ({"shift_factor": float(shift)} if shift else {})
 
 
-def _unet_config(node: Mapping[str, Any], form: str) -> tuple[dict[str, Any], dict[str, str]]:
+def _unet_config(c: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """The config of a UNet2DConditionModel, and our name -> diffusers' of its modules."""
-    c = unet_params(node, form)
-    if not c["use_spatial_transformer"]:
-        raise lacks(form, "UNets without cross-attention")
-    for name in ("conv_resample", "num_classes", "resblock_updown"):
-        if c[name] != UNET_DEFAULTS[name]:
-            raise lacks(form, f"UNets with {name} {c[name]}")
     widths = [mult * c["model_channels"] for mult in c["channel_mult"]]
-    if widths[0] != c["model_channels"]:
-        raise lacks(form, f"UNets whose first level is not of model_channels (channel_mult {c['channel_mult']})")
     attention = [2**level in c["attention_resolutions"] for level in range(len(widths))]
     fixed = c["num_head_channels"]
     config = {
