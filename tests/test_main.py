@@ -330,9 +330,16 @@ def test_ranks_that_differ_in_validation_batches_do_not_wait_for_each_other():
 SHIPPED = sorted(path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "demo")
 
 
+def bases_of(path: Path) -> list[str]:
+    """The files that the command in a config's header names: a second file goes with its first."""
+    said = re.search(r"--base ((?:\S+\.yaml ?)+)", path.read_text())
+    return [str(ROOT / name) for name in said[1].split()]
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configs_name_only_what_exists(path):
-    cfg = merge_config(*command.parse(["-b", str(path)]), None)
+    assert str(path) in bases_of(path)
+    cfg = merge_config(*command.parse(["-b", *bases_of(path)]), None)
     assert cfg["name"]
 
 
@@ -348,7 +355,7 @@ def named_weights(node: object) -> Iterator[str]:
 def test_all_that_a_shipped_config_lacks_is_one_message_with_the_way_on(path, monkeypatch):
     monkeypatch.setenv("HISTOLDM_WEIGHTS", "weights")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: "hub")
-    cfg = merge_config(*command.parse(["-b", str(path)]), None)
+    cfg = merge_config(*command.parse(["-b", *bases_of(path)]), None)
     with pytest.raises(UserError) as error:
         check_files(cfg)
     said = str(error.value)
@@ -418,4 +425,4 @@ def test_shipped_configs_are_found_by_name(capsys):
     assert train("-b", "demo/sll") == 2
     error = capsys.readouterr().err
     assert "config 'demo/sll' does not exist; did you mean 'demo/ssl'? Shipped configs: autoencoder/kl-f4," in error
-    assert "own/first_stage, own/ssl." in error
+    assert "own/transformer, own/transformer_cpu." in error
