@@ -29,7 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")  # audit events, and `open`
 TOLD = ("the disk is full", "No space left on device")
 LIBRARIES = (  # that commands import when they come to need them
-    "distributed", "lightning_fabric", "matplotlib.figure", "open_clip", "pyarrow.dataset", "pydantic",
+    "lightning_fabric", "matplotlib.figure", "open_clip", "pyarrow.dataset", "pydantic",
     "pytorch_lightning", "torchmetrics", "transformers",
 )  # fmt: skip
 SMALL = {  # so that little data has several parts, and nobody waits for long
@@ -153,6 +153,8 @@ def serve() -> None:
             importlib.import_module(found.name)
     for name in LIBRARIES:
         importlib.import_module(name)
+    with suppress(ImportError):  # an extra
+        importlib.import_module("distributed")
     print("ready", flush=True)
     children: dict[int, int] = {}
     for line in sys.stdin:
@@ -165,6 +167,13 @@ def serve() -> None:
         else:
             children[job["number"]] = pid
             print(pid, flush=True)
+
+
+def dask_setup(_: object = None) -> None:
+    """Make little data have several parts in this process; Dask calls it in the workers that a run starts."""
+    for name, value in SMALL.items():
+        module, _, constant = name.rpartition(".")
+        setattr(importlib.import_module(module), constant, value)
 
 
 def run_job(job: dict[str, Any]) -> NoReturn:
@@ -180,9 +189,9 @@ def run_job(job: dict[str, Any]) -> NoReturn:
         sys.stdout, sys.stderr = (open(stream, "w", 1, errors="backslashreplace", closefd=False) for stream in (1, 2))
         os.chdir(job["folder"])
         torch.set_num_threads(1)
-        for name, value in SMALL.items():
-            module, _, constant = name.rpartition(".")
-            setattr(importlib.import_module(module), constant, value)
+        dask_setup()
+        if dask := sys.modules.get("dask"):
+            dask.config.set({"distributed.worker.preload": ["benchmarks.kills"]})
         if job["words"][0] == "call":
             module, _, function = job["words"][1].rpartition(".")
             getattr(importlib.import_module(module), function)(*job["words"][2:])
@@ -206,10 +215,6 @@ def command(job: dict[str, Any]) -> int:
     from ldm.cli import app
     from ldm.cli.script import call
     from ldm.errors import run_command
-
-    for name, value in SMALL.items():
-        module, _, constant = name.rpartition(".")
-        setattr(importlib.import_module(module), constant, value)
 
     stop, words, here, count = Stop(**job["stop"]), job["words"], os.getcwd(), 0
 

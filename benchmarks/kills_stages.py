@@ -26,6 +26,7 @@ from typing import Annotated
 import typer
 
 from benchmarks.kills import TOLD, Case, Run, Server, contents, hidden_in, workplace
+from ldm.errors import some
 
 STAGES = ("tiles", "features", "latents", "check")
 PLACES = ("alone", "scheduler", "local")
@@ -282,9 +283,9 @@ class StageTrials:
     def check(self, folder: Path, run: Run, how: str) -> None:
         found = contents(folder, CASE)
         lost, left = sorted(self.reference.keys() - found.keys()), sorted(found.keys() - self.reference.keys())
-        self.expect(not lost and not left, run, f"after {how} it lacks {lost} and leaves {left}")
+        self.expect(not lost and not left, run, f"after {how} it lacks {some(lost)} and leaves {some(left)}")
         differ = [path for path, content in found.items() if content != self.reference[path]]
-        self.expect(not differ, run, f"after {how} it leaves other bytes in {differ}")
+        self.expect(not differ, run, f"after {how} it leaves other bytes in {some(differ)}")
 
 
 def victims(place: str) -> Sequence[str]:
