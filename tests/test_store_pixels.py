@@ -36,6 +36,8 @@ from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import PIXELS, TileStore, open_cohort
 from ldm.errors import UserError
 from ldm.images.write import save_ome_zarr
+from ldm.viewer.pictures import find
+from ldm.viewer.server import Gallery
 
 MODELS = ROOT / "data" / "models"
 
@@ -272,6 +274,16 @@ def test_tiles_are_sampled_where_the_slide_is_not(moved: Path, tmp_path: Path, c
     assert "wrote 1 tiles" in said.out
     assert "contact_sheet.png shows no real tiles: " in said.err
     assert "its slide a.svs: it was not found" in said.err
+
+
+def test_the_viewer_takes_a_cohort_and_tells_once_that_a_slide_is_not_there(moved: Path, tmp_path: Path, monkeypatch):
+    with pytest.raises(UserError) as told:
+        Gallery(find([moved.parents[1]]))
+    assert str(told.value).count("it was not found") == 1
+    monkeypatch.setenv(WHERE, str(tmp_path / "wsi"))
+    gallery = Gallery(find([moved.parents[1]]))
+    assert len(gallery.told) == len(TileStore.open(moved))
+    assert gallery.thumbnail(5).shape == (128, 128, 3)
 
 
 def test_folders_of_ome_zarr_that_say_the_same_are_told_apart(tmp_path: Path, stores: dict[str, TileStore]):

@@ -33,7 +33,7 @@ class Source:
 
 
 def find(paths: Iterable[Path]) -> list[Source]:
-    """The pictures of files, of folders of images, and of tile stores (evenly chosen where a store holds many).
+    """The pictures of files, of folders of images, of tile stores (evenly chosen where a store holds many) and cohorts.
 
     What cannot be shown, as a store that is not whole or a link that leads out of a folder, is among them, with the
     reason.
@@ -52,7 +52,8 @@ def find(paths: Iterable[Path]) -> list[Source]:
             sources += _named(path)
             continue
         try:
-            stores = [store for store in sorted(path.glob("[!.]*.zarr")) if holds_stores(store)]
+            inside = ("[!.]*.zarr", "slides/[!.]*.zarr")  # the latter of a cohort
+            stores = [store for kind in inside for store in sorted(path.glob(kind)) if holds_stores(store)]
             found = sorted([*images_in(path), *stores])
         except OSError as error:
             raise UserError(f"{path} cannot be listed: {error.strerror}.") from None

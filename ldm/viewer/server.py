@@ -77,7 +77,8 @@ class Gallery:
         self._open: OrderedDict[int, tuple[Slide, threading.Lock]] = OrderedDict()
         self._lock = threading.Lock()
         if len(self.failed) == len(self.told):
-            raise UserError(f"no picture can be shown: {'; '.join(self.failed[:3]) or 'none was given'}")
+            why = "; ".join([*dict.fromkeys(self.failed)][:3]) or "none was given"
+            raise UserError(f"no picture can be shown: {why}")
 
     @staticmethod
     def _tell(source: Source, mpp: float | None) -> dict[str, Any]:
@@ -202,7 +203,7 @@ def serve(paths: Sequence[Path], host: str, port: int, browser: bool, mpp: float
     """
     gallery = Gallery(find(paths), mpp)
     shown = [source.picture for source, told in zip(gallery.sources, gallery.told) if "why" not in told]
-    for message in [*gallery.failed, *notes_of(shown)]:
+    for message in [*dict.fromkeys(gallery.failed), *notes_of(shown)]:
         note(message)
     with ViewerServer(gallery, host, port) as server:
         print(f"{len(shown)} pictures at {server.url}  (Ctrl-C ends it)", flush=True)
