@@ -51,7 +51,7 @@ def export(
     Examples:
 
         histoldm export logs/2026-01-31T12-00-00_ssl --out models/ssl
-        histoldm export adapters/her2 --merge 1 --base models/ssl --out models/her2
+        histoldm export adapters/her2 --merge 1 --base M --out models/her2
     """
     import torch
 
