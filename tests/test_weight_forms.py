@@ -190,7 +190,7 @@ DEEPSPEED = r"is a checkpoint of DeepSpeed, in parts: .* `cd run/checkpoints/las
 NAMED = {
     "DeepSpeed": (deepspeed, DEEPSPEED),
     "its part": (lambda: deepspeed() / "checkpoint" / "mp_rank_00_model_states.pt", rf"mp_rank_00\S+ {DEEPSPEED}"),
-    "LoRA of diffusers": (lambda: lora("unet.down_blocks.0.to_q.lora_A.weight"), r"is a LoRA, low-.*fuse_lora\(\)"),
+    "LoRA of diffusers": (lambda: lora("unet.down_blocks.0.to_q.lora_A.weight"), r"is a LoRA, low-.*--lora.*--merge"),
     "LoRA of kohya": (lambda: lora("lora_unet_down_blocks_0_to_q.lora_down.weight"), "is a LoRA"),
     "older LoRA": (lambda: lora("unet.mid_block.processor.to_q_lora.up.weight"), "is a LoRA"),
     "adapter": (adapter, "adapter is a LoRA, low-rank changes"),

@@ -256,7 +256,12 @@ def _check_base(lora: Lora, known: Mapping[str, tuple[str, int, int]], weights: 
 
 
 def to_peft(layers: Mapping[str, LowRank], about: Mapping[str, Any], base: str) -> tuple[dict[str, Tensor], str]:
-    """Tensors and the text of the settings of a peft folder. about: rank, alpha and what else is to be remembered."""
+    """Tensors and the text of the settings of a peft folder. about: rank, alpha and what else is to be remembered.
+
+    >>> layers = {"attn": LowRank(torch.ones(1, 2), torch.ones(3, 1))}
+    >>> list(to_peft(layers, {"rank": 1, "alpha": 1}, "my-model")[0])
+    ['base_model.model.attn.lora_A.weight', 'base_model.model.attn.lora_B.weight']
+    """
     state = {}
     for name, low in layers.items():
         state[f"base_model.model.{name}.lora_A.weight"] = low.down

@@ -46,6 +46,10 @@ def transformer(state: dict[str, Tensor], settings: Mapping[str, Any], found: Co
     """Parameters of the DiT with these weights, whose fixed positions go from `state` to `found.positions`.
 
     UserError: a tensor that tells them is missing, a number of heads that is not known.
+
+    >>> transformer({}, {}, Converted({}, {}), Path("sit.pt"))
+    Traceback (most recent call last):
+    ldm.errors.UserError: sit.pt is no whole transformer of the published kind: it lacks 'x_embedder.weight'.
     """
     try:
         return _parameters(state, settings, found)

@@ -151,7 +151,12 @@ def trained_alone(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
 
 
 def check_same(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
-    """UserError if an adapter that is to go on was of another rank, or of other weights."""
+    """UserError if an adapter that is to go on was of another rank, or of other weights.
+
+    >>> check_same({"rank": 8, "alpha": 8, "base_sha256": "a"}, {"rank": 4, "alpha": 8, "base_sha256": "a", "base": "m"})
+    Traceback (most recent call last):
+    ldm.errors.UserError: the adapter of this checkpoint was trained on other weights than those of m, or of another ...
+    """
     keys = ("rank", "alpha", "base_sha256")
     if before is None or any(before.get(key) != now[key] for key in keys):
         raise UserError(
