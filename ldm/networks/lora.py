@@ -153,7 +153,8 @@ def trained_alone(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
 def check_same(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> None:
     """UserError if an adapter that is to go on was of another rank, or of other weights.
 
-    >>> check_same({"rank": 8, "alpha": 8, "base_sha256": "a"}, {"rank": 4, "alpha": 8, "base_sha256": "a", "base": "m"})
+    >>> now = {"rank": 4, "alpha": 4, "base_sha256": "ab12", "base": "m"}
+    >>> check_same(now | {"rank": 8}, now)
     Traceback (most recent call last):
     ldm.errors.UserError: the adapter of this checkpoint was trained on other weights than those of m, or of another ...
     """
