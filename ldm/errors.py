@@ -27,6 +27,7 @@ _REFUSED = {  # by the system, whatever a command wants of the file -> what to d
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the machine's limit of open files",
 }
+_WORKER = re.compile(r"^(?:[A-Za-z_]\w*\.)+[A-Za-z_]\w*: ", re.MULTILINE)  # how a traceback names its error
 _UNDECODED = re.compile(r"[^\s\"'<>:]*[\udc80-\udcff][^\s\"'<>:]*")  # part of a name, with bytes that are not UTF-8
 _COMMANDS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")  # to a terminal
 _NOTES: ContextVar[list[str] | None] = ContextVar("notes", default=None)
@@ -107,6 +108,11 @@ def _disk_full(error: BaseException | None) -> bool:
     return False
 
 
+def _of_worker(text: str) -> str:
+    """What an error says, without the traceback that torch puts before it where a worker of a DataLoader raised it."""
+    return _WORKER.split(text)[-1].rstrip() if text.startswith("Caught ") else text
+
+
 def _told_by_system(error: Exception) -> str:
     """What is to be said of an error by which the system refuses a file, or its name; "" of others."""
     if _disk_full(error):
@@ -157,7 +163,7 @@ def run_command(command: Callable[[], object]) -> int:
         print("stopped; run the same command again to continue.", file=sys.stderr)
         return 130
     except Exception as error:
-        told = str(error) if isinstance(error, UserError) else _told_by_system(error)
+        told = _of_worker(str(error)) if isinstance(error, UserError) else _told_by_system(error)
         if not told:
             raise
         print(f"error: {printable(told)}", file=sys.stderr)

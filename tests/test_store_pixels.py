@@ -30,11 +30,12 @@ from ldm.commands.describe import describe_stores
 from ldm.data.datasets import TileDataset
 from ldm.data.image_sets import content_sha256, open_images
 from ldm.data.jpeg_codec import decode, encode
-from ldm.data.slide_tiles import WHERE, identity
+from ldm.data.module import TileDataModule
+from ldm.data.slide_tiles import WHERE, NoSlide, identity
 from ldm.data.store_faults import FILE, SLIDE, find_faults
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import PIXELS, TileStore, open_cohort
-from ldm.errors import UserError
+from ldm.errors import UserError, run_command
 from ldm.images.write import save_ome_zarr
 from ldm.viewer.pictures import find
 from ldm.viewer.server import Gallery
@@ -274,6 +275,17 @@ def test_tiles_are_sampled_where_the_slide_is_not(moved: Path, tmp_path: Path, c
     assert "wrote 1 tiles" in said.out
     assert "contact_sheet.png shows no real tiles: " in said.err
     assert "its slide a.svs: it was not found" in said.err
+
+
+def test_a_training_says_in_one_line_that_a_slide_is_not_there(moved: Path, capsys):
+    node = {"target": "ldm.data.datasets.TileDataset", "params": {"stores": str(moved), "keys": ["image"]}}
+    with pytest.raises(NoSlide, match="it was not found"):
+        TileDataModule(node)  # at once, and not when it comes to that tile
+    loader = DataLoader(TileDataset(str(moved)), num_workers=1, multiprocessing_context="fork")
+    assert run_command(lambda: next(iter(loader))) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {moved} holds coordinates alone, ")
+    assert said.count("\n") == 1
 
 
 def test_the_viewer_takes_a_cohort_and_tells_once_that_a_slide_is_not_there(moved: Path, tmp_path: Path, monkeypatch):

@@ -194,6 +194,12 @@ class TileDataset(Dataset):
     def __len__(self) -> int:
         return len(self._row_of)
 
+    def check_slides(self) -> None:
+        """UserError where images are read from a slide that is not there, before a training would come to it."""
+        for store in self.stores:
+            if "image" in self.keys and store.attrs["pixels"] == "none":
+                _ = store.tiles.slide
+
     @property
     def metadata(self) -> dict[str, Any]:
         """What a model trained on these tiles must remember.

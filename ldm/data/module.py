@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ldm.config import check_params, get_obj_from_str, instantiate_from_config
 from ldm.data.augment import DRAWS, Augmentation, WithDraws
-from ldm.data.datasets import NoTiles
+from ldm.data.datasets import NoTiles, TileDataset
 from ldm.data.sampler import ResumableBatchSampler, ResumableDataLoader, evaluation_batches, ignore_interrupts
 from ldm.errors import UserError
 
@@ -153,6 +153,9 @@ class TileDataModule(pl.LightningDataModule):
                     raise
                 if rank_zero_only.rank == 0:
                     print(f"there is nothing to test on: {error}")
+        for dataset in self.datasets.values():
+            if isinstance(dataset, TileDataset):
+                dataset.check_slides()
         if self.augmentation.of_pixels:
             self.augmentation.check(self.datasets["train"][0])
         self._loader: ResumableDataLoader | None = None
