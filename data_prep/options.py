@@ -93,7 +93,9 @@ PixelsOption = Annotated[
     Pixels,
     output("--pixels", help="Store tiles without loss (zstd), as jpeg, or none: read from the slides where needed."),
 ]
-JpegQualityOption = Annotated[int, output("--jpeg-quality", min=1, max=100, help="Quality of --pixels jpeg.")]
+JpegQualityOption = Annotated[
+    int | None, output("--jpeg-quality", min=1, max=100, help="Quality of --pixels jpeg (90 where it is not said).")
+]
 SizeOption = Annotated[int, taken("--size", callback=check_side, help="Side of the square tiles in pixels.")]
 SeedOption = Annotated[int, taken("--seed", min=0, help="Seed of what is drawn: the same seed draws the same.")]
 ValidationOption = Annotated[

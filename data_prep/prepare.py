@@ -81,7 +81,7 @@ from data_prep.run_record import RunRecord
 from data_prep.slide_stages import check, encoder_of, features, first_stage_of, latents, store_of, tile
 from data_prep.slide_table import SlideEntry, read_slides, tell_renamed
 from ldm.cli.script import script
-from ldm.data.slide_tiles import tell_pixels
+from ldm.data.slide_tiles import check_quality, tell_pixels
 from ldm.data.splits import fractions
 from ldm.data.tile_store import TileStore, is_finished
 from ldm.errors import UserError, note, some
@@ -295,7 +295,7 @@ def main(
     region_origin: RegionOriginOption = None,
     previews: PreviewsOption = True,
     pixels: PixelsOption = Pixels.zstd,
-    jpeg_quality: JpegQualityOption = 90,
+    jpeg_quality: JpegQualityOption = None,
     encoder: Annotated[
         str | None,
         inputs(
@@ -352,6 +352,7 @@ def main(
     shared |= {} if batch_size is None else {"batch_size": batch_size}
     of_encoder = encoder and {"encoder": encoder, "weights": weights, "any_mpp": any_mpp, "tokens": tokens, **shared}
     of_stage = first_stage and {"first_stage_folder": first_stage, **shared}
+    check_quality(pixels.value, jpeg_quality)
     tell_pixels(pixels)
     if clear_dead_locks:
         clear_locks(out)

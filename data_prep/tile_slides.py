@@ -55,7 +55,7 @@ from data_prep.options import (
 from data_prep.slide_table import read_slides, tell_renamed
 from ldm.cli.script import script
 from ldm.data.extent import tell, tell_scales
-from ldm.data.slide_tiles import slide_file, tell_pixels
+from ldm.data.slide_tiles import check_quality, slide_file, tell_pixels
 from ldm.data.splits import fractions
 from ldm.data.store_writers import TileStoreWriter
 from ldm.data.tile_store import PIXELS, TOLD, TileStore, as_numbers
@@ -70,6 +70,7 @@ from ldm.requests.parse import parse_integers
 from ldm.tables.geojson import read_geojson
 from ldm.tables.regions import LABEL, SlideRegions, check_files, find_regions
 
+JPEG_QUALITY = 90  # where none is said
 _BATCH = 32  # tiles that are read at once
 
 
@@ -94,7 +95,7 @@ def tile_slide(
     seed: int = 0,
     previews: bool = True,
     pixels: str = "zstd",
-    jpeg_quality: int = 90,
+    jpeg_quality: int | None = None,
     origin: Path | str | None = None,
     workers: int | None = None,
 ) -> Path:
@@ -119,8 +120,8 @@ def tile_slide(
             outside; neither: all regions.
         min_inside: least fraction of a tile that lies inside and not outside; at 0 regions are labels alone.
         region_origin: what their coordinates count from, see `ldm.tables.regions.SlideRegions`.
-        pixels: "zstd" stores tiles without loss, "jpeg" as JPEG of `jpeg_quality`, "none" not at all: they are read
-            from the slide where they are needed.
+        pixels: "zstd" stores tiles without loss, "jpeg" as JPEG of `jpeg_quality`, by default 90, "none" not at all:
+            they are read from the slide where they are needed.
         origin: where the slide lies for good, where `path` is a copy for now.
         seed: picks the background tiles.
         previews: write a picture and GeoJSON of tissue and tiles into `out`/previews, see `ldm.images.previews`.
@@ -135,6 +136,8 @@ def tile_slide(
             raise UserError(f"{fraction} is a fraction from 0 to 1; got {value}")
     if (inside or outside) and regions is None:
         raise UserError(f"{', '.join([*inside, *outside])}: classes of regions need a file of them; give regions")
+    check_quality(pixels, jpeg_quality)
+    jpeg_quality = JPEG_QUALITY if jpeg_quality is None else jpeg_quality
     if pixels not in PIXELS or not 1 <= jpeg_quality <= 100:
         raise UserError(f"pixels are {', '.join(PIXELS)}, JPEG's quality 1 to 100; got {pixels} and {jpeg_quality}")
     stride = tile_size if stride is None else stride
@@ -302,7 +305,7 @@ def main(
     region_origin: RegionOriginOption = None,
     previews: PreviewsOption = True,
     pixels: PixelsOption = Pixels.zstd,
-    jpeg_quality: JpegQualityOption = 90,
+    jpeg_quality: JpegQualityOption = None,
     workers: Annotated[int | None, speed("--workers", help="Threads that read a slide (default: up to 8).")] = None,
 ) -> None:
     found, box = read_slides(slides), parse_integers(holdout, 4, "--holdout", "x,y,width,height")
@@ -312,6 +315,7 @@ def main(
             f"--holdout is a box of one slide, and there are {len(found)}; use --validation and --test, which hold out "
             "patients"
         )
+    check_quality(pixels.value, jpeg_quality)
     tell_pixels(pixels)
     tell_renamed({entry.path: entry.name for entry in found}, out)
     drawn = {"inside": inside or [], "outside": outside or []}

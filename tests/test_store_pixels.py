@@ -189,7 +189,7 @@ def test_a_jpeg_of_another_size_or_none_is_told(tmp_path: Path):
         decode(b"no JPEG", tile)
 
 
-@pytest.mark.parametrize(("pixels", "quality"), [("webp", 90), ("jpeg", 0), ("jpeg", 101)])
+@pytest.mark.parametrize(("pixels", "quality"), [("webp", None), ("jpeg", 0), ("jpeg", 101)])
 def test_other_pixels_are_refused(tmp_path: Path, demo_slide: Path, pixels: str, quality: int):
     with pytest.raises(UserError, match="pixels are zstd, jpeg, none, JPEG's quality 1 to 100"):
         tile_slide(demo_slide, tmp_path, pixels=pixels, jpeg_quality=quality)

@@ -42,6 +42,19 @@ def slide_file(path: Path, store: Path) -> dict[str, str]:
     return {"name": path.name, "path": beside, "digest": identity(path)}
 
 
+def check_quality(pixels: str, jpeg_quality: int | None) -> None:
+    """UserError for a quality of JPEG that nothing would be stored with.
+
+    >>> check_quality("zstd", 80)
+    Traceback (most recent call last):
+    ldm.errors.UserError: a quality of JPEG goes with --pixels jpeg; got pixels 'zstd' and quality 80.
+    """
+    if jpeg_quality is not None and pixels != "jpeg":
+        raise UserError(
+            f"a quality of JPEG goes with --pixels jpeg; got pixels '{pixels}' and quality {jpeg_quality}."
+        )
+
+
 def tell_pixels(pixels: str) -> None:
     """Say what a store without pixels records.
 

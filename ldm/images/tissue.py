@@ -34,9 +34,9 @@ class TissueMask:
         colour, density = smooth.max(-1) - smooth.min(-1), -np.log10(smooth).mean(-1)
         tissue = (colour > _otsu(colour, 0.03, 0.12)) | (density > _otsu(density, 0.035, 0.20))
         pixel = self.mpp**2
-        tissue = remove_small_objects(tissue, max_size=max(1, int(2500 / pixel)))
-        holes = max(1, int(10_000 / pixel)) if tissue.any() else 0  # small glass without tissue is no hole in any
-        self.mask = remove_small_holes(tissue, max_size=holes) if holes else tissue
+        most = tissue.size // 4  # of a small picture, whose tissue is no speck and whose glass no hole
+        tissue = remove_small_objects(tissue, max_size=max(1, min(int(2500 / pixel), most)))
+        self.mask = remove_small_holes(tissue, max_size=max(1, min(int(10_000 / pixel), most)))
         self._scale = (self.mask.shape[1] / slide.dimensions[0], self.mask.shape[0] / slide.dimensions[1])
         self._sums = np.pad(self.mask.cumsum(0).cumsum(1), ((1, 0), (1, 0))).astype(np.float64)
 
