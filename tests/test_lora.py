@@ -132,6 +132,20 @@ def test_what_is_no_adapter_is_told(tmp_path, state, message):
         read_lora(tmp_path)
 
 
+def test_what_a_stranger_wrote_runs_no_pattern_and_names_no_file(tmp_path):
+    down, up = low(96, 32)
+    save_file({"a.lora_A.weight": down, "a.lora_B.weight": up}, tmp_path / "adapter_model.safetensors")
+    for settings, message in (
+        ({"alpha_pattern": {"(a+)+$": 1}}, "no name of a layer"), ({"alpha_pattern": {"a": "x"}}, "alpha_pattern.a is"),
+        ({"lora_alpha": -1}, "lora_alpha is"), ({"peft_type": "LOHA"}, "LoRA alone"),
+    ):  # fmt: skip
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=message):
+            read_lora(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"alpha_pattern": {"a": 6}, "lora_alpha": 2}))
+    assert read_lora(tmp_path).layers["a"].scale == 3
+
+
 def test_an_adapter_of_another_network_is_told():
     weights = dict(DiT(**DIT, context_dim=16).named_parameters())
     with pytest.raises(UserError, match="does not have"):
@@ -257,6 +271,8 @@ def test_a_trained_adapter_is_kept_alone_resumed_sampled_exported_and_merged(coh
     assert app_of("export", run, "--out", tmp_path / "adapter") == 0
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (2, 4, "LORA")
+    assert str(model_folder) not in (tmp_path / "adapter" / "adapter_config.json").read_text()
+    assert app_of("export", tmp_path / "adapter", "--merge", 1, "--out", tmp_path / "merged") == 2  # it names no file
     assert app_of("export", run, "--merge", 1, "--out", tmp_path / "merged") == 0
     model = load_model(model_folder)
     cond = model.condition(class_="1")

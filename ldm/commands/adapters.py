@@ -55,9 +55,10 @@ def export_adapter(path: Path, out: Path, metadata: Mapping[str, Any]) -> Path:
 def merge_adapter(
     path: Path, out: Path, base: Path | None, scale: float, dtype: torch.dtype | None, metadata: Mapping[str, Any]
 ) -> Path:
-    """Make a model folder of the model `base`, by default the recorded one, with an adapter in its weights."""
+    """Make a model folder of the model `base`, by default that of its own training, with an adapter in its weights."""
     adapters = Adapters({path: scale})
-    recorded = adapters.loras[0][0].about.get("base")
+    own = (path / "checkpoints").is_dir()  # a run of the user's; what others made names no files
+    recorded = adapters.loras[0][0].about.get("base") if own else None
     base = base or (Path(recorded) if recorded else None)
     if base is None:
         raise UserError(f"{path} does not say which model it changes; name its folder by --base.")

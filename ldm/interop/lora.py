@@ -39,7 +39,7 @@ DOWN, UP = (
 OTHERS = ("hada_", "lokr_", "dora_scale", "lora_magnitude_vector", "lora_mid", "lora_embedding_", "oft_")
 PROCESSOR = re.compile(r"\.processor\.(to_(?:q|k|v|out))_lora\.(down|up)\.weight$")  # of diffusers before 2023
 _CONFIG = {
-    "r?": SIZE, "lora_alpha?": ABOVE_0, "rank_pattern?": maybe(MAPPING), "alpha_pattern?": maybe(MAPPING),
+    "r?": SIZE, "lora_alpha?": ABOVE_0, "rank_pattern?": maybe(MAPPING), "alpha_pattern?": maybe({"*": ABOVE_0}),
     "peft_type?": TEXT, "base_model_name_or_path?": maybe(TEXT), "histoldm?": MAPPING,
 }  # fmt: skip
 
@@ -173,8 +173,10 @@ def _sorted(
 
 def _alpha(settings: Mapping[str, Any], name: str, rank: int, about: Mapping[str, Any]) -> float:
     """alpha of a layer by the settings: of its own pattern, of all, or its rank."""
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.fullmatch(rf"(?:.*\.)?{pattern}", name):
+    for part, value in (settings.get("alpha_pattern") or {}).items():  # names; a stranger's pattern is not run
+        if re.search(r"[^\w.]", str(part)):
+            raise UserError(f"the adapter's alpha_pattern {part!r} is no name of a layer; write names there.")
+        if name == part or name.endswith(f".{part}"):
             return float(value)
     return float(settings.get("lora_alpha") or about.get("alpha") or rank)
 
@@ -262,6 +264,7 @@ def to_peft(layers: Mapping[str, LowRank], about: Mapping[str, Any], base: str) 
     >>> list(to_peft(layers, {"rank": 1, "alpha": 1}, "my-model")[0])
     ['base_model.model.attn.lora_A.weight', 'base_model.model.attn.lora_B.weight']
     """
+    about = {key: value for key, value in about.items() if key != "base"}  # places are private
     state = {}
     for name, low in layers.items():
         state[f"base_model.model.{name}.lora_A.weight"] = low.down
