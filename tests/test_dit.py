@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
 from ldm.networks.dit import DiT
+from ldm.networks.positions import axes
 
 SMALL = dict(in_channels=4, out_channels=4, image_size=8, hidden_size=32, depth=2, num_heads=2)
 FORMS = {
@@ -150,15 +150,26 @@ def test_every_condition_and_place_counts(form):
         assert relative(net(x, time + 1, **cond), out) > 1e-4
 
 
-def places(net: DiT, rows: int, columns: int) -> Iterator[list[float]]:
-    for each in net._places((rows, columns), torch.device("cpu")):
-        yield each.tolist()
+def places(net: DiT, rows: int, columns: int) -> list[list[float]]:
+    grid = (rows, columns)
+    return [each.tolist() for each in axes(grid, net._steps(grid), torch.device("cpu"))]
 
 
 def test_positions_are_interpolated_to_the_size_that_was_trained_on():
     net = network("DiT")  # 4 x 4 tokens
-    assert list(places(net, 2, 2)) == [[0, 0, 2, 2], [0, 2, 0, 2]]
+    assert places(net, 2, 2) == [[0, 0, 2, 2], [0, 2, 0, 2]]
     assert max(max(each) for each in places(net, 16, 8)) < 4
+
+
+@pytest.mark.parametrize("form", ["DiT", "modern"])
+def test_positions_that_are_kept_serve_a_training_after_a_sampling_in_inference_mode(form):
+    net, x = network(form), torch.randn(1, 4, 8, 20)
+    cond = conditions(net, 1)
+    with torch.inference_mode():
+        first = net(x, torch.tensor([5.0]), **cond)
+    out = net.train()(x, torch.tensor([5.0]), **cond)
+    out.square().mean().backward()
+    assert torch.equal(out, first)
 
 
 def test_a_fresh_network_predicts_zero_and_each_block_is_the_identity():

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ldm.errors import UserError
-from ldm.networks.layers import timestep_embedding
-from ldm.networks.positions import angles, axes, sincos, token_positions, turned
+from ldm.networks.layers import attend_heads, timestep_embedding
+from ldm.networks.positions import grid_sincos, grid_turns, token_positions, turned
 from ldm.networks.takes import Takes
 
 TIME_DIM = 256  # of the sinusoidal embedding of timesteps in all published transformers
@@ -170,7 +170,9 @@ class DiT(nn.Module):
                 context = context + self.y_pos_embed.to(context.dtype)
             context = self.y_embedder.y_proj(context)                               # (B,L,D)
         modulation = self.t_block(emb) if hasattr(self, "t_block") else emb         # (B or 1,6D or D)
-        turns = self._turns(grid, x.device) if self.positions == "rotary" else None
+        turns = None
+        if self.positions == "rotary":
+            turns = grid_turns(grid, self._steps(grid), self.head_dim, x)           # (2,N,head_dim/2)
         count = tokens.shape[1]
         if context is not None and self.context == "sequence":
             tokens, context = torch.cat([tokens, context.expand(len(tokens), -1, -1)], dim=1), None
@@ -196,23 +198,19 @@ class DiT(nn.Module):
         else:
             tokens, grid = self.x_embedder(x.transpose(1, 2)), (x.shape[-1],)
         if self.positions == "sincos":
-            tokens = tokens + sincos(self._places(grid, x.device), tokens.shape[-1]).to(tokens.dtype)
+            places = grid_sincos(grid, self._steps(grid), tokens.shape[-1], x)
+            tokens = tokens + places.to(tokens.dtype)
         return tokens, grid
 
-    def _places(self, grid: Sequence[int], device: torch.device) -> list[Tensor]:
-        """The place of each token along each axis (N,), in tokens of the size that it was trained on."""
+    def _steps(self, grid: Sequence[int]) -> tuple[float, ...]:
+        """From token to token along each axis, in tokens of the size that it was trained on."""
         base = self.image_size // max(self.patch_size, 1)
-        return axes(grid, [base / count / self.position_scale for count in grid], device)
+        return tuple(base / count / self.position_scale for count in grid)
 
     def positions_of(self) -> Tensor:
         """What is added to the tokens of the size that it was trained on (N,D), of positions "sincos"."""
-        sides = [self.image_size // max(self.patch_size, 1)] * (2 if self.patch_size else 1)
-        return sincos(self._places(sides, torch.device("cpu")), self.t_embedder.mlp[0].out_features)
-
-    def _turns(self, grid: Sequence[int], device: torch.device) -> Tensor:
-        """Angles (N,head_dim/2) by which rotary positions turn the pairs of a head: half by row, half by column."""
-        half = self.head_dim // 2 // len(grid)
-        return torch.cat([angles(each, half) for each in self._places(grid, device)], dim=-1).float()
+        grid = (self.image_size // max(self.patch_size, 1),) * (2 if self.patch_size else 1)
+        return grid_sincos(grid, self._steps(grid), self.t_embedder.mlp[0].out_features, torch.zeros(()))
 
     def _image(self, tokens: Tensor, grid: Sequence[int]) -> Tensor:
         """(B,out,H,W) from tokens (B,N,P*P*out), each a patch as (row, column, channel)."""
@@ -265,10 +263,10 @@ class Block(nn.Module):
             shared = modulation.unflatten(-1, self.scale_shift_table.shape)         # (B or 1,6,D)
             parts = (self.scale_shift_table + shared)[:, None].unbind(2)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-        x = x + gate_a * self.attn(self.norm1(x) * (1 + scale_a) + shift_a, turns)
+        x = torch.addcmul(x, gate_a, self.attn(self.norm1(x, scale_a, shift_a), turns))
         if context is not None:
             x = x + self.cross_attn(x, context)
-        return x + gate_m * self.mlp(self.norm2(x) * (1 + scale_m) + shift_m)
+        return torch.addcmul(x, gate_m, self.mlp(self.norm2(x, scale_m, shift_m)))
 
 
 class SelfAttention(nn.Module):
@@ -283,12 +281,12 @@ class SelfAttention(nn.Module):
             self.q_norm, self.k_norm = (kind(dim // heads, eps=1e-6) for _ in range(2))
 
     def forward(self, x: Tensor, turns: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # 3 x (B,heads,N,d)
+        q, k, v = _heads(self.qkv(x), 3, self.heads)
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q.float()).to(v.dtype), self.k_norm(k.float()).to(v.dtype)
         if turns is not None:
             q, k = turned(q, turns), turned(k, turns)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attend_heads(q, k, v))
 
 
 class CrossAttention(nn.Module):
@@ -300,9 +298,13 @@ class CrossAttention(nn.Module):
         self.q_linear, self.kv_linear, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q = self.q_linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)                # (B,heads,N,d)
-        k, v = self.kv_linear(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        (q,), (k, v) = _heads(self.q_linear(x), 1, self.heads), _heads(self.kv_linear(context), 2, self.heads)
+        return self.proj(attend_heads(q, k, v))
+
+
+def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
+    """x (B,N,parts*heads*d) as its parts, each (B,heads,N,d)."""
+    return [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in x.chunk(parts, dim=-1)]
 
 
 class Mlp(nn.Module):
@@ -330,16 +332,16 @@ class SwiGLU(nn.Module):
 
 
 class Norm(nn.Module):
-    """Normalisation of tokens over their width, without weights: what modulates them has some."""
+    """Normalisation of tokens over their width, without weights: what modulates them scales and shifts."""
 
     def __init__(self, dim: int, kind: str):
         super().__init__()
         self.dim, self.kind = dim, kind
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kind == "rms":
-            return F.rms_norm(x, (self.dim,), eps=1e-6).to(x.dtype)
-        return F.layer_norm(x, (self.dim,), eps=1e-6).to(x.dtype)
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """x (B,N,D), scale and shift (B or 1,1,D) -> norm(x) * (1 + scale) + shift."""
+        normed = (F.rms_norm if self.kind == "rms" else F.layer_norm)(x, (self.dim,), eps=1e-6).to(x.dtype)
+        return torch.addcmul(shift, normed, 1 + scale)
 
 
 class FinalLayer(nn.Module):
@@ -365,7 +367,7 @@ class FinalLayer(nn.Module):
             shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
         else:
             shift, scale = (self.scale_shift_table + emb[:, None])[:, None].unbind(2)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+        return self.linear(self.norm_final(x, scale, shift))
 
 
 class PatchEmbed(nn.Module):

@@ -192,6 +192,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     tensor([[[1., 2., 3., 4.]]])
     """
     q, k, v = (rearrange(x, "b n (heads c) -> b heads n c", heads=heads) for x in (q, k, v))
+    return attend_heads(q, k, v)
+
+
+def attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same of heads that are apart: q (B,heads,N,c), k and v (B,heads,M,c) -> (B,N,heads*c)."""
     if q.device.type == "cpu" and q.requires_grad and k.dtype != torch.float32 and q.shape[2] * k.shape[2] <= 1024**2:
         out = _attend_plainly(q, k, v)  # below float32 the CPU's fused kernel is several times slower backwards
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache, wraps
 
 import torch
 from torch import Tensor
@@ -49,14 +50,57 @@ def token_positions(side: int, dim: int, base: int, scale: float) -> Tensor:
     return sincos([place + base // side**2 for place in places], dim)[None]
 
 
-def turned(x: Tensor, turns: Tensor) -> Tensor:
-    """x (B,heads,M,d) with neighbouring pairs of its first N tokens turned by angles (N,d/2); the rest stay.
+def kept(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of a grid, its steps, a size, and a tensor on whose device it works, which keeps its last results: a
+    network asks at every step. They are shared, so nobody may change them. Compiled code, and what only traces shapes,
+    computes them anew."""
 
-    >>> turned(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[torch.pi / 2]])).round()
-    tensor([[[[-0., 1.]]]])
+    @lru_cache(maxsize=8)
+    def keep(*given: object) -> Tensor:
+        with torch.inference_mode(False):  # what is made in it could not be trained with later
+            return compute(*given)
+
+    def found(grid: tuple[int, ...], steps: tuple[float, ...], dim: int, like: Tensor) -> Tensor:
+        plain = type(like) is Tensor and not torch.compiler.is_compiling()
+        return (keep if plain else compute)(grid, steps, dim, like.device)
+
+    return wraps(compute)(found)
+
+
+@kept
+def grid_sincos(grid: tuple[int, ...], steps: tuple[float, ...], dim: int, device: torch.device) -> Tensor:
+    """`sincos` of the points of a grid.
+
+    >>> grid_sincos((1, 2), (1.0, 1.0), 4, torch.zeros(1))[:, [1, 3]]
+    tensor([[0., 1.],
+            [0., 1.]])
     """
-    count = len(turns)
+    return sincos(axes(grid, steps, device), dim)
+
+
+@kept
+def grid_turns(grid: tuple[int, ...], steps: tuple[float, ...], dim: int, device: torch.device) -> Tensor:
+    """Cosines and sines (2,N,dim/2) of the angles by which rotary positions on a grid turn the pairs of a head of
+    `dim`: on two axes half of them by the row, half by the column.
+
+    >>> grid_turns((1,), (1.0,), 4, torch.zeros(1))
+    tensor([[[1., 1.]],
+            [[0., 0.]]])
+    """
+    count = dim // 2 // len(grid)
+    turns = torch.cat([angles(each, count) for each in axes(grid, steps, device)], dim=-1).float()
+    return torch.stack([turns.cos(), turns.sin()])
+
+
+def turned(x: Tensor, turns: Tensor) -> Tensor:
+    """x (B,heads,M,d) with neighbouring pairs of its first N tokens turned by angles, of which turns (2,N,d/2) are the
+    cosines and sines; the rest stay.
+
+    >>> turned(torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[0.0]], [[1.0]]]))
+    tensor([[[[0., 1.]]]])
+    """
+    count = turns.shape[1]
     a, b = x[:, :, :count].float().unflatten(-1, (-1, 2)).unbind(-1)                # (B,heads,N,d/2) each
-    cos, sin = turns.cos(), turns.sin()
+    cos, sin = turns
     new = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
     return torch.cat([new, x[:, :, count:]], dim=2) if count < x.shape[2] else new
