@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "mitotic-figure DPM": ("ldm.interop.mitotic.is_mitotic", "ldm.interop.mitotic.read_mitotic"),
     "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
+    "ControlNet of PixCell": ("ldm.interop.pixcell_control.is_control", "ldm.interop.pixcell_control.read_control"),
     "PixCell": ("ldm.interop.pixcell.is_pixcell", "ldm.interop.pixcell.read_pixcell"),
     "SiT": ("ldm.interop.sit.is_sit", "ldm.interop.sit.read_sit"),
     "conditioning model of ZoomLDM": ("ldm.interop.zoomldm_cdm.is_cdm", "ldm.interop.zoomldm_cdm.read_cdm"),

@@ -199,6 +199,7 @@ class LatentDiffusion(pl.LightningModule):
             for key, value in self.null_condition().items():
                 name = key.rpartition("/")[2]
                 parts.setdefault(name, []).append(value.shape[1 if name == "concat" else -1])
+        parts |= {"control": [self.channels]} if self.cond_stage_model and self.cond_stage_model.encoded else {}
         check_takes(declared(self.model.diffusion_model), parts, self.first_stage_model.channels, self.learn_sigma)
 
     def build_noise_table(self) -> None:
@@ -227,8 +228,8 @@ class LatentDiffusion(pl.LightningModule):
 
     @property
     def image_condition(self) -> str | None:
-        """The condition that is the image itself, of a model that translates between modalities."""
-        return next(iter(keys_of(self.cond_stage_model, "image")), None)
+        """The condition that is an image of the same place: of a model that translates modalities, or is led by one."""
+        return next((key for kind in ("image", "control") for key in keys_of(self.cond_stage_model, kind)), None)
 
     @property
     def sample_dtype(self) -> torch.dtype:
@@ -280,11 +281,16 @@ class LatentDiffusion(pl.LightningModule):
         given |= {} if features is None else {"features": features}
         if self.cond_stage_model is None:
             raise UserError(f"the model is unconditional; it takes no {' or '.join(given) or 'condition'}.")
-        return conditions_given(self.cond_stage_model, given)
+        return self._encoded(conditions_given(self.cond_stage_model, given))
 
     def condition_of(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> Cond:
         """The condition of a batch; samples where drop (B,) is true get the unconditional value."""
-        return {} if self.cond_stage_model is None else self.cond_stage_model(batch, drop)
+        return {} if self.cond_stage_model is None else self._encoded(self.cond_stage_model(batch, drop))
+
+    def _encoded(self, cond: Cond) -> Cond:
+        """A condition whose images are latents, where the network is told those."""
+        images = set(cond) & set(self.cond_stage_model.encoded)
+        return {**cond, **{part: self.encode(cond[part].to(self.device)) for part in images}} if images else cond
 
     def null_condition(self) -> Cond:
         """The unconditional condition of one sample."""

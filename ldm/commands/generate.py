@@ -32,6 +32,7 @@ from ldm.requests.tiles import (
     check_encoder,
     evenly,
     feature_dim,
+    in_words,
     is_store,
     pick_feature,
     requested_tiles,
@@ -67,7 +68,7 @@ def sample_tiles(model_path: Path, out: Path, device: str, asked: AskedTiles, sa
     paths = [out / f"{i:05d}.png" for i in range(len(tiles))]
     shown = evenly(len(paths), SHEET_TILES)
     real = _real(tiles, shown)
-    fixed = {name: value for name, value in tiles.fixed.items() if name not in tiles.about[0]}
+    fixed = {name: in_words(value) for name, value in tiles.fixed.items() if name not in tiles.about[0]}
     words = [" ".join(f"{k}={v}" for k, v in (row | fixed).items() if v != "") for row in tiles.about]
     texts = [
         provenance(model_path, model, words[i], about) | {"condition_sha256": tiles.digest(i), "index": i}

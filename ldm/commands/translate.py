@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from tqdm import tqdm
 
 from ldm.commands.outputs import kept_images, provenance, written
+from ldm.conditioners.compose import keys_of
 from ldm.convert import load_model, weights_of
 from ldm.data.extent import scale_differs, tell
 from ldm.errors import UserError
@@ -120,7 +121,7 @@ def translate_pictures(
 
 
 def _check_picture(model: LatentDiffusion, picture: Picture, times: int) -> None:
-    channels = 1 if picture.gray else 3
+    channels = 1 if picture.gray and not keys_of(model.cond_stage_model, "control") else 3  # a layout may be gray
     if model.image_channels == 1:
         channels = 1  # colours that are alike are one channel: seen when it is read
     check_shape(model, channels, picture.size[1] * times, picture.size[0] * times, picture.file)

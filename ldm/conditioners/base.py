@@ -17,8 +17,8 @@ class About:
     """What is worth knowing of a condition: for people, for messages, and to tell conditions apart.
 
     Attributes:
-        kind: class, score, mutation, expression, multiplier, features, text, modality, image or map; "" of those that a
-            class outside of this package has.
+        kind: class, score, mutation, expression, multiplier, features, text, modality, image, control or map; "" of
+            those that a class outside of this package has.
         names: of classes. genes: of mutations and expression. dim: of features.
         range: lowest and highest value of numbers. size, channels: of images and maps, in pixels.
         grid: tiles along the sides of grids of features. optional: whether the others may be given without it.
@@ -62,9 +62,11 @@ class Conditioner(nn.Module):
     Attributes:
         keys: batch keys that it reads; users give conditions by the same names.
         dropout: probability of dropping the condition of a training sample (classifier-free guidance).
+        encoded: parts of the condition that are images, of which the network is told the latents.
     """
 
     keys: tuple[str, ...] = ()
+    encoded: tuple[str, ...] = ()
 
     def __init__(self, dropout: float = 0.1):
         super().__init__()

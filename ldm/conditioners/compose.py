@@ -39,7 +39,9 @@ class ConditionerSet(Conditioner):
                     raise UserError(f"conditioners '{owners[key]}' and '{name}' both read '{key}'; rename one's `key`.")
                 owners[key] = name
         self.keys, self.owners = tuple(owners), owners
-        self.dropout = min(member.dropout for member in self.members.values())  # 0: some null was never trained
+        self.encoded = tuple(f"{name}/{part}" for name, member in self.members.items() for part in member.encoded)
+        nulled = [member.dropout for member in self.members.values() if not member.encoded]
+        self.dropout = min(nulled, default=0.0)  # 0: some null was never trained
 
     def forward(self, batch: Mapping[str, Any], drop: Tensor | None = None) -> dict[str, Tensor]:
         """The condition of a batch; sample b loses condition k where drop (B,K) is true."""

@@ -44,12 +44,23 @@ def expand_cond(cond: Cond, count: int) -> dict[str, Tensor]:
     return {part: value.expand(count, *value.shape[1:]) for part, value in cond.items()}
 
 
+def null_of(null: Cond, cond: Cond, count: int) -> dict[str, Tensor]:
+    """The null of `count` samples, with the maps of their condition that it lacks.
+
+    >>> null, image = {"vector": torch.zeros(1, 16)}, torch.ones(2, 4, 8, 8)
+    >>> {part: tuple(value.shape) for part, value in null_of(null, {"control/concat": image}, 2).items()}
+    {'control/concat': (2, 4, 8, 8), 'vector': (2, 16)}
+    """
+    return {part: value for part, value in cond.items() if part.endswith("concat")} | expand_cond(null, count)
+
+
 def cfg(denoiser: Denoiser, null: Cond, scale: float, rescale: float = 0.0) -> Denoiser:
     """Classifier-free guidance (arXiv:2207.12598): x0 = null + scale*(conditional - null), in one batched call.
 
     `null` is the unconditional condition of one sample, (1,...) for each part, or of every sample of the batch. A
-    negative condition in its place moves the image away from that. Scale 1 is no guidance and costs none. `rescale` in
-    [0,1] draws each sample's standard deviation back to the conditional one's (arXiv:2305.08891, equations 15, 16).
+    negative condition in its place moves the image away from that. A map that it lacks, such as the image of a
+    ControlNet, is on both sides. Scale 1 is no guidance and costs none. `rescale` in [0,1] draws each sample's standard
+    deviation back to the conditional one's (arXiv:2305.08891, equations 15, 16).
 
     >>> guided = cfg(echo, null={"vector": torch.tensor([[0.1]])}, scale=3.0)
     >>> guided(x, torch.tensor([10.0, 10.0]), {"vector": torch.tensor([[0.2], [0.4]])}).mean((1, 2, 3))
@@ -59,7 +70,7 @@ def cfg(denoiser: Denoiser, null: Cond, scale: float, rescale: float = 0.0) -> D
         return denoiser
 
     def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        nulls = expand_cond(null, len(x))
+        nulls = null_of(null, cond, len(x))
         both = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), cat_conds(nulls, cond))
         unconditional, conditional = both.chunk(2)
         x0 = unconditional + scale * (conditional - unconditional)
@@ -91,7 +102,7 @@ def compose(denoiser: Denoiser, null: Cond, terms: Sequence[tuple[Cond, float]])
             raise ValueError(f"a term drops {', '.join(sorted(unknown))}; the condition has {', '.join(null)}")
 
     def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        conds = [expand_cond(null, len(x)), *({**cond, **expand_cond(drop, len(x))} for drop, _ in terms)]
+        conds = [null_of(null, cond, len(x)), *({**cond, **expand_cond(drop, len(x))} for drop, _ in terms)]
         count = len(conds)
         base, *parts = denoiser(x.repeat(count, 1, 1, 1), sigma.repeat(count), cat_conds(*conds)).chunk(count)
         return base + sum(scale * (part - base) for part, (_, scale) in zip(parts, terms))

@@ -134,28 +134,7 @@ def _of_folder(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any], Converted | None]:
     if config is not None or raw_weights:
         raise UserError(f"{folder} says its settings and has one set of weights; leave --config and --raw-weights out.")
-    inner = _transformer_in(folder)
-    told = json_of(inner / "config.json")
-    fixed_settings(told, FIXED, {*READ, *SILENT}, str(inner / "config.json"), found.notes)
-    if lost := [name for name in READ if name not in told]:
-        raise UserError(f"{inner / 'config.json'} lacks {lost[0]}; copy the whole folder.")
-    weights = to_pixart(weights_in_folder(inner, found.notes), str(inner))
-    params = transformer(weights, {"num_heads": told["num_attention_heads"]}, Converted({}, {}), inner)
-    size, scale = told["sample_size"], told["interpolation_scale"]
-    params |= {"image_size": size}
-    if (scale := scale or max(size // 64, 1)) != 1:
-        params["position_scale"] = float(scale)
-    wanted = {
-        "hidden_size": told["num_attention_heads"] * told["attention_head_dim"],
-        "depth": told["num_layers"],
-        "patch_size": told["patch_size"],
-        "in_channels": told["in_channels"],
-        "out_channels": told["out_channels"],
-        "context_dim": told["caption_channels"],
-    }
-    for name, value in wanted.items():
-        if params.get(name) != value:
-            raise UserError(f"{inner}: its config says {name} {value}, its weights are of {params.get(name)}.")
+    params, weights = network_in(_transformer_in(folder), found.notes)
     scheduler = folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         about = json_of(scheduler)
@@ -166,8 +145,46 @@ def _of_folder(
         found.notes.append(f"{folder} has no scheduler/: the noise is that of PixCell's training, linear betas")
     if terms := card_licence(folder):
         found.metadata["licence"] = terms
+    if (folder / "controlnet").is_dir():
+        found.unused["controlnet/"] = "a ControlNet: convert it by itself, with this model's folder as --base"
     stage = first_stage_in(folder / "vae") if (folder / "vae" / "config.json").is_file() else None
     return params, weights, schedule_params(about, str(scheduler), found.notes), stage
+
+
+def network_in(
+    folder: Path, notes: list[str], depth: str = "num_layers", more: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Parameters and weights of the transformer in a folder, whose config and weights agree.
+
+    depth: the setting that is its number of blocks. more: what it has besides, beginning of diffusers' name -> of ours.
+    UserError: a setting that has no counterpart here, or that its weights contradict; a tensor that has no place.
+
+    >>> network_in(Path("transformer"), [])
+    Traceback (most recent call last):
+    ldm.errors.UserError: transformer/config.json does not exist; copy the whole folder.
+    """
+    told = json_of(folder / "config.json")
+    fixed_settings(told, FIXED, {*READ, *SILENT, depth}, str(folder / "config.json"), notes)
+    if lost := [name for name in (*READ, depth) if name not in told]:
+        raise UserError(f"{folder / 'config.json'} lacks {lost[0]}; copy the whole folder.")
+    weights = to_pixart(weights_in_folder(folder, notes), str(folder), more)
+    params = transformer(weights, {"num_heads": told["num_attention_heads"]}, Converted({}, {}), folder)
+    size, scale = told["sample_size"], told["interpolation_scale"]
+    params |= {"image_size": size}
+    if (scale := scale or max(size // 64, 1)) != 1:
+        params["position_scale"] = float(scale)
+    wanted = {
+        "hidden_size": told["num_attention_heads"] * told["attention_head_dim"],
+        "depth": told[depth],
+        "patch_size": told["patch_size"],
+        "in_channels": told["in_channels"],
+        "out_channels": told["out_channels"],
+        "context_dim": told["caption_channels"],
+    }
+    for name, value in wanted.items():
+        if params.get(name) != value:
+            raise UserError(f"{folder}: its config says {name} {value}, its weights are of {params.get(name)}.")
+    return params, weights
 
 
 def _of_checkpoint(
@@ -189,8 +206,12 @@ def _of_checkpoint(
     return params, weights
 
 
-def to_pixart(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+def to_pixart(
+    state: Mapping[str, Tensor], source: str, more: Mapping[str, str] | None = None
+) -> dict[str, Tensor]:
     """Tensors by diffusers' names under PixArt's, queries, keys and values joined. UserError: one has no place.
+
+    more: further tensors, beginning of their name -> of ours.
 
     >>> parts = {f"transformer_blocks.0.attn1.to_{part}.bias": torch.ones(2) for part in "qkv"}
     >>> {name: tuple(value.shape) for name, value in to_pixart(parts, "transformer").items()}
@@ -199,6 +220,9 @@ def to_pixart(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     named: dict[str, Tensor] = {}
     joined: dict[str, dict[int, Tensor]] = {}
     for name, value in state.items():
+        if other := next((theirs for theirs in more or {} if name.startswith(theirs)), None):
+            named[more[other] + name.removeprefix(other)] = value
+            continue
         block = re.match(r"transformer_blocks\.(\d+)\.(.+)", name)
         inner, table = (block[2], BLOCK) if block else (name, MODULES)
         module, _, kind = inner.rpartition(".")

@@ -7,6 +7,7 @@ published code, so published checkpoints load by name. Shapes: tokens (B,N,D), m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Literal
 
 import torch
@@ -149,17 +150,39 @@ class DiT(nn.Module):
         context: Tensor | None = None,
         y: Tensor | None = None,
         vector: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
     ) -> Tensor:
         """Predict (B,out_channels,H,W) from x (B,in_channels,H,W) and timesteps (B,), integer or fractional.
 
         Timesteps (1,) are those of all samples, embedded once. context (B,L,context_dim) is attended to, y (B,) is a
-        class label, vector (B,vector_dim) is added to the time embedding.
+        class label, vector (B,vector_dim) is added to the time embedding. residuals (B,N,D) are added to the tokens,
+        one after each of the first blocks.
         """
+        tokens, grid = self._tokens(x, self.x_embedder)                             # (B,N,D), (rows, columns)
+        emb, modulation, context, turns = self._told(grid, tokens, timesteps, context, y, vector)
+        count = tokens.shape[1]
+        if context is not None and self.context == "sequence":
+            tokens, context = torch.cat([tokens, context.expand(len(tokens), -1, -1)], dim=1), None
+        for block, residual in zip_longest(self.blocks, residuals):
+            tokens = self._run(block, tokens, modulation, context, turns)
+            tokens = tokens if residual is None else tokens + residual
+        tokens = self.final_layer(tokens[:, :count], emb)                           # (B,N,P*P*out)
+        return self._image(tokens, grid)
+
+    def _told(
+        self,
+        grid: Sequence[int],
+        tokens: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None,
+        y: Tensor | None,
+        vector: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """What the blocks are told beside the tokens: the embedding of the time, modulation, context, turns."""
         if (y is not None) != (self.takes.num_classes is not None):
             raise ValueError("class labels y must be given if and only if the transformer has num_classes")
         if (context is not None) != (self.takes.context_dim is not None):
             raise ValueError("a context must be given if and only if the transformer has a context_dim")
-        tokens, grid = self._tokens(x)                                              # (B,N,D), (rows, columns)
         emb = self.t_embedder(timesteps.float() * self.time_scale, tokens.dtype)    # (B or 1,D)
         if y is not None:
             emb = emb + self.y_embedder.embedding_table(y)
@@ -172,14 +195,8 @@ class DiT(nn.Module):
         modulation = self.t_block(emb) if hasattr(self, "t_block") else emb         # (B or 1,6D or D)
         turns = None
         if self.positions == "rotary":
-            turns = grid_turns(grid, self._steps(grid), self.head_dim, x)           # (2,N,head_dim/2)
-        count = tokens.shape[1]
-        if context is not None and self.context == "sequence":
-            tokens, context = torch.cat([tokens, context.expand(len(tokens), -1, -1)], dim=1), None
-        for block in self.blocks:
-            tokens = self._run(block, tokens, modulation, context, turns)
-        tokens = self.final_layer(tokens[:, :count], emb)                           # (B,N,P*P*out)
-        return self._image(tokens, grid)
+            turns = grid_turns(grid, self._steps(grid), self.head_dim, tokens)      # (2,N,head_dim/2)
+        return emb, modulation, context, turns
 
     def _run(
         self, block: nn.Module, tokens: Tensor, modulation: Tensor, context: Tensor | None, turns: Tensor | None
@@ -188,15 +205,15 @@ class DiT(nn.Module):
             return checkpoint(block, tokens, modulation, context, turns, use_reentrant=False)
         return block(tokens, modulation, context, turns)
 
-    def _tokens(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    def _tokens(self, x: Tensor, embedder: nn.Module) -> tuple[Tensor, tuple[int, ...]]:
         """The tokens (B,N,D) of x, row by row, and the sides of their grid."""
         if self.patch_size:
             if x.shape[-1] % self.patch_size or x.shape[-2] % self.patch_size:
                 raise ValueError(f"height and width must be multiples of {self.patch_size}; got {tuple(x.shape[-2:])}")
             grid = (x.shape[-2] // self.patch_size, x.shape[-1] // self.patch_size)
-            tokens = self.x_embedder(x)
+            tokens = embedder(x)
         else:
-            tokens, grid = self.x_embedder(x.transpose(1, 2)), (x.shape[-1],)
+            tokens, grid = embedder(x.transpose(1, 2)), (x.shape[-1],)
         if self.positions == "sincos":
             places = grid_sincos(grid, self._steps(grid), tokens.shape[-1], x)
             tokens = tokens + places.to(tokens.dtype)

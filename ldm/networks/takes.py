@@ -25,6 +25,7 @@ class Takes:
         num_classes: of the labels y (B,), which must then be given; None: it takes none.
         skips: how many of its blocks run by themselves on deep features kept from an earlier step
             (`ldm.networks.cache.DeepCache`); 0: it keeps none.
+        control: whether the latent of an image may be concatenated to x, which then leads it (a ControlNet).
         sequence: whether x is (B,in_channels,image_size), tokens in their order, and no image.
         dtype: of a sampler's x, for networks that float32 is too coarse for.
 
@@ -40,6 +41,7 @@ class Takes:
     needs_vector: bool = False
     num_classes: int | None = None
     skips: int = 0
+    control: bool = False
     sequence: bool = False
     dtype: torch.dtype = torch.float32
 
@@ -62,8 +64,8 @@ def declared(network: nn.Module) -> Takes:
 def check_takes(takes: Takes, parts: Mapping[str, Sequence[int]], channels: int, learn_sigma: bool) -> None:
     """UserError if a network has no place for what a conditioner tells it, or waits for what it does not.
 
-    parts: how conditions act -> the widths of those that do. channels: of the latent. learn_sigma: it has twice as many
-    outputs.
+    parts: how conditions act (control: by an encoded image) -> the widths of those that do. channels: of the latent.
+    learn_sigma: it has twice as many outputs.
 
     >>> check_takes(Takes(4, 4, 32, context_dim=512), {"crossattn": [256]}, channels=4, learn_sigma=False)
     Traceback (most recent call last):
@@ -85,6 +87,11 @@ def check_takes(takes: Takes, parts: Mapping[str, Sequence[int]], channels: int,
             )
     if ("label" in parts) != (takes.num_classes is not None):
         raise UserError("a conditioner that acts by label goes with a network with num_classes; give both or none.")
+    if ("control" in parts) != takes.control:
+        raise UserError(
+            "an image that is encoded (ControlImage) goes with a network that has a ControlNet (ControlledDiT); give "
+            "both or none."
+        )
     extra = sum(parts.get("concat", ()))
     if takes.in_channels != channels + extra:
         raise UserError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ldm.conditioners.compose import cells_of, known_key, parse_conditions
+from ldm.conditioners.compose import cells_of, keys_of, known_key, parse_conditions
 from ldm.data.conditions import has_condition, lost_index
 from ldm.data.features import read_features
 from ldm.data.tile_store import TileStore, open_cohort
@@ -56,13 +56,22 @@ class Requests:
 
     def digest(self, row: int) -> str:
         """SHA-256 of all conditions of one tile."""
-        known = hashlib.sha256(json.dumps(self.fixed, sort_keys=True, default=str).encode())
+        known = hashlib.sha256(json.dumps(self.fixed, sort_keys=True, default=in_words).encode())
         for name, values in sorted(self.values.items()):
             value = values[row]
             known.update(name.encode())
             array = isinstance(value, np.ndarray)
             known.update(value.astype(np.float32).tobytes() if array else str(value).encode())
         return known.hexdigest()
+
+
+def in_words(value: Any) -> str:
+    """A value of a condition in words: an array as the beginning of its SHA-256.
+
+    >>> in_words(0.5), in_words(np.zeros(2, np.float32))
+    ('0.5', 'sha256:af5570f5a1810b7a')
+    """
+    return f"sha256:{hashlib.sha256(value.tobytes()).hexdigest()[:16]}" if isinstance(value, np.ndarray) else str(value)
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,8 @@ def _of_table(conditioner: Conditioner | None, path: Path, fixed: dict[str, Any]
         key = known_key(conditioner, name)
         if key in values or key in fixed:
             raise UserError(f"{path}: '{name}' is given twice, in two columns or by --condition too.")
+        if key in keys_of(conditioner, "control"):
+            raise UserError(f"{path}: an image for each row is for `histoldm translate --images`; leave {name} out.")
         texts = [lines[row][column] for row in rows]
         if "" in texts:
             raise UserError(f"{path}: row {int(rows[texts.index('')]) + 2} has no {name}; fill it in.")

@@ -85,7 +85,7 @@ def pictures_and_plans(
             print(f"{images} has no {', '.join(found.absent)}: unknown to the model")
         pictures = _tiles(images, found.about)
         known = [{**{key: values[i] for key, values in found.values.items()}, **found.fixed} for i in range(len(found))]
-        image_key = keys_of(conditioner, "image")
+        image_key = [*keys_of(conditioner, "image"), *keys_of(conditioner, "control")]
         known = [{key: value for key, value in own.items() if key not in image_key} for own in known]
     else:
         if asked.where:
@@ -109,7 +109,7 @@ def pictures_and_plans(
     else:
         plans = [plan_of_flags(conditioner, values, asked.targets, asked.edits) for values in known]
         plans = [plan if target is None else _with_target(plan, target) for plan, target in zip(plans, mapped)]
-    if keys_of(conditioner, "image"):
+    if model.image_condition:
         plans = [plan if plan.targets else Plan(plan.source, [Target("translated", plan.source)]) for plan in plans]
     if not all(plan.targets for plan in plans):
         raise UserError(

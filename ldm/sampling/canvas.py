@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ldm.autoencoder.model import AttnBlock
-from ldm.conditioners.compose import cells_of, names_given
+from ldm.conditioners.compose import cells_of, keys_of, names_given
+from ldm.conditioners.source_image import images_of, shown_in
 from ldm.devices import send
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.fields import FeatureField
@@ -58,7 +59,8 @@ def large_image(
             features for a tile, each is of a tile's k-th part.
         size: (height, width) in pixels, multiples of the first stage's downsampling; by default adjoining tiles.
         sampler: how; by default `Sampler()`. windows: how the canvas is covered; by default `Windows()`.
-        conditions: other conditions by name, the same everywhere: `{"class": "LUAD"}`.
+        conditions: other conditions by name, the same everywhere: `{"class": "LUAD"}`. The image of a ControlNet,
+            `{"control": layout}`, is of the whole canvas, (3,height,width) in [-1,1].
         background: (D,) what holes take; by default the nearest known feature.
         out: (height, width, 3) uint8, assigned to by slices: takes the image part by part as it is decoded, and is
             returned in its place.
@@ -94,9 +96,10 @@ def large_image(
     field = FeatureField(features, canvas, window, windows.interpolation, background, cells)
     target = sampler.classifier.target_of(model, [conditions or {}]) if sampler.classifier else {}
     sigmas = sampler.sigmas(model)
+    led, conditions = _led(model, conditions or {}, (height, width))
 
     def condition(corners: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        own = model.condition(features=send(field.at(corners), model.device), **(conditions or {}))
+        own = model.condition(features=send(field.at(corners), model.device), **conditions)
         return own | {part: value.to(model.device).expand(len(corners)) for part, value in target.items()}
 
     def over_canvas(denoiser: Denoiser) -> Denoiser:
@@ -110,13 +113,41 @@ def large_image(
     def noise(step: int) -> Tensor:
         return canvas_noise(sampler.seed, model.channels, *canvas, stream=step + 1)
 
-    given = names_given(model.cond_stage_model, ["features", *(conditions or {})])
+    given = names_given(model.cond_stage_model, ["features", *conditions])
     solver = sampler.guided(model, given=given).over(over_canvas)
     home = torch.device("cpu") if windows.offload else model.device
     x = canvas_noise(sampler.seed, model.channels, *canvas).mul_(sigmas[0].cpu()).to(home)
     with tqdm(total=sampler.steps, desc="large image", unit="step", disable=not sampler.progress) as bar:
-        x = solver.solve(x, sigmas, {}, noise, lambda i, x, x0: bar.update())
+        x = solver.solve(x, sigmas, led, noise, lambda i, x, x0: bar.update())
     return decode_canvas(model, x, sampler.progress, out)
+
+
+def _led(
+    model: LatentDiffusion, given: Mapping[str, Any], size: tuple[int, int]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The part of the condition that is an image of the whole canvas, if one is given, and what is given besides."""
+    key = next((key for key in keys_of(model.cond_stage_model, "control") if key in given), None)
+    if key is None:
+        return {}, dict(given)
+    image = images_of(given[key], f"the image of '{key}'")
+    if tuple(image.shape) != (1, 3, *size):
+        raise UserError(
+            f"the image of '{key}' is as large as the canvas, (3, {size[0]}, {size[1]}); got {tuple(image.shape)}."
+        )
+    return shown(model, key, image), {name: value for name, value in given.items() if name != key}
+
+
+def shown(model: LatentDiffusion, key: str, images: Tensor) -> dict[str, Tensor]:
+    """Images (B,C,H,W) of any size as the part of a condition by which they act: as latents, where they do as those.
+
+    >>> [*shown(model, "class", torch.zeros(1, 3, 16, 16))]
+    ['class/concat']
+    """
+    told = shown_in(model.cond_stage_model, key, images)
+    if not set(told) & set(model.cond_stage_model.encoded):
+        return told
+    latents = torch.cat([encode_images(model, image[None].to(model.device)) for image in images])
+    return dict.fromkeys(told, latents)
 
 
 def decode_canvas(

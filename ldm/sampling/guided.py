@@ -28,6 +28,7 @@ from ldm.diffusion.guidance import (
     without_target,
 )
 from ldm.errors import UserError, suggest
+from ldm.networks.takes import declared
 from ldm.sampling.calls import explained
 
 if TYPE_CHECKING:
@@ -194,10 +195,13 @@ def _negative(negative: Cond, model: LatentDiffusion) -> Cond:
 
 def _alike(model: LatentDiffusion, guide: LatentDiffusion) -> LatentDiffusion:
     """A model to guide by, which must take the same latents and conditions."""
-    own, other = (
-        {"latent": (m.channels, m.image_size), **{part: tuple(v.shape[-1:]) for part, v in m.null_condition().items()}}
-        for m in (model, guide)
-    )
+
+    def kind(m: LatentDiffusion) -> dict[str, Any]:
+        parts = {part: tuple(value.shape[-1:]) for part, value in m.null_condition().items()}
+        led = {"control": True} if declared(m.model.diffusion_model).control else {}
+        return {"latent": (m.channels, m.image_size), **led, **parts}
+
+    own, other = kind(model), kind(guide)
     if own != other:
         raise UserError(f"the guiding model takes {other}, the model {own}; they must be of one kind.")
     return guide

@@ -110,6 +110,7 @@ class Sampler:
         negative: a condition of one sample, of `model.condition`, to move away from, in place of the null.
         guide: a smaller or less trained model to move away from (autoguidance, arXiv:2406.02507).
         classifier: see `Classifier`.
+        control_scale: of what a ControlNet adds, where a condition is an image that leads (arXiv:2302.05543).
         lora: adapters of the network, `{"adapters/her2": 0.8}`: folder or file, and the scale of each (`Adapters`).
         precision: of the network's arithmetic: fp32, bf16 or fp16; by default bf16 on GPUs that have it, and fp32
             elsewhere, so that an image does not depend on the machine.
@@ -136,6 +137,7 @@ class Sampler:
         None, "Noise levels that are guided, as low,high; 'all' guides every step", kind="interval"
     )
     guidance_rescale: float = setting(0.0, "How far contrast that guidance raised is drawn back", low=0.0, high=1.0)
+    control_scale: float = setting(1.0, "Strength of a ControlNet's image", low=0.0)
     negative: Cond | None = field(default=None, compare=False)
     guide: LatentDiffusion | None = field(default=None, compare=False)
     classifier: Classifier | None = field(default=None, compare=False)
@@ -180,6 +182,8 @@ class Sampler:
 
     def settled(self, model: LatentDiffusion, task: Task) -> Sampler:
         """The settings with nothing left to choose, checked against the model. UserError: what it cannot do."""
+        from ldm.networks.takes import declared
+
         defaults = {**TASKS[task], "guidance_scale": self._default_guidance(model, task)}
         defaults |= {"precision": "bf16" if _has_bf16(model.device) else "fp32"}
         if task == "large_image" and self.cache > 1:
@@ -193,6 +197,8 @@ class Sampler:
             raise UserError("the model makes tokens, not images: it can be sampled, and nothing else.")
         if own.classifier is not None and not hasattr(model.denoiser(), "table"):
             raise UserError("a classifier of noisy images guides models with a noise table; this one has none.")
+        if own.control_scale != 1.0 and not declared(model.model.diffusion_model).control:
+            raise UserError("the model has no ControlNet; leave the control scale out.")
         own.sigmas(model)
         return own
 
@@ -224,8 +230,13 @@ class Sampler:
         return sampling_sigmas(self, model)
 
     def network(self, model: LatentDiffusion) -> nn.Module | None:
-        """The model's network with the adapters, if there are any."""
-        return self.lora.network(model) if self.lora else None
+        """The model's network with the adapters and the scale of its ControlNet, if there are any."""
+        from ldm.networks.control import controlled
+
+        network = self.lora.network(model) if self.lora else None
+        if self.control_scale == 1.0:
+            return network
+        return controlled(model.model if network is None else network, self.control_scale)
 
     def guided(
         self, model: LatentDiffusion, cond: Cond | None = None, given: Collection[str] | None = None

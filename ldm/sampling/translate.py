@@ -21,7 +21,7 @@ from ldm.diffusion.tiled import tiled
 from ldm.errors import UserError
 from ldm.rng import canvas_noise, fold, sample_noise
 from ldm.sampling.calls import explained
-from ldm.sampling.canvas import decode_latents, encode_images
+from ldm.sampling.canvas import decode_latents, encode_images, shown
 from ldm.sampling.given import checked_condition, checked_images, checked_settings
 from ldm.sampling.guided import PRECISIONS
 from ldm.sampling.inversion import invert, invert_exactly, invert_published, invertible
@@ -80,8 +80,9 @@ def translate(
     targets = list(target) if isinstance(target, Sequence) else [target]
     if not targets:
         raise UserError("no target is given.")
-    known = _condition(model, source, images, "source")
-    conds = [_condition(model, cond, images, "target") for cond in targets]
+    told = shown(model, model.image_condition, images) if model.image_condition else {}
+    known = _condition(model, source, told, count, "source")
+    conds = [_condition(model, cond, told, count, "target") for cond in targets]
     way = _Way(model, sampler, inversion, _levels(model, sampler, inversion), tile)
     numbers = range(first, first + count) if isinstance(first, int) else list(first)
     found: list[list[Tensor]] = [[] for _ in targets]
@@ -219,19 +220,17 @@ def check_shape(model: LatentDiffusion, channels: int, height: int, width: int, 
         )
 
 
-def _condition(model: LatentDiffusion, cond: Cond | None, images: Tensor, name: str) -> dict[str, Tensor]:
-    """The condition of images (N,C,H,W), the null where none is given; the images, where they are the condition."""
-    cond = model.null_condition() if cond is None else checked_condition(model, cond, name)
-    count = len(images)
+def _condition(model: LatentDiffusion, cond: Cond | None, told: Cond, count: int, name: str) -> dict[str, Tensor]:
+    """The condition of so many images, the null where none is given; told: the images, where they are part of it."""
+    null = model.null_condition()
+    cond = null if cond is None else checked_condition(model, cond, name)
     counts = {len(value) for value in cond.values()} - {1}
     if counts - {count}:
         raise UserError(f"a condition is of one image or of all {count}; got one of {min(counts)}.")
     cond = expand_cond(cond, count)
-    if shown := model.image_condition:
-        owners = getattr(model.cond_stage_model, "owners", None)
-        part = f"{owners[shown]}/concat" if owners else "concat"
-        if torch.equal(cond[part], model.null_condition()[part].expand_as(cond[part])):
-            cond[part] = images.to(cond[part].dtype)
+    for part, images in told.items():
+        if part not in cond or (part in null and torch.equal(cond[part], null[part].expand_as(cond[part]))):
+            cond[part] = images.to(torch.float32)
     return cond
 
 
