@@ -42,6 +42,7 @@ FAMILIES = {
     "MIDiffusion": ("ldm.interop.midiffusion.is_midiffusion", "ldm.interop.midiffusion.read_midiffusion"),
     "ControlNet of PixCell": ("ldm.interop.pixcell_control.is_control", "ldm.interop.pixcell_control.read_control"),
     "PixCell": ("ldm.interop.pixcell.is_pixcell", "ldm.interop.pixcell.read_pixcell"),
+    "virtual staining of PixCell": ("ldm.interop.staining.is_staining", "ldm.interop.staining.read_staining"),
     "SiT": ("ldm.interop.sit.is_sit", "ldm.interop.sit.read_sit"),
     "conditioning model of ZoomLDM": ("ldm.interop.zoomldm_cdm.is_cdm", "ldm.interop.zoomldm_cdm.read_cdm"),
     "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),

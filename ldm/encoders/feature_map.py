@@ -6,10 +6,13 @@ near ones. It is saved as a folder: `model.safetensors`, and `config.yaml` with 
 
     transport = fit_transport(he_features, ihc_features, paired=False)
     mapped = transport.map(he_features)                                         # (N,D1)
+
+That of PixCell's virtual staining (arXiv:2506.05127), converted by `histoldm convert`, is another MLP: `StainingFlow`.
 """
 
 from __future__ import annotations
 
+import inspect
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,24 +29,60 @@ from ldm.files import whole
 from ldm.foreign.modules import as_large_as
 from ldm.foreign.paths import inside
 from ldm.foreign.settings import read_yaml
-from ldm.foreign.shape import MAPPING, SIZE, check_shape, maybe
+from ldm.foreign.shape import MAPPING, SIZE, TEXT, check_shape, maybe
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.weights import check_finite
 from ldm.rng import generator
 
 WEIGHTS, CONFIG = "model.safetensors", "config.yaml"
+CONVERTED = "ldm.encoders.feature_map.StainingFlow"  # of a published map's folder
 LEAST = 16  # features of each side
 
 
-class Transport(nn.Module):
+class FeatureFlow(nn.Module):
+    """A velocity (B,target_dim) at x (B,target_dim) and time t (B,) from 0 to 1, along which features are mapped."""
+
+    steps = 20  # that `map` takes by default
+    metadata: dict[str, Any]
+
+    def __init__(self, dim: int, target_dim: int):
+        super().__init__()
+        self.dim, self.target_dim = dim, target_dim
+        self.metadata = {}
+
+    def start(self, features: Tensor) -> Tensor:
+        """Where the flow begins from features (N,dim)."""
+        return features
+
+    def end(self, x: Tensor) -> Tensor:
+        """Features (N,target_dim) of where it ends."""
+        return x
+
+    def step(self, x: Tensor, t: float, length: float) -> Tensor:
+        """x a step further; Euler's."""
+        return x + length * self(x, torch.full((len(x),), t).to(x))
+
+    @torch.no_grad()
+    def map(self, features: Tensor, steps: int | None = None) -> Tensor:
+        """Features (N,dim) of the source space as features (N,target_dim) of the target's, on the CPU."""
+        if features.ndim != 2 or features.shape[1] != self.dim:
+            raise UserError(f"the map takes features (N, {self.dim}); got {tuple(features.shape)}.")
+        steps = self.steps if steps is None else steps
+        x = self.start(features.float().to(next(self.parameters())))
+        for i in range(steps):
+            x = self.step(x, i / steps, 1 / steps)
+        return self.end(x).cpu()
+
+
+class Transport(FeatureFlow):
     """Maps features (N,dim) to (N,target_dim), along the flow of a time-dependent MLP over standardised features.
 
     Spaces of different size are joined by a linear map, `bridge`, which is fitted to pairs.
     """
 
     def __init__(self, dim: int, target_dim: int, width: int = 512, depth: int = 3):
-        super().__init__()
-        self.dim, self.target_dim, self.width, self.depth = dim, target_dim, width, depth
+        super().__init__(dim, target_dim)
+        self.width, self.depth = width, depth
         for name, size in (("source", dim), ("target", target_dim)):
             self.register_buffer(f"{name}_mean", torch.zeros(size))
             self.register_buffer(f"{name}_std", torch.ones(size))
@@ -64,17 +103,55 @@ class Transport(nn.Module):
         """Standardised features where the flow begins."""
         return ((features - self.source_mean) / self.source_std) @ self.bridge
 
-    @torch.no_grad()
-    def map(self, features: Tensor, steps: int = 20) -> Tensor:
-        """Features (N,dim) of the source space as features (N,target_dim) of the target's; midpoint steps."""
-        if features.ndim != 2 or features.shape[1] != self.dim:
-            raise UserError(f"the map takes features (N, {self.dim}); got {tuple(features.shape)}.")
-        x = self.start(features.float().to(self.bridge))
-        for i in range(steps):
-            t = torch.full((len(x),), i / steps).to(x)
-            middle = x + self(x, t) / (2 * steps)
-            x = x + self(middle, t + 0.5 / steps) / steps
-        return (x * self.target_std + self.target_mean).cpu()
+    def end(self, x: Tensor) -> Tensor:
+        """Features of standardised ones."""
+        return x * self.target_std + self.target_mean
+
+    def step(self, x: Tensor, t: float, length: float) -> Tensor:
+        """The midpoint's."""
+        middle = super().step(x, t, length / 2)
+        return x + length * self(middle, torch.full((len(x),), t + length / 2).to(x))
+
+
+class StainingFlow(FeatureFlow):
+    """The flow from H&E to IHC features of PixCell's virtual staining, with its names of weights: residual blocks that
+    the time shifts, over features as they are.
+
+    >>> StainingFlow(8, width=16, bottleneck=12, time_dim=24, depth=2).map(torch.zeros(1, 8)).shape
+    torch.Size([1, 8])
+    """
+
+    steps = 10
+
+    def __init__(self, dim: int, width: int, bottleneck: int, time_dim: int, depth: int):
+        super().__init__(dim, dim)
+        self.width = width
+        self.time_embed = nn.Sequential(nn.Linear(width, time_dim), nn.SiLU(), nn.Linear(time_dim, time_dim))
+        self.input_proj = nn.Linear(dim, width)
+        self.res_blocks = nn.ModuleList(StainingBlock(width, bottleneck, time_dim) for _ in range(depth))
+        self.out = nn.Sequential(nn.LayerNorm(width, eps=1e-6), nn.SiLU(), nn.Linear(width, dim))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        rates = 10000.0 ** (-torch.arange(self.width // 2, device=x.device) / (self.width // 2))
+        angles = 999 * t[:, None] * rates
+        time = self.time_embed(torch.cat([angles.cos(), angles.sin()], 1))                  # (B,time_dim)
+        x = self.input_proj(x)
+        for block in self.res_blocks:
+            x = block(x, time)
+        return self.out(x)
+
+
+class StainingBlock(nn.Module):
+    """x (B,width) and an MLP of it, into whose middle the time (B,time_dim) is added."""
+
+    def __init__(self, width: int, bottleneck: int, time_dim: int):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, bottleneck))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, bottleneck))
+        self.out_layers = nn.Sequential(nn.LayerNorm(bottleneck), nn.SiLU(), nn.Identity(), nn.Linear(bottleneck, width))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return x + self.out_layers(self.in_layers(x) + self.emb_layers(time))
 
 
 def fit_transport(
@@ -156,8 +233,8 @@ def save_transport(folder: Path, model: Transport, metadata: dict[str, Any]) -> 
     return folder
 
 
-def load_transport(folder: Path) -> Transport:
-    """The map in a folder that `save_transport` wrote, with its metadata.
+def load_transport(folder: Path) -> FeatureFlow:
+    """The map in a folder that `save_transport` wrote, or `histoldm convert` of a published one, with its metadata.
 
     >>> folder = save_transport(Path("map"), Transport(384, 512), {"licence": "MIT"})
     >>> load_transport(folder).map(torch.zeros(3, 384)).shape
@@ -165,13 +242,18 @@ def load_transport(folder: Path) -> Transport:
     """
     found = (folder / CONFIG).is_file()
     config = read_yaml(inside(folder, CONFIG), "the map's config") if found else None
-    if not isinstance(config, dict) or "transport" not in config:
+    node = config.get("model") if isinstance(config, dict) else None
+    converted = isinstance(node, dict) and node.get("target") == CONVERTED
+    if not converted and (not isinstance(config, dict) or "transport" not in config):
         raise UserError(f"{folder} is no map of features; `python -m data_prep.train_feature_map` makes one.")
-    sizes = dict.fromkeys(("dim", "target_dim", "width", "depth"), SIZE)
-    check_shape(config, {"transport": sizes, "metadata?": maybe(MAPPING)}, folder / CONFIG)
+    kind = StainingFlow if converted else Transport
+    sizes = dict.fromkeys(list(inspect.signature(kind).parameters), SIZE)
+    form = {"model": {"target": TEXT, "params": sizes}} if converted else {"transport": sizes}
+    check_shape(config, {**form, "metadata?": maybe(MAPPING)}, folder / CONFIG)
+    given = node["params"] if converted else config["transport"]
     weights = state_dict_of(read_checkpoint(inside(folder, WEIGHTS)), folder / WEIGHTS)
     with torch.device("meta"), as_large_as(weights, folder):
-        model = Transport(**{name: config["transport"][name] for name in sizes})
+        model = kind(**{name: given[name] for name in sizes})
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:

@@ -227,10 +227,8 @@ def _with_features(
     if not keys:
         raise UserError("the model is not conditioned on features; leave --encoder and the features out.")
     key, count, cells = keys[0], len(pictures), cells_of(model.cond_stage_model)
-    if cells > 1 and (map_features or asked.encoder):
-        raise UserError(
-            f"the model takes {cells} x {cells} features for an image: give them with --features and --target-features."
-        )
+    if cells > 1 and asked.encoder:
+        raise UserError(f"the model takes {cells} x {cells} features for an image: give them with --features.")
     transport = None if map_features is None else load_transport(map_features)
     own_dim = dim if transport is None else transport.dim
     values = None
@@ -239,7 +237,8 @@ def _with_features(
     elif asked.encoder is not None:
         values = _encoded(model, pictures, asked.encoder, check=transport is None)
     elif all(key in own for own in known):
-        values = np.stack([np.asarray(own[key], np.float32).reshape(-1) for own in known])
+        values = np.stack([np.asarray(own[key], np.float32) for own in known])
+        values = values if cells > 1 else values.reshape(len(known), -1)
     if values is not None and values.shape[1] == dim:
         for own, row in zip(known, values):
             own[key] = row
@@ -251,7 +250,9 @@ def _with_features(
         return [None] * count
     if values is None:
         raise UserError("--map-features maps the sources' features: give them with --features, or an --encoder.")
-    mapped = transport.map(torch.from_numpy(values)).numpy()
+    rows = np.moveaxis(values, 1, -1)  # (N,D), or (N,cells,cells,D)
+    mapped = transport.map(torch.from_numpy(rows.reshape(-1, rows.shape[-1]))).numpy()
+    mapped = np.moveaxis(mapped.reshape(*rows.shape[:-1], -1), -1, 1)
     if mapped.shape[1] != dim:
         raise UserError(f"{map_features} maps to features of {mapped.shape[1]} values, the model takes {dim}.")
     return [Target("mapped", {key: row}) for row in mapped]
