@@ -148,7 +148,8 @@ class StainingBlock(nn.Module):
         super().__init__()
         self.in_layers = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, bottleneck))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_dim, bottleneck))
-        self.out_layers = nn.Sequential(nn.LayerNorm(bottleneck), nn.SiLU(), nn.Identity(), nn.Linear(bottleneck, width))
+        last = nn.Linear(bottleneck, width)
+        self.out_layers = nn.Sequential(nn.LayerNorm(bottleneck), nn.SiLU(), nn.Identity(), last)  # 2: a dropout
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         return x + self.out_layers(self.in_layers(x) + self.emb_layers(time))
