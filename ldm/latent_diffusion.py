@@ -29,7 +29,9 @@ from ldm.diffusion.denoiser import (
 )
 from ldm.diffusion.guidance import cfg
 from ldm.diffusion.losses import error_scale, min_snr_scale, scaled_error, variational_bound
+from ldm.diffusion.policies import Policies
 from ldm.diffusion.samplers import sample_dpmpp_2m
+from ldm.diffusion.student import Student
 from ldm.errors import UserError
 from ldm.interop.weights import state_sha256
 from ldm.model_folder import FIRST_STAGE_FOLDER, load_weights, resolve_first_stage
@@ -80,6 +82,7 @@ class LatentDiffusion(pl.LightningModule):
             names stays as it is, and checkpoints hold the adapter.
         repa: aligns a block of the network with features of the store while it trains, `{feature: uni2-h, block: 8}`
             (`ldm.networks.repa.Alignment`).
+        student: what a distilled model was trained for (`ldm.diffusion.student.Student`); its network tells more.
         monitor: what the best checkpoint is chosen by. seed: of noise levels, noise and condition dropout.
     """
 
@@ -111,6 +114,7 @@ class LatentDiffusion(pl.LightningModule):
         ckpt_path: str | None = None,
         lora: Mapping[str, Any] | None = None,
         repa: Mapping[str, Any] | None = None,
+        student: Mapping[str, Any] | None = None,
         monitor: str = "val/loss",
         seed: int = 0,
     ):
@@ -147,6 +151,7 @@ class LatentDiffusion(pl.LightningModule):
                 "have, a whole number above 0."
             )
         self.channels = self.first_stage_model.channels
+        self.student = None if student is None else Student(**student)
         self.alignment = None if repa is None else alignment_of(repa, self.model.diffusion_model)
         self.targets = {} if repa is None else {"repa": f"features/{self.alignment.feature}"}  # of the training data
         if not next(self.model.parameters()).is_meta:
@@ -257,6 +262,18 @@ class LatentDiffusion(pl.LightningModule):
         `cache`-th step only (`DeepCache`; approximate); such a denoiser is for one sampling run after another. network:
         in place of `model`, as one with adapters is.
         """
+        return self.make_denoiser(self._prepared(precision, compile, cache, network))
+
+    def policies(
+        self, precision: torch.dtype = torch.float32, compile: bool = False, network: nn.Module | None = None
+    ) -> Policies:
+        """The policies of a student, one for each step of it; arguments as of `denoiser`."""
+        return self.student.policies(self._prepared(precision, compile, 1, network), self.make_denoiser)
+
+    def _prepared(
+        self, precision: torch.dtype, compile: bool, cache: int, network: nn.Module | None
+    ) -> Callable[..., Tensor]:
+        """The network as it is called."""
         if compile and cache > 1:
             raise UserError("a network is either compiled or keeps its deep features; leave one of them out.")
 
@@ -266,9 +283,7 @@ class LatentDiffusion(pl.LightningModule):
             return CompiledNetwork(model) if compile else model
 
         network = self.model if network is None else network
-        if precision == torch.float32:
-            return self.make_denoiser(wrap(network))
-        return self.make_denoiser(CastNetwork(network, precision, wrap))
+        return wrap(network) if precision == torch.float32 else CastNetwork(network, precision, wrap)
 
     @torch.no_grad()
     def condition(self, features: Any = None, **given: Any) -> Cond:

@@ -42,7 +42,7 @@ FIRST_STAGE_FOLDER = "ldm.model_folder.load_first_stage"
 WEIGHTS = "model.safetensors"
 PROJECTION = "repa."  # of an alignment, which trains alone
 AUTOENCODER = "autoencoder."  # the first stage within its training
-EMBEDDED = ("histoldm_config", "histoldm_metadata", "histoldm_conditioner", "histoldm_first_stage")  # in checkpoints
+EMBEDDED = ("histoldm_config", "histoldm_metadata", "histoldm_conditioner", "histoldm_first_stage", "histoldm_student")
 TRAINING_ONLY = (
     "ckpt_path", "seed", "ema_decay", "warmup_steps", "decay_steps", "weight_decay", "monitor", "repa", "lora",
 )  # fmt: skip
@@ -54,7 +54,7 @@ _NODE = {"target": TEXT, "params": MAPPING}
 _CHECKPOINT = {
     "histoldm_config": {"model": _NODE}, "state_dict": {"*": Is("a tensor", lambda value: isinstance(value, Tensor))},
     "histoldm_files?": MAPPING, "histoldm_first_stage?": maybe(MAPPING), "histoldm_conditioner?": maybe(MAPPING),
-    "histoldm_lora?": {"base": TEXT},
+    "histoldm_lora?": {"base": TEXT}, "histoldm_student?": _NODE,
 }  # fmt: skip
 PREFIX = {"network": "model.", "first stage": "first_stage_model.", "conditioner": "cond_stage_model."}
 
@@ -343,6 +343,7 @@ def _parts(
             f"{source} holds an adapter of {lora['base']}: sample from that model with --lora {source}, or put it into "
             "its weights by `histoldm export --merge 1`."
         )
+    node = content.get("histoldm_student") or node
     params = dict(node["params"])
     state = averaged({n: v for n, v in state.items() if not n.startswith(PROJECTION)}, state, source)
     params["first_stage_config"] = content.get("histoldm_first_stage") or params["first_stage_config"]

@@ -20,6 +20,8 @@ from conftest import ROOT
 from ldm.data.tile_store import TileStore
 from ldm.diffusion.denoiser import Cond
 from ldm.diffusion.schedules import karras_sigmas
+from ldm.diffusion.student import Student
+from ldm.distillation import STUDENT
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.metrics.measure import Measure
 from ldm.report.page import Report, Section
@@ -41,6 +43,17 @@ def _echo(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
 @cache
 def tiny_model() -> LatentDiffusion:
     """A LatentDiffusion that learnt nothing: tiles of 16 px, features `ssl` of 8 values and a class A or B."""
+    return _tiny(lambda unet: unet)
+
+
+@cache
+def tiny_student() -> LatentDiffusion:
+    """The same, distilled by nobody: `Student()`."""
+    about = {"channels": 4, **Student().outputs}
+    return _tiny(lambda unet: {"target": STUDENT, "params": {"network": unet, **about}}, student={})
+
+
+def _tiny(network: Callable[[dict[str, Any]], dict[str, Any]], **params: Any) -> LatentDiffusion:
     first_stage = {
         "embed_dim": 4,
         "ddconfig": {"z_channels": 4, "resolution": 16, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2],
@@ -60,10 +73,11 @@ def tiny_model() -> LatentDiffusion:
     }
     torch.manual_seed(0)
     model = LatentDiffusion(
-        {"target": "ldm.networks.unet.UNetModel", "params": unet},
+        network({"target": "ldm.networks.unet.UNetModel", "params": unet}),
         {"target": "ldm.autoencoder.autoencoder.AutoencoderKL", "params": first_stage},
         {"target": "ldm.conditioners.compose.ConditionerSet", "params": {"conditioners": conditioners}},
         use_ema=False,
+        **params,
     )
     return model.eval().requires_grad_(False)
 
@@ -110,6 +124,8 @@ BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     "reports": lambda request: (_report(10.0), _report(14.0)),
     # a diffusion model, see `tiny_model`
     "model": lambda request: tiny_model(),
+    # the same as a student: its network is told a guidance scale and gives policies
+    "student": lambda request: tiny_student(),
     # a tile (256,256,3) uint8
     "tile": lambda request: np.array(Image.open(ROOT / "data/samples/cancers/TCGA-CR-7395_1600,2400.png"))[:256, :256],
 }

@@ -28,7 +28,8 @@ def call_network(network: Network, x: Tensor, time: Tensor, cond: Cond) -> Tenso
 
     The keys of a condition are `crossattn`, `label`, `vector`, `concat`, or, where several conditions are composed,
     such with a name before them (`text/crossattn`): context tokens then follow one another, vectors are added and
-    extra channels concatenated. Extra channels of another size than x are resized bilinearly to it.
+    extra channels concatenated. Extra channels of another size than x are resized bilinearly to it. `settings` are
+    what a student is told.
 
     >>> network = lambda x, time, context: (x.shape, context.shape)
     >>> words, cells = torch.zeros(2, 5, 16), torch.zeros(2, 1, 16)
@@ -48,8 +49,9 @@ def call_network(network: Network, x: Tensor, time: Tensor, cond: Cond) -> Tenso
         inputs["context"] = torch.cat(parts["crossattn"], dim=1)
     if "vector" in parts:
         inputs["vector"] = sum(parts["vector"])
-    if "label" in parts:
-        (inputs["y"],) = parts["label"]
+    for part, name in (("label", "y"), ("settings", "settings")):
+        if part in parts:
+            (inputs[name],) = parts[part]
     return network(x, time, **inputs)
 
 

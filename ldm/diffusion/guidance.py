@@ -54,26 +54,26 @@ def null_of(null: Cond, cond: Cond, count: int) -> dict[str, Tensor]:
     return {part: value for part, value in cond.items() if part.endswith("concat")} | expand_cond(null, count)
 
 
-def cfg(denoiser: Denoiser, null: Cond, scale: float, rescale: float = 0.0) -> Denoiser:
+def cfg(denoiser: Denoiser, null: Cond, scale: float | Tensor, rescale: float = 0.0) -> Denoiser:
     """Classifier-free guidance (arXiv:2207.12598): x0 = null + scale*(conditional - null), in one batched call.
 
     `null` is the unconditional condition of one sample, (1,...) for each part, or of every sample of the batch. A
     negative condition in its place moves the image away from that. A map that it lacks, such as the image of a
-    ControlNet, is on both sides. Scale 1 is no guidance and costs none. `rescale` in [0,1] draws each sample's standard
-    deviation back to the conditional one's (arXiv:2305.08891, equations 15, 16).
+    ControlNet, is on both sides. Scale 1 is no guidance and costs none; scales (B,) are of each sample. `rescale` in
+    [0,1] draws each sample's standard deviation back to the conditional one's (arXiv:2305.08891, equations 15, 16).
 
     >>> guided = cfg(echo, null={"vector": torch.tensor([[0.1]])}, scale=3.0)
     >>> guided(x, torch.tensor([10.0, 10.0]), {"vector": torch.tensor([[0.2], [0.4]])}).mean((1, 2, 3))
     tensor([0.4000, 1.0000])
     """
-    if scale == 1.0:
+    if not isinstance(scale, Tensor) and scale == 1.0:
         return denoiser
 
     def guided(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         nulls = null_of(null, cond, len(x))
         both = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), cat_conds(nulls, cond))
         unconditional, conditional = both.chunk(2)
-        x0 = unconditional + scale * (conditional - unconditional)
+        x0 = unconditional + _strength(scale, x) * (conditional - unconditional)
         if rescale:
             ratio = conditional.flatten(1).std(1) / x0.flatten(1).std(1)
             x0 = x0 * per_sample(1 + rescale * (ratio - 1), x0)
@@ -82,7 +82,11 @@ def cfg(denoiser: Denoiser, null: Cond, scale: float, rescale: float = 0.0) -> D
     return guided
 
 
-def compose(denoiser: Denoiser, null: Cond, terms: Sequence[tuple[Cond, float]]) -> Denoiser:
+def _strength(scale: float | Tensor, x: Tensor) -> float | Tensor:
+    return per_sample(scale.to(x), x) if isinstance(scale, Tensor) else scale
+
+
+def compose(denoiser: Denoiser, null: Cond, terms: Sequence[tuple[Cond, float | Tensor]]) -> Denoiser:
     """Guidance with a scale for each condition (composable diffusion, arXiv:2206.01714, equation 11).
 
     A term (dropped, scale) evaluates the condition with the parts in `dropped` put in place of its own:
@@ -96,7 +100,7 @@ def compose(denoiser: Denoiser, null: Cond, terms: Sequence[tuple[Cond, float]])
     >>> guided(x[:1], sigmas[:1], {"vector": torch.tensor([[0.1]]), "label": torch.tensor([1])}).mean()
     tensor(1.8000)
     """
-    terms = [(dict(dropped), scale) for dropped, scale in terms if scale]
+    terms = [(dict(dropped), scale) for dropped, scale in terms if isinstance(scale, Tensor) or scale]
     for dropped, _ in terms:
         if unknown := set(dropped) - set(null):
             raise ValueError(f"a term drops {', '.join(sorted(unknown))}; the condition has {', '.join(null)}")
@@ -105,7 +109,7 @@ def compose(denoiser: Denoiser, null: Cond, terms: Sequence[tuple[Cond, float]])
         conds = [null_of(null, cond, len(x)), *({**cond, **expand_cond(drop, len(x))} for drop, _ in terms)]
         count = len(conds)
         base, *parts = denoiser(x.repeat(count, 1, 1, 1), sigma.repeat(count), cat_conds(*conds)).chunk(count)
-        return base + sum(scale * (part - base) for part, (_, scale) in zip(parts, terms))
+        return base + sum(_strength(scale, x) * (part - base) for part, (_, scale) in zip(parts, terms))
 
     return guided
 

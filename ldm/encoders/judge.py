@@ -71,7 +71,11 @@ def load_judge(weights: str | Path | None = None, device: str = "cpu") -> Judge:
 
 
 def packaged() -> Path:
-    """The file in the installed package, of which nothing is run."""
+    """The file in the installed package, of which nothing is run.
+
+    >>> packaged().name == FILE
+    True
+    """
     found = find_spec(PACKAGE)
     folder = Path(found.origin).parent if found and found.origin else Path(PACKAGE)
     return folder / "models" / FILE

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ldm.autoencoder.autoencoder import IdentityFirstStage
 from ldm.conditioners.compose import guidance_terms, keys_of
 from ldm.diffusion import samplers, schedules
-from ldm.diffusion.choices import STOCHASTIC
+from ldm.diffusion.choices import OF_STUDENTS, STOCHASTIC
 from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser
 from ldm.diffusion.guidance import (
     TARGET,
@@ -30,6 +30,7 @@ from ldm.diffusion.guidance import (
 from ldm.errors import UserError, suggest
 from ldm.networks.takes import declared
 from ldm.sampling.calls import explained
+from ldm.sampling.students import PolicySolver, policy_solver, told, told_scales
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -105,6 +106,8 @@ class GuidedSolver:
         run = getattr(samplers, f"sample_{name}")
         if self.solver in STOCHASTIC:
             return run(self.denoiser, x, sigmas, cond, noise, self.eta, callback=seen)
+        if self.solver == "consistency":
+            return run(self.denoiser, x, sigmas, cond, noise, callback=seen)
         if self.solver == "ddpm":
             return run(self.denoiser, x, sigmas, cond, noise, self.variance, self.gradient, callback=seen)
         return run(self.denoiser, x, sigmas, cond, callback=seen)
@@ -120,6 +123,8 @@ def sampling_sigmas(sampler: Sampler, model: LatentDiffusion) -> Tensor:
     tensor([0.6919, 0.0000])
     """
     denoiser, steps = model.denoiser(), sampler.steps
+    if sampler.solver in OF_STUDENTS:
+        return model.student.sigmas(steps, denoiser.sigma_max).to(model.sigmas)
     discrete = hasattr(denoiser, "table")
     most = len(model.sigmas) if discrete else 10_000
     if steps > most:
@@ -136,7 +141,7 @@ def sampling_sigmas(sampler: Sampler, model: LatentDiffusion) -> Tensor:
 
 def guided_solver(
     sampler: Sampler, model: LatentDiffusion, cond: Cond | None = None, given: Collection[str] | None = None
-) -> GuidedSolver:
+) -> GuidedSolver | PolicySolver:
     """The model's denoiser under guidance, and the solver for it; clipped if the model works on pixels.
 
     cond, given: the condition, or the names of the conditions that there are, for guidance scales by name.
@@ -146,8 +151,12 @@ def guided_solver(
     >>> solver.solver, solver.denoiser(torch.zeros(1, 4, 8, 8), torch.ones(1), model.condition(class_="A")).shape
     ('dpmpp_2m', torch.Size([1, 4, 8, 8]))
     """
+    pixels = isinstance(model.first_stage_model, IdentityFirstStage) and len(model.latent_shape) == 3
+    if sampler.solver == "policy":
+        return policy_solver(sampler, model, PRECISIONS[sampler.precision], pixels)
     null = _negative(sampler.negative, model) if sampler.negative else model.null_condition()
-    terms = guidance_terms(null, cond or null, sampler.guidance_scale, given) if sampler.named else None
+    outside = sampler.named and model.student is None
+    terms = guidance_terms(null, cond or null, sampler.guidance_scale, given) if outside else None
     weak = _alike(model, sampler.guide).denoiser(PRECISIONS[sampler.precision]) if sampler.guide is not None else None
     gradient = None
     if sampler.classifier is not None:
@@ -155,11 +164,12 @@ def guided_solver(
         gradient = target_gradient(likely, sampler.classifier.scale)
     elif cond and TARGET in cond:
         raise UserError("the condition has a target to guide to; give the classifier that guides, in the Sampler.")
-    pixels = isinstance(model.first_stage_model, IdentityFirstStage) and len(model.latent_shape) == 3
     ancestral = sampler.solver == "ddpm"
 
     def guide(denoiser: Denoiser, free: Denoiser) -> Denoiser:
-        if weak is not None:
+        if model.student is not None:
+            strong = told(denoiser, model.student, told_scales(model.student, sampler.guidance_scale))
+        elif weak is not None:
             strong = autoguidance(denoiser, weak, sampler.guidance_scale)
         elif terms is not None:
             strong = compose(denoiser, null, terms)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from ldm.diffusion.choices import INTERPOLATIONS, SCHEDULES, SOLVERS, STOCHASTIC
+from ldm.diffusion.choices import INTERPOLATIONS, OF_STUDENTS, SCHEDULES, SOLVERS, STOCHASTIC
 from ldm.errors import UserError
 from ldm.sampling.calls import explained
 
@@ -97,8 +97,9 @@ class Sampler:
     None is what TASKS has for the task, and for guidance and precision what suits the model and its device.
 
     Attributes:
-        steps: of the solver. solver: one of SOLVERS. schedule: one of SCHEDULES, where the steps lie between the
-            model's highest and lowest noise level; `legacy` is the spacing of published DDIM codes, which ends above 0.
+        steps: of the solver. solver: one of SOLVERS; a model that was distilled to few steps has its own.
+        schedule: one of SCHEDULES, where the steps lie between the model's highest and lowest noise level; `legacy` is
+            the spacing of published DDIM codes, which ends above 0.
         eta: noise of the solvers in STOCHASTIC; 0 adds none.
         guidance_scale: of classifier-free guidance (arXiv:2207.12598): one number, 1 for none; or one for each
             condition by name, `{"class": 3.0, "text": 1.5}`, "a+b" guiding by both jointly (arXiv:2206.01714): each
@@ -125,7 +126,7 @@ class Sampler:
     """
 
     steps: int | None = setting(None, "Sampling steps: more are slower and closer to the solver's limit", low=1)
-    solver: str | None = setting(None, "Solver that takes the steps", SOLVERS)
+    solver: str | None = setting(None, "Solver that takes the steps; a student has its own", (*SOLVERS, *OF_STUDENTS))
     schedule: str | None = setting(None, "Spacing of the steps between the highest and the lowest noise", SCHEDULES)
     eta: float = setting(
         1.0, f"Share of fresh noise at every step of {', '.join(STOCHASTIC)}: 0 adds none", low=0.0, high=1.0
@@ -186,6 +187,13 @@ class Sampler:
 
         defaults = {**TASKS[task], "guidance_scale": self._default_guidance(model, task)}
         defaults |= {"precision": "bf16" if _has_bf16(model.device) else "fp32"}
+        student = getattr(model, "student", None)
+        if student is not None:
+            from ldm.sampling.students import student_defaults
+
+            defaults |= student_defaults(self, model)
+        elif self.solver in OF_STUDENTS:
+            raise UserError(f"the solver '{self.solver}' is of models that were distilled to few steps; this is none.")
         if task == "large_image" and self.cache > 1:
             raise UserError("deep features are kept between steps, and windows of a large image move; leave cache out.")
         own = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
@@ -195,10 +203,19 @@ class Sampler:
             )
         if task != "sample" and len(getattr(model, "latent_shape", (1, 1, 1))) == 2:
             raise UserError("the model makes tokens, not images: it can be sampled, and nothing else.")
+        if task == "invert" and own.solver in OF_STUDENTS:
+            raise UserError(
+                "a student goes from noise to an image, and no way back: an image is not inverted by it. Begin from "
+                "the image noised (start 'noise', strength below 1), or take the teacher."
+            )
         if own.classifier is not None and not hasattr(model.denoiser(), "table"):
             raise UserError("a classifier of noisy images guides models with a noise table; this one has none.")
         if own.control_scale != 1.0 and not declared(model.model.diffusion_model).control:
             raise UserError("the model has no ControlNet; leave the control scale out.")
+        if student is not None:
+            from ldm.sampling.students import told_scales
+
+            told_scales(student, own.guidance_scale)
         own.sigmas(model)
         return own
 

@@ -50,7 +50,7 @@ def sample(
         if sampler.named:
             raise UserError("guidance scales by name need conditions by name; none is given.")
         cond = model.null_condition()
-        if sampler.guide is None and sampler.negative is None:  # nothing to guide from
+        if sampler.guide is None and sampler.negative is None and model.student is None:  # nothing to guide from
             sampler = replace(sampler, guidance_scale=1.0)
     sampler = sampler.settled(model, "sample")
     given = next((len(value) for value in cond.values()), None)

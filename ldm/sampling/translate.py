@@ -26,6 +26,7 @@ from ldm.sampling.given import checked_condition, checked_images, checked_settin
 from ldm.sampling.guided import PRECISIONS
 from ldm.sampling.inversion import invert, invert_exactly, invert_published, invertible
 from ldm.sampling.sampler import EXACT, ODE_SOLVERS, Inversion, Sampler
+from ldm.sampling.students import unguided
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -151,6 +152,8 @@ class _Way:
             return z + added if self.inversion.start == "noise" else added
         own = self.sampler
         denoiser = self.model.denoiser(PRECISIONS[own.precision], own.compile, network=own.network(self.model))
+        if self.model.student is not None:
+            denoiser = unguided(denoiser, self.model.student)
         if self.inversion.exact and isinstance(self.model.first_stage_model, IdentityFirstStage):
             denoiser = clip(denoiser)  # as on the way down; as published, the way up is not clipped else
         denoiser = self.over(denoiser)
