@@ -56,7 +56,7 @@ FAMILIES = {
 }
 # Forms that model folders are written in: name -> writer(model folder, out, half, [betas]) -> what to say
 EXPORTS = {
-    "diffusers": "ldm.interop.export.to_diffusers",
+    "diffusers": "ldm.interop.export_diffusers.to_diffusers",
     "compvis": "ldm.interop.export_compvis.to_compvis",
 }
 OWN = "histoldm_config"  # in checkpoints of this toolkit's own trainings

@@ -115,7 +115,7 @@ def test_the_scale_of_a_published_file_is_told_by_its_name(name, scale, tmp_path
 
 def test_it_goes_back_to_diffusers_as_it_came(published, tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    from ldm.interop.export import to_diffusers
+    from ldm.interop.export_diffusers import to_diffusers
 
     golden = load(published / "io.pt")
     convert(published, tmp_path / "vae")

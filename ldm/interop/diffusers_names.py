@@ -106,6 +106,15 @@ def renamed(state: Mapping[str, Tensor], modules: Mapping[str, str], source: str
     return named
 
 
+def inverse(names: Mapping[str, str]) -> dict[str, str]:
+    """Our name -> diffusers', of names the other way round.
+
+    >>> inverse({"conv_in": "input_blocks.0.0"})
+    {'input_blocks.0.0': 'conv_in'}
+    """
+    return {ours: theirs for theirs, ours in names.items()}
+
+
 def to_convolutions(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state, in our names, with linear layers that are 1x1 convolutions here in that shape.
 

@@ -1,22 +1,68 @@
-"""Parts of model folders that diffusers' pipelines for text lack: UNets without cross-attention, and conditions."""
+"""UNets of model folders as diffusers' UNet2DConditionModel and UNet2DModel."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ldm.errors import UserError
-from ldm.interop import diffusers_conditioning, targets
-from ldm.interop.converted import Converted
-from ldm.interop.diffusers_folder import TEXT
-from ldm.interop.diffusers_names import renamed, unet_modules
+from ldm.interop.diffusers_names import inverse, renamed, unet_modules
+from ldm.interop.export import UNET_DEFAULTS, lacks, unet_params
 
-CLASS, SCORE = targets.CLASS_EMBEDDER, "ldm.conditioners.score.ScoreEmbedder"
-FEATURES = ("ldm.conditioners.ssl.PatchEmbedder", "ldm.conditioners.ssl.GridPatchEmbedder")
-MODULE = "conditioning.py"
+
+def unet(node: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> tuple[dict, dict[str, Tensor]]:
+    """Config and tensors of a UNet in diffusers. UserError: a setting that it does not have.
+
+    >>> unet({"target": "ldm.networks.lmi.LMIUNet", "params": {}}, {}, "model")
+    Traceback (most recent call last):
+    ldm.errors.UserError: diffusers does not have the network LMIUNet; the model cannot be written in that form.
+    """
+    form = "diffusers"
+    c = unet_params(node, form)
+    for name in ("conv_resample", "num_classes", "resblock_updown"):
+        if c[name] != UNET_DEFAULTS[name]:
+            raise lacks(form, f"UNets with {name} {c[name]}")
+    if c["channel_mult"][0] != 1:
+        raise lacks(form, f"UNets whose first level is not of model_channels (channel_mult {c['channel_mult']})")
+    if not c["use_spatial_transformer"]:
+        return pixel_unet(c, state, source)
+    config, names = _attending(c)
+    return config, renamed(state, names, source)
+
+
+def _attending(c: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The config of a UNet2DConditionModel, and our name -> diffusers' of its modules."""
+    widths = [mult * c["model_channels"] for mult in c["channel_mult"]]
+    attention = [2**level in c["attention_resolutions"] for level in range(len(widths))]
+    fixed = c["num_head_channels"]
+    config = {
+        "_class_name": "UNet2DConditionModel",
+        "act_fn": "silu",
+        "attention_head_dim": c["num_heads"] if fixed == -1 else [width // fixed for width in widths],
+        "block_out_channels": widths,
+        "center_input_sample": False,
+        "cross_attention_dim": c["context_dim"],
+        "down_block_types": ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in attention],
+        "downsample_padding": 1,
+        "dropout": c["dropout"],
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": c["in_channels"],
+        "layers_per_block": c["num_res_blocks"],
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "norm_eps": 1e-5,
+        "norm_num_groups": c["norm_groups"],
+        "out_channels": c["out_channels"],
+        "resnet_time_scale_shift": "scale_shift" if c["use_scale_shift_norm"] else "default",
+        "sample_size": c["image_size"],
+        "transformer_layers_per_block": c["transformer_depth"],
+        "up_block_types": ["CrossAttnUpBlock2D" if attends else "UpBlock2D" for attends in attention[::-1]],
+        "use_linear_projection": False,
+    }
+    return config, inverse(unet_modules(attention, c["num_res_blocks"]))
 
 
 def pixel_unet(c: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -> tuple[dict, dict[str, Tensor]]:
@@ -80,50 +126,3 @@ def pixel_unet(c: Mapping[str, Any], state: Mapping[str, Tensor], source: str) -
 def _flat(value: Tensor) -> Tensor:
     """A 1x1 convolution's tensor as that of a linear layer."""
     return value[:, :, 0] if value.ndim == 3 else value
-
-
-def conditioning(node: Mapping[str, Any], model: Converted) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `diffusers_conditioning` reads of a model's conditions: conditioning.json and its tensors.
-
-    UserError: a condition that it does not have.
-
-    >>> conditioning({"target": "ldm.conditioners.omics.OmicsEmbedder"}, Converted({}, {}))
-    Traceback (most recent call last):
-    ldm.errors.UserError: diffusers does not have the condition OmicsEmbedder; the model cannot be written in that form.
-    """
-    if node["target"] == targets.CONDITIONER_SET:
-        nodes = {f"members.{name}.": member for name, member in node["params"]["conditioners"].items()}
-    else:
-        nodes = {"": node}
-    members, tensors = [], {}
-    for prefix, member in nodes.items():
-        members.append({"prefix": prefix, **_member(member)})
-        start = TEXT + prefix
-        own = {prefix + n.removeprefix(start): value for n, value in model.state.items() if n.startswith(start)}
-        tensors |= {name: value.float() for name, value in own.items()}
-    return {"members": members}, tensors
-
-
-def _member(node: Mapping[str, Any]) -> dict[str, Any]:
-    target, params = node["target"], node.get("params") or {}
-    if target == CLASS:
-        told = {"kind": "class", "key": params.get("key", "class"), "acts": params.get("acts", "crossattn")}
-        return told | {"classes": [str(name) for name in params["classes"]]}
-    if target == SCORE:
-        return {"kind": "score", "key": params.get("key", "score"), "acts": params.get("acts", "vector")}
-    if target in FEATURES:
-        grid = target == FEATURES[1]
-        told = {"kind": "features", "key": params.get("key", "ssl"), "embed_dim": params["embed_dim"]}
-        told |= {"normalize": params.get("normalize", not grid), "acts": "crossattn"}
-        return told | ({"grid": params.get("grid", 2)} if grid else {})
-    kind = str(target).rpartition(".")[2]
-    raise UserError(f"diffusers does not have the condition {kind}; the model cannot be written in that form.")
-
-
-def module_text() -> str:
-    """The text of the module that lies beside the tensors of conditions.
-
-    >>> "class Conditioning" in module_text()
-    True
-    """
-    return Path(diffusers_conditioning.__file__).read_text(encoding="utf-8")
