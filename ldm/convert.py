@@ -43,6 +43,8 @@ FAMILIES = {
     "ControlNet of PixCell": ("ldm.interop.pixcell_control.is_control", "ldm.interop.pixcell_control.read_control"),
     "PixCell": ("ldm.interop.pixcell.is_pixcell", "ldm.interop.pixcell.read_pixcell"),
     "virtual staining of PixCell": ("ldm.interop.staining.is_staining", "ldm.interop.staining.read_staining"),
+    "representation autoencoder": ("ldm.interop.rae.is_rae", "ldm.interop.rae.read_rae"),
+    "DiT-DH": ("ldm.interop.rae.is_ddt", "ldm.interop.rae.read_ddt"),
     "SiT": ("ldm.interop.sit.is_sit", "ldm.interop.sit.read_sit"),
     "conditioning model of ZoomLDM": ("ldm.interop.zoomldm_cdm.is_cdm", "ldm.interop.zoomldm_cdm.read_cdm"),
     "diffusers folder": ("ldm.interop.diffusers_folder.is_diffusers", "ldm.interop.diffusers_folder.read_diffusers"),

@@ -71,6 +71,7 @@ class LatentDiffusion(pl.LightningModule):
         learn_sigma: the network has 2C outputs, the second half a learned variance (arXiv:2102.09672); it is trained by
             the variational bound, and `ddpm` samples with it.
         loss_type: l2 or l1 on the network's error. min_snr_gamma: min-SNR weighting (arXiv:2303.09556).
+        time_shift: of flows: noise levels, trained and sampled, are multiplied by it (arXiv:2403.03206, equation 23).
         sigma_data, p_mean, p_std: EDM's data scale and its log-normal training noise (arXiv:2206.00364, table 1).
         scale_factor, shift_factor: first-stage latents z become (z - shift) * scale; one number each, or one of each
             channel. scale_by_std: set it to 1/std of the first training batch.
@@ -100,6 +101,7 @@ class LatentDiffusion(pl.LightningModule):
         learn_sigma: bool = False,
         loss_type: str = "l2",
         min_snr_gamma: float | None = None,
+        time_shift: float = 1.0,
         sigma_data: float = 1.0,
         p_mean: float = -1.2,
         p_std: float = 1.2,
@@ -131,7 +133,9 @@ class LatentDiffusion(pl.LightningModule):
             raise UserError("min_snr_gamma weighs a squared error; use it with loss_type l2.")
         if learn_sigma and parameterization not in DISCRETE:
             raise UserError(f"a variance is learnt with one of {', '.join(DISCRETE)}; got '{parameterization}'.")
-        self.learn_sigma = learn_sigma
+        if not time_shift > 0 or (time_shift != 1 and parameterization != "flow"):
+            raise UserError(f"time_shift is of flows, above 0; got {time_shift} with '{parameterization}'.")
+        self.learn_sigma, self.time_shift = learn_sigma, time_shift
         self.parameterization, self.loss_type, self.min_snr_gamma = parameterization, loss_type, min_snr_gamma
         self.sigma_data, self.p_mean, self.p_std = sigma_data, p_mean, p_std
         self.weight_decay, self.warmup_steps, self.decay_steps = weight_decay, warmup_steps, decay_steps
@@ -246,7 +250,7 @@ class LatentDiffusion(pl.LightningModule):
         if self.parameterization == "edm":
             return EDMDenoiser(network, self.sigma_data)
         if self.parameterization == "flow":
-            return FlowDenoiser(network)
+            return FlowDenoiser(network, self.time_shift)
         return TableDenoiser(network, self.sigmas, self.parameterization)
 
     def denoiser(
@@ -335,7 +339,7 @@ class LatentDiffusion(pl.LightningModule):
         if self.parameterization == "edm":
             return (self.p_mean + self.p_std * torch.randn(count, generator=rng, device=self.device)).exp()
         if self.parameterization == "flow":  # logit-normal t = sigmoid(n) is sigma = exp(n) (arXiv:2403.03206)
-            return torch.randn(count, generator=rng, device=self.device).exp()
+            return self.time_shift * torch.randn(count, generator=rng, device=self.device).exp()
         return self.sigmas[torch.randint(len(self.sigmas), (count,), generator=rng, device=self.device)]
 
     def loss(self, batch: Mapping[str, Tensor], rng: torch.Generator, dropout: bool = True) -> Tensor:

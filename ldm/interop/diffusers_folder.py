@@ -18,7 +18,7 @@ from ldm.interop.clip_config import KNOWN
 from ldm.interop.converted import Converted
 from ldm.interop.diffusers_config import schedule_params, unet_node, vae_node
 from ldm.interop.diffusers_names import modern, renamed, to_convolutions
-from ldm.interop.targets import FIRST_STAGES, LATENT_DIFFUSION, TEXT_EMBEDDER
+from ldm.interop.targets import FIRST_STAGES, LATENT_DIFFUSION, REPRESENTATIONS, TEXT_EMBEDDER
 from ldm.interop.text_names import left_out, open_clip_config, to_open_clip
 from ldm.interop.weights import check_finite
 
@@ -192,7 +192,7 @@ def read_own(folder: Path) -> Converted:
 def _read_own(folder: Path) -> Converted:
     config = foreign_config(folder / "config.yaml")
     node = config.get("model") or {}
-    if node.get("target") not in (LATENT_DIFFUSION, *FIRST_STAGES.values()):
+    if node.get("target") not in (LATENT_DIFFUSION, REPRESENTATIONS, *FIRST_STAGES.values()):
         raise UserError(
             f"{folder} is not the model folder of a diffusion model or of a first stage; its model is "
             f"{node.get('target')}."

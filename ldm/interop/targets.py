@@ -23,6 +23,7 @@ CLASS_EMBEDDER = "ldm.conditioners.class_token.ClassEmbedder"
 RESCALER = "ldm.conditioners.rescaler.SpatialRescaler"
 TEXT_EMBEDDER = "ldm.conditioners.text.TextEmbedder"
 TRAINING = "ldm.autoencoder.stage.AutoencoderStage"
+REPRESENTATIONS = "ldm.autoencoder.rae.RepresentationAutoencoder"
 UNCONDITIONAL = ("__is_unconditional__", None)
 
 DIFFUSION_TARGETS = {

@@ -233,10 +233,19 @@ class DiT(nn.Module):
         """(B,out,H,W) from tokens (B,N,P*P*out), each a patch as (row, column, channel)."""
         if not self.patch_size:
             return tokens.transpose(1, 2)
-        side = self.patch_size
-        tokens = tokens.unflatten(-1, (side, side, self.out_channels)).unflatten(1, tuple(grid))
-        image = tokens.permute(0, 5, 1, 3, 2, 4)                                    # (B,out,rows,P,columns,P)
-        return image.reshape(len(image), self.out_channels, grid[0] * side, grid[1] * side)
+        return patches(tokens, grid, self.patch_size)
+
+
+def patches(tokens: Tensor, grid: Sequence[int], side: int) -> Tensor:
+    """An image (B,C,H,W) of the patches in tokens (B,N,side*side*C), each as (row, column, channel).
+
+    >>> patches(torch.arange(8.0).view(1, 2, 4), (1, 2), 2)[0, 0]
+    tensor([[0., 1., 4., 5.],
+            [2., 3., 6., 7.]])
+    """
+    parts = tokens.unflatten(-1, (side, side, -1)).unflatten(1, tuple(grid))
+    image = parts.permute(0, 5, 1, 3, 2, 4)                                         # (B,C,rows,side,columns,side)
+    return image.reshape(len(image), -1, grid[0] * side, grid[1] * side)
 
 
 class Block(nn.Module):
@@ -258,7 +267,8 @@ class Block(nn.Module):
         self.attn = SelfAttention(dim, heads, qk_norm)
         if crossed:
             self.cross_attn = CrossAttention(dim, heads)
-        self.mlp = (SwiGLU if mlp == "swiglu" else Mlp)(dim, int(dim * mlp_ratio))
+        hidden = int(dim * mlp_ratio)
+        self.mlp = SwiGLU(dim, -(-hidden * 2 // 3 // 8) * 8) if mlp == "swiglu" else Mlp(dim, hidden)
         if modulation == "shared":
             self.scale_shift_table = nn.Parameter(torch.empty(6, dim))
         else:
@@ -273,9 +283,10 @@ class Block(nn.Module):
             nn.init.zeros_(self.cross_attn.proj.weight)
 
     def forward(self, x: Tensor, modulation: Tensor, context: Tensor | None, turns: Tensor | None) -> Tensor:
-        """x (B,N,D), modulation (B or 1,D) of this block's own or (B or 1,6D) of all -> (B,N,D)."""
+        """x (B,N,D), modulation (B or 1,D) of this block's own, or (B,N,D) of each token, or (B or 1,6D) of all blocks
+        -> (B,N,D)."""
         if hasattr(self, "adaLN_modulation"):
-            parts = self.adaLN_modulation(modulation)[:, None].chunk(6, dim=-1)     # 6 x (B or 1,1,D)
+            parts = _each(self.adaLN_modulation(modulation)).chunk(6, dim=-1)       # 6 x (B or 1,1 or N,D)
         else:
             shared = modulation.unflatten(-1, self.scale_shift_table.shape)         # (B or 1,6,D)
             parts = (self.scale_shift_table + shared)[:, None].unbind(2)
@@ -284,6 +295,11 @@ class Block(nn.Module):
         if context is not None:
             x = x + self.cross_attn(x, context)
         return torch.addcmul(x, gate_m, self.mlp(self.norm2(x, scale_m, shift_m)))
+
+
+def _each(modulation: Tensor) -> Tensor:
+    """Modulation (B,D) of all tokens, or (B,N,D) of each, so that it goes with tokens (B,N,D)."""
+    return modulation[:, None] if modulation.ndim == 2 else modulation
 
 
 class SelfAttention(nn.Module):
@@ -336,11 +352,10 @@ class Mlp(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """An MLP gated by SiLU, of as many weights as one of `hidden` without a gate."""
+    """An MLP of `hidden` values gated by SiLU: two thirds of one without a gate are as many weights."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        hidden = -(-hidden * 2 // 3 // 8) * 8
         self.w12, self.w3 = nn.Linear(dim, 2 * hidden), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -349,15 +364,18 @@ class SwiGLU(nn.Module):
 
 
 class Norm(nn.Module):
-    """Normalisation of tokens over their width, without weights: what modulates them scales and shifts."""
+    """Normalisation of tokens over their width, without weights ("weighted": by RMS, with them): what modulates them
+    scales and shifts."""
 
     def __init__(self, dim: int, kind: str):
         super().__init__()
         self.dim, self.kind = dim, kind
+        self.weight = nn.Parameter(torch.ones(dim)) if kind == "weighted" else None
 
     def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """x (B,N,D), scale and shift (B or 1,1,D) -> norm(x) * (1 + scale) + shift."""
-        normed = (F.rms_norm if self.kind == "rms" else F.layer_norm)(x, (self.dim,), eps=1e-6).to(x.dtype)
+        norm = F.layer_norm if self.kind == "layer" else F.rms_norm
+        normed = norm(x, (self.dim,), self.weight, eps=1e-6).to(x.dtype)
         return torch.addcmul(shift, normed, 1 + scale)
 
 
@@ -381,7 +399,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         if hasattr(self, "adaLN_modulation"):
-            shift, scale = self.adaLN_modulation(emb)[:, None].chunk(2, dim=-1)
+            shift, scale = _each(self.adaLN_modulation(emb)).chunk(2, dim=-1)
         else:
             shift, scale = (self.scale_shift_table + emb[:, None])[:, None].unbind(2)
         return self.linear(self.norm_final(x, scale, shift))
