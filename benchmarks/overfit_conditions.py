@@ -1,6 +1,6 @@
 """Does each condition decide the image? Tiny models are overfitted on a few real items, one conditioner at a time.
 
-    python benchmarks/overfit_conditions.py --data sample_data [--only class text ...] [--check]
+    python benchmarks/overfit_conditions.py --data sample_data [--network transformer] [--only class text ...] [--check]
 
 For every conditioner: how many items' conditions bring back their own image (of all training images it is the nearest
 to the sample, by pixel distance), and what the null brings back: many different images, none of them in particular.
@@ -9,7 +9,7 @@ tables of cognoma/cancer-data), text_cxr/ (images and captions.csv), mr/ (a fold
 whose data are not there are left out, and named.
 
 command   python benchmarks/overfit_conditions.py --data sample_data --check
-hardware  2 CPU cores with bfloat16 (AMX): three minutes for each case
+hardware  2 CPU cores: three minutes for each case in bfloat16 (AMX), of the transformer four in float32 on one core
 expected  own image >= 90%; null: at least 4 images, none above half of the samples
 """
 
@@ -34,6 +34,7 @@ import ldm
 from ldm.config import instantiate_from_config
 from ldm.data.datasets import to_tensor
 from ldm.data.volumes import Volume, cut_slice, to_tile, windowed
+from ldm.devices import faster_precision
 from ldm.encoders.encoder import load_encoder
 from ldm.errors import UserError, run_command
 from ldm.images import sheets
@@ -51,12 +52,12 @@ NULLS = 64  # unconditional samples
 
 @dataclass
 class Case:
-    """Items: images (N,C,S,S) in [-1,1], what conditions each, and the node of the conditioner."""
+    """Items: images (N,C,S,S) in [-1,1], what conditions each, the node of the conditioner, what the network takes."""
 
     images: Tensor
     batch: dict[str, Any]
     conditioner: dict[str, Any]
-    unet: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
 
 
 def module(name: str, **params: Any) -> dict[str, Any]:
@@ -240,18 +241,36 @@ CASES: dict[str, Callable[[Path, int], Case]] = {
 }  # fmt: skip
 
 
-def overfit(name: str, case: Case, steps: int, seed: int = 0) -> Any:
-    """A LatentDiffusion on pixels, trained on the case's items alone."""
-    count, channels, size, _ = case.images.shape
-    unet = {
+def unet(size: int, channels: int, given: dict[str, Any]) -> dict[str, Any]:
+    """The node of a UNet of 1.0 million parameters."""
+    params = {
         "in_channels": channels, "out_channels": channels, "model_channels": WIDTH, "num_res_blocks": 1,
         "attention_resolutions": [2], "channel_mult": [1, 2], "num_heads": 2, "context_dim": CONTEXT,
-        "image_size": size, **case.unet,
+        "image_size": size, **given,
     }  # fmt: skip
-    unet["use_spatial_transformer"] = unet["context_dim"] is not None
+    params["use_spatial_transformer"] = params["context_dim"] is not None
+    return {"target": "ldm.networks.unet.UNetModel", "params": params}
+
+
+def transformer(size: int, channels: int, given: dict[str, Any]) -> dict[str, Any]:
+    """The node of a DiT of 1.6 million parameters, whose blocks attend to tokens and are modulated by vectors."""
+    params = {
+        "in_channels": channels, "out_channels": channels, "patch_size": 2, "hidden_size": 4 * WIDTH, "depth": 4,
+        "num_heads": 4, "context_dim": CONTEXT, "qk_norm": "rms", "image_size": size, **given,
+    }  # fmt: skip
+    return {"target": "ldm.networks.dit.DiT", "params": params}
+
+
+NETWORKS = {"unet": (unet, 2e-3), "transformer": (transformer, 1e-3)}  # and their highest rate of learning
+
+
+def overfit(name: str, case: Case, steps: int, network: str = "unet", half: bool = False, seed: int = 0) -> Any:
+    """A LatentDiffusion on pixels, trained on the case's items alone; half: in bfloat16."""
+    count, channels, size, _ = case.images.shape
+    node, rate = NETWORKS[network]
     torch.manual_seed(seed)
     params = {
-        "unet_config": {"target": "ldm.networks.unet.UNetModel", "params": unet},
+        "unet_config": node(size, channels, case.network),
         "first_stage_config": {
             "target": "ldm.autoencoder.autoencoder.IdentityFirstStage",
             "params": {"channels": channels},
@@ -261,13 +280,13 @@ def overfit(name: str, case: Case, steps: int, seed: int = 0) -> Any:
         "use_ema": False,
     }
     model = instantiate_from_config({"target": "ldm.latent_diffusion.LatentDiffusion", "params": params}).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     rng = torch.Generator().manual_seed(seed)
     items = {"image": case.images, **case.batch}
     for _ in tqdm(range(steps), desc=name, unit="step", leave=False):
         batch = rows_of(items, torch.randint(count, (16,), generator=rng))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             loss = model.loss(batch, rng).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -312,6 +331,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder of real sample data")
     parser.add_argument("--only", nargs="+", choices=list(CASES), help="these conditioners alone")
+    parser.add_argument("--network", choices=list(NETWORKS), default="unet", help="what denoises (default %(default)s)")
+    parser.add_argument(
+        "--precision", choices=["auto", "bf16", "fp32"], default="auto", help="default: the one that trains faster"
+    )
     parser.add_argument("--size", type=int, default=16, help="side of the images, px (default %(default)s)")
     parser.add_argument("--steps", type=int, default=1800, help="of training, for each (default %(default)s)")
     parser.add_argument("--out", type=Path, help="folder for a picture of each case, training images above samples")
@@ -324,6 +347,7 @@ def main(argv: list[str] | None = None) -> None:
     args, rows, failed = parse(argv), {}, []
     if not args.data.is_dir():
         raise UserError(f"there is no folder of sample data at {args.data}")
+    half = (faster_precision("cpu")[0] if args.precision == "auto" else args.precision) == "bf16"
     print(f"{'conditioner':<14}{'items':>6}{'own image':>11}{'null: images':>14}{'most often':>12}{'seconds':>9}")
     for name in args.only or CASES:
         began = time.monotonic()
@@ -332,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
         except (FileNotFoundError, UserError) as error:
             print(f"{name:<14}  left out: {str(error).splitlines()[0]}")
             continue
-        model = overfit(name, case, args.steps)
+        model = overfit(name, case, args.steps, args.network, half)
         found, samples = measure(model, case)
         rows[name] = found
         print(

@@ -318,15 +318,16 @@ def test_a_training_becomes_a_model_folder_that_needs_nothing_else(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_overfitting_benchmark_runs_on_the_sample_data(shared, capsys):
+@pytest.mark.parametrize("network", ["unet", "transformer"])
+def test_the_overfitting_benchmark_runs_on_the_sample_data(network, shared, capsys):
     from benchmarks import overfit_conditions
 
     data = str(shared("data/mitosis").parent)
-    overfit_conditions.main(["--data", data, "--steps", "2", "--only", "score", "text"])
+    overfit_conditions.main(["--data", data, "--network", network, "--steps", "2", "--only", "score", "text"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines[1:]] == [["score", "6"], ["text", "7"]]
     with pytest.raises(UserError, match="missed by score"):
-        overfit_conditions.main(["--data", data, "--steps", "1", "--only", "score", "--check"])
+        overfit_conditions.main(["--data", data, "--network", network, "--steps", "1", "--only", "score", "--check"])
 
 
 def test_a_canvas_keeps_a_condition_whose_first_window_is_null():
