@@ -6,12 +6,13 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from published import load, relative
 from torch import Tensor
 
 from ldm.config import instantiate_from_config
 from ldm.errors import UserError
-from ldm.networks.dit import DiT
+from ldm.networks.dit import CrossAttention, DiT
 from ldm.networks.positions import axes
 
 SMALL = dict(in_channels=4, out_channels=4, image_size=8, hidden_size=32, depth=2, num_heads=2)
@@ -170,6 +171,24 @@ def test_positions_that_are_kept_serve_a_training_after_a_sampling_in_inference_
     out = net.train()(x, torch.tensor([5.0]), **cond)
     out.square().mean().backward()
     assert torch.equal(out, first)
+
+
+@pytest.mark.parametrize(("tokens", "length", "folded"), [(64, 4, True), (16, 4, False), (16, 1, True)])
+def test_few_tokens_of_context_fold_weights_for_the_same_result(tokens, length, folded, monkeypatch):
+    attention = CrossAttention(32, 2)
+    x, context = torch.randn(2, tokens, 32), torch.randn(2, length, 32)
+    ways, fold = [], attention._folded
+    monkeypatch.setattr(attention, "_folded", lambda *given: ways.append(1) or fold(*given))
+    q = attention.q_linear(x).unflatten(-1, (2, 16)).transpose(1, 2)
+    k, v = attention.kv_linear(context).unflatten(-1, (2, 2, 16)).permute(2, 0, 3, 1, 4)
+    expected = attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+    found = attention(x, context)
+    assert bool(ways) == folded
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (torch.autograd.grad(out.square().sum(), list(attention.parameters())) for out in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        assert relative(attention.eval()(x, context).expand(2, tokens, 32), expected) < 1e-5
 
 
 def test_a_fresh_network_predicts_zero_and_each_block_is_the_identity():

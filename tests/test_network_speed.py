@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
+import sys
 import warnings
 from pathlib import Path
 
@@ -12,22 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from conftest import ROOT
 from ldm.errors import UserError
 from ldm.networks.cache import CastNetwork, CompiledNetwork, DeepCache, cast_weights
 from ldm.networks.layers import Conv3x3, CrossAttention, GroupNorm32, PointwiseConv, Upsample, attend
 from ldm.networks.unet import UNetModel
 
+sys.path.append(str(ROOT / "benchmarks"))
+
+import network
+import pairs
+import speed
+
 TINY = dict(in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, attention_resolutions=[2],
             channel_mult=[1, 2], num_heads=2, use_spatial_transformer=True, context_dim=16)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def benchmark():
-    path = Path(__file__).parents[1] / "benchmarks" / "network.py"
-    spec = importlib.util.spec_from_file_location("network_benchmark", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -311,33 +309,57 @@ def test_caching_leaves_gradients_alone(net):
 # --- the benchmark's arithmetic -------------------------------------------------------------------------------------
 
 
-def test_the_benchmark_counts_two_operations_for_a_multiply_add(benchmark):
+def test_the_benchmark_counts_two_operations_for_a_multiply_add():
     a, b = torch.randn(4, 5), torch.randn(5, 6)
-    assert benchmark.flops_of(lambda: a @ b) == 2 * 4 * 5 * 6
+    assert speed.flops_of(lambda: a @ b) == 2 * 4 * 5 * 6
     conv = nn.Conv2d(3, 8, 3, padding=1)
-    assert benchmark.flops_of(lambda: conv(torch.randn(2, 3, 16, 16))) == 2 * 2 * 8 * 3 * 9 * 256
+    assert speed.flops_of(lambda: conv(torch.randn(2, 3, 16, 16))) == 2 * 2 * 8 * 3 * 9 * 256
 
 
-def test_rates_of_the_benchmark(benchmark):
-    speed, achieved, share = benchmark.rates(flops=8e12, batch=4, taken=2.0, ceiling=16.0)
-    assert (speed, achieved, share) == (2.0, 4.0, 0.25)
+def test_rates_of_the_benchmark():
+    assert speed.rates(flops=8e12, batch=4, taken=2.0, ceiling=16.0) == (2.0, 4.0, 0.25)
 
 
-def test_the_benchmark_lets_steps_take_turns_after_warming_up(benchmark):
+def test_the_benchmark_lets_steps_take_turns_after_warming_up():
     order = []
-    taken = benchmark.race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, "cpu")
+    taken = speed.race({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, "cpu")
     assert order == ["b", "a", "a", "b", "b", "a"]
     assert set(taken) == {"a", "b"}
 
 
 @pytest.mark.parametrize("size", ["small", "crc"])
 @pytest.mark.slow
-def test_the_benchmark_compares_networks_of_one_size(benchmark, size):
+def test_the_benchmark_compares_unets_of_one_size(size):
     pytest.importorskip("diffusers")
-    params = benchmark.unet_params(size)
+    params = pairs.unet_params(size)
     with torch.device("meta"):
-        ours, theirs = UNetModel(**params), benchmark.diffusers_unet(params)
-    assert benchmark.size_in_millions(ours) == benchmark.size_in_millions(theirs)
+        ours, theirs = UNetModel(**params), pairs.diffusers_unet(params)
+    assert speed.size_in_millions(ours) == speed.size_in_millions(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["dit-small", "pixart-small"])
+def test_the_benchmark_compares_transformers_that_do_the_same(size):
+    pytest.importorskip("diffusers")
+    pair = pairs.pair_of(size)
+    given = torch.randn(2, *pair.shape), torch.tensor([500, 500]), pair.condition(2)
+    ours, theirs = map(speed.size_in_millions, (pair.ours, pair.theirs))
+    assert ours == pytest.approx(theirs - pair.repeated, rel=1e-3)
+    with torch.no_grad():
+        ours, theirs = pair.call_ours(pair.ours, *given), pair.call_theirs(pair.theirs, *given)
+    assert ours.shape == theirs.shape
+    steps = network.steps_of(pair, "forward", torch.float32, given)
+    assert speed.flops_of(steps["ours"]) == pytest.approx(speed.flops_of(steps["theirs"]), rel=0.03)
+
+
+def test_the_benchmarks_unet_of_lucidrains_gives_what_theirs_gives():
+    pytest.importorskip("denoising_diffusion_pytorch")
+    pair = pairs.class_unets(16, dim=32)
+    state = pair.theirs.state_dict()
+    own = {name: name.removeprefix("network.") for name in pair.ours.state_dict()}
+    pair.ours.load_state_dict({name: state[theirs] for name, theirs in own.items()})
+    given = torch.randn(2, *pair.shape), torch.tensor([3, 700]), pair.condition(2)
+    torch.testing.assert_close(pair.ours(*given), pair.theirs(*given), rtol=1e-3, atol=1e-4)
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

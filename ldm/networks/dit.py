@@ -331,8 +331,26 @@ class CrossAttention(nn.Module):
         self.q_linear, self.kv_linear, self.proj = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        (q,), (k, v) = _heads(self.q_linear(x), 1, self.heads), _heads(self.kv_linear(context), 2, self.heads)
+        """(B,N,D), or (B,1,D) where all tokens get the same: a single token of context has weight 1 whatever asks."""
+        k, v = _heads(self.kv_linear(context), 2, self.heads)
+        (count, dim), length = x.shape[1:], context.shape[1]
+        if length == 1 and not self.training:
+            return self.proj(v.transpose(1, 2).flatten(2))
+        if k.dtype == torch.float32 and 3 * length * (self.heads * count + dim) <= count * dim:
+            return self._folded(x, k, v)
+        (q,) = _heads(self.q_linear(x), 1, self.heads)
         return self.proj(attend_heads(q, k, v))
+
+    def _folded(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The same with the weights of queries and output multiplied into keys and values (B,heads,L,d), which costs
+        less where these are few and products are what costs: tokens are multiplied by D x heads*L, not D x D."""
+        k = k * k.shape[-1] ** -0.5
+        weight, bias = (each.unflatten(0, (self.heads, -1)) for each in (self.q_linear.weight, self.q_linear.bias))
+        keys, offset = (k @ weight).flatten(1, 2), (k @ bias[..., None]).flatten(1)         # (B,heads*L,D), (B,heads*L)
+        values = v @ self.proj.weight.t().unflatten(0, (self.heads, -1))                    # (B,heads,L,D)
+        scores = x @ keys.transpose(1, 2) + offset[:, None]                                 # (B,N,heads*L)
+        weights = scores.unflatten(-1, (self.heads, -1)).softmax(-1).to(values.dtype).flatten(2)
+        return weights @ values.flatten(1, 2) + self.proj.bias
 
 
 def _heads(x: Tensor, parts: int, heads: int) -> list[Tensor]:
