@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_folder import write_model_folder
 from ldm.networks.control import ControlledDiT, controlled
+from ldm.sampling.adapters import Adapters
 
 SIDE, DIM = 16, 12
 NODE = model_node(
@@ -93,6 +95,21 @@ def test_pixcells_is_the_published_one(third, pixcell):
         assert relative(call_network(scaled, x, time, seen), golden["out_scale"]) < 1e-5
         plain = call_network(base.model, x, time, base.condition(features=features))
         assert torch.equal(call_network(led.model, x, time, cond), plain)
+
+
+def test_an_adapter_of_the_model_goes_along(third, pixcell):
+    base, led = (load_model(folder) for folder in pixcell[:2])
+    golden = load(third / "pixcell_1024" / "controlnet" / "io.pt")
+    adapters = Adapters({third / "pixcell_1024" / "lora" / "MIST_HER2_lora_10.pth": 1.0})
+    cond = led.condition(features=golden["cond"].mT.unflatten(2, (4, 4)))
+    seen = {**cond, "control/concat": golden["conditioning"]}
+    sampler = ldm.Sampler(lora=adapters, control_scale=0.0)
+    with torch.no_grad():
+        adapted = call_network(adapters.network(base), golden["x"], golden["t"], cond)
+        torch.testing.assert_close(call_network(sampler.network(led), golden["x"], golden["t"], seen), adapted)
+        both = call_network(replace(sampler, control_scale=1.0).network(led), golden["x"], golden["t"], seen)
+        assert relative(both, adapted) > 0.01
+        assert relative(both, golden["out"]) > 0.01
 
 
 def test_every_tensor_of_the_conversion_is_accounted_for(third, pixcell):

@@ -210,6 +210,17 @@ def test_labels_are_those_of_diffusers_own_class(tmp_path):
     assert condition()["class_labels"].tolist() == [3]
 
 
+def test_the_shift_of_a_flow_is_the_schedulers(tmp_path):
+    network, node, _, diffusion = TRANSFORMERS["PixArt by 2 x 2 features, and a flow"]
+    folder = written(tmp_path / "ours", network, node, diffusion | {"time_shift": 3.0})
+    export_as("diffusers", folder, tmp_path / "out")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path / "out" / "scheduler")
+    times = torch.tensor([0.9, 0.5, 0.1])
+    scheduler.set_timesteps(sigmas=times.tolist())
+    shifted = 3 * times / (1 - times)  # what `time_shift` makes of a noise level
+    torch.testing.assert_close(scheduler.sigmas[:-1], shifted / (1 + shifted))
+
+
 def test_shifted_latents_are_those_of_the_exported_autoencoder(tmp_path):
     network, node, _, diffusion = TRANSFORMERS["PixArt by 2 x 2 features, and a flow"]
     folder = written(tmp_path / "ours", network, node, diffusion)

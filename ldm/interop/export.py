@@ -32,7 +32,7 @@ UNET_TRAINING = ("use_checkpoint",)
 DIFFUSION_DEFAULTS: dict[str, Any] = {
     "parameterization": "eps", "beta_schedule": "linear", "timesteps": 1000, "linear_start": 1e-4, "linear_end": 2e-2,
     "cosine_s": 8e-3, "learn_sigma": False, "scale_factor": 1.0, "shift_factor": 0.0, "scale_by_std": False,
-    "loss_type": "l2", "sigma_data": 1.0,
+    "loss_type": "l2", "sigma_data": 1.0, "time_shift": 1.0,
 }  # fmt: skip
 TEXT_DEFAULTS: dict[str, Any] = {
     "chunks": 1, "context_dim": None, "layer": "last", "layout": "joint", "mask_padding": True, "pad": "eos",

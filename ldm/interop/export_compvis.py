@@ -45,7 +45,7 @@ def to_compvis(folder: Path, out: Path, half: bool, betas: Tensor) -> list[str]:
     """
     check_free(out, "model.ckpt")
     model = read_own(folder)
-    if model.node["target"] in (AUTOENCODER_KL, VQ):
+    if model.node["target"] != targets.LATENT_DIFFUSION:
         node = _first_stage(model.node)
         node["target"] = node["target"].replace("VQModelInterface", "VQModel")
         return _written(out, {"base_learning_rate": 4.5e-6, **node}, apart(model.state, half), {}, [])
@@ -63,7 +63,7 @@ def to_compvis(folder: Path, out: Path, half: bool, betas: Tensor) -> list[str]:
         state[UNET + "label_emb.weight"] = told.labels
     if params["shift_factor"] or isinstance(params["scale_factor"], list):
         raise lacks(FORM, "latents that are shifted, or scaled by channel")
-    left = ("learn_sigma", "scale_factor", "shift_factor")
+    left = ("learn_sigma", "scale_factor", "shift_factor", "sigma_data", "time_shift")
     project = {name: params[name] for name in DIFFUSION_DEFAULTS if name not in left} | {
         "scale_factor": 1.0 if params["scale_by_std"] else params["scale_factor"],
         "log_every_t": 200,

@@ -240,9 +240,10 @@ def _add_text(made: _Made, node: Mapping[str, Any], model: Converted) -> None:
 
 def _scheduler_config(params: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """The config of a scheduler with the model's noise table: of DDIM, or of the class that the model came with; of
-    rectified flow, whose times are not shifted here; of EDM."""
+    rectified flow; of EDM."""
     if params["parameterization"] == "flow":
-        return {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": 1.0, "use_dynamic_shifting": False}
+        shift = float(params["time_shift"])
+        return {"_class_name": FLOW, "num_train_timesteps": 1000, "shift": shift, "use_dynamic_shifting": False}
     if params["parameterization"] == "edm":
         if params["first_stage_config"]["target"] == IDENTITY:
             raise lacks(FORM, "clipping of EDM's predictions, as models on pixels are sampled (parameterization edm)")
