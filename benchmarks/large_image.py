@@ -2,6 +2,7 @@
 
     python benchmarks/large_image.py                                # three seeds of 1024 x 1024 px
     python benchmarks/large_image.py --seeds 1 --steps 5            # a quick look: 5 steps of the published procedure
+    python benchmarks/large_image.py --student models/my-student    # and a student of the model, in its steps
 
 The published procedure (Large-Image-Diffusion, arXiv:2312.07330), as its notebook sets it and scaled to the model's
 window: windows at every quarter of a window (169 for 4 x 4 tiles) denoised at each of 50 DDIM steps with and without
@@ -146,13 +147,22 @@ def ours(model: LatentDiffusion, features: Tensor, options: argparse.Namespace, 
     return ldm.large_image(model, features, options.size, sampler, ldm.Windows(**own))
 
 
-PROCEDURES = {"published": published, "ours": ours}
+def student(model: LatentDiffusion, features: Tensor, options: argparse.Namespace, seed: int) -> Tensor:
+    """A student of the model, in the steps that it was trained for."""
+    sampler = ldm.Sampler(
+        seed=seed, batch_size=options.batch_size, progress=False, guidance_scale=options.guidance_scale,
+        precision=options.precision, steps=options.student_steps,
+    )  # fmt: skip
+    return ldm.large_image(model, features, options.size, sampler)
+
+
+PROCEDURES = {"published": published, "ours": ours, "student": student}
 
 
 def make_image(options: argparse.Namespace) -> None:
     """One image by one procedure: image.npy and measures.json in --work. The process ends with it."""
     device = pick_device(options.device)
-    model = ldm.load_model(options.model, device)
+    model = ldm.load_model(options.student if options.procedure == "student" else options.model, device)
     features = torch.from_numpy(np.load(options.features))
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     clock = Clock(device, options.cpu_time)
@@ -227,20 +237,23 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         return make_image(options)
     if options.out:
         writable_folder(options.out)
+    chosen = options.procedures or [name for name in PROCEDURES if name != "student" or options.student]
+    if "student" in chosen and not options.student:
+        raise UserError("the procedure student needs a model folder: --student")
     encoder = load_encoder(options.encoder)
     real = read_region(options.slide, options.region)
     tile = options.tile
     if any(side % tile for side in real.shape[:2]):
         raise UserError(f"--region is of whole tiles of {tile} px; it has {real.shape[1]} x {real.shape[0]} px")
     truth = tile_features(encoder, real, tile, tile // 4)
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in options.procedures}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     shown: dict[str, np.ndarray] = {"real": real}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         np.save(work / "grid.npy", tile_features(encoder, real, tile, options.feature_stride or tile).numpy())
         sized = [*arguments, "--size", *map(str, real.shape[:2])]
         for seed in range(options.seeds):
-            for name in options.procedures:
+            for name in chosen:
                 made = run_child(sized, name, seed, work / "grid.npy", work)
                 image = made.pop("image")
                 made |= seams(image, tile)
@@ -258,9 +271,11 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     )
     reference = seams(real, tile)
     print(f"real region: seams {reference['seam']:.3f}, like for like {reference['seam_like']:.3f}")
-    if {"published", "ours"} <= results.keys():
-        ratios = [p["seconds"] / o["seconds"] for p, o in zip(results["published"], results["ours"])]
-        print(f"published time over ours: {np.median(ratios):.1f} (median; {min(ratios):.1f}..{max(ratios):.1f})")
+    for name in results if "published" in results else ():
+        if name != "published":
+            ratios = [p["seconds"] / o["seconds"] for p, o in zip(results["published"], results[name])]
+            spread = f"median; {min(ratios):.1f}..{max(ratios):.1f}"
+            print(f"time, published over {name}: {np.median(ratios):.1f} ({spread})")
     if options.out:
         about = {"content": f"from the left: {', '.join(shown)}", "model": options.model.name}
         save_png(options.out / "side_by_side.png", grid([list(shown.values())], least=0), about)
@@ -276,7 +291,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--region", default="896,1472,1024,1024", help="x,y,width,height, level-0 px (default %(default)s)")
     add("--tile", type=int, default=256, help="side of the model's tiles in px (default %(default)s)")
     add("--feature-stride", type=int, help="px between the features given to both (default: adjoining tiles)")
-    add("--procedures", nargs="+", default=list(PROCEDURES), choices=PROCEDURES, help="(default: both)")
+    add("--student", type=Path, help="model folder of a student of the model")
+    add("--student-steps", type=int, help="of the student (default: its most)")
+    add("--procedures", nargs="+", choices=PROCEDURES, help="(default: all, the student if there is one)")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... (default %(default)s)")
     add("--steps", type=int, default=50, help="of the published procedure (default %(default)s)")
     add("--set", type=json.loads, default={}, help='of ours, as {"steps": 20, "solver": "unipc"}')

@@ -83,6 +83,7 @@ class LatentDiffusion(pl.LightningModule):
             names stays as it is, and checkpoints hold the adapter.
         repa: aligns a block of the network with features of the store while it trains, `{feature: uni2-h, block: 8}`
             (`ldm.networks.repa.Alignment`).
+        small_decoder_config: node of a decoder that was distilled from the first stage's (`ldm.autoencoder.small`).
         student: what a distilled model was trained for (`ldm.diffusion.student.Student`); its network tells more.
         monitor: what the best checkpoint is chosen by. seed: of noise levels, noise and condition dropout.
     """
@@ -116,6 +117,7 @@ class LatentDiffusion(pl.LightningModule):
         ckpt_path: str | None = None,
         lora: Mapping[str, Any] | None = None,
         repa: Mapping[str, Any] | None = None,
+        small_decoder_config: Mapping[str, Any] | None = None,
         student: Mapping[str, Any] | None = None,
         monitor: str = "val/loss",
         seed: int = 0,
@@ -155,6 +157,7 @@ class LatentDiffusion(pl.LightningModule):
                 "have, a whole number above 0."
             )
         self.channels = self.first_stage_model.channels
+        self.small_decoder = instantiate_from_config(small_decoder_config) if small_decoder_config else None
         self.student = None if student is None else Student(**student)
         self.alignment = None if repa is None else alignment_of(repa, self.model.diffusion_model)
         self.targets = {} if repa is None else {"repa": f"features/{self.alignment.feature}"}  # of the training data
@@ -320,9 +323,16 @@ class LatentDiffusion(pl.LightningModule):
         with torch.no_grad():
             return self.latent_scale.apply(self.first_stage_model.latent(images, rng).float())
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (B,3,H,W) of scaled latents (B,C,h,w)."""
-        return self.first_stage_model.decode(self.latent_scale.undo(latents))
+    def decode(self, latents: Tensor, decoder: str = "full") -> Tensor:
+        """Images (B,3,H,W) of scaled latents (B,C,h,w), by the first stage or the small decoder."""
+        own, latents = self.decoding(latents, decoder)
+        return own.decode(latents)
+
+    def decoding(self, latents: Tensor, decoder: str = "full") -> tuple[nn.Module, Tensor]:
+        """What decodes, `full` or `small`, and scaled latents as it takes them."""
+        if decoder == "small":
+            return self.small_decoder, latents
+        return self.first_stage_model, self.latent_scale.undo(latents)
 
     # --- training ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from ldm.data.tile_store import TileStore
 from ldm.diffusion.denoiser import Cond
 from ldm.diffusion.schedules import karras_sigmas
 from ldm.diffusion.student import Student
-from ldm.distillation import STUDENT
+from ldm.distillation.student import STUDENT
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.metrics.measure import Measure
 from ldm.report.page import Report, Section

@@ -11,7 +11,7 @@ from tiny_cohort import FIRST_STAGE, make_cohort
 
 import ldm
 from ldm.config import instantiate_from_config
-from ldm.distillation import Distillation
+from ldm.distillation.student import Distillation
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_folder import export, load_model, write_model_folder
@@ -155,7 +155,7 @@ def trained(tmp_path_factory):
     own = teacher(folder / "teacher")
     config = {
         "model": {
-            "base_learning_rate": 1e-3, "scale_lr": False, "target": "ldm.distillation.Distillation",
+            "base_learning_rate": 1e-3, "scale_lr": False, "target": "ldm.distillation.student.Distillation",
             "params": {"teacher": str(own), "components": 2, "substeps": 8},
         },
         "data": {

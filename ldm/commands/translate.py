@@ -230,7 +230,8 @@ class _Steps:
             steps = sorted(step for number, step in self.held if number == k)
             for step in sorted({steps[round(place)] for place in np.linspace(0, len(steps) - 1, self.count)}):
                 latents = torch.cat(self.held[k, step]).to(self.model.device)
-                images = to_uint8(decode_latents(self.model, latents).clamp(-1, 1))
+                decoder = "full" if self.model.small_decoder is None else "small"
+                images = to_uint8(decode_latents(self.model, latents, decoder).clamp(-1, 1))
                 for picture, plan, image in zip(self.pictures, self.plans, images):
                     name = f"{picture.name}__{plan.targets[k].label}__step{step:03d}.png"
                     save_png(self.out / STEPS / name, image, {"step": step, **settings})

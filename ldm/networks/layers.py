@@ -196,7 +196,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 
 def attend_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The same of heads that are apart: q (B,heads,N,c), k and v (B,heads,M,c) -> (B,N,heads*c)."""
+    """The same of heads that are apart: q (B,heads,N,c), k and v (B,heads,M,c) -> (B,N,heads*c).
+
+    >>> attend_heads(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 6, 8), torch.zeros(1, 2, 6, 8)).shape
+    torch.Size([1, 4, 16])
+    """
     if q.device.type == "cpu" and q.requires_grad and k.dtype != torch.float32 and q.shape[2] * k.shape[2] <= 1024**2:
         out = _attend_plainly(q, k, v)  # below float32 the CPU's fused kernel is several times slower backwards
     else:

@@ -119,7 +119,7 @@ def large_image(
     x = canvas_noise(sampler.seed, model.channels, *canvas).mul_(sigmas[0].cpu()).to(home)
     with tqdm(total=sampler.steps, desc="large image", unit="step", disable=not sampler.progress) as bar:
         x = solver.solve(x, sigmas, led, noise, lambda i, x, x0: bar.update())
-    return decode_canvas(model, x, sampler.progress, out)
+    return decode_canvas(model, x, sampler.progress, out, sampler.decoder)
 
 
 def _led(
@@ -151,7 +151,7 @@ def shown(model: LatentDiffusion, key: str, images: Tensor) -> dict[str, Tensor]
 
 
 def decode_canvas(
-    model: LatentDiffusion, latents: Tensor, progress: bool = True, out: Pixels | None = None
+    model: LatentDiffusion, latents: Tensor, progress: bool = True, out: Pixels | None = None, decoder: str = "full"
 ) -> Tensor | Pixels:
     """The image of a canvas of scaled latents (1,C,h,w): at once if it is small, else in parts.
 
@@ -163,16 +163,17 @@ def decode_canvas(
     >>> decode_canvas(model, torch.randn(1, 4, 16, 24), progress=False).shape
     torch.Size([1, 3, 32, 48])
     """
-    first_stage, factor = model.first_stage_model, model.first_stage_model.downsampling
+    own, latents = model.decoding(latents, decoder)
+    factor = own.downsampling
     height, width = (side * factor for side in latents.shape[-2:])
-    attends = has_attention(first_stage)
+    attends = has_attention(own)
     part = ATTENDED_PART if attends else DECODE_PART
     if height * width <= part**2:
         part = max(height, width)
     image = torch.empty(1, 3, height, width) if out is None else None
     total = -(-height // part) * -(-width // part)
-    halo = model.image_size // 2 if attends else None
-    parts = decode_tiles(first_stage, model.latent_scale.undo(latents), model.image_size, max(part // factor, 1), halo)
+    halo = model.image_size // 2 if attends else getattr(own, "reach", None)
+    parts = decode_tiles(own, latents, model.image_size, max(part // factor, 1), halo)
     for rows, cols, decoded in tqdm(parts, desc="decode", total=total, disable=not progress or total == 1):
         if out is None:
             image[..., rows, cols] = decoded.clamp(-1, 1)
@@ -204,15 +205,15 @@ def encode_images(model: LatentDiffusion, images: Tensor) -> Tensor:
     return latents
 
 
-def decode_latents(model: LatentDiffusion, latents: Tensor) -> Tensor:
+def decode_latents(model: LatentDiffusion, latents: Tensor, decoder: str = "full") -> Tensor:
     """Images (B,C,H,W) of scaled latents (B,C,h,w) of any size, where the latents are.
 
     >>> decode_latents(model, torch.randn(2, 4, 16, 24)).shape
     torch.Size([2, 3, 32, 48])
     """
     if model.first_stage_model.downsampling == 1 or max(latents.shape[-2:]) <= model.image_size:
-        return model.decode(latents)
-    return torch.cat([decode_canvas(model, z[None], progress=False) for z in latents]).to(latents)
+        return model.decode(latents, decoder)
+    return torch.cat([decode_canvas(model, z[None], False, decoder=decoder) for z in latents]).to(latents)
 
 
 def has_attention(first_stage: nn.Module) -> bool:

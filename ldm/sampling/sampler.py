@@ -32,6 +32,7 @@ Interval = tuple[float, float] | Literal["all"]
 Task = Literal["sample", "large_image", "translate", "invert", "sweep"]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+DECODERS = ("full", "small")
 MODES = ("shifted", "overlap")
 STARTS = ("invert", "noise", "none")
 ODE_SOLVERS = ("euler", "heun", "dpmpp_2m", "unipc")  # that are followed both ways
@@ -115,6 +116,7 @@ class Sampler:
         lora: adapters of the network, `{"adapters/her2": 0.8}`: folder or file, and the scale of each (`Adapters`).
         precision: of the network's arithmetic: fp32, bf16 or fp16; by default bf16 on GPUs that have it, and fp32
             elsewhere, so that an image does not depend on the machine.
+        decoder: of latents: full, the first stage's; small, one that was distilled from it, where the model has one.
         compile: run the network through torch.compile, which takes a minute at first.
         cache: compute the network's deep features at every `cache`-th step only (DeepCache, arXiv:2312.00858): faster,
             approximate.
@@ -146,6 +148,7 @@ class Sampler:
     precision: str | None = setting(
         None, "Precision of the network's arithmetic: bf16 on GPUs that have it, else fp32", PRECISIONS
     )
+    decoder: str = setting("full", "Decoder: the small one, of models that have it, is many times as fast", DECODERS)
     compile: bool = setting(False, "Compile the network first: pays for many images")
     cache: int = setting(1, "Compute deep features at every n-th step only: faster, approximate", low=1)
     seed: int = setting(0, "Seed of all noise: the same seed gives the same image at any batch size", low=0)
@@ -194,6 +197,8 @@ class Sampler:
             defaults |= student_defaults(self, model)
         elif self.solver in OF_STUDENTS:
             raise UserError(f"the solver '{self.solver}' is of models that were distilled to few steps; this is none.")
+        if self.decoder == "small" and getattr(model, "small_decoder", None) is None:
+            raise UserError("the model has no small decoder; configs/distil/decoder.yaml trains one. Leave it out.")
         if task == "large_image" and self.cache > 1:
             raise UserError("deep features are kept between steps, and windows of a large image move; leave cache out.")
         own = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})

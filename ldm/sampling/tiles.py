@@ -70,7 +70,7 @@ def sample(
             part = {name: value[rows.start : rows.stop] for name, value in cond.items()}
             x = sample_noise(seeds, shape).to(model.device, model.sample_dtype) * sigmas[0]
             x = solver.solve(x, sigmas, part, tile_noise(seeds, shape), lambda i, x, x0: bar.update(len(x)))
-            made = model.decode(x.float())
+            made = model.decode(x.float(), sampler.decoder)
             images.append((made.clamp(-1, 1) if made.ndim == 4 else made).cpu())
     return torch.cat(images)
 

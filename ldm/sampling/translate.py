@@ -179,7 +179,7 @@ class _Way:
                 inner = projected(project, partial(encode_images, model), partial(decode_latents, model))
             solver = solver.agreeing(lambda denoiser: consistent(denoiser, inner))
         x = solver.solve(x, self.sigmas, cond, lambda step: noise(step + 1), seen)
-        image = decode_latents(model, x.float())
+        image = decode_latents(model, x.float(), sampler.decoder)
         return (image if project is None else project(image)).clamp(-1, 1).cpu()
 
     def over(self, denoiser: Denoiser) -> Denoiser:

@@ -26,6 +26,7 @@ from ldm.diffusion.policies import Draws, Imitation, clipped, clock, follow, lev
 from ldm.diffusion.samplers import sample_consistency, sample_dpmpp_2m, sample_policy
 from ldm.diffusion.schedules import karras_sigmas
 from ldm.diffusion.student import Student
+from ldm.distillation.base import Distilling
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_folder import load_model, read_model_folder
@@ -37,7 +38,7 @@ LEVELS = 40  # noise levels between which consistency is trained
 HUBER = 1e-3  # of the consistency loss: below it errors count by their square
 
 
-class Distillation(LatentDiffusion):
+class Distillation(Distilling):
     """Trains a student of a model: `unet_config`, first stage and conditioner are the teacher's, whatever it is.
 
     The student begins as its teacher. Data give the teacher's conditions, and latents or images; without these, a
@@ -95,17 +96,15 @@ class Distillation(LatentDiffusion):
             "target": STUDENT,
             "params": {"network": params["unet_config"], "channels": leader.channels, **about.outputs},
         }
-        own = {"ema_decay": ema_decay, "weight_decay": weight_decay, "warmup_steps": warmup_steps}
-        own |= {"decay_steps": decay_steps, "monitor": monitor, "seed": seed}
-        super().__init__(**{**params, **own, "use_ema": False})
-        self.node = {"target": f"{LatentDiffusion.__module__}.{LatentDiffusion.__name__}", "params": params}
+        training = {"weight_decay": weight_decay, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
+        about_teacher = {**metadata, "teacher": str(teacher)}
+        super().__init__(params, about_teacher, {**training, "monitor": monitor, "seed": seed})
         self.first_stage_model.load_state_dict(leader.first_stage_model.state_dict())
         if conditioner is not None:
             self.cond_stage_model.load_state_dict(conditioner.state_dict())
             self.cond_stage_model.requires_grad_(False).eval()
         if self.scale_by_std:
             self.scale_factor.copy_(leader.scale_factor)
-            self.measure_scale = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model.diffusion_model.begin(leader.model.diffusion_model.state_dict(), spread)
@@ -115,7 +114,6 @@ class Distillation(LatentDiffusion):
         self._leader = [leader]  # no part of the student, which is saved without it
         self.imitation = Imitation(states, substeps, window, shift)
         self.teacher_steps = teacher_steps
-        self.metadata = {**metadata, "teacher": str(teacher)}
         if guidance is None:
             rank_zero_info(f"{teacher} is not guided: the student follows it as it is")
 
