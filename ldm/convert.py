@@ -29,6 +29,7 @@ from ldm.interop.diffusers_names import to_convolutions
 from ldm.interop.export import apart
 from ldm.interop.forms import file_of
 from ldm.interop.noise_buffers import schedule_buffers
+from ldm.interop.terms import licence_beside
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -216,7 +217,10 @@ def _read(source: Path, content: Any, options: Mapping[str, Any]) -> Converted:
                 if name not in takes:
                     raise UserError(f"{source} is a model of the family {family}, which takes no {_flag(name)}.")
             try:
-                return read(source, content, **given)
+                found = read(source, content, **given)
+                if "licence" not in found.metadata and (terms := licence_beside(source)):
+                    found.metadata["licence"] = terms
+                return found
             except (UserError, OSError):
                 raise
             except Exception as error:  # a reader stumbles over entries of other kinds than the family's have
@@ -339,8 +343,8 @@ def _account(found: Converted) -> list[str]:
     """What is to be said of a conversion: notes, then how many tensors were taken and why others were not."""
     lines = [f"note: {note}" for note in found.notes]
     count = sum(value.numel() for value in found.state.values())
-    if licence := found.metadata.get("licence"):
-        lines.append(f"licence: {licence}")
+    unknown = "none is stated beside the weights; look it up, and record it by --licence"
+    lines.append(f"licence: {found.metadata.get('licence', unknown)}")
     if encoder := found.metadata.get("encoder"):
         lines.append(f"features: {encoder['encoder']} ({encoder['licence']})")
     lines.append(f"{len(found.state)} tensors taken, {count / 1e6:.2f} M values")

@@ -734,6 +734,7 @@ def test_the_project_names_the_classes_of_compvis(model_folder, tmp_path):
 
 SCORE = {"target": "ldm.conditioners.score.ScoreEmbedder", "params": {}}
 OMICS = {"target": "ldm.conditioners.omics.OmicsEmbedder", "params": {}}
+PIXELS = {"target": "ldm.autoencoder.autoencoder.IdentityFirstStage", "params": {}}
 
 
 @pytest.mark.parametrize(
@@ -742,7 +743,7 @@ OMICS = {"target": "ldm.conditioners.omics.OmicsEmbedder", "params": {}}
         ("diffusers", lambda p: p.update(cond_stage_config=OMICS), "the condition OmicsEmbedder"),
         ("compvis", lambda p: p.update(cond_stage_config=SCORE), "the condition ScoreEmbedder"),
         ("diffusers", lambda p: p.update(first_stage_config=VQ), "first stages of the kind VQModel"),
-        ("diffusers", lambda p: p.update(parameterization="edm"), "parameterization 'edm'"),
+        ("diffusers", lambda p: p.update(parameterization="edm", first_stage_config=PIXELS), "clipping of EDM's"),
         ("compvis", lambda p: p.update(parameterization="edm"), "parameterization 'edm'"),
         ("diffusers", lambda p: p.update(beta_schedule="sqrt"), "beta_schedule 'sqrt'"),
         ("diffusers", lambda p: p["unet_config"]["params"].update(resblock_updown=True), "resblock_updown True"),

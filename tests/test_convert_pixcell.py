@@ -190,6 +190,49 @@ def test_the_encoder_and_the_terms_are_recorded_and_said(third, tmp_path):
     assert "licence: apache-2.0" in said
 
 
+def card(folder: Path, licence: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+
+
+def test_the_card_beside_a_checkpoint_or_above_a_part_says_the_terms(third, tmp_path):
+    """Of the training's files, which lie in a folder of their own, and of parts of a pipeline."""
+    source = tmp_path / "weights" / "epoch_3_step_1234.pth"
+    card(source.parent, "cc-by-nc-4.0")
+    shutil.copy(third / "pixcell_256" / "original" / source.name, source)
+    (tmp_path / "flags.yaml").write_text("num_heads: 2")
+    lines: list[str] = []
+    convert(source, tmp_path / "model", base=third / "sd3_vae", config=tmp_path / "flags.yaml", say=lines.append)
+    assert "licence: cc-by-nc-4.0" in lines
+    assert load_model(tmp_path / "model").metadata["licence"] == "cc-by-nc-4.0"
+    (source.parent / "README.md").unlink()
+    convert(source, tmp_path / "model", base=third / "sd3_vae", config=tmp_path / "flags.yaml", say=lines.append)
+    assert "licence: none is stated beside the weights; look it up, and record it by --licence" in lines
+    folder = published_sizes(third / "pixcell_256", tmp_path / "pixcell")
+    found = read_published(folder / "transformer", base=third / "sd3_vae")
+    assert found.metadata["licence"] == "apache-2.0"
+    (tmp_path / "secret").write_text("---\nlicense: told\n---\n")
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    assert "licence" not in read_published(folder, base=third / "sd3_vae").metadata
+
+
+def test_an_adapters_terms_go_with_what_it_makes(third, tmp_path):
+    convert(third / "pixcell_1024", tmp_path / "model", base=third / "sd3_vae", licence="MIT", say=lambda line: None)
+    adapter = tmp_path / "lora" / "MIST_HER2_lora_10.pth"
+    card(adapter.parent, "cc-by-nc-4.0")
+    shutil.copy(third / "pixcell_1024" / "lora" / adapter.name, adapter)
+    assert Adapters({adapter: 0.5}).record()[0].endswith(" (cc-by-nc-4.0)")
+    said = run("export", adapter, "--merge", 1, "--base", tmp_path / "model", "--out", tmp_path / "her2")
+    assert "states no licence" not in said
+    assert "licence: MIT; adapter MIST_HER2_lora_10: cc-by-nc-4.0" in run("describe", tmp_path / "her2")
+    (adapter.parent / "README.md").unlink()
+    run("export", adapter, "--merge", 1, "--base", tmp_path / "model", "--out", tmp_path / "her2")
+    assert load_model(tmp_path / "her2").metadata["licence"] == "MIT"
+    run("export", adapter, "--merge", 1, "--base", tmp_path / "model", "--out", tmp_path / "her2", "--licence", "mine")
+    assert load_model(tmp_path / "her2").metadata["licence"] == "mine"
+
+
 def test_what_it_lacks_is_told_in_one_message(third, tmp_path):
     for source in (third / "pixcell_256", third / "pixcell_256" / "original" / "epoch_3_step_1234.pth"):
         with pytest.raises(UserError, match="has no autoencoder; name the one that it was trained with by --base"):

@@ -15,9 +15,12 @@ from test_convert_pixcell import run
 from torch import Tensor
 
 import ldm
+from ldm.config import instantiate_from_config
 from ldm.convert import convert, load_model, read_published
 from ldm.diffusion.denoiser import call_network
 from ldm.errors import UserError
+from ldm.model_folder import write_model_folder
+from ldm.networks.dit import DiT
 
 HEADS = "num_heads: 4"
 
@@ -172,6 +175,52 @@ def test_the_commands_take_it_from_conversion_to_images(sit, third, tmp_path):
     run("translate", *options, "--images", tiles[0], "--source", "class=7", "--target", "class=8", "--out",
         tmp_path / "translated")  # fmt: skip
     assert len(list((tmp_path / "translated").glob("*.png"))) == 1
+
+
+def test_a_large_image_follows_a_feature_in_the_place_of_the_label(third, tmp_path):
+    """Windows are as large as its training's; each cell of a grid of features is a tile."""
+    golden = load(third / "repae_sit.pt")
+    golden["state_dict"] = {n: v for n, v in golden["state_dict"].items() if not n.startswith("y_embedder.")}
+    source = checkpoint(tmp_path / "a.pt", golden, load(third / "repae_autoencoder.pt")["state_dict"])
+    assert "licence: none is stated beside the weights" in run("convert", source, "--config", tmp_path / "a.yaml",
+                                                               "--out", tmp_path / "model")  # fmt: skip
+    features = np.random.default_rng(0).normal(size=(2, 3, 48)).astype("f4")
+    images = {}
+    for name, grid in {"one": features, "other": features[:, ::-1]}.items():
+        np.save(tmp_path / f"{name}.npy", grid)
+        run("large-image", "--model", tmp_path / "model", "--steps", 2, "--device", "cpu", "--seed", 1, "--features",
+            tmp_path / f"{name}.npy", "--out", tmp_path / f"{name}.png")  # fmt: skip
+        images[name] = np.asarray(Image.open(tmp_path / f"{name}.png"), float)
+    assert images["one"].shape == (256, 384, 3)
+    changed = np.abs(images["one"] - images["other"]).mean((0, 2))
+    assert changed[:32].mean() > 1  # of 255: the outer tiles have other features
+    assert changed[:32].mean() > changed[176:208].mean()  # the middle tile has its own in both
+
+
+def test_a_large_image_of_a_transformer_is_made_in_windows_of_its_training(tmp_path, monkeypatch):
+    params = {"in_channels": 5, "out_channels": 3, "image_size": 16, "hidden_size": 32, "depth": 2, "num_heads": 2,
+              "context_dim": 8, "positions": "rotary"}  # fmt: skip
+    features = {"embed_dim": 12, "context_dim": 8, "map_channels": 2}
+    node = {"target": "ldm.latent_diffusion.LatentDiffusion", "params": {
+        "unet_config": {"target": "ldm.networks.dit.DiT", "params": params},
+        "first_stage_config": {"target": "ldm.autoencoder.autoencoder.IdentityFirstStage"},
+        "cond_stage_config": {"target": "ldm.conditioners.ssl.GridPatchEmbedder", "params": features},
+        "parameterization": "v", "use_ema": False,
+    }}  # fmt: skip
+    write_model_folder(tmp_path / "model", node, instantiate_from_config(node).state_dict(), {})
+    np.save(tmp_path / "grid.npy", np.random.default_rng(0).normal(size=(2, 3, 12)).astype("f4"))
+    seen, forward = set(), DiT.forward
+
+    def watched(self: DiT, x: Tensor, *args: object, **given: object) -> Tensor:
+        seen.add(tuple(x.shape[1:]))
+        return forward(self, x, *args, **given)
+
+    monkeypatch.setattr(DiT, "forward", watched)
+    for mode in ("shifted", "overlap"):
+        run("large-image", "--model", tmp_path / "model", "--steps", 2, "--device", "cpu", "--features",
+            tmp_path / "grid.npy", "--size", "56,40", "--mode", mode, "--out", tmp_path / f"{mode}.png")  # fmt: skip
+        assert Image.open(tmp_path / f"{mode}.png").size == (56, 40)
+    assert seen == {(5, 16, 16)}
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ldm.errors import UserError
+from ldm.errors import UserError, note
 from ldm.files import owns, whole, write_text
 from ldm.interop.checkpoint import read_checkpoint
-from ldm.interop.lora import CONFIG, WEIGHTS, read_lora, to_peft
+from ldm.interop.lora import CONFIG, WEIGHTS, Lora, read_lora, to_peft
+from ldm.interop.terms import together
 from ldm.model_folder import export, load_model, read_model_folder, write_model_folder
 from ldm.sampling.adapters import Adapters
 
@@ -73,5 +74,15 @@ def merge_adapter(
         params, files = dict(node["params"]), {}
         if model.cond_stage_model is not None:
             params["cond_stage_config"], files = model.portable_conditioner()
-        about = {**known, **metadata, "adapters": adapters.record()}
+        about = {**known, "adapters": adapters.record(), **metadata}
+        if "licence" not in metadata:
+            about |= _licence(adapters.loras[0][0], known)
         return write_model_folder(out, {**node, "params": params}, state, about, dtype, files)
+
+
+def _licence(lora: Lora, known: Mapping[str, Any]) -> dict[str, str]:
+    """The licence of a model with an adapter in it, as metadata, where one of both is known."""
+    if lora.licence is None:
+        note(f"the adapter {lora.name} states no licence; look it up, and record that of the whole by --licence.")
+    terms = together(known.get("licence"), f"adapter {lora.name}", lora.licence)
+    return {"licence": terms} if terms else {}

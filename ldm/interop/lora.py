@@ -25,6 +25,7 @@ from ldm.foreign.shape import ABOVE_0, MAPPING, SIZE, TEXT, check_shape, maybe
 from ldm.interop.checkpoint import read_checkpoint, state_dict_of
 from ldm.interop.diffusers_names import unet_modules
 from ldm.interop.pixcell import BLOCK, JOINED, MODULES
+from ldm.interop.terms import licence_beside
 from ldm.interop.weights import AVERAGE, check_finite
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -66,7 +67,8 @@ class Lora:
     """An adapter as it was read.
 
     name: of its folder or file. layers: name of a layer, as the file has it -> its change. base: weights of the layers
-    before the change, where the file holds them. sha256: of the file. about: what this toolkit said of it.
+    before the change, where the file holds them. sha256: of the file. about: what this toolkit said of it. licence:
+    what that says, or the card beside it.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Lora:
     sha256: str
     base: dict[str, Tensor] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    licence: str | None = None
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def read_lora(path: str | Path) -> Lora:
         lone = sorted(downs.keys() ^ ups.keys())
         what = f"one of the two matrices of {lone[0]} alone" if lone else "no matrices of a LoRA"
         raise UserError(f"{path} holds {what}; give an adapter with lora_A and lora_B (or lora_down and lora_up).")
+    terms = about.get("licence") if isinstance(about.get("licence"), str) else licence_beside(path)
     layers = {}
     for name, down in downs.items():
         up, rank = ups[name], len(down)
@@ -130,7 +134,7 @@ def read_lora(path: str | Path) -> Lora:
         alpha = float(alphas[name]) if name in alphas else _alpha(settings, name, rank, about)
         scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
         layers[name] = LowRank(down, up, scale)
-    return Lora(path.stem if path.is_file() else path.name, layers, sha256(file), base, about)
+    return Lora(path.stem if path.is_file() else path.name, layers, sha256(file), base, about, terms)
 
 
 def _trained(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -143,8 +143,6 @@ def _of_folder(
     else:
         about = SCHEDULE
         found.notes.append(f"{folder} has no scheduler/: the noise is that of PixCell's training, linear betas")
-    if terms := card_licence(folder):
-        found.metadata["licence"] = terms
     if (folder / "controlnet").is_dir():
         found.unused["controlnet/"] = "a ControlNet: convert it by itself, with this model's folder as --base"
     stage = first_stage_in(folder / "vae") if (folder / "vae" / "config.json").is_file() else None
@@ -242,18 +240,3 @@ def to_pixart(
             raise UserError(f"{source} holds {len(parts)} of the {count} tensors that {name} is made of.")
         named[name] = torch.cat([parts[i] for i in range(count)])
     return named
-
-
-def card_licence(folder: Path) -> str | None:
-    """The licence that the head of a folder's card, README.md, names.
-
-    >>> _ = Path("README.md").write_text("---\\nlicense: cc-by-nc-4.0\\n---\\n")
-    >>> card_licence(Path("."))
-    'cc-by-nc-4.0'
-    """
-    card = folder / "README.md"
-    if not card.is_file() or card.stat().st_size > 2**20:
-        return None
-    head = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
-    found = re.search(r"^license(?:_name)?:\s*['\"]?([\w .+-]+)", head[1], re.MULTILINE) if head else None
-    return found[1].strip() if found else None

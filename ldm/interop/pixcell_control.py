@@ -9,8 +9,9 @@ from ldm.errors import UserError
 from ldm.foreign.paths import only_within
 from ldm.interop.converted import Converted
 from ldm.interop.diffusers_folder import base_model, json_of
-from ldm.interop.pixcell import card_licence, network_in
+from ldm.interop.pixcell import network_in
 from ldm.interop.targets import CONDITIONER_SET
+from ldm.interop.terms import licence_beside, together
 from ldm.interop.transformers import DIT, NETWORK
 
 CLASS = "PixCellControlNet"
@@ -62,7 +63,7 @@ def read_control(path: Path, content: Any, *, base: str | Path | None = None) ->
         raise UserError(f"the base {base} {kind}; give the model folder of a PixCell transformer by itself.")
     with only_within(path):
         own, weights = network_in(path, found.notes, "n_controlnet_blocks", MORE)
-        terms = card_licence(path)
+    terms = licence_beside(path)
     depth = own.pop("depth")
     for name in sorted({*own, "position_scale"}):
         if own.get(name) != network["params"].get(name):
@@ -75,9 +76,8 @@ def read_control(path: Path, content: Any, *, base: str | Path | None = None) ->
     _add_condition(found, network["params"]["image_size"])
     params["unet_config"] = {"target": CONTROLLED, "params": {**network["params"], "control_depth": depth}}
     found.metadata = {**found.metadata, "base": found.metadata.get("converted_from", Path(base).name)}
-    if terms and terms != found.metadata.get("licence"):
-        model = found.metadata.get("licence", "licence not recorded")
-        found.metadata["licence"] = f"{model}; ControlNet: {terms}"
+    if terms := together(found.metadata.get("licence"), "ControlNet", terms):
+        found.metadata["licence"] = terms
     return found
 
 

@@ -42,8 +42,11 @@ class Adapters:
         self._made: tuple[list[tuple[int, int]], nn.Module] | None = None
 
     def record(self) -> list[str]:
-        """What files say of them: name, scale and SHA-256 of each."""
-        return [f"{lora.name}={scale:g} sha256:{lora.sha256[:16]}" for lora, scale in self.loras]
+        """What files say of them: name, scale, SHA-256 and licence of each."""
+        return [
+            f"{lora.name}={scale:g} sha256:{lora.sha256[:16]}" + (f" ({lora.licence})" if lora.licence else "")
+            for lora, scale in self.loras
+        ]
 
     def network(self, model: LatentDiffusion) -> nn.Module:
         """What `model.model` is with the adapters. UserError: one was made for another network."""
