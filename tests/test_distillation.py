@@ -104,7 +104,7 @@ def test_every_weight_of_a_student_learns(method, network, pixels, more, tmp_pat
     assert torch.isfinite(losses).all()
     losses.mean().backward()
     lost = [name for name, weight in student.model.named_parameters() if weight.grad is None or not weight.grad.any()]
-    assert not lost
+    assert all("cross_attn.q_linear" in name for name in lost)  # a single token of context has weight 1 whatever asks
     assert all(weight.grad is None for weight in student.cond_stage_model.parameters())
     assert all(weight.grad is None for weight in student.leader.parameters())
 
