@@ -7,7 +7,8 @@ Conditioning: one tile is sampled for each of `--count` held-out tiles (split va
 features of what was sampled are extracted again. The margin of a tile is the cosine similarity between those and its
 conditioning features, less the mean of the same to the other tiles' conditioning features. Held-out tiles overlap, so
 they are no independent draws: the 95% interval of the mean margin is a bootstrap over blocks of slide columns as wide
-as a tile, not over tiles.
+as a tile, not over tiles. An image is not judged by the encoder that conditioned it alone: the margin comes again in
+features of the judge (extra [judge]), between what was sampled and the held-out tiles themselves.
 
 Seams: mean absolute difference of neighbouring pixels across the borders of the tile lattice, over that inside tiles.
 It comes twice. Over all of the inside it also tells where the lattice happens to cut tissue and glass, and that its
@@ -21,7 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ from ldm.metrics.pairs import psnr
 from ldm.metrics.seams import measure_seams
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.utils.data import Dataset
 
 RESAMPLES = 10_000
@@ -82,6 +84,21 @@ def read_region(path: Path, region: str) -> np.ndarray:
     return open_slide(path).read(x, y, width, height, (width, height))
 
 
+def judge_at_hand() -> Callable[[Tensor], Tensor] | None:
+    """The judge, or None where its package is not installed."""
+    from ldm.encoders.judge import load_judge, packaged
+
+    return load_judge() if packaged().is_file() else None
+
+
+def features_of(network: Callable[[Tensor], Tensor], pixels: np.ndarray) -> np.ndarray:
+    """(N,D) of images (N,H,W,3) uint8."""
+    import torch
+
+    with torch.no_grad():
+        return np.concatenate([network(part).numpy() for part in torch.from_numpy(pixels).split(16)])
+
+
 def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.ndarray]:
     """The figures, and a picture: held-out tiles above what was sampled from their features."""
     import torch
@@ -117,15 +134,20 @@ def measure_conditioning(args: argparse.Namespace) -> tuple[dict[str, Any], np.n
         )
     similarity = cosines(again, conditions)
     gains = margins(similarity)
+    judged = None
+    if judge := judge_at_hand():
+        seen = [features_of(judge, ldm.to_uint8(batch)) for batch in (sampled, images)]
+        judged = margins(cosines(*seen))
     store = open_cohort(args.store)[0]
     extent = store.tile_size * store.downsample  # of a tile, in level-0 px
     blocks = [f"{item['slide']}:{int(item['coord'][0] // extent)}" for item in items]
     low, high = block_bootstrap(gains, np.array(blocks))
+    by_judge = None if judged is None else [float(judged.mean()), *block_bootstrap(judged, np.array(blocks))]
     noise = psnr(rebuilt, images).double().numpy()
     own = float(np.diag(similarity).mean())
     measures = {
         "tiles": len(items), "blocks": len(set(blocks)), "own": own, "shuffled": own - float(gains.mean()),
-        "margin": float(gains.mean()), "low": low, "high": high,
+        "margin": float(gains.mean()), "low": low, "high": high, "judge": by_judge,
         "reconstruction": float(np.diag(cosines(ceiling, conditions)).mean()),
         "psnr": [float(noise.mean()), *block_bootstrap(noise, np.array(blocks))],
         "feature": args.feature, "split": args.split, "steps": args.steps, "guidance_scale": args.guidance_scale,
@@ -147,6 +169,8 @@ def table(measures: dict[str, Any]) -> str:
             f"   95% interval {c['low']:.3f} to {c['high']:.3f} (bootstrap over {c['blocks']} blocks of columns)",
             f"  own condition, first stage's reconstruction {c['reconstruction']:.3f}   (what sampling could reach)",
         ]
+        if c.get("judge"):
+            lines.append("  margin to the tile itself, by the judge     {:.3f}   {:.3f} to {:.3f}".format(*c["judge"]))
     for key, title in (("seams", "seams of the generated image"), ("seams_real", "same measure on the real region")):
         if s := measures.get(key):
             lines.append(f"{title}, {s['tile']} px lattice: gradient across borders over that inside tiles")

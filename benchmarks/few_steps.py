@@ -35,7 +35,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conditioning import block_bootstrap, held_out, margins
+from conditioning import block_bootstrap, features_of, held_out, margins
 from torch import Tensor
 from tqdm import tqdm
 
@@ -95,11 +95,6 @@ def make(arm: Arm, tiles: Tiles, options: argparse.Namespace, seed: int) -> tupl
     begun = time.process_time()
     images = ldm.sample(arm.model, cond, sampler=sampler)
     return to_uint8(images), (time.process_time() - begun) / len(images)
-
-
-@torch.no_grad()
-def features_of(network: Any, pixels: np.ndarray) -> np.ndarray:
-    return np.concatenate([network(part).numpy() for part in torch.from_numpy(pixels).split(16)])
 
 
 @torch.no_grad()

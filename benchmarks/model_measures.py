@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 import ldm
+from ldm.errors import UserError
 
 DATA, MODELS = Path("data"), Path("data/models")
 OUT = Path("out/models_report")
@@ -110,8 +111,11 @@ def ssl(folder: Path, precision: str) -> list[Row]:
     image = ldm.large_image(ldm.load_model(folder), grid, REGION[2:], sampler)
     seams = measure_seams(ldm.to_uint8(image)[0], 256, folder)["like"]
     on = f"{c['tiles']} tiles of the held-out band, drawn by {c['blocks']} columns of the slide"
+    if c["judge"] is None:
+        raise UserError("the judge is not installed, which measures too: pip install 'histoldm[judge]'")
     return [
         row("margin: cosine to its own condition less that to others'", (c["margin"], c["low"], c["high"]), on),
+        row("the same to the held-out tile itself, in features of the judge", c["judge"], on),
         row("cosine to its own condition", [c["own"]], on),
         row("cosine to its own condition of the first stage's reconstruction", [c["reconstruction"]], on),
         row("first stage: PSNR of the reconstruction, dB", c["psnr"], on, 1),

@@ -169,7 +169,11 @@ def seam_rows(name: str, seams: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def figures_section(out: Path) -> str:
     measured = json.loads((out / "conditioning" / "measures.json").read_text())
-    c = measured["conditioning"]
+    c, judged = measured["conditioning"], []
+    if by_judge := c.get("judge"):
+        value, low, high = by_judge
+        told = f"95% interval {low:.3f} to {high:.3f}; features of a network that conditioned none of the images"
+        judged = [("margin to the held-out tile itself, by the judge", f"{value:.3f}", told)]
     rows = [
         (
             "cosine similarity to its own condition",
@@ -183,6 +187,7 @@ def figures_section(out: Path) -> str:
             f"95% interval {c['low']:.3f} to {c['high']:.3f}, bootstrap over {c['blocks']} blocks of slide columns",
         ),
         ("the same after the first stage alone", f"{c['reconstruction']:.3f}", "what sampling could reach at most"),
+        *judged,
         *seam_rows("generated image", measured["seams"]),
         *seam_rows("real region", measured["seams_real"]),
     ]
