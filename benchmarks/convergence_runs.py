@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
 PACE = "pace.json"
+PUBLISHED_SAMPLER = {"solver": "ddim", "steps": 50, "schedule": "uniform", "eta": 0.0}
 SHOWN = 10  # samples that a checkpoint keeps as pictures
 LAST = 1.0
 
@@ -37,27 +38,29 @@ class Scale:
     """How large everything is.
 
     budget: processor seconds of a run; checkpoints: fractions of it, ascending; candidate: that which arms are tried
-    for. rounds: of timing. count: images that are judged; steps: of their sampler, dpmpp_2m.
+    for; longer: those to which one run of the recipe goes on. rounds: of timing. count: images that are judged; steps:
+    of their sampler, dpmpp_2m.
     """
 
-    budget: float = 90.0
+    budget: float = 144.0
     checkpoints: tuple[float, ...] = (1 / 8, 1 / 4, 1 / 2, LAST)
     candidate: float = 1 / 4
+    longer: tuple[float, ...] = (2.0, 4.0)
     seeds: int = 3
     count: int = 192
     steps: int = 8
-    rounds: int = 6
+    rounds: int = 21
     batch: int = 16
     stride: int = 64
     first_stage_steps: int = 228
     channels: int = 32
-    hidden: int = 192
+    hidden: int = 128
     depth: int = 4
 
 
 QUICK = Scale(
     budget=2.0, checkpoints=(1 / 4, LAST), seeds=2, count=16, steps=4, rounds=1, batch=4, stride=128,
-    first_stage_steps=2, hidden=64, depth=2,
+    first_stage_steps=2, hidden=64, depth=2, longer=(2.0,),
 )  # fmt: skip
 
 
@@ -78,19 +81,20 @@ class Arm:
     warmup: int = 50
 
 
-RECIPE, RATE = "recipe", "rate"
+RECIPES = ("recipe", "recipe-1e-4")
 ARMS = {
-    RECIPE: Arm("the recipe: UNet, eps, one token, learning rate 1e-4", rate=1e-4, warmup=100),
-    RATE: Arm("the recipe with learning rate 1e-3"),
-    "grid": Arm("rate + the condition as a map", grid=True),
-    "v": Arm("grid + v, min-SNR 5", parameterization="v", min_snr=5.0, grid=True),
-    "flow": Arm("grid + flow, times logit-normal", parameterization="flow", grid=True),
+    "recipe": Arm("the recipe: UNet, eps, one token"),
+    "recipe-1e-4": Arm("the recipe with learning rate 1e-4", rate=1e-4, warmup=100),
+    "grid": Arm("the recipe + the condition as a map", grid=True),
+    "token-v": Arm("the recipe + v, min-SNR 5", parameterization="v", min_snr=5.0),
+    "v": Arm("the condition as a map; v, min-SNR 5", parameterization="v", min_snr=5.0, grid=True),
+    "flow": Arm("the condition as a map; flow, times logit-normal", parameterization="flow", grid=True),
     "v-repa": Arm("v + REPA", parameterization="v", min_snr=5.0, grid=True, repa=0.5),
     "flow-repa": Arm("flow + REPA", parameterization="flow", grid=True, repa=0.5),
     "transformer": Arm("flow by a transformer", "transformer", "flow", grid=True),
     "transformer-repa": Arm("flow by a transformer + REPA", "transformer", "flow", grid=True, repa=0.5),
 }
-CANDIDATES = tuple(name for name in ARMS if name not in (RECIPE, RATE))
+CANDIDATES = tuple(name for name in ARMS if name not in RECIPES)
 MAP, CONTEXT, FEATURE = 8, 128, 512
 
 
@@ -105,7 +109,7 @@ def network(arm: Arm, scale: Scale, channels: int, side: int) -> dict[str, Any]:
             "target": "ldm.networks.dit.DiT",
             "params": own | {"qk_norm": "rms", "mlp": "swiglu", "positions": "rotary"},
         }
-    own |= {"model_channels": scale.channels, "channel_mult": [1, 2, 3], "attention_resolutions": [4, 2]}
+    own |= {"model_channels": scale.channels, "channel_mult": [1, 2], "attention_resolutions": [2]}
     own |= {"num_res_blocks": 1, "num_heads": 1, "use_spatial_transformer": True}
     return {"target": "ldm.networks.unet.UNetModel", "params": own}
 
@@ -118,7 +122,7 @@ def build(arm: Arm, scale: Scale, data: dict[str, Tensor], first_stage: Path, se
     torch.manual_seed(seed)
     _, channels, side, _ = data["latent"].shape
     kind = "GridPatchEmbedder" if arm.grid else "PatchEmbedder"
-    middle = {"unet": 6, "transformer": max(1, scale.depth // 2)}[arm.network]
+    middle = {"unet": 5, "transformer": max(1, scale.depth // 2)}[arm.network]
     repa = (
         {"feature": f"{ENCODER.name}-tokens4", "block": middle, "weight": arm.repa, "hidden": 256} if arm.repa else None
     )
@@ -149,8 +153,12 @@ class Run:
     def measured(self, fraction: float) -> Path:
         return self.folder / f"{fraction:.4f}.json"
 
+    def marks(self, until: float) -> list[float]:
+        """The fractions up to one at which it is measured."""
+        return [at for at in (*self.scale.checkpoints, *self.scale.longer) if at <= until]
+
     def finished(self, until: float) -> bool:
-        return all(self.measured(at).exists() for at in self.scale.checkpoints if at <= until)
+        return all(self.measured(at).exists() for at in self.marks(until))
 
     def go(self, until: float = LAST) -> None:
         """Train up to a fraction of the budget, and measure at each checkpoint on the way."""
@@ -160,9 +168,7 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.load()
         pace = json.loads((self.out / PACE).read_text())[self.name]
-        for at in self.scale.checkpoints:
-            if at > until:
-                break
+        for at in self.marks(until):
             if self.step < (steps := max(1, round(at * self.scale.budget / pace))):
                 while self.step < steps:
                     self.advance()
@@ -215,19 +221,29 @@ class Run:
         self.step += 1
 
     @torch.no_grad()
-    def sampled(self, count: int) -> np.ndarray:
+    def sampled(self, count: int, **settings: Any) -> np.ndarray:
         """Images (N,H,W,3) uint8 by the averaged weights, without guidance, under held-out conditions."""
         import ldm
 
-        sampler = ldm.Sampler(
-            steps=self.scale.steps, solver="dpmpp_2m", guidance_scale=1.0, seed=0, precision="fp32", progress=False
-        )
+        how = {"steps": self.scale.steps, "solver": "dpmpp_2m", **settings}
+        sampler = ldm.Sampler(**how, guidance_scale=1.0, seed=0, precision="fp32", progress=False)
         self.model.eval()
         with self.model.averaged_weights():
             cond = self.model.condition(features=self.real["ssl"][:count].numpy())
             made = to_uint8(ldm.sample(self.model, cond, sampler=sampler))
         self.model.train()
         return made
+
+    def by_published_sampler(self) -> float:
+        """KID of the last weights by the recipe's own sampler."""
+        from ldm.metrics import kernels
+
+        if not (path := self.folder / "published-sampler.json").exists():
+            torch.set_num_threads(1)
+            self.load()
+            features = judged(self.sampled(self.scale.count, **PUBLISHED_SAMPLER))
+            write_text(path, json.dumps({"kid": kernels.kid(features, self.real["features"].numpy()).value}))
+        return json.loads(path.read_text())["kid"]
 
     def _measure(self, at: float) -> None:
         from ldm.metrics import frechet, kernels
@@ -269,5 +285,5 @@ def trained(name: str, seed: int, until: float, scale: Scale, out: Path) -> str:
     """A run up to a fraction, for a process of its own; returns a line that says so."""
     run = Run(name, seed, scale, out)
     run.go(until)
-    told = json.loads(run.measured(max(at for at in scale.checkpoints if at <= until)).read_text())
+    told = json.loads(run.measured(run.marks(until)[-1]).read_text())
     return f"{name}, seed {seed}: KID {told['kid']:.3f} after {told['steps']} steps"

@@ -17,7 +17,8 @@ time        wall, of sampling and decoding without loading the model; less what 
 evaluations of the network: windows, with and without the condition counted as two
 memory      peak of the process, of it the model as loaded; on a GPU what was allocated there
 seams       as benchmarks/conditioning.py: gradient across the borders of the tile lattice over that inside tiles
-distance    cosine distance of the features of tiles (every quarter) to those of the real region
+distance    cosine distance of the features of tiles (every quarter) to those of the real region; by the judge as well,
+            which conditioned neither, where the extra [judge] is installed
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -200,6 +202,16 @@ def tile_features(encoder: Any, image: np.ndarray, tile: int, stride: int) -> Te
     return torch.cat(features).view(rows, cols, -1)
 
 
+def observers(encoder: Any) -> dict[str, Any]:
+    """Who judges, by the result's key: the encoder that conditioned both, and the judge where it is installed."""
+    from ldm.encoders.judge import PACKAGE, load_judge
+
+    if find_spec(PACKAGE) is None:
+        return {"distance": encoder}
+    judge = load_judge()
+    return {"distance": encoder, "distance_judge": lambda images: judge(torch.from_numpy(to_uint8(images)))}
+
+
 def distances(a: Tensor, b: Tensor) -> np.ndarray:
     """Cosine distances of features (rows,cols,D) at the same places."""
     return (1 - torch.nn.functional.cosine_similarity(a, b, dim=-1)).flatten().numpy()
@@ -214,6 +226,7 @@ COLUMNS = {
     "rest s": ("rest", ".1f"), "evaluations": ("evaluations", ".0f"), "peak MiB": ("peak_mib", ".0f"),
     "model MiB": ("loaded_mib", ".0f"), "GPU MiB": ("gpu_mib", ".0f"), "seams": ("seam", ".3f"),
     "seams, like for like": ("seam_like", ".3f"), "distance": ("distance", ".4f"),
+    "distance, judge": ("distance_judge", ".4f"),
 }  # fmt: skip
 
 
@@ -245,7 +258,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     tile = options.tile
     if any(side % tile for side in real.shape[:2]):
         raise UserError(f"--region is of whole tiles of {tile} px; it has {real.shape[1]} x {real.shape[0]} px")
-    truth = tile_features(encoder, real, tile, tile // 4)
+    eyes = observers(encoder)
+    truth = {name: tile_features(eye, real, tile, tile // 4) for name, eye in eyes.items()}
     results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
     shown: dict[str, np.ndarray] = {"real": real}
     with tempfile.TemporaryDirectory() as folder:
@@ -257,7 +271,8 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
                 made = run_child(sized, name, seed, work / "grid.npy", work)
                 image = made.pop("image")
                 made |= seams(image, tile)
-                made["distance"] = float(distances(tile_features(encoder, image, tile, tile // 4), truth).mean())
+                for key, eye in eyes.items():
+                    made[key] = float(distances(tile_features(eye, image, tile, tile // 4), truth[key]).mean())
                 results[name].append(made)
                 shown.setdefault(name, image)
                 if options.out:

@@ -75,9 +75,11 @@ def test_everything_is_measured_and_nothing_is_trained_twice(prepared, monkeypat
     monkeypatch.setattr(convergence, "CANDIDATES", ("transformer-repa", "grid"))
     report = convergence.measure(None, prepared, SMALL, workers=1)
     assert report["best"] in ("transformer-repa", "grid")
-    assert report["arms"]["recipe"]["steps"] == [1, 4]
-    assert report["arms"]["recipe"]["kid_reached"][0] <= 1.0
-    assert [row["arm"] for row in report["candidates"]] == ["recipe", "rate", "transformer-repa", "grid"]
+    recipe, ours = report["arms"].values()
+    assert recipe["words"].startswith("the recipe")
+    assert recipe["steps"] == ours["steps"] == [1, 4]
+    assert recipe["kid_reached"][0] <= 1.0
+    assert [row["arm"] for row in report["candidates"]] == ["recipe", "recipe-1e-4", "transformer-repa", "grid"]
     assert (prepared / "samples.png").exists()
     assert "share of the time to the recipe's last KID" in (prepared / "table.md").read_text()
 
