@@ -245,6 +245,8 @@ def test_a_student_translates_from_noise_and_does_not_invert(trained):
         ldm.translate(model, images, sampler=ldm.Sampler(progress=False))
     way = ldm.Inversion(start="noise", strength=0.5)
     assert ldm.translate(model, images, sampler=ldm.Sampler(progress=False), inversion=way).shape == images.shape
+    with pytest.raises(UserError, match="a student cannot guide"):
+        ldm.sample(load_model(trained[2]), count=1, sampler=ldm.Sampler(guide=model, progress=False))
     with pytest.raises(UserError, match="is of models that were distilled"):
         ldm.sample(load_model(trained[2]), count=1, sampler=ldm.Sampler(solver="policy", progress=False))
 

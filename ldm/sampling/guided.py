@@ -211,6 +211,8 @@ def _alike(model: LatentDiffusion, guide: LatentDiffusion) -> LatentDiffusion:
         led = {"control": True} if declared(m.model.diffusion_model).control else {}
         return {"latent": (m.channels, m.image_size), **led, **parts}
 
+    if guide.student is not None:
+        raise UserError("a student cannot guide, as guidance is inside of it; give a model that was not distilled.")
     own, other = kind(model), kind(guide)
     if own != other:
         raise UserError(f"the guiding model takes {other}, the model {own}; they must be of one kind.")

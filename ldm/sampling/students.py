@@ -136,7 +136,7 @@ def policy_solver(sampler: Sampler, model: LatentDiffusion, precision: torch.dty
     'policy'
     """
     scales = told_scales(model.student, sampler.guidance_scale)
-    plain = model.policies(precision, sampler.compile)
+    plain = model.policies(precision, sampler.compile, sampler.network(model))
 
     def policies(x: Tensor, start: Tensor, end: Tensor, cond: Cond) -> Denoiser:
         return plain(x, start, end, model.student.told(cond, scales.to(x).expand(len(x), -1)))
