@@ -52,6 +52,7 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.metrics.seams import NEAR, seam_ratios
 from ldm.rng import canvas_noise
 from ldm.sampling.guided import PRECISIONS
+from ldm.sampling.sampler import DECODERS
 
 SIGMA = 0.8  # of the published blend of decoded windows
 
@@ -153,7 +154,7 @@ def student(model: LatentDiffusion, features: Tensor, options: argparse.Namespac
     """A student of the model, in the steps that it was trained for."""
     sampler = ldm.Sampler(
         seed=seed, batch_size=options.batch_size, progress=False, guidance_scale=options.guidance_scale,
-        precision=options.precision, steps=options.student_steps,
+        precision=options.precision, steps=options.student_steps, decoder=options.student_decoder,
     )  # fmt: skip
     return ldm.large_image(model, features, options.size, sampler)
 
@@ -169,7 +170,8 @@ def make_image(options: argparse.Namespace) -> None:
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     clock = Clock(device, options.cpu_time)
     model.model.forward = clock.watch(model.model.forward, "network")
-    model.first_stage_model.decode = clock.watch(model.first_stage_model.decode, "decoding")
+    for decoder in filter(None, (model.first_stage_model, model.small_decoder)):
+        decoder.decode = clock.watch(decoder.decode, "decoding")
     image = PROCEDURES[options.procedure](model, features, options, options.seed)
     total = clock.read() - clock.begun
     np.save(options.work / "image.npy", to_uint8(image)[0])
@@ -308,6 +310,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--feature-stride", type=int, help="px between the features given to both (default: adjoining tiles)")
     add("--student", type=Path, help="model folder of a student of the model")
     add("--student-steps", type=int, help="of the student (default: its most)")
+    add("--student-decoder", default="full", choices=DECODERS, help="of the student (default %(default)s)")
     add("--procedures", nargs="+", choices=PROCEDURES, help="(default: all, the student if there is one)")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... (default %(default)s)")
     add("--steps", type=int, default=50, help="of the published procedure (default %(default)s)")
