@@ -128,7 +128,10 @@ def test_every_tensor_of_the_conversion_is_accounted_for(third, pixcell):
     assert {name: load_model(led).metadata[name] for name in ("licence", "mpp", "base")} == {
         "licence": "MIT", "mpp": 0.5, "base": "pixcell_1024"
     }  # fmt: skip
-    assert "control (size 256, channels 3)" in run("describe", led)
+    said = run("describe", led)
+    assert "ControlledDiT of" in said
+    assert "control (size 256, channels 3)" in said
+    assert "guidance scales by name: ssl\n" in said  # an image that leads has no unconditional value
 
 
 def test_what_it_does_not_go_with_is_told(third, pixcell, tmp_path):
@@ -257,6 +260,9 @@ def test_what_does_not_go_together_is_told(tiny, tmp_path):
         tiny.condition(control=image(0, 24, 24))
     with pytest.raises(UserError, match=r"values in \[-1, 1\]; got 0 to 200"):
         tiny.condition(control=torch.linspace(0, 200, 3 * SIDE**2).reshape(3, SIDE, SIDE))
+    for scale in (0.0, 0.5):
+        with pytest.raises(UserError, match="is of an image that leads, and none is given"):
+            ldm.sample(tiny, count=1, sampler=ldm.Sampler(steps=1, control_scale=scale, progress=False))
     params = NODE["params"]["unet_config"]["params"]
     for change, message in (
         ({"control_depth": 4}, "control_depth is 1 to the network's depth, 3; got 4"),

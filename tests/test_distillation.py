@@ -8,8 +8,10 @@ import pytest
 import torch
 import yaml
 from tiny_cohort import FIRST_STAGE, make_cohort
+from typer.testing import CliRunner
 
 import ldm
+from ldm.cli import app
 from ldm.config import instantiate_from_config
 from ldm.distillation.student import Distillation
 from ldm.errors import UserError
@@ -180,6 +182,9 @@ def trained(tmp_path_factory):
 def test_a_student_is_a_model_folder_like_any_other(trained):
     run, folder, _ = trained
     model = load_model(folder)
+    told = CliRunner().invoke(app, ["describe", str(folder)], catch_exceptions=False).output
+    assert "UNetModel of" in told
+    assert "student: policy, 2 or 4 steps, guidance scale 1 to 6" in told
     assert type(model) is LatentDiffusion
     assert list(model.student.steps) == [2, 4]
     assert model.metadata["mpp"] == 0.5

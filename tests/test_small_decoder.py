@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from test_distillation import batch, teacher
+from typer.testing import CliRunner
 
 import ldm
 from ldm.autoencoder.small import SmallDecoder
+from ldm.cli import app
 from ldm.distillation.decoder import DecoderDistillation
 from ldm.errors import UserError
 from ldm.model_folder import load_model, write_model_folder
@@ -27,6 +29,12 @@ def model(training, tmp_path_factory):
     """A model with a decoder that learnt nothing, read from its folder."""
     folder = tmp_path_factory.mktemp("small") / "own"
     return load_model(write_model_folder(folder, training[0].node, training[0].state_dict(), {}))
+
+
+def test_it_is_told_of(training, tmp_path):
+    folder = write_model_folder(tmp_path / "own", training[0].node, training[0].state_dict(), {})
+    told = [CliRunner().invoke(app, ["describe", str(each)]).output for each in (folder, training[1])]
+    assert ["small decoder: --decoder small" in each for each in told] == [True, False]
 
 
 def test_only_the_decoder_learns_and_it_learns_all_over(training):

@@ -101,6 +101,9 @@ def test_what_does_not_fit_is_told(world, tmp_path):
         read_published(tmp_path / "other.pth")
     with pytest.raises(UserError, match="no diffusion model; give the folder of a diffusion model"):
         run("sample", "--model", world / "map", "--out", tmp_path / "tiles")
+    np.save(tmp_path / "rows.npy", np.zeros((1, 6, DIM), np.float32))
+    with pytest.raises(UserError, match=r"grid of 1 x 6 is .*Give \(2 n, 2 m, 12\) for n x m tiles, .* row by row"):
+        run("sample", "--model", world / "model", "--features", tmp_path / "rows.npy", "--out", tmp_path / "tiles")
     with pytest.raises(UserError, match="the map takes features"):
         load_transport(world / "map").map(torch.zeros(2, 5))
     config = world / "map" / "config.yaml"

@@ -28,8 +28,13 @@ def describe_model(model_path: Path) -> None:
     model = load_model(model_path)
     side = model.tile_size
     count = sum(p.numel() for p in model.model.parameters()) / 1e6
-    first = type(model.first_stage_model).__name__
-    _say(f"{model_path}: tiles of {side} px; UNet of {count:.1f} M parameters over {first}, {model.parameterization}")
+    network, first = model.model.diffusion_model, type(model.first_stage_model).__name__
+    kind = type(getattr(network, "network", network) if model.student else network).__name__
+    _say(f"{model_path}: tiles of {side} px; {kind} of {count:.1f} M parameters over {first}, {model.parameterization}")
+    if model.student is not None:
+        _say(f"  student: {model.student.words()}")
+    if model.small_decoder is not None:
+        _say("  small decoder: --decoder small")
     for name in ("mpp", "licence", "slide_licence"):
         if name in model.metadata:
             _say(f"  {name}: {model.metadata[name]}")
@@ -41,7 +46,8 @@ def describe_model(model_path: Path) -> None:
     for key, about in ({} if conditioner is None else conditioner.describe()).items():
         _say(f"  {key:<12} {about.words()}")
     if isinstance(conditioner, ConditionerSet):
-        _say(f"guidance scales by name: {', '.join(conditioner.members)}")
+        guiding = {part.partition("/")[0] for part in model.null_condition()}
+        _say(f"guidance scales by name: {', '.join(name for name in conditioner.members if name in guiding)}")
 
 
 def describe_stores(path: Path) -> None:

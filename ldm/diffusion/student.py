@@ -76,6 +76,16 @@ class Student:
         extra = self.components + 1 if self.policy == "mixture" else 0
         return {"copies": self.components, "extra": extra, "settings": self.scales + 1}
 
+    def words(self) -> str:
+        """What it is, for a reader.
+
+        >>> Student(steps=(2, 4)).words()
+        'policy, 2 or 4 steps, guidance scale 1 to 6'
+        """
+        told = "no guidance scale" if self.guidance is None else "guidance scale {:g} to {:g}".format(*self.guidance)
+        steps = "" if self.method == "guidance" else f"{' or '.join(map(str, self.steps))} steps, "
+        return f"{self.method}, {steps}{told}"
+
     def sigmas(self, steps: int, sigma_max: float) -> Tensor:
         """Descending noise levels (steps+1,) of its steps. UserError: steps that it was not trained for."""
         if steps not in self.steps:
@@ -111,7 +121,7 @@ class Student:
             if self.policy == "grid":
                 return grid_policy(x0, start, end, self.shift)
             rest = out[:, self.components * channels :]
-            unknown = WIDTH * start / (1 + start**2).sqrt()                     # how far x0 is, of data of variance 1
+            unknown = WIDTH * start / (1 + start**2).sqrt()  # how far x0 is, of data of variance 1
             log_std = rest[:, -1:].mean((2, 3), keepdim=True)[:, None] + per_sample(unknown.log(), x0)
             return mixture_policy(x0, log_std, rest[:, :-1, None], x, start)
 

@@ -52,9 +52,17 @@ class ControlledDiT(DiT):
         y: Tensor | None = None,
         vector: Tensor | None = None,
     ) -> Tensor:
-        """As the DiT's; of x (B,2*in_channels,H,W), whose second half is the latent of an image, led by that."""
+        """As the DiT's; of x (B,2*in_channels,H,W), whose second half is the latent of an image, led by that.
+
+        UserError: a scale of what leads, and no image that does.
+        """
         told = (timesteps, context, y, vector)
         if x.shape[1] == self.takes.in_channels:
+            if self.control_scale != 1.0:
+                raise UserError(
+                    f"the control scale, {self.control_scale:g}, is of an image that leads, and none is given; give "
+                    "one (--condition control=FILE), or leave the scale out."
+                )
             return super().forward(x, *told)
         x, image = x.chunk(2, dim=1)
         residuals = [self.control_scale * each for each in self.control(x, image, *told)]

@@ -179,7 +179,7 @@ def blocks(grid: np.ndarray, cells: int) -> np.ndarray:
     if rows % cells or cols % cells:
         raise UserError(
             f"the model takes {cells} x {cells} features for a tile; a grid of {rows} x {cols} is no whole number of "
-            "such blocks."
+            f"such blocks. Give ({cells} n, {cells} m, {dim}) for n x m tiles, which are taken row by row."
         )
     parted = grid.reshape(rows // cells, cells, cols // cells, cells, dim)
     return parted.transpose(0, 2, 4, 1, 3).reshape(-1, dim, cells, cells)
