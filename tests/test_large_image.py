@@ -40,7 +40,7 @@ class Stub:
         self.tile_size = WINDOW * self.first_stage_model.downsampling
         self.device, self.cond_stage_model, self.learn_sigma = torch.device("cpu"), None, False
         self.cond_stage_model = SimpleNamespace(dropout=0.1, describe=dict)
-        self.metadata = {}
+        self.metadata, self.student, self.small_decoder = {}, None, None
         betas = schedules.make_betas("linear", 1000, 0.0015, 0.0195)
         self.sigmas = schedules.sigmas_from_alphas_cumprod((1 - betas).cumprod(0)).float()
         self.paint, self.rows = paint, []  # rows: windows of each call
@@ -58,8 +58,12 @@ class Stub:
     def null_condition(self) -> dict[str, Tensor]:
         return {"vector": torch.zeros(1, 1)}
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.first_stage_model.decode(self.latent_scale.undo(latents))
+    def decode(self, latents: Tensor, decoder: str = "full") -> Tensor:
+        own, latents = self.decoding(latents, decoder)
+        return own.decode(latents)
+
+    def decoding(self, latents: Tensor, decoder: str = "full") -> tuple[nn.Module, Tensor]:
+        return self.first_stage_model, self.latent_scale.undo(latents)
 
 
 def flat(x: Tensor, feature: Tensor) -> Tensor:

@@ -200,7 +200,7 @@ def test_what_is_no_source_image_is_refused():
         conditioner.read({"image": torch.arange(10.0).view(1, 1, 2, 5)})
     with pytest.raises(UserError, match="got nan"):
         conditioner.read({"image": torch.full((1, 4, 4), torch.nan)})
-    with pytest.raises(UserError, match="no source image"):
+    with pytest.raises(UserError, match="a source image is needed; none is given"):
         conditioner.read({"image": torch.zeros(0, 1, 4, 4)})
     with pytest.raises(UserError, match=r"have the shape \(1, 4, 4\); got \(3, 4, 4\)"):
         conditioner({"image": torch.zeros(1, 3, 4, 4)})

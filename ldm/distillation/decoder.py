@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ldm.distillation.base import Distilling
+from ldm.distillation.base import Distilling, read_teacher
 from ldm.errors import UserError
-from ldm.model_folder import load_model, read_model_folder
 
 SCALES = 3  # sizes at which edges are compared, each half of the one before
 
@@ -46,11 +45,9 @@ class DecoderDistillation(Distilling):
         monitor: str = "val/loss",
         seed: int = 0,
     ):
-        node, metadata = read_model_folder(teacher)
-        leader = load_model(teacher)
+        params, metadata, leader = read_teacher(teacher)
         if leader.small_decoder is not None:
             raise UserError(f"the model {teacher} has a small decoder already; give the one that it was made of.")
-        params = dict(node["params"])
         params["small_decoder_config"] = {
             "target": "ldm.autoencoder.small.SmallDecoder",
             "params": {

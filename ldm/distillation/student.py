@@ -26,10 +26,9 @@ from ldm.diffusion.policies import Draws, Imitation, clipped, clock, follow, lev
 from ldm.diffusion.samplers import sample_consistency, sample_dpmpp_2m, sample_policy
 from ldm.diffusion.schedules import karras_sigmas
 from ldm.diffusion.student import Student
-from ldm.distillation.base import Distilling
+from ldm.distillation.base import Distilling, read_teacher
 from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.model_folder import load_model, read_model_folder
 from ldm.networks.ema import EMA
 from ldm.rng import sample_noise
 
@@ -78,8 +77,7 @@ class Distillation(Distilling):
         monitor: str = "val/loss",
         seed: int = 0,
     ):
-        node, metadata = read_model_folder(teacher)
-        leader = load_model(teacher)
+        params, metadata, leader = read_teacher(teacher)
         if leader.student is not None:
             raise UserError(f"the teacher {teacher} is itself a student; give the model that it was distilled from.")
         if states < 1 or not 0 <= window < substeps:
@@ -91,7 +89,7 @@ class Distillation(Distilling):
         elif guidance is not None and isinstance(conditioner, ConditionerSet):
             names = list(conditioner.members)
         about = Student(method, tuple(steps), policy, components, substeps, shift, guidance, tuple(names))
-        params = {**node["params"], "learn_sigma": False, "student": _plain(about)}
+        params = {**params, "learn_sigma": False, "student": _plain(about)}
         params["unet_config"] = {
             "target": STUDENT,
             "params": {"network": params["unet_config"], "channels": leader.channels, **about.outputs},

@@ -70,6 +70,7 @@ def with_defaults(params: Mapping[str, Any], defaults: Mapping[str, Any]) -> dic
 def unet_params(node: Mapping[str, Any], form: str) -> dict[str, Any]:
     """All parameters of a UNetModel that concern its outputs.
 
+    >>> from ldm.interop.diffusers_folder import read_own
     >>> node = read_own(models / "demo-ssl").node["params"]["unet_config"]
     >>> unet_params(node, "diffusers")["norm_groups"]
     32

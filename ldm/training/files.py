@@ -41,6 +41,7 @@ SOURCES = {  # path in the shipped configs -> where to get it
 WAYS = {  # param that names files -> what these are, and an alternative, in which {} is the param's path
     "ckpt_path": ("weights to start from", "{}=null starts from scratch"),
     "folder": ("model folder of a first stage", "{}=FOLDER names one that `histoldm export` made of a training"),
+    "teacher": ("model folder of the teacher", "{}=FOLDER names one that `histoldm export` made of a training"),
     "stores": ("tiles", "{}=FOLDER names a cohort, as `python -m data_prep.tile_slides` makes them"),
     "encoder": ("tile encoder", "{}=FOLDER names another one"),
 }
