@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ class Distillation(Distilling):
             "params": {"network": params["unet_config"], "channels": leader.channels, **about.outputs},
         }
         training = {"weight_decay": weight_decay, "warmup_steps": warmup_steps, "decay_steps": decay_steps}
-        about_teacher = {**metadata, "teacher": str(teacher)}
+        about_teacher = {**metadata, "teacher": Path(teacher).name}
         super().__init__(params, about_teacher, {**training, "monitor": monitor, "seed": seed})
         self.first_stage_model.load_state_dict(leader.first_stage_model.state_dict())
         if conditioner is not None:
@@ -225,10 +226,6 @@ class Distillation(Distilling):
             wanted = torch.where(per_sample(lower > 0, x), wanted, below)
         error = (student(x, sigma, told) - wanted).float().square().flatten(1).mean(1)
         return (error + HUBER**2).sqrt() - HUBER
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["histoldm_student"] = self.node
 
     @torch.no_grad()
     def log_images(self, batch: Mapping[str, Tensor], n: int = 8) -> dict[str, Tensor]:
