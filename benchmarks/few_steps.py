@@ -2,21 +2,27 @@
 
     python benchmarks/few_steps.py --student models/my-student --store cohort --out out/few_steps
     python benchmarks/few_steps.py --student models/my-student --store cohort --seeds 1 --count 16      # a quick look
+    python benchmarks/few_steps.py --teacher data/models/demo-mitosis --student models/cells-student \
+        --store data/samples/cells-held-out --split test --blocks case --guidance-scale 6
 
 hardware  2 CPU cores, 2 GiB of memory; the package's extra [judge]
-duration  of the shipped models, 3 seeds of 96 tiles: about 25 minutes of processor time, of one thread
-expected  at 4 steps KID within the teacher's interval, diversity and margin at 0.95 of the teacher's or more
+duration  3 seeds of 96 tiles, processor time of one thread: of demo-ssl about 25 minutes, of models of 32 px about 4
+expected  at 4 steps KID within the teacher's interval, diversity and following at 0.95 of the teacher's or more
 
-Under the conditions of `--count` held-out tiles (split val) every arm makes one tile of each and seed, all arms from
-the same noise: the teacher in 50 guided steps, which is what the others are compared with; the teacher in as few steps
-as the student; the student (more than one: students of other methods). Printed for each arm:
+Under the conditions of `--count` real tiles (by default of split val, which nothing was trained on) every arm makes one
+tile of each and seed, all arms from the same noise: the teacher in 50 guided steps, which is what the others are
+compared with; the teacher in as few steps as the student; the student (more than one: students of other methods). The
+conditions are the teacher's: features, a score, a class, or captions of those kinds that text_prompts.py knows; of
+classes and kinds every one equally often. Printed for the real tiles, as far as it is told of them, and each arm:
 
 time       of the processor, seconds a tile
-KID, FD    to the held-out tiles, in features of the judge, which conditioned none of the images; intervals of 95% draw
-           columns of the slide as wide as a tile
-recall, coverage   of the held-out tiles, in the same features
+KID, FD    to the real tiles, in features of the judge, which conditioned none of the images; intervals of 95% draw
+           columns of the slide as wide as a tile, or the values of `--blocks`
+recall, coverage   of the real tiles, in the same features
 spread     mean cosine distance between images of one condition from other noise, in the same features
-margin     cosine of a tile's features, by the encoder that conditions, to its own condition less that to the others'
+margin     of features: cosine of a tile's, by the encoder that conditions, to its own condition less that to others'
+spearman   of a score: its rank correlation with the mean of the scorers
+called     of a class or captions: share that a classifier, taught here by real tiles (split train), calls the same
 apart      root mean square difference of the image from the teacher's of 50 steps under the same noise, grey levels
 
 The 1024 px image: benchmarks/large_image.py --student FOLDER, which runs the published procedure too.
@@ -35,26 +41,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from conditioning import block_bootstrap, features_of, held_out, margins
-from torch import Tensor
+from conditioning import block_bootstrap, features_of
+from few_steps_tiles import Tiles, add_options, read_tiles
 from tqdm import tqdm
 
 import ldm
-from ldm.data.datasets import TileDataset
-from ldm.encoders.encoder import load_encoder
 from ldm.encoders.judge import load_judge
 from ldm.errors import UserError, run_command
 from ldm.files import writable_folder, write_text
 from ldm.images import sheets
 from ldm.images.write import save_png, to_uint8
 from ldm.latent_diffusion import LatentDiffusion
-from ldm.metrics.conditional import cosines
 from ldm.metrics.frechet import fid
 from ldm.metrics.kernels import kid
 from ldm.metrics.manifold import prdc
+from ldm.model_folder import read_model_folder
 
 TEACHER_STEPS = 50
 SHOWN = 12  # tiles in the sheet
+LEAST = 64  # px that a tile has there
 Made = dict[str, Any]
 
 
@@ -67,40 +72,16 @@ class Arm:
     steps: int
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Held-out tiles: pixels (N,H,W,3) uint8, features (N,D) that condition, and the column of the slide of each."""
-
-    pixels: np.ndarray
-    features: Tensor
-    blocks: np.ndarray
-
-
-def read_tiles(options: argparse.Namespace) -> Tiles:
-    """The tiles of a cohort that nothing was trained on."""
-    data = TileDataset(options.store, keys=["image", "ssl"], feature=options.feature, where={"split": "val"})
-    items = held_out(data, options.count)
-    pixels = to_uint8(torch.stack([item["image"] for item in items]))
-    columns = [f"{item['slide']}:{int(item['coord'][0]) // pixels.shape[1]}" for item in items]
-    return Tiles(pixels, torch.stack([item["ssl"] for item in items]), np.array(columns))
-
-
 @torch.no_grad()
 def make(arm: Arm, tiles: Tiles, options: argparse.Namespace, seed: int) -> tuple[np.ndarray, float]:
     """Tiles (N,H,W,3) uint8 of a seed, and the seconds of the processor that each took."""
-    cond = arm.model.condition(features=tiles.features)
+    cond = arm.model.condition(**tiles.conditions)
     sampler = ldm.Sampler(
         steps=arm.steps, guidance_scale=options.guidance_scale, seed=seed, batch_size=8, progress=False
     )
     begun = time.process_time()
     images = ldm.sample(arm.model, cond, sampler=sampler)
     return to_uint8(images), (time.process_time() - begun) / len(images)
-
-
-@torch.no_grad()
-def encoded(encoder: Any, pixels: np.ndarray) -> np.ndarray:
-    images = torch.from_numpy(pixels).movedim(-1, 1).float() / 127.5 - 1
-    return np.concatenate([encoder(part).numpy() for part in images.split(16)])
 
 
 def spread_of(features: np.ndarray) -> np.ndarray:
@@ -111,11 +92,11 @@ def spread_of(features: np.ndarray) -> np.ndarray:
     return 1 - alike / (count * (count - 1))
 
 
-def measure(images: np.ndarray, tiles: Tiles, judge: Any, encoder: Any, best: np.ndarray | None) -> Made:
-    """All figures of images (S,N,H,W,3) of an arm, each value, low, high."""
+def measure(images: np.ndarray, tiles: Tiles, judge: Any, real: np.ndarray, best: np.ndarray | None) -> Made:
+    """All figures of images (S,N,H,W,3) of an arm, each value, low, high; `real`: the judge's features of the tiles."""
     seeds, count = images.shape[:2]
     flat = images.reshape(-1, *images.shape[2:])
-    own, real = features_of(judge, flat), features_of(judge, tiles.pixels)
+    own = features_of(judge, flat)
     blocks = np.tile(tiles.blocks, seeds)
     found: Made = {}
     for name, estimate in (("KID", kid(own, real)), ("FD", fid(own, real)), *prdc(own, real).items()):
@@ -123,17 +104,15 @@ def measure(images: np.ndarray, tiles: Tiles, judge: Any, encoder: Any, best: np
     if seeds > 1:
         spread = spread_of(own.reshape(seeds, count, -1))
         found["spread"] = [float(spread.mean()), *block_bootstrap(spread, tiles.blocks)]
-    given = tiles.features.numpy().reshape(count, -1)
-    margin = np.stack([margins(cosines(encoded(encoder, part), given)) for part in images]).mean(0)
-    found["margin"] = [float(margin.mean()), *block_bootstrap(margin, tiles.blocks)]
+    found[tiles.measure] = tiles.follow(images)
     if best is not None:
         apart = (images.astype(np.float32) - best) ** 2
         found["apart"] = [float(apart.mean() ** 0.5)]
     return found
 
 
-ROWS = ("seconds", "KID", "FD", "recall", "coverage", "spread", "margin", "apart")
-GOALS = ("recall", "coverage", "spread", "margin")  # of which a student keeps 0.95
+ROWS = ("seconds", "KID", "FD", "recall", "coverage", "spread", "margin", "spearman", "called", "apart")
+GOALS = ("recall", "coverage", "spread", "margin", "spearman", "called")  # of which a student keeps 0.95
 
 
 def table(results: dict[str, Made]) -> str:
@@ -145,23 +124,30 @@ def table(results: dict[str, Made]) -> str:
         for key in ROWS:
             if key not in made:
                 continue
-            value, *ends = made[key]
-            interval = f" [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else ""
+            value = made[key][0]
             kept = f"   {value / first[key][0]:.3f} of the teacher's" if key in GOALS and made is not first else ""
             if key == "seconds" and made is not first:
                 kept = f"   {first[key][0] / value:.1f} times as fast"
             if key == "KID" and made is not first:
                 inside = first[key][1] <= value <= first[key][2] or value < first[key][0]
                 kept = f"   {'within' if inside else 'outside'} the teacher's interval"
-            lines.append(f"    {key:10}{value:10.4g}{interval:24}{kept}")
+            lines.append(line(key, made[key]) + kept)
     return "\n".join(lines)
+
+
+def line(name: str, found: Sequence[float]) -> str:
+    """A figure: value, and low and high where there are any."""
+    value, *ends = found
+    interval = f" [{ends[0]:.4g}, {ends[1]:.4g}]" if ends else ""
+    return f"    {name:10}{value:10.4g}{interval:24}"
 
 
 def run(options: argparse.Namespace) -> None:
     if options.out:
         writable_folder(options.out)
     torch.set_num_threads(options.threads)
-    teacher, tiles = ldm.load_model(options.teacher), read_tiles(options)
+    teacher = ldm.load_model(options.teacher)
+    tiles = read_tiles(options, teacher, read_model_folder(options.teacher)[1])
     arms = [Arm(f"teacher, {TEACHER_STEPS} steps", teacher, TEACHER_STEPS)]
     for folder in options.student:
         student = ldm.load_model(folder)
@@ -170,7 +156,8 @@ def run(options: argparse.Namespace) -> None:
         arms += [Arm(f"{folder.name}, {steps} steps", student, steps) for steps in sorted(student.student.steps)[::-1]]
     fewest = sorted({arm.steps for arm in arms[1:]})[::-1]
     arms += [Arm(f"teacher, {steps} steps", teacher, steps) for steps in fewest]
-    judge, encoder = load_judge(), load_encoder(options.encoder)
+    judge = load_judge()
+    real = features_of(judge, tiles.pixels)
     results: dict[str, Made] = {}
     best, sheet = None, [tiles.pixels[:: max(1, len(tiles.pixels) // SHOWN)][:SHOWN]]
     with tqdm(total=len(arms) * options.seeds, unit="set") as bar:
@@ -180,16 +167,17 @@ def run(options: argparse.Namespace) -> None:
                 made.append(make(arm, tiles, options, seed))
                 bar.update()
             images, seconds = np.stack([each[0] for each in made]), [each[1] for each in made]
-            results[arm.name] = {"seconds": [float(np.mean(seconds))], **measure(images, tiles, judge, encoder, best)}
+            results[arm.name] = {"seconds": [float(np.mean(seconds))], **measure(images, tiles, judge, real, best)}
             best = images.astype(np.float32) if best is None else best
             sheet.append(images[0, :: max(1, len(tiles.pixels) // SHOWN)][:SHOWN])
     print(
         f"{len(tiles.pixels)} conditions, {options.seeds} seeds, guidance {options.guidance_scale:g}, "
-        f"{options.threads} thread{'s' if options.threads > 1 else ''}\n{table(results)}"
+        f"{options.threads} thread{'s' if options.threads > 1 else ''}\n"
+        f"real tiles\n{line(tiles.measure, tiles.follow(tiles.pixels[None]))}\n{table(results)}"
     )
     if options.out:
-        about = {"content": f"rows: held-out tiles; {'; '.join(results)}", "model": str(options.teacher)}
-        save_png(options.out / "sheet.png", sheets.grid([list(row) for row in sheet], least=0), about)
+        about = {"content": f"rows: real tiles; {'; '.join(results)}", "model": str(options.teacher)}
+        save_png(options.out / "sheet.png", sheets.grid([list(row) for row in sheet], least=LEAST), about)
         write_text(options.out / "few_steps.json", json.dumps(results, indent=1))
 
 
@@ -198,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--teacher", type=Path, default=Path("data/models/demo-ssl"), help="model folder (default %(default)s)")
     add("--student", type=Path, nargs="+", required=True, help="model folders of its students")
-    add("--store", required=True, help="cohort with the features of held-out tiles (split val)")
-    add("--feature", default="demo-encoder", help="their name (default %(default)s)")
-    add("--encoder", default="data/models/demo-encoder", help="that made them (default %(default)s)")
-    add("--count", type=int, default=96, help="conditions (default %(default)s)")
+    add_options(add)
     add("--seeds", type=int, default=3, help="tiles of each condition (default %(default)s)")
     add("--guidance-scale", type=float, default=2.0, help="of all arms (default %(default)s)")
     add("--threads", type=int, default=1, help="of PyTorch (default %(default)s)")

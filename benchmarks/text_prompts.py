@@ -77,6 +77,14 @@ class Prompted:
         return 1 / len(self.made)
 
 
+def kind_of(modality: str, text: str) -> str:
+    """The kind of KINDS that a caption is of; "" of others."""
+    for kind, (of, words, adds) in KINDS.items():
+        if of == modality and text in [words + add for add in ("", *adds)]:
+            return kind
+    return ""
+
+
 def real_images(cohort: str, split: str) -> dict[str, dict[str, Tensor]]:
     """kind -> what its text adds ("" too) -> images (N,3,H,W) of a split."""
     if split not in set(read_index(cohort)["split"]):

@@ -1,6 +1,7 @@
 """Virtual staining by inversion: tiles of one stain under another's class, judged by a classifier of real tiles.
 
     python benchmarks/translation_stains.py --model MODEL --tiles COHORT [--count 24] [--guidance 2] [--out PNG]
+    python benchmarks/translation_stains.py --model STUDENT --tiles COHORT --start noise --steps 4 --strength 0.5
 
 All tiles translated are of regions that the model was not trained on (split `val`). Printed for each source and target:
 how many of the translated tiles the classifier calls the target's, and the SSIM of the haematoxylin channel (colour
@@ -12,7 +13,7 @@ accuracy on held-out real tiles is printed first.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from stain_measures import Pair, judged, known, right, shown, summary, tiles_of, train_classifier
@@ -38,7 +39,7 @@ class Stained:
 def measure(
     model: nn.Module, cohort: str, column: str = "patient", count: int = 24, steps: int = 20, strength: float = 1.0,
     guidance: float = 2.0, exact: bool = False, classifier_steps: int = 100,
-    precision: str = "fp32",
+    precision: str = "fp32", start: str = "invert",
 ) -> Stained:  # fmt: skip
     """Held-out tiles of every class of the model under every other."""
     (key,) = model.cond_stage_model.keys
@@ -46,10 +47,10 @@ def measure(
     trained = {name: tiles_of(cohort, column, name, "train", 500) for name in names}
     classifier = train_classifier(trained, classifier_steps)
     real = {name: tiles_of(cohort, column, name, "val") for name in names}
-    sampler = Sampler(
-        steps=steps, solver="euler", schedule="uniform", guidance_scale=guidance, precision=precision, progress=False
-    )
-    inversion = Inversion(start="invert", strength=strength, exact=exact)
+    sampler = Sampler(steps=steps, guidance_scale=guidance, precision=precision, progress=False)
+    if start == "invert":
+        sampler = replace(sampler, solver="euler", schedule="uniform")
+    inversion = Inversion(start=start, strength=strength, exact=exact)
     conditions = {name: model.condition(**{key: name}) for name in names}
     page, pairs = [], []
     for source in names:
@@ -74,7 +75,8 @@ def main() -> None:
     add("--column", default="patient", help="of the cohort's table, that names the class (default %(default)s)")
     add("--count", type=int, default=24, help="tiles of each source (default %(default)s)")
     add("--steps", type=int, default=20)
-    add("--strength", type=float, default=1.0, help="of the inversion")
+    add("--strength", type=float, default=1.0, help="share of the steps that are taken")
+    add("--start", choices=("invert", "noise"), default="invert", help="from what (default %(default)s)")
     add("--guidance", type=float, default=2.0, help="scale on the way back")
     add("--exact", action="store_true", help="invert by fixed points")
     add("--classifier-steps", type=int, default=100)
@@ -83,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     found = measure(
         load_model(options.model), options.tiles, options.column, options.count, options.steps, options.strength,
-        options.guidance, options.exact, options.classifier_steps, options.precision,
+        options.guidance, options.exact, options.classifier_steps, options.precision, options.start,
     )  # fmt: skip
     print(f"classifier, held-out real tiles: {known(found.hits)}")
     for pair in found.pairs:
