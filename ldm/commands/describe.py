@@ -13,6 +13,7 @@ from ldm.data.conditions import index_path, index_rows, lost_index
 from ldm.data.extent import tell_scales
 from ldm.data.tile_store import GROUPS, TileStore, holds_stores, open_cohort
 from ldm.errors import printable
+from ldm.networks.takes import declared
 
 
 def describe(path: Path) -> None:
@@ -30,7 +31,8 @@ def describe_model(model_path: Path) -> None:
     count = sum(p.numel() for p in model.model.parameters()) / 1e6
     network, first = model.model.diffusion_model, type(model.first_stage_model).__name__
     kind = type(getattr(network, "network", network) if model.student else network).__name__
-    _say(f"{model_path}: tiles of {side} px; {kind} of {count:.1f} M parameters over {first}, {model.parameterization}")
+    makes = f"sequences of {side} tokens" if declared(network).sequence else f"tiles of {side} px"
+    _say(f"{model_path}: {makes}; {kind} of {count:.1f} M parameters over {first}, {model.parameterization}")
     if model.student is not None:
         _say(f"  student: {model.student.words()}")
     if model.small_decoder is not None:

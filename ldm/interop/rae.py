@@ -19,8 +19,7 @@ from ldm.interop.compvis_conditions import Published, class_embedder
 from ldm.interop.converted import Converted
 from ldm.interop.diffusers_config import fixed_settings
 from ldm.interop.diffusers_folder import json_of, read_own, weights_in_folder
-from ldm.interop.forms import weights_in
-from ldm.interop.transformers import averaged_or_raw, complete
+from ldm.interop.transformers import complete, names_in, weights_of
 
 ENCODER, DECODER, STATISTICS = "encoder", "decoder", "stat.pt"
 DDT = "ldm.networks.ddt.DDT"
@@ -161,8 +160,7 @@ def is_ddt(path: Path, content: Any) -> bool:
     >>> is_ddt(Path("stage2_model.pt"), {"ema": dict.fromkeys(MARKS)})
     True
     """
-    average = content.get("ema") if isinstance(content, Mapping) else None
-    return content is not None and set(map(str, average or weights_in(content))) >= MARKS
+    return names_in(content) >= MARKS
 
 
 def read_ddt(
@@ -191,9 +189,7 @@ def read_ddt(
     if stage.node["target"] != targets.REPRESENTATIONS:
         raise UserError(f"the base {base} is no representation autoencoder, whose latents {path} was trained on.")
     found = Converted({}, {}, {name: stage.metadata[name] for name in ("licence",) if name in stage.metadata})
-    average = content.get("ema") if isinstance(content, Mapping) else None
-    raw = state_dict_of(content, path) if not average or content.get("model") else {}
-    weights = averaged_or_raw(average or {}, raw, raw_weights, found)
+    weights = weights_of(content, path, raw_weights, found)
     try:
         params = _sizes(weights, found)
         label = {"embedding.weight": weights.pop(LABELS)}

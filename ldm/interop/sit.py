@@ -15,12 +15,10 @@ from torch import Tensor
 
 from ldm.errors import UserError
 from ldm.interop import targets
-from ldm.interop.checkpoint import state_dict_of
 from ldm.interop.compvis_conditions import Published, class_embedder
 from ldm.interop.converted import Converted
 from ldm.interop.first_stages import autoencoder, first_stage_of
-from ldm.interop.forms import weights_in
-from ldm.interop.transformers import averaged_or_raw, complete, settings_of, transformer
+from ldm.interop.transformers import complete, names_in, settings_of, transformer, weights_of
 
 MARKS = {"x_embedder.proj.weight", "blocks.0.adaLN_modulation.1.bias", "final_layer.linear.bias"}
 TRAINING = {  # beginnings of names -> why a model does without
@@ -38,7 +36,7 @@ def is_sit(path: Path, content: Any) -> bool:
     >>> is_sit(Path("0400000.pt"), {"ema": dict.fromkeys(MARKS), "args": None})
     True
     """
-    return content is not None and MARKS <= set(map(str, _average(content) or weights_in(content)))
+    return MARKS <= names_in(content)
 
 
 def read_sit(
@@ -61,9 +59,7 @@ def read_sit(
     ldm.errors.UserError: 0400000.pt is no whole transformer of the published kind: it lacks 'final_layer.linear.bias'.
     """
     found, settings = Converted({}, {}), settings_of(config)
-    average = _average(content)
-    raw = state_dict_of(content, path) if not average or content.get("model") else {}
-    weights = averaged_or_raw(average, raw, raw_weights, found)
+    weights = weights_of(content, path, raw_weights, found)
     for beginning, why in TRAINING.items():
         for name in [name for name in weights if name.startswith(beginning)]:
             found.unused[name] = why
@@ -76,11 +72,6 @@ def read_sit(
     conditioner = _condition(path, weights, params, classes, found)
     schedule = _prediction(params, settings, found.notes)
     return complete(found, params, weights, schedule, (stage.node, stage.state, stage.metadata), conditioner)
-
-
-def _average(content: Any) -> dict[str, Tensor]:
-    average = content.get("ema") if isinstance(content, Mapping) else None
-    return dict(average) if isinstance(average, Mapping) else {}
 
 
 def _prediction(params: dict[str, Any], settings: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:

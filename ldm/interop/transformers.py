@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ldm.config import foreign_config
 from ldm.errors import UserError, suggest
+from ldm.interop.checkpoint import state_dict_of
 from ldm.interop.converted import Converted
+from ldm.interop.forms import weights_in
 from ldm.interop.heads import heads_told
 
 DIT = "ldm.networks.dit.DiT"
@@ -69,7 +71,7 @@ def _parameters(state: dict[str, Tensor], settings: Mapping[str, Any], found: Co
         "patch_size": patch,
         "hidden_size": hidden,
         "depth": depth,
-        "num_heads": _heads(hidden, settings, found.notes),
+        "num_heads": heads_of(hidden, settings, found.notes),
         "mlp_ratio": len(state["blocks.0.mlp.fc1.bias"]) / hidden,
     }
     if "t_block.1.bias" in state:
@@ -88,7 +90,14 @@ def _parameters(state: dict[str, Tensor], settings: Mapping[str, Any], found: Co
     return params
 
 
-def _heads(hidden: int, settings: Mapping[str, Any], notes: list[str]) -> int:
+def heads_of(hidden: int, settings: Mapping[str, Any], notes: list[str]) -> int:
+    """The number of attention heads, of the config or of the published transformers of a width; said in `notes`.
+
+    UserError: neither knows it.
+
+    >>> heads_of(1024, {}, notes := []), notes[0]
+    (16, '16 attention heads, as published transformers of width 1024 have: no tensor tells')
+    """
     heads = settings.get("num_heads") or HEADS.get(hidden)
     if heads is None:
         raise UserError(
@@ -107,6 +116,36 @@ def _scale(table: Tensor) -> float:
     slow = len(sines) // 2  # turns so little that it is below pi for all scales above 1/100
     turn = float(torch.atan2(sines[slow], cosines[slow])) * 10000 ** (slow / len(sines))
     return float(f"{1 / turn:.4g}") if turn > 0 else 1.0
+
+
+def average_in(content: Any) -> Mapping[str, Tensor]:
+    """The averaged weights in the content of a checkpoint {model, ema, ...}; empty if there are none.
+
+    >>> average_in({"ema": {"a": torch.ones(1)}, "args": None})
+    {'a': tensor([1.])}
+    """
+    average = content.get("ema") if isinstance(content, Mapping) else None
+    return average if isinstance(average, Mapping) else {}
+
+
+def names_in(content: Any) -> set[str]:
+    """Names of the weights in a checkpoint's content, of the averaged ones where it has any; of a folder's, none.
+
+    >>> names_in({"ema": {"a": torch.ones(1)}, "args": None})
+    {'a'}
+    """
+    return set(map(str, average_in(content) or weights_in(content)))
+
+
+def weights_of(content: Any, path: Path, raw_weights: bool, found: Converted) -> dict[str, Tensor]:
+    """The weights of a checkpoint {model, ema, ...}, of which one may be all there is. UserError: there are none.
+
+    >>> weights_of({"ema": {"a": torch.ones(1)}, "args": None}, Path("sit.pt"), False, Converted({}, {}))
+    {'a': tensor([1.])}
+    """
+    average = average_in(content)
+    raw = state_dict_of(content, path) if not average or content.get("model") else {}
+    return averaged_or_raw(average, raw, raw_weights, found)
 
 
 def averaged_or_raw(

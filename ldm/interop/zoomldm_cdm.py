@@ -1,30 +1,37 @@
-"""ZoomLDM's conditioning model (arXiv:2411.16969, section 3.3): a DiT over the tokens that condition an image."""
+"""ZoomLDM's conditioning model (arXiv:2411.16969, section 3.3) of the tokens that condition an image: a DiT, or the
+transformer of unCLIP's prior."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ldm.errors import UserError
 from ldm.interop import targets
-from ldm.interop.checkpoint import state_dict_of
 from ldm.interop.compvis_conditions import Published, class_embedder
 from ldm.interop.converted import Converted
-from ldm.interop.forms import weights_in
 from ldm.interop.sit import LABELS
-from ldm.interop.transformers import averaged_or_raw, complete, settings_of, transformer
+from ldm.interop.transformers import complete, heads_of, names_in, settings_of, transformer, weights_of
 
+PRIOR, IN = "ldm.networks.prior.PriorTransformer", "model."
 MARKS = {"x_embedder.bias", "blocks.0.adaLN_modulation.1.bias", "final_layer.linear.bias"}
-SCHEDULE = {"parameterization": "x0", "beta_schedule": "cosine", "timesteps": 1000, "learn_sigma": True}
+PRIOR_MARKS = {"model.positional_embedding", "model.embedding_proj.weight", "cond_proj.weight"}
+STATISTICS = ("model.clip_mean", "model.clip_std")
+SCHEDULE = {"parameterization": "x0", "beta_schedule": "cosine", "timesteps": 1000}
 
 
 def is_cdm(path: Path, content: Any) -> bool:
-    """Whether a file holds a transformer with a modulation of its own in each block, over a sequence.
+    """Whether a file holds a transformer over a sequence: with a modulation of its own in each block, or unCLIP's.
 
     >>> is_cdm(Path("0000010.pt"), {"model": {"x_embedder.bias": None}})
     False
     """
-    return content is not None and MARKS <= set(map(str, weights_in(content)))
+    names = names_in(content)
+    return names >= MARKS or names >= PRIOR_MARKS
 
 
 def read_cdm(
@@ -44,13 +51,14 @@ def read_cdm(
     12
     """
     found = Converted({}, {})
-    average = content.get("ema") or {}
-    weights = averaged_or_raw(average, state_dict_of(content, path), raw_weights, found)
-    params = transformer(weights, settings_of(config), found, path)
+    weights = weights_of(content, path, raw_weights, found)
+    prior = bool(weights.keys() & PRIOR_MARKS)
+    read, labels = (_prior, "cond_proj.weight") if prior else (transformer, LABELS)
+    params = read(weights, settings_of(config), found, path)
     told = targets.Conditioning("class", {"target": targets.CLASS_EMBEDDER, "params": {
-        "dim": params["hidden_size"], "acts": "vector", "key": "magnification",
+        "dim": params.get("vector_dim", params["hidden_size"]), "acts": "vector", "key": "magnification",
     }})  # fmt: skip
-    label = {"embedding.weight": weights.pop(LABELS)}
+    label = {"embedding.weight": weights.pop(labels)}
     conditioner = class_embedder(Published(told, label, classes, found, path), has_null=False)
     stage = {
         "target": targets.FIRST_STAGES["ldm.models.autoencoder.IdentityFirstStage"],
@@ -58,4 +66,30 @@ def read_cdm(
     }
     found.notes.append("it makes the tokens that condition ZoomLDM's images, (N,C,65), not images")
     found.metadata["makes"] = "tokens"
-    return complete(found, params, weights, SCHEDULE, (stage, {}, {}), conditioner)
+    complete(found, params, weights, SCHEDULE | {"learn_sigma": not prior}, (stage, {}, {}), conditioner)
+    if prior:
+        found.node["params"]["unet_config"]["target"] = PRIOR
+    return found
+
+
+def _prior(state: dict[str, Tensor], settings: Mapping[str, Any], found: Converted, path: Path) -> dict[str, Any]:
+    """Parameters of the PriorTransformer with these weights, which get its own names."""
+    for name in STATISTICS:
+        if state.pop(name, None) is not None:
+            found.unused[name] = "statistics of CLIP's embeddings, by which nothing is scaled here"
+    try:
+        hidden, channels = state["model.proj_in.weight"].shape
+        params = {
+            "in_channels": channels,
+            "out_channels": len(state["model.proj_to_clip_embeddings.bias"]),
+            "image_size": state["model.positional_embedding"].shape[1],
+            "vector_dim": state["model.embedding_proj.weight"].shape[1],
+            "hidden_size": hidden,
+            "depth": len({m[1] for name in state if (m := re.match(r"model\.transformer_blocks\.(\d+)\.", name))}),
+            "num_heads": heads_of(hidden, settings, found.notes),
+        }
+    except KeyError as error:
+        raise UserError(f"{path} is no whole transformer of the published kind: it lacks {error}.") from None
+    for name in [name for name in state if name.startswith(IN)]:
+        state[name.removeprefix(IN)] = state.pop(name)
+    return params

@@ -6,6 +6,7 @@ Shapes: feature maps (B,C,H,W), token sequences (B,N,C), time embeddings (B,E).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -239,15 +240,23 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of x (B,N,C) to a context (B,M,D), or to itself."""
+    """Attention of x (B,N,C) to a context (B,M,D), or to itself. bias: of queries, keys and values."""
 
-    def __init__(self, query_dim: int, context_dim: int | None, heads: int, dim_head: int, dropout: float = 0.0):
+    def __init__(
+        self,
+        query_dim: int,
+        context_dim: int | None,
+        heads: int,
+        dim_head: int,
+        dropout: float = 0.0,
+        bias: bool = False,
+    ):
         super().__init__()
         inner = heads * dim_head
         self.heads = heads
-        self.to_q = nn.Linear(query_dim, inner, bias=False)
-        self.to_k = nn.Linear(context_dim or query_dim, inner, bias=False)
-        self.to_v = nn.Linear(context_dim or query_dim, inner, bias=False)
+        self.to_q = nn.Linear(query_dim, inner, bias)
+        self.to_k = nn.Linear(context_dim or query_dim, inner, bias)
+        self.to_v = nn.Linear(context_dim or query_dim, inner, bias)
         self.to_out = nn.Sequential(nn.Linear(inner, query_dim), nn.Dropout(dropout))
 
     def ignores_query(self, context: Tensor) -> bool:
@@ -274,11 +283,11 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Transformer feed-forward layer: GEGLU of 4 times the width."""
+    """Transformer feed-forward layer of 4 times the width. inner: makes the layer to it, with its activation."""
 
-    def __init__(self, dim: int, dropout: float = 0.0):
+    def __init__(self, dim: int, dropout: float = 0.0, inner: Callable[[int, int], nn.Module] = GEGLU):
         super().__init__()
-        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        self.net = nn.Sequential(inner(dim, 4 * dim), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
