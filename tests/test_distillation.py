@@ -20,6 +20,7 @@ from ldm.model_folder import export, load_model, write_model_folder
 from ldm.networks.dit import DiT
 from ldm.networks.unet import UNetModel
 from ldm.rng import canvas_noise
+from ldm.sampling.sweeps import sweep_images
 from ldm.training.command import main
 
 UNET = {
@@ -248,6 +249,8 @@ def test_a_student_translates_from_noise_and_does_not_invert(trained):
     model, images = load_model(trained[1]), torch.zeros(1, 3, 32, 48)
     with pytest.raises(UserError, match="an image is not inverted by it"):
         ldm.translate(model, images, sampler=ldm.Sampler(progress=False))
+    with pytest.raises(UserError, match="an image is not inverted by it"):
+        sweep_images(model, images, null := model.null_condition(), [null])
     way = ldm.Inversion(start="noise", strength=0.5)
     assert ldm.translate(model, images, sampler=ldm.Sampler(progress=False), inversion=way).shape == images.shape
     with pytest.raises(UserError, match="a student cannot guide"):

@@ -10,10 +10,12 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from test_distillation import teacher
 from test_scorers import FAST, TINY, cell, write_cells
 from test_sequence import NODE
 from typer.testing import CliRunner
 
+import ldm
 from ldm.cli import app
 from ldm.commands.filter import as_scores
 from ldm.commands.resample import Log
@@ -21,10 +23,11 @@ from ldm.commands.scorers import held_out_of
 from ldm.config import instantiate_from_config
 from ldm.data.cohort import merge_index, write_store
 from ldm.data.collection import read_pictures
+from ldm.distillation.decoder import DecoderDistillation
 from ldm.errors import UserError
-from ldm.images.write import save_png
+from ldm.images.write import save_png, to_uint8
 from ldm.model_folder import write_model_folder
-from ldm.sampling.tiles import sample
+from ldm.sampling.tiles import sample_latents
 from ldm.scorers.data import to_range
 from ldm.scorers.ensemble import ResNetEnsemble, load_scorer
 from ldm.scorers.labelled import Task, read_labelled
@@ -363,9 +366,9 @@ def test_tiles_are_sampled_until_enough_pass(world, tmp_path, threshold, monkeyp
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("power cut")
-        return sample(*args, **kwargs)
+        return sample_latents(*args, **kwargs)
 
-    monkeypatch.setattr("ldm.commands.resample.sample", stopped)
+    monkeypatch.setattr("ldm.commands.resample.sample_latents", stopped)
     with pytest.raises(RuntimeError, match="power cut"):
         resample(world, tmp_path / "b", *given, batch=1)
     monkeypatch.undo()
@@ -407,6 +410,30 @@ def test_each_request_gets_its_own(world, tmp_path):
             resample(world, tmp_path / "x", "--condition", "score=0.5", *options)
     with pytest.raises(UserError, match="cannot pass in --max-attempts 2"):
         resample(world, tmp_path / "x", "--condition", "score=0.5", "--above", 0.5, most=2)
+
+
+def test_what_fails_by_the_small_decoder_is_not_decoded_in_full(world, tmp_path):
+    training = DecoderDistillation(str(teacher(tmp_path / "teacher")), widths=[8, 8], blocks=[1, 1])
+    write_model_folder(tmp_path / "model", training.node, training.state_dict(), {"tile_size": 32})
+    np.save(tmp_path / "f.npy", np.ones((1, 6), np.float32))
+    model, network = ldm.load_model(tmp_path / "model"), load_scorer(world / "graded")
+    cond = model.condition(features=torch.ones(12, 6))
+
+    def scores(decoder):
+        made = ldm.sample(model, cond, sampler=ldm.Sampler(steps=2, progress=False, decoder=decoder))
+        pixels = to_range(to_uint8(made)).permute(0, 3, 1, 2)
+        return network(pixels).numpy()
+
+    quick, full = scores("small"), scores("full")
+    least = float(np.median(quick))
+    given = ("--features", tmp_path / "f.npy", "--above", least, "--until", 12, "--max-attempts", 12, "--steps", 2)
+    with pytest.raises(UserError, match="of 12 tiles passed in 12 attempts"):
+        run("resample", "--model", tmp_path / "model", "--scorer", world / "graded", "--out", tmp_path / "o", *given)
+    attempts = pd.read_csv(tmp_path / "o" / "attempts.csv")
+    shown = np.where(quick >= least, full, quick)
+    np.testing.assert_allclose(attempts["score"], shown, atol=2e-3)
+    assert (quick < least).sum() == 6
+    assert not attempts["kept"][quick < least].any()
 
 
 def test_rounds_ask_for_what_is_lacking():

@@ -27,7 +27,7 @@ from ldm.images.write import save_png, to_uint8
 from ldm.requests.sampling import AskedSampler
 from ldm.requests.tiles import AskedTiles, Requests, evenly, requested_tiles
 from ldm.sampling.sampler import Sampler
-from ldm.sampling.tiles import sample
+from ldm.sampling.tiles import decoded, sample_latents
 from ldm.scorers.calibration import proportion
 from ldm.scorers.data import to_range
 from ldm.scorers.ensemble import Scorer, load_scorer
@@ -109,6 +109,21 @@ def resample(
     about |= {"scorer_sha256": network.identity, "above": least[""], "class": class_name, "matches": matches}
     begin = about | {"requests": [tiles.digest(i) for i in range(len(tiles))], "until": until}
     held, log, base = _held(out, json.loads(json.dumps(begin)), usual), Log(until, len(tiles)), 0
+    quick = chosen.decoder == "full" and model.small_decoder is not None
+
+    def looked_at(latents: Tensor, part: Sequence[int]) -> tuple[Tensor, np.ndarray, np.ndarray]:
+        """Images, their scores and what they are kept by; what fails as the small decoder makes it stays so."""
+        images = decoded(model, latents, "small" if quick else chosen.decoder)
+        scores, values = judged(network, images.to(device), tiles, part, class_name, matches)
+        passing = np.flatnonzero(values >= least[""]) if quick else []
+        if len(passing):
+            images[passing] = decoded(model, latents[passing])
+            own = [part[i] for i in passing]
+            scores[passing], values[passing] = judged(
+                network, images[passing].to(device), tiles, own, class_name, matches
+            )
+        return images, scores, values
+
     condition_of, sheet_text = _conditions(model, tiles, chosen), provenance(model_path, model, "see tiles.csv", about)
     with tqdm(total=until * len(tiles), desc="resample", unit="passed") as bar:
         while not log.done and len(log.rows) < max_attempts:
@@ -117,8 +132,9 @@ def resample(
                 part, first = plan[start : start + batch_size], base + start
                 asked_now = {first + i: r for i, r in enumerate(part) if log.lacks(r)}
                 if any(index not in held for index in asked_now):
-                    images = sample(model, condition_of(part), len(part), chosen, first)
-                    scores, values = judged(network, images.to(device), tiles, part, class_name, matches)
+                    images, scores, values = looked_at(
+                        sample_latents(model, condition_of(part), len(part), chosen, first), part
+                    )
                 for index, request in asked_now.items():
                     if not log.lacks(request) or len(log.rows) >= max_attempts:
                         continue

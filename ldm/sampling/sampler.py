@@ -208,7 +208,7 @@ class Sampler:
             )
         if task != "sample" and len(getattr(model, "latent_shape", (1, 1, 1))) == 2:
             raise UserError("the model makes tokens, not images: it can be sampled, and nothing else.")
-        if task == "invert" and own.solver in OF_STUDENTS:
+        if task in ("invert", "sweep") and own.solver in OF_STUDENTS:
             raise UserError(
                 "a student goes from noise to an image, and no way back: an image is not inverted by it. Begin from "
                 "the image noised (start 'noise', strength below 1), or take the teacher."

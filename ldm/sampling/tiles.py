@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -45,7 +45,44 @@ def sample(
     >>> sample(model, count=2, sampler=Sampler(steps=2, progress=False)).shape
     torch.Size([2, 3, 16, 16])
     """
-    sampler, cond = checked_settings(Sampler, sampler), checked_condition(model, cond)
+    sampler = checked_settings(Sampler, sampler)
+    return torch.cat([decoded(model, x, sampler.decoder) for x in _batches(model, cond, count, sampler, first)])
+
+
+@explained
+@torch.no_grad()
+def sample_latents(
+    model: LatentDiffusion,
+    cond: Cond | None = None,
+    count: int | None = None,
+    sampler: Sampler | None = None,
+    first: int = 0,
+) -> Tensor:
+    """The scaled latents (N,C,h,w) of `sample`, of which `decoded` makes its images, on the model's device.
+
+    >>> latents = sample_latents(model, count=2, sampler=Sampler(steps=2, progress=False))
+    >>> torch.equal(decoded(model, latents), sample(model, count=2, sampler=Sampler(steps=2, progress=False)))
+    True
+    """
+    return torch.cat(list(_batches(model, cond, count, checked_settings(Sampler, sampler), first)))
+
+
+@torch.no_grad()
+def decoded(model: LatentDiffusion, latents: Tensor, decoder: str = "full") -> Tensor:
+    """Tiles (N,C,H,W) in [-1,1], on the CPU, of scaled latents; samples of tokens (N,C,L) as they are.
+
+    >>> decoded(model, torch.randn(2, *model.latent_shape)).shape
+    torch.Size([2, 3, 16, 16])
+    """
+    made = model.decode(latents, decoder)
+    return (made.clamp(-1, 1) if made.ndim == 4 else made).cpu()
+
+
+def _batches(
+    model: LatentDiffusion, cond: Cond | None, count: int | None, sampler: Sampler, first: int
+) -> Iterator[Tensor]:
+    """Scaled latents, batch by batch."""
+    cond = checked_condition(model, cond)
     if not cond:
         if sampler.named:
             raise UserError("guidance scales by name need conditions by name; none is given.")
@@ -62,7 +99,7 @@ def sample(
     if context is not None and not any("crossattn" in part for part in cond):
         raise UserError("the network attends to a context, and the model has no conditioner that gives one.")
     solver, sigmas = sampler.guided(model, cond), sampler.sigmas(model)
-    shape, images = model.latent_shape, []
+    shape = model.latent_shape
     with tqdm(total=count * sampler.steps, desc="sample", unit="step", disable=not sampler.progress) as bar:
         for start in range(0, count, sampler.batch_size):
             rows = range(start, min(start + sampler.batch_size, count))
@@ -70,9 +107,7 @@ def sample(
             part = {name: value[rows.start : rows.stop] for name, value in cond.items()}
             x = sample_noise(seeds, shape).to(model.device, model.sample_dtype) * sigmas[0]
             x = solver.solve(x, sigmas, part, tile_noise(seeds, shape), lambda i, x, x0: bar.update(len(x)))
-            made = model.decode(x.float(), sampler.decoder)
-            images.append((made.clamp(-1, 1) if made.ndim == 4 else made).cpu())
-    return torch.cat(images)
+            yield x.float()
 
 
 def tile_noise(seeds: Sequence[int], shape: Sequence[int]) -> Noise:
