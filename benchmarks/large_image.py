@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ from ldm.latent_diffusion import LatentDiffusion
 from ldm.metrics.seams import NEAR, seam_ratios
 from ldm.rng import canvas_noise
 from ldm.sampling.guided import PRECISIONS
-from ldm.sampling.sampler import DECODERS
 
 SIGMA = 0.8  # of the published blend of decoded windows
 
@@ -142,21 +141,24 @@ def published(model: LatentDiffusion, features: Tensor, options: argparse.Namesp
     return (image / weight).clamp(-1, 1).cpu()
 
 
-def ours(model: LatentDiffusion, features: Tensor, options: argparse.Namespace, seed: int) -> Tensor:
-    """This toolkit's defaults, or --set."""
-    settings = {"guidance_scale": options.guidance_scale, "precision": options.precision, **options.set}
+def _with(
+    settings: Mapping[str, Any], model: LatentDiffusion, features: Tensor, options: argparse.Namespace, seed: int
+) -> Tensor:
+    """An image by this toolkit's sampler: its defaults but for `settings`, of sampling and of windows."""
+    settings = {"guidance_scale": options.guidance_scale, "precision": options.precision, **settings}
     own = {name: settings.pop(name) for name in ("mode", "stride", "interpolation") if name in settings}
     sampler = ldm.Sampler(seed=seed, batch_size=options.batch_size, progress=False, **settings)
     return ldm.large_image(model, features, options.size, sampler, ldm.Windows(**own))
 
 
+def ours(model: LatentDiffusion, features: Tensor, options: argparse.Namespace, seed: int) -> Tensor:
+    """This toolkit's defaults, or --set."""
+    return _with(options.set, model, features, options, seed)
+
+
 def student(model: LatentDiffusion, features: Tensor, options: argparse.Namespace, seed: int) -> Tensor:
-    """A student of the model, in the steps that it was trained for."""
-    sampler = ldm.Sampler(
-        seed=seed, batch_size=options.batch_size, progress=False, guidance_scale=options.guidance_scale,
-        precision=options.precision, steps=options.student_steps, decoder=options.student_decoder,
-    )  # fmt: skip
-    return ldm.large_image(model, features, options.size, sampler)
+    """A student of the model, in the steps that it was trained for, or --student-set."""
+    return _with(options.student_set, model, features, options, seed)
 
 
 PROCEDURES = {"published": published, "ours": ours, "student": student}
@@ -309,8 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tile", type=int, default=256, help="side of the model's tiles in px (default %(default)s)")
     add("--feature-stride", type=int, help="px between the features given to both (default: adjoining tiles)")
     add("--student", type=Path, help="model folder of a student of the model")
-    add("--student-steps", type=int, help="of the student (default: its most)")
-    add("--student-decoder", default="full", choices=DECODERS, help="of the student (default %(default)s)")
+    add("--student-set", type=json.loads, default={}, help='of the student, as {"steps": 2, "decoder": "small"}')
     add("--procedures", nargs="+", choices=PROCEDURES, help="(default: all, the student if there is one)")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... (default %(default)s)")
     add("--steps", type=int, default=50, help="of the published procedure (default %(default)s)")

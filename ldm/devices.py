@@ -47,7 +47,7 @@ def faster_precision(device: str = "auto") -> tuple[str, str]:
     """The precision in which networks train faster on a device, bf16 or fp32, and the reason in words.
 
     A GPU gets bf16 if its hardware computes in it. On a CPU a small training step is timed in both, because CPUs with
-    bf16 instructions differ: those with AMX are faster in bf16, those with AVX-512 alone are slower.
+    bf16 instructions differ: those with AMX and some with AVX-512 are faster in bf16, others are slower.
 
     >>> faster_precision("cpu")[0] in ("bf16", "fp32")
     True
