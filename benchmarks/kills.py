@@ -76,6 +76,9 @@ CASES = {
         f"translate {SAMPLING} --images world/images --class-of-name --target class=B --target two:\\ class=A "
         "--save-intermediates 2 --differences --out out"
     ),
+    "translate volume": Case(
+        "translate --model world/gray --steps 2 --batch-size 2 --images world/volume.nii.gz --out out/made.nii.gz"
+    ),
     "sequence": Case(f"sequence {SAMPLING} --vary score=0:1:3 --count 3 --out out"),
     "evaluate": Case(
         "evaluate --generated world/tiles --real world/cells --features pixels --features world/encoder "

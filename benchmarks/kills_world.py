@@ -44,6 +44,23 @@ MODEL: dict[str, Any] = {
         },
     },
 }  # fmt: skip
+GRAY: dict[str, Any] = {
+    "target": "ldm.latent_diffusion.LatentDiffusion",
+    "params": {
+        "use_ema": False,
+        "unet_config": {
+            "target": "ldm.networks.unet.UNetModel",
+            "params": {
+                "image_size": 16, "in_channels": 2, "out_channels": 1, "model_channels": 32, "num_res_blocks": 1,
+                "attention_resolutions": [], "channel_mult": [1], "num_heads": 2,
+            },
+        },
+        "first_stage_config": {"target": "ldm.autoencoder.autoencoder.IdentityFirstStage", "params": {"channels": 1}},
+        "cond_stage_config": {
+            "target": "ldm.conditioners.source_image.SourceImage", "params": {"size": 16, "key": "source"},
+        },
+    },
+}  # fmt: skip
 FIRST_STAGE: dict[str, Any] = {
     "target": "ldm.autoencoder.autoencoder.AutoencoderKL",
     "params": {
@@ -71,6 +88,7 @@ SSL_MODEL: dict[str, Any] = {
 def build_world(place: str) -> None:
     """In `place`: model, first stage, a run, a scorer, images, a cohort, tables: all tiny, the same every time."""
     import h5py
+    import nibabel
     import numpy as np
     import open_clip
     import pandas as pd
@@ -99,7 +117,7 @@ def build_world(place: str) -> None:
     content = {"histoldm_config": {"model": MODEL, "data": {}}, "state_dict": model.state_dict(), "global_step": 1}
     (folder / "run" / "checkpoints").mkdir(parents=True)
     torch.save(content, folder / "run" / "checkpoints" / "last.ckpt")
-    for name, node in (("first-stage", FIRST_STAGE), ("ssl", SSL_MODEL)):
+    for name, node in (("first-stage", FIRST_STAGE), ("ssl", SSL_MODEL), ("gray", GRAY)):
         write_model_folder(folder / name, node, instantiate_from_config(node).state_dict(), {})
     export_as("compvis", folder / "ssl", folder / "compvis")
     shutil.copytree(ROOT / "data" / "models" / "demo-encoder", folder / "encoder")
@@ -159,3 +177,6 @@ def build_world(place: str) -> None:
     name = extract([TileStore.open(broken)], folder / "encoder", batch_size=4, any_mpp=True)
     shards = sorted(path for path in (broken / "features" / name / "c").rglob("*") if path.is_file())
     shards[1].unlink()
+    head = np.zeros((14, 12, 9), np.int16)
+    head[3:11, 2:10, 1:8] = rng.integers(200, 900, (8, 8, 7))
+    nibabel.save(nibabel.Nifti1Image(head, np.diag([-2.0, 2.0, 3.0, 1.0])), folder / "volume.nii.gz")

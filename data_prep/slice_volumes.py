@@ -33,24 +33,33 @@ from data_prep.options import (
     SizeOption,
     TestOption,
     ValidationOption,
-    choices,
     inputs,
     number,
     taken,
 )
+from ldm.cli.options import Axis
 from ldm.cli.script import script
 from ldm.data.cohort import counted, merge_index, split_table, write_store
 from ldm.data.splits import fractions
-from ldm.data.volumes import AXES, FOREGROUND, Volume, cut_slice, in_plane, to_tile, window_of, windowed
+from ldm.data.volumes import (
+    AXES,
+    AXIS,
+    FOREGROUND,
+    PERCENTILES,
+    Volume,
+    cut_slice,
+    in_plane,
+    to_tile,
+    window_of,
+    windowed,
+)
 from ldm.errors import UserError, note, suggest
 from ldm.files import sha256
 from ldm.images.kinds import ENDINGS, images_in
 from ldm.images.plain import read_gray_values
+from ldm.requests.parse import ascending
 from ldm.tables.patients import patients_of
 
-AXIS = AXES | {str(number): number for number in AXES.values()}  # by name or number
-Axis = choices("Axis", AXIS)
-PERCENTILES = (0.5, 99.9)
 SATURATED = 1.25  # a volume that goes on so far beyond its white is worth a note
 LEAST_FOREGROUND = 0.05
 
@@ -289,19 +298,6 @@ def owners(subjects: Sequence[str], rule: str | None) -> dict[str, str]:
     return {name: name for name in subjects} if rule is None else patients_of(subjects, rule)
 
 
-def interval(kind: type[int] | type[float], text: str | None, option: str) -> tuple | None:
-    """LOW,HIGH as two ascending numbers."""
-    if text is None:
-        return None
-    try:
-        low, high = (kind(part) for part in text.split(","))
-    except ValueError:
-        low, high = 0, 0
-    if not low < high:
-        raise UserError(f"{option} takes two ascending numbers low,high; got '{text}'")
-    return low, high
-
-
 def assignments(texts: Sequence[str], option: str, form: str) -> dict[str, str]:
     """modality -> value of texts modality=value."""
     pairs: dict[str, str] = {}
@@ -369,7 +365,7 @@ def main(
     if window and percentiles:
         raise UserError("--window and --percentiles both say what becomes black and white; give one of them")
     least = (0.0 if between else LEAST_FOREGROUND) if least_foreground is None else least_foreground
-    low, high = interval(float, percentiles, "--percentiles") or PERCENTILES
+    low, high = ascending(float, percentiles, "--percentiles") or PERCENTILES
     if not 0 <= least <= 1:
         raise UserError(f"--least-foreground is a fraction from 0 to 1; got {least:g}")
     if not 0 <= low <= high <= 100:
@@ -377,9 +373,9 @@ def main(
     validation, test = fractions(out, validation, test)
     settings = Settings(
         AXIS[axis],
-        interval(int, between, "--range"),
+        ascending(int, between, "--range"),
         least,
-        interval(float, window, "--window"),
+        ascending(float, window, "--window"),
         (low, high),
         size,
         licence,

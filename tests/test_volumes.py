@@ -16,6 +16,7 @@ from conftest import ROOT
 from data_prep import slice_volumes
 from data_prep.slice_volumes import PERCENTILES, main, tell_window
 from ldm.data import dihedral
+from ldm.data.bending import Bending
 from ldm.data.cohort import read_index
 from ldm.data.pairs import PairDataset
 from ldm.data.tile_store import TileStore
@@ -256,7 +257,7 @@ def test_subjects_are_named_by_wildcards_or_folders(tmp_path):
 
 def test_pairs_are_the_same_slices_turned_alike(folder, tmp_path):
     run(folder, tmp_path / "out", "--range", "1,4")
-    pairs = PairDataset(str(tmp_path / "out"), source="t1", target="t2", dihedral=True, where={"slice": {"min": 2}})
+    pairs = PairDataset(str(tmp_path / "out"), source="t1", image="t2", dihedral=True, where={"slice": {"min": 2}})
     assert len(pairs) == 2 * 2
     for index in range(len(pairs)):
         item = pairs[index]
@@ -271,6 +272,40 @@ def test_pairs_are_the_same_slices_turned_alike(folder, tmp_path):
             assert torch.equal(turned[key], _turned(item[key], 5))
     assert pairs.metadata["source_modality"] == "t1"
     assert PairDataset(str(tmp_path / "out"), "t1", "t2", gray=False)[0]["source"].shape == (3, 16, 16)
+
+
+def test_pairs_of_several_sources_are_bent_as_the_draw_says(folder, tmp_path):
+    run(folder, tmp_path / "out", "--range", "1,4")
+    given = {"source": ["t2", "t1"], "image": "t1", "in_memory": True}
+    plain = PairDataset(str(tmp_path / "out"), **given)
+    pairs = PairDataset(str(tmp_path / "out"), **given, geometry=1, intensity=1)
+    assert len(pairs) == len(plain) == 2 * 2 * 3
+    for index in range(len(pairs)):
+        item, same = pairs[index], plain[index]  # without a draw, as an evaluation reads them
+        for key in ("image", "source"):
+            torch.testing.assert_close(item[key], same[key])
+        bent, again, other = pairs[(index, 5)], pairs[(index, 5)], pairs[(index, 6)]
+        torch.testing.assert_close(bent["source"], again["source"])
+        assert not torch.equal(bent["source"], other["source"])
+        assert bent["source"].abs().max() <= 1
+    assert plain[len(plain) - 1]["source"].equal(plain[len(plain) - 1]["image"])  # t1 of t1
+    assert pairs.metadata["source_modality"] == "t2 t1"
+    assert pairs.metadata["volumes"]["axis"] == 2
+    assert pairs.metadata["volumes"]["modality"] == "t1"
+
+
+def test_bending_keeps_black_and_moves_both_alike():
+    rows = torch.linspace(-1, 1, 32)
+    head = torch.where((rows[:, None] ** 2 + rows**2) < 0.5, rows[:, None].expand(32, 32) / 2, -1.0)[None]
+    image, source = Bending(geometry=0.6)(head, head, 3)
+    torch.testing.assert_close(image, source)
+    assert (image - head).abs().mean() > 0.05
+    image, source = Bending(intensity=0.6)(head, head, 3)
+    torch.testing.assert_close(image, head)
+    assert (source[head == -1] == -1).all()
+    assert (source - head)[head > -1].abs().mean() > 0.02
+    with pytest.raises(UserError, match=r"intensity of pairs is a number from 0 \(off\) to 1; got 2"):
+        Bending(intensity=2)
 
 
 def _turned(image, variant):

@@ -28,6 +28,7 @@ def choices(name: str, values: Iterable[str]) -> type[StrEnum]:
     return StrEnum(name, {value: value for value in values})
 
 
+Axis = choices("Axis", ("sagittal", "coronal", "axial", "0", "1", "2"))  # as `ldm.data.volumes.AXIS` knows them
 Form = choices("Form", ("diffusers", "compvis"))
 Precision = choices("Precision", ("fp32", "bf16"))
 

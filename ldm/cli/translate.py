@@ -11,6 +11,7 @@ import typer
 from ldm.cli.app import app
 from ldm.cli.options import (
     AllowTargetOption,
+    Axis,
     DeviceOption,
     FilesInOption,
     ModelOption,
@@ -22,12 +23,13 @@ from ldm.cli.options import (
 from ldm.cli.sampling import settings
 from ldm.data.where import parse_where
 from ldm.devices import pick_device
-from ldm.requests.parse import parse_integers
+from ldm.requests.parse import ascending, parse_integers
 from ldm.requests.sampling import AskedSampler
 from ldm.sampling.sampler import Inversion
 
 Texts = list[str] | None
 source_of = partial(typer.Option, rich_help_panel="What the images are")
+volume = partial(typer.Option, rich_help_panel="Volumes")
 
 
 @app.command(rich_help_panel="Generate")
@@ -40,9 +42,16 @@ source_of = partial(typer.Option, rich_help_panel="What the images are")
 def translate(
     model: ModelOption,
     images: Annotated[
-        Path, inputs("--images", help="Images to turn: an image, a folder of them, a tile store, an OME-Zarr.")
+        Path,
+        inputs(
+            "--images",
+            help="Images to turn: an image, a folder of them, a tile store, an OME-Zarr; NIfTI volumes.",
+        ),
     ],
-    out: Annotated[Path, output("--out", help="Folder for the images, their list and a sheet for each.")],
+    out: Annotated[
+        Path,
+        output("--out", help="Folder for the images, their list and a sheet for each; of a volume .nii.gz, .nii."),
+    ],
     sampler: AskedSampler,
     inversion: Inversion,
     source: Annotated[
@@ -92,6 +101,20 @@ def translate(
     mpp: Annotated[
         float | None, inputs("--mpp", help="Micrometres per pixel of the images, where files do not say.")
     ] = None,
+    axis: Annotated[
+        Axis | None, volume("--axis", help="Axis along which slices follow one another (the model's, else axial).")
+    ] = None,
+    window: Annotated[
+        str | None, volume("--window", help="Values low,high of the volume that are black and white.")
+    ] = None,
+    percentiles: Annotated[
+        str | None,
+        volume("--percentiles", help="The same by percentiles of its head (the model's, else 0.5,99.9)."),
+    ] = None,
+    scale: Annotated[
+        str | None,
+        volume("--scale", help="Values low,high that black and white become (the model's, else the volume's own)."),
+    ] = None,
     where: WhereOption = None,
     files_in: FilesInOption = None,
     count: Annotated[int | None, inputs("--count", min=1, help="Number of images at most.")] = None,
@@ -113,8 +136,12 @@ def translate(
             --target class=LUAD --out out
         histoldm translate --model M --images a.png --edit mutation=TP53:1 \
             --edit expression=MKI67:0:1:5 --out out
+        histoldm translate --model M --images brain_t2.nii.gz --out brain_t1.nii.gz
     """
     from ldm.commands.translate import translate_pictures
+    from ldm.commands.translate_volumes import AskedVolumes, translate_volumes
+    from ldm.data.volumes import WRITTEN, volumes_in
+    from ldm.errors import UserError
     from ldm.requests.translations import AskedTranslations
 
     asked = AskedTranslations(
@@ -135,6 +162,22 @@ def translate(
         target_features,
         map_features,
     )
+    how = AskedVolumes(
+        axis and axis.value,
+        *(
+            ascending(float, text, f"--{name}")
+            for name, text in {"window": window, "percentiles": percentiles, "scale": scale}.items()
+        ),
+    )
+    if volumes_in(images):
+        if save_intermediates or differences:
+            raise UserError("--save-intermediates and --differences are of images, not of volumes; leave them out.")
+        return translate_volumes(model, images, out, pick_device(device), asked, how, sampler, inversion)
+    if how != AskedVolumes() or out.name.lower().endswith(WRITTEN):
+        raise UserError(
+            f"{images} is no NIfTI volume, nor a folder of nothing else; --axis, --window, --percentiles, --scale and "
+            "an --out that ends as volumes do are of those."
+        )
     translate_pictures(
         model, images, out, pick_device(device), asked, sampler, inversion, save_intermediates, differences
     )

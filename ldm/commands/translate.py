@@ -110,7 +110,8 @@ def translate_pictures(
                         mpp = _mpp(pictures[i], inversion.enlarge)
                         save_image(output.path, to_uint8(result), output.text, mpp)
                         bar.update()
-    _write_list(out, pictures, outputs, chosen.seed)
+    rows = [(each.path.name, pictures[each.picture].file, each.target.label, each.text) for each in outputs]
+    write_list(out, rows, chosen.seed)
     differ = bool(asked.edits or asked.spec) if differences is None else differences
     for i, picture in enumerate(tqdm(pictures, desc="sheets", disable=len(pictures) < 8)):
         made_of = [output for output in outputs if output.picture == i]
@@ -142,8 +143,12 @@ def _mpp(picture: Picture, enlarge: int | None) -> float | None:
     return picture.mpp and picture.mpp / (enlarge or 1)
 
 
-def _words(values: Mapping[str, Any]) -> str:
-    """Values by condition in words; arrays by their SHA-256."""
+def words_of(values: Mapping[str, Any]) -> str:
+    """Values by condition in words; arrays by their SHA-256.
+
+    >>> words_of({"class": "LUAD", "expression": {"MKI67": 0.5}})
+    'class=LUAD expression=MKI67:0.5'
+    """
     words = []
     for key, value in values.items():
         if isinstance(value, (np.ndarray, Tensor)):
@@ -166,8 +171,8 @@ def _outputs(
     outputs = []
     for i, (picture, plan) in enumerate(zip(pictures, plans)):
         for target in plan.targets:
-            text = provenance(model_path, model, _words(target.values), settings) | picture.about
-            text |= {"source_condition": _words(plan.source), "target": target.label, "index": i}
+            text = provenance(model_path, model, words_of(target.values), settings) | picture.about
+            text |= {"source_condition": words_of(plan.source), "target": target.label, "index": i}
             text |= {"mpp": _mpp(picture, enlarge)} if picture.mpp else {}
             text |= {"enlarge": enlarge} if enlarge else {}
             name = f"{picture.name}__{target.label}"
@@ -237,23 +242,19 @@ class _Steps:
                     save_png(self.out / STEPS / name, image, {"step": step, **settings})
 
 
-def _write_list(out: Path, pictures: Sequence[Picture], outputs: Sequence[Output], seed: int) -> None:
+def write_list(out: Path, rows: Sequence[tuple[str, str, str, Mapping[str, Any]]], seed: int) -> None:
+    """Write translations.csv, of (file, its source's, target, what the file says of itself).
+
+    >>> about = {"source_condition": "", "condition": "class=B", "index": 0}
+    >>> write_list(Path("."), [("a__B.png", "a.png", "B", about)], seed=0)
+    >>> Path("translations.csv").read_text().splitlines()[1]
+    'a__B.png,a.png,B,,class=B,0,0'
+    """
     table = io.StringIO()
     writer = csv.writer(table)
     writer.writerow(["file", "source_image", "target", "source_condition", "target_condition", "seed", "index"])
-    for output in outputs:
-        about = output.text
-        writer.writerow(
-            [
-                output.path.name,
-                pictures[output.picture].file,
-                output.target.label,
-                about["source_condition"],
-                about["condition"],
-                seed,
-                output.picture,
-            ]
-        )
+    for file, source, label, about in rows:
+        writer.writerow([file, source, label, about["source_condition"], about["condition"], seed, about["index"]])
     write_text(out / "translations.csv", table.getvalue())
 
 

@@ -22,6 +22,7 @@ from ldm.data import dihedral as d4
 from ldm.data.conditions import TileConditions, index_rows, lost_index
 from ldm.data.extent import tell
 from ldm.data.tile_store import TileStore, open_cohort
+from ldm.data.volumes import trained_on
 from ldm.data.where import Clause, Where, parse_where, select, unknown
 from ldm.errors import UserError, suggest
 from ldm.images.slides import open_slide
@@ -206,7 +207,7 @@ class TileDataset(Dataset):
 
         mpp, tile_size; `slide_licence` where the stores know it (several, joined by "; "); `encoder`: the features'
         attributes; `latents`: first stage, SHA-256 of its weights, and scale_factor = 1/std over all stores;
-        `conditions`: see `TileConditions.metadata`.
+        `conditions`: see `TileConditions.metadata`; `volumes`: of slices, see `ldm.data.volumes.trained_on`.
         """
         store = self.stores[0]
         known: dict[str, Any] = {"tile_size": int(store.tile_size)}
@@ -227,6 +228,9 @@ class TileDataset(Dataset):
             known["latents"] = latents
         if self.conditions.sources:
             known["conditions"] = self.conditions.metadata
+        shown = np.unique(self._store_of).tolist()
+        if volumes := trained_on([dict(self.stores[i].attrs) for i in shown]):
+            known["volumes"] = volumes
         return known
 
     def _vector(self, store: int, key: str, row: int, variant: int) -> np.ndarray:

@@ -60,3 +60,20 @@ def parse_integers(text: str | None, count: int, option: str, form: str) -> tupl
     if len(parts) != count or not all(part.strip().isdecimal() for part in parts):
         raise UserError(f"{option} takes {form} as {count} whole numbers; got '{text}'.")
     return tuple(int(part) for part in parts)
+
+
+def ascending(kind: type[int] | type[float], text: str | None, option: str) -> tuple | None:
+    """Two numbers low,high, the second greater.
+
+    >>> ascending(float, "-160,240", "--window")
+    (-160.0, 240.0)
+    """
+    if text is None:
+        return None
+    try:
+        low, high = (kind(part) for part in text.split(","))
+    except ValueError:
+        low, high = 0, 0
+    if not low < high:
+        raise UserError(f"{option} takes two ascending numbers low,high; got '{text}'")
+    return low, high

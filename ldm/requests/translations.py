@@ -109,15 +109,35 @@ def pictures_and_plans(
     else:
         plans = [plan_of_flags(conditioner, values, asked.targets, asked.edits) for values in known]
         plans = [plan if target is None else _with_target(plan, target) for plan, target in zip(plans, mapped)]
+    return pictures, _whole_plans(model, plans)
+
+
+def plan_of_volumes(model: LatentDiffusion, asked: AskedTranslations) -> Plan:
+    """The plan of all slices of volumes: of source, targets and edits. UserError for what is of images by name.
+
+    >>> model = ldm.load_model(models / "demo-slices")
+    >>> plan_of_volumes(model, AskedTranslations()).targets
+    [Target(label='translated', values={})]
+    """
+    told = dict.fromkeys(("source", "targets", "edits"), ())
+    if given := [name for name, value in vars(replace(asked, **told)).items() if value]:
+        raise UserError(f"{', '.join(given)}: that is of images, not of volumes; leave the option out.")
+    _check_flags(model.cond_stage_model, asked)
+    source = parse_conditions(model.cond_stage_model, asked.source)
+    return _whole_plans(model, [plan_of_flags(model.cond_stage_model, source, asked.targets, asked.edits)])[0]
+
+
+def _whole_plans(model: LatentDiffusion, plans: list[Plan]) -> list[Plan]:
+    """Plans with a target each, whose values the model takes."""
     if model.image_condition:
         plans = [plan if plan.targets else Plan(plan.source, [Target("translated", plan.source)]) for plan in plans]
     if not all(plan.targets for plan in plans):
         raise UserError(
-            f"say what the images shall become: --target name=value ({', '.join(conditioner.keys)}), --edit, "
-            "--target-features, --map-features, --table or --spec."
+            f"say what the images shall become: --target name=value ({', '.join(model.cond_stage_model.keys)}), "
+            "--edit, --target-features, --map-features, --table or --spec."
         )
-    _check_values(conditioner, plans)
-    return pictures, plans
+    _check_values(model.cond_stage_model, plans)
+    return plans
 
 
 def _files(path: Path, region: Sequence[int] | None, mpp: float | None) -> list[Picture]:
