@@ -53,20 +53,26 @@ def training_generator(seed: int, rank: int, step: int, device: str | torch.devi
     return generator(seed, 0x7261696E, rank, step, device=device)
 
 
-def canvas_noise(seed: int, channels: int, height: int, width: int, stream: int = 0, block: int = 64) -> Tensor:
-    """Standard normal noise (1,channels,height,width) of a canvas, float32 on the CPU.
+NOISE_BLOCK = 64  # side of the blocks of a canvas that have a generator each
+
+
+def canvas_noise(
+    seed: int, channels: int, height: int, width: int, stream: int = 0, block: int = NOISE_BLOCK, top: int = 0
+) -> Tensor:
+    """Standard normal noise (1,channels,height,width) of a canvas, or of its rows from `top` on; float32 on the CPU.
 
     The canvas is filled block by block, each from its own generator, so the value at a position depends on seed,
     stream and position alone: a larger canvas repeats a smaller one in its upper left corner.
 
     >>> small, large = canvas_noise(0, 4, 32, 32), canvas_noise(0, 4, 96, 128)
-    >>> torch.equal(large[..., :32, :32], small)
-    True
+    >>> torch.equal(large[..., :32, :32], small), torch.equal(canvas_noise(0, 4, 20, 128, top=50), large[..., 50:70, :])
+    (True, True)
     """
     noise = torch.empty(1, channels, height, width)
-    for row in range(0, height, block):
+    for row in range(top // block * block, top + height, block):
         for col in range(0, width, block):
             values = torch.randn(channels, block, block, generator=generator(seed, stream, row, col))
-            part = noise[0, :, row : row + block, col : col + block]
-            part.copy_(values[:, : part.shape[1], : part.shape[2]])
+            above = max(top - row, 0)
+            part = noise[0, :, row + above - top : row + block - top, col : col + block]
+            part.copy_(values[:, above : above + part.shape[1], : part.shape[2]])
     return noise

@@ -2,23 +2,23 @@
 
 All take `denoiser(x, sigma, cond) -> x0`, the starting x (B,C,H,W) at sigmas[0], and sigmas (N+1,). Noise that a
 sampler adds comes from `noise(step) -> (B,C,H,W)`, so that it can be a function of each sample's seed. `callback(step,
-x, x0)` sees every step. To start from an image, give x0 + sigmas[0]*noise and `schedules.sigmas_from`.
+x, x0)` sees every step. To start from an image, give x0 + sigmas[0]*noise and `schedules.sigmas_from`. What a step
+makes of x0 stands in `steps`, where it needs no more than that one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from ldm.diffusion import steps
 from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser
-from ldm.diffusion.policies import Policies, clock, pieces
+from ldm.diffusion.policies import Policies
+from ldm.diffusion.steps import Noise, Past
 from ldm.errors import UserError
 
-Noise = Callable[[int], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
 
 
@@ -42,7 +42,7 @@ def sample_euler(denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, call
     sigmas = _checked(x, sigmas)
     for i in range(len(sigmas) - 1):
         x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
-        x = x0 + (x - x0) * (sigmas[i + 1] / sigmas[i])
+        x, _ = steps.euler(i, x, x0, sigmas)
         callback(i, x, x0)
     return x
 
@@ -66,13 +66,8 @@ def sample_ddim(
     """
     sigmas = _checked(x, sigmas)
     for i in range(len(sigmas) - 1):
-        sigma, target = sigmas[i], sigmas[i + 1]
-        x0 = denoiser(x, sigma.expand(len(x)), cond)
-        up = eta * target * ((sigma**2 - target**2).clamp(min=0).sqrt() / sigma)
-        down = (target**2 - up**2).clamp(min=0).sqrt()
-        x = x0 + (x - x0) / sigma * down
-        if up > 0:
-            x = x + noise(i).to(x) * up
+        x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
+        x, _ = steps.ddim(i, x, x0, sigmas, (), noise, eta)
         callback(i, x, x0)
     return x
 
@@ -106,19 +101,10 @@ def sample_dpmpp_2m(denoiser: Denoiser, x: Tensor, sigmas: Tensor, cond: Cond, c
     0.1008
     """
     sigmas = _checked(x, sigmas)
-    previous = None
+    past: Past = ()
     for i in range(len(sigmas) - 1):
         x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
-        if sigmas[i + 1] == 0:
-            x = x0
-        else:
-            h = (sigmas[i] / sigmas[i + 1]).log()
-            d = x0
-            if previous is not None:
-                r = (sigmas[i - 1] / sigmas[i]).log() / h
-                d = x0 + (x0 - previous) / (2 * r)
-            x = sigmas[i + 1] / sigmas[i] * x - (-h).expm1() * d
-        previous = x0
+        x, past = steps.dpmpp_2m(i, x, x0, sigmas, past)
         callback(i, x, x0)
     return x
 
@@ -183,21 +169,10 @@ def sample_dpmpp_2m_sde(
     1.0385
     """
     sigmas = _checked(x, sigmas)
-    previous = None
+    past: Past = ()
     for i in range(len(sigmas) - 1):
         x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
-        if sigmas[i + 1] == 0:
-            x = x0
-        else:
-            h = (sigmas[i] / sigmas[i + 1]).log()
-            d = x0
-            if previous is not None:
-                r = (sigmas[i - 1] / sigmas[i]).log() / h
-                d = x0 + (x0 - previous) / (2 * r)
-            x = (-h * (1 + eta)).exp() * x - (-h * (1 + eta)).expm1() * d
-            if eta:
-                x = x + noise(i).to(x) * sigmas[i + 1] * (-(-2 * eta * h).expm1()).sqrt()
-        previous = x0
+        x, past = steps.dpmpp_2m_sde(i, x, x0, sigmas, past, noise, eta)
         callback(i, x, x0)
     return x
 
@@ -222,28 +197,10 @@ def sample_dpmpp_3m_sde(
     1.0021
     """
     sigmas = _checked(x, sigmas)
-    seen: list[Tensor] = []                                                     # earlier x0, latest first
+    past: Past = ()
     for i in range(len(sigmas) - 1):
         x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
-        if sigmas[i + 1] == 0:
-            x = x0
-        else:
-            h = (sigmas[i] / sigmas[i + 1]).log()
-            k = h * (1 + eta)
-            x = (-k).exp() * x - (-k).expm1() * x0
-            phi_2 = (-k).expm1() / k + 1
-            if seen:
-                r0 = (sigmas[i - 1] / sigmas[i]).log() / h
-                slope = (x0 - seen[0]) / r0
-                if len(seen) == 2:
-                    r1 = (sigmas[i - 2] / sigmas[i - 1]).log() / h
-                    bend = (slope - (seen[0] - seen[1]) / r1) / (r0 + r1)
-                    slope = slope + bend * r0
-                    x = x - (2 * phi_2 / k - 1) * bend
-                x = x + phi_2 * slope
-            if eta:
-                x = x + noise(i).to(x) * sigmas[i + 1] * (-(-2 * eta * h).expm1()).sqrt()
-        seen = [x0, *seen][:2]
+        x, past = steps.dpmpp_3m_sde(i, x, x0, sigmas, past, noise, eta)
         callback(i, x, x0)
     return x
 
@@ -286,16 +243,11 @@ def sample_unipc(
     """
     if order not in (1, 2, 3):
         raise ValueError(f"the order of UniPC is 1, 2 or 3; got {order}")
-    levels = _checked(x, sigmas).tolist()
-    history: list[tuple[float, Tensor]] = []                                    # (sigma, x0), latest first
-    start = x                                                                   # corrected x at history[0]
-    for i, (sigma, target) in enumerate(pairwise(levels)):
-        x0 = denoiser(x, torch.full((len(x),), sigma).to(x), cond)
-        if history:
-            x = _unipc_step(start, history, sigma, x0)
-        history = [(sigma, x0), *history][:order]
-        start = x
-        x = _unipc_step(start, history, target) if target > 0 else x0
+    sigmas = _checked(x, sigmas)
+    past: Past = ()
+    for i in range(len(sigmas) - 1):
+        x0 = denoiser(x, sigmas[i].to(x).expand(len(x)), cond)
+        x, past = steps.unipc(i, x, x0, sigmas, past, order)
         callback(i, x, x0)
     return x
 
@@ -318,14 +270,10 @@ def sample_policy(
     [0.0918, 0.0992]
     """
     sigmas = _checked(x, sigmas)
-    times = clock(sigmas, shift)
     for i in range(len(sigmas) - 1):
-        start, end = sigmas[i], sigmas[i + 1]
-        policy = student(x, start.expand(len(x)), end.expand(len(x)), cond)
-        count = max(1, round(float((times[i] - times[i + 1]) / times[0]) * substeps))
-        for sigma, target in pieces(start, end, count, shift):
-            x0 = policy(x, sigma.expand(len(x)), cond)
-            x = x0 + (x - x0) * (target / sigma)
+        start, end = (level.expand(len(x)) for level in sigmas[i : i + 2])
+        policy = student(x, start, end, cond)
+        x, x0 = steps.policy(i, x, policy, sigmas, cond, substeps, shift)
         callback(i, x, x0)
     return x
 
@@ -342,30 +290,6 @@ def sample_consistency(
     sigmas = _checked(x, sigmas)
     for i in range(len(sigmas) - 1):
         x0 = denoiser(x, sigmas[i].expand(len(x)), cond)
-        x = x0 + noise(i).to(x) * sigmas[i + 1] if sigmas[i + 1] > 0 else x0
+        x, _ = steps.consistency(i, x, x0, sigmas, (), noise)
         callback(i, x, x0)
     return x
-
-
-def _unipc_step(
-    x: Tensor, history: list[tuple[float, Tensor]], target: float, target_x0: Tensor | None = None
-) -> Tensor:
-    """From x at history[0] to `target`: UniP of order len(history), or UniC if target_x0 is known (B(h) = e^h - 1)."""
-    sigma, x0 = history[0]
-    h = math.log(sigma / target)
-    nodes = [math.log(sigma / past) / h for past, _ in history[1:]]
-    values = [value for _, value in history[1:]]
-    if target_x0 is not None:
-        nodes, values = [*nodes, 1.0], [*values, target_x0]
-    phi_1 = math.expm1(-h)
-    rhs, phi, factorial = [], phi_1 / -h - 1, 1
-    for n in range(1, len(nodes) + 1):
-        rhs.append(phi * factorial / phi_1)
-        factorial *= n + 1
-        phi = phi / -h - 1 / factorial
-    weights = [0.5]  # as published, in place of the solution, for one unknown
-    if len(nodes) != 1:
-        powers = torch.tensor(nodes, dtype=torch.float64) ** torch.arange(len(nodes))[:, None]
-        weights = torch.linalg.solve(powers, torch.tensor(rhs, dtype=torch.float64)).tolist()
-    d = x0 + sum(weight * (value - x0) / node for weight, value, node in zip(weights, values, nodes))
-    return target / sigma * x - phi_1 * d

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 from typing import TypeVar
@@ -111,30 +112,102 @@ def window_conds(cond: Cond, images: Sequence[int], corners: Sequence[Corner], w
     return conds
 
 
+@dataclass(frozen=True)
+class Cover:
+    """The windows of a canvas at one noise level: one at every start of `rows` with every start of `cols`.
+
+    Attributes:
+        size: (height, width) of the canvas. window: side of a window. rows, cols: ascending starts along both axes.
+        smooth: whether weights fall towards a window's sides (`smooth_weight`), or are even.
+
+    >>> Cover((4, 6), 4, (0,), (0, 2), smooth=False).corners
+    [(0, 0), (0, 2)]
+    """
+
+    size: tuple[int, int]
+    window: int
+    rows: Sequence[int]
+    cols: Sequence[int]
+    smooth: bool
+
+    @property
+    def corners(self) -> list[Corner]:
+        """Upper left corners, row by row."""
+        return [(row, col) for row in self.rows for col in self.cols]
+
+    def blending(self, like: Tensor) -> Callable[[Corner], Tensor]:
+        """A function from the corner of a window to its weights (1,window,window), of the type of `like`."""
+
+        @cache
+        def weights(*ends: tuple[bool, bool]) -> Tensor:
+            if not self.smooth:
+                return torch.ones(1, self.window, self.window).to(like)
+            down, across = (smooth_weight(self.window, *end) for end in ends)
+            return (down[:, None] * across).to(like)[None]
+
+        def blend(corner: Corner) -> Tensor:
+            return weights(*((start == 0, start + self.window == side) for start, side in zip(corner, self.size)))
+
+        return blend
+
+
+Covering = Callable[[tuple[int, int], float], Cover]  # of a canvas's size and a noise level
+
+
+def fixed_cover(size: tuple[int, int], window: int, stride: int, blend: str = "uniform") -> Cover:
+    """Windows at fixed places, every `stride` along both axes; see `tiled`.
+
+    >>> fixed_cover((4, 8), window=4, stride=2).corners
+    [(0, 0), (0, 2), (0, 4)]
+    """
+    return Cover(size, window, *(fixed_starts(side, window, stride) for side in size), blend == "smooth")
+
+
+def drawn_cover(size: tuple[int, int], window: int, seed: int, sigma: float) -> Cover:
+    """Windows at places that are a function of seed and noise level; see `shifted`.
+
+    >>> drawn_cover((8, 24), window=8, seed=0, sigma=1.0).cols
+    [0, 6, 9, 16]
+    """
+    bits = struct.unpack("<I", struct.pack("<f", sigma))[0]
+    rows, cols = (drawn_starts(side, window, seed, bits, axis) for axis, side in enumerate(size))
+    return Cover(size, window, rows, cols, True)
+
+
+def covered(
+    denoiser: AnyDenoiser,
+    covering: Covering,
+    condition: WindowCondition | None = None,
+    batch_size: int = 16,
+    device: torch.device | None = None,
+) -> AnyDenoiser:
+    """Windows that `covering` gives for each noise level, their x0 averaged by weight. See `tiled` and `shifted`.
+
+    >>> canvas = covered(lambda x, *_: x, lambda size, sigma: fixed_cover(size, 4, 2 if sigma > 1 else 4))
+    >>> canvas(torch.ones(1, 1, 4, 8), torch.tensor([1.0]), {}).mean()
+    tensor(1.)
+    """
+
+    def canvas(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        cover = covering((x.shape[-2], x.shape[-1]), float(sigma[0]))
+        return _over_windows(denoiser, x, sigma, cond, cover, condition, batch_size, device)
+
+    return canvas
+
+
 def _over_windows(
     denoiser: AnyDenoiser,
     x: Tensor,
     sigma: Tensor,
     cond: Cond,
-    corners: Sequence[Corner],
-    window: int,
+    cover: Cover,
     condition: WindowCondition | None,
     batch_size: int,
     device: torch.device | None,
-    smooth: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Denoise every window of the canvas x (B,C,H,W), at most batch_size at a time, and average where they overlap."""
-    device, size = torch.device(device or x.device), (x.shape[-2], x.shape[-1])
-
-    @cache
-    def weights(*ends: tuple[bool, bool]) -> Tensor:                            # (1,window,window)
-        down, across = (smooth_weight(window, *end) for end in ends)
-        return (down[:, None] * across).to(x)[None]
-
-    def blend(corner: Corner) -> Tensor | float:
-        return weights(*((start == 0, start + window == side) for start, side in zip(corner, size))) if smooth else 1.0
-
-    weight = torch.zeros_like(x[0, :1])
+    device, corners, window = torch.device(device or x.device), cover.corners, cover.window
+    blend, weight = cover.blending(x), torch.zeros_like(x[0, :1])
     for corner in corners:
         weight[_place(corner, window)] += blend(corner)
     totals: list[Tensor] = []                                                   # x0, and the variance if there is one
@@ -183,13 +256,10 @@ def tiled(
     if blend not in BLENDS:
         raise ValueError(f"blend must be one of {', '.join(BLENDS)}; got {blend!r}")
 
-    def canvas(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        rows, cols = (fixed_starts(size, window, stride) for size in x.shape[-2:])
-        corners = [(row, col) for row in rows for col in cols]
-        smooth = blend == "smooth"
-        return _over_windows(denoiser, x, sigma, cond, corners, window, condition, batch_size, device, smooth)
+    def covering(size: tuple[int, int], sigma: float) -> Cover:
+        return fixed_cover(size, window, stride, blend)
 
-    return canvas
+    return covered(denoiser, covering, condition, batch_size, device)
 
 
 def shifted(
@@ -211,10 +281,7 @@ def shifted(
     (torch.Size([1, 4, 8, 32]), [5])
     """
 
-    def canvas(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        bits = struct.unpack("<I", struct.pack("<f", float(sigma[0])))[0]
-        rows, cols = (drawn_starts(size, window, seed, bits, axis) for axis, size in enumerate(x.shape[-2:]))
-        corners = [(row, col) for row in rows for col in cols]
-        return _over_windows(denoiser, x, sigma, cond, corners, window, condition, batch_size, device, smooth=True)
+    def covering(size: tuple[int, int], sigma: float) -> Cover:
+        return drawn_cover(size, window, seed, sigma)
 
-    return canvas
+    return covered(denoiser, covering, condition, batch_size, device)
