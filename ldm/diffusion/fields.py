@@ -31,6 +31,8 @@ class FeatureField:
     tensor([[0.0000],
             [0.2500],
             [1.0000]])
+    >>> FeatureField(torch.tensor([[[0.0], [torch.nan]]]), size=(256, 512), window=256).bare([(0, 64), (0, 256)])
+    [False, True]
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class FeatureField:
             raise UserError(f"a grid of features has shape (rows, cols, D); got {tuple(features.shape)}.")
         if interpolation not in INTERPOLATIONS:
             raise UserError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got '{interpolation}'.")
+        self.holes = features.isnan().any(-1)
         self.features = fill_holes(features.float(), background)
         if window % cells:
             raise UserError(f"a window of {window} has no {cells} cells of equal size along its side.")
@@ -56,10 +59,22 @@ class FeatureField:
         where a window takes several."""
         if self.cells == 1:
             return self._of_cells(corners)
-        places = [offset * self.window for offset in range(self.cells)]
-        inside = [(row + down, col + across) for row, col in corners for down in places for across in places]
-        grids = self._of_cells(inside).unflatten(0, (len(corners), self.cells, self.cells))
+        grids = self._of_cells(self._inside(corners)).unflatten(0, (len(corners), self.cells, self.cells))
         return grids.permute(0, 3, 1, 2)                                        # (K,D,cells,cells)
+
+    def bare(self, corners: Sequence[tuple[int, int]]) -> list[bool]:
+        """Which windows at corners (row, col) lie in holes alone: no known embedding has a share in theirs."""
+        rows, cols = (self._positions([corner[axis] for corner in self._inside(corners)], axis) for axis in (0, 1))
+        known = torch.zeros(len(rows), dtype=torch.bool)
+        for row in (rows.floor(), rows.ceil()):
+            for col in (cols.floor(), cols.ceil()):
+                known |= ~self.holes[row.long(), col.long()]
+        return (~known.view(len(corners), -1).any(1)).tolist()
+
+    def _inside(self, corners: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Corners of the cells of windows, window by window."""
+        places = [offset * self.window for offset in range(self.cells)]
+        return [(row + down, col + across) for row, col in corners for down in places for across in places]
 
     def _of_cells(self, corners: Sequence[tuple[int, int]]) -> Tensor:
         rows, cols = (self._positions([corner[axis] for corner in corners], axis) for axis in (0, 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,8 +18,7 @@ from ldm.conditioners.source_image import images_of, shown_in
 from ldm.devices import send
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.fields import FeatureField
-from ldm.diffusion.guidance import within
-from ldm.diffusion.tiled import shifted, tiled
+from ldm.diffusion.tiled import Cover, covered, drawn_cover, fixed_cover
 from ldm.errors import UserError
 from ldm.images.write import to_uint8
 from ldm.rng import canvas_noise
@@ -29,6 +29,8 @@ from ldm.sampling.sampler import Sampler, Windows
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
+    from ldm.sampling.guided import GuidedSolver
+    from ldm.sampling.students import PolicySolver
 
 DECODE_PART = 2048  # pixels along what is decoded in one piece
 ATTENDED_PART = 512  # pixels, of first stages with attention
@@ -70,56 +72,111 @@ def large_image(
     >>> large_image(model, grid, sampler=Sampler(steps=2, progress=False)).shape
     torch.Size([1, 3, 32, 48])
     """
-    windows = checked_settings(Windows, windows)
-    sampler = checked_settings(Sampler, sampler).settled(model, "large_image")
-    factor, window, tile = model.first_stage_model.downsampling, model.image_size, model.tile_size
-    if isinstance(features, Mapping):
-        raise UserError("a large image takes a grid of features, not a condition: ldm.large_image(model, grid)")
-    features = tensor_of(features).float().cpu()
-    if features.ndim != 3:
-        raise UserError(f"a large image takes a grid of features (rows, cols, D); got shape {tuple(features.shape)}.")
-    if model.cond_stage_model is None:
-        raise UserError("the model is unconditional; a large image needs one conditioned on features.")
-    cells = cells_of(model.cond_stage_model)
-    height, width = size or (features.shape[0] * tile // cells, features.shape[1] * tile // cells)
-    if height % factor or width % factor or min(height, width) < tile:
-        raise UserError(
-            f"the size must be at least one tile of {tile} px and a multiple of {factor} px; got {height}x{width}."
-        )
-    if windows.stride is not None and (windows.stride % factor or windows.stride > tile):
-        raise UserError(f"a stride is a multiple of {factor} px up to {tile}; got {windows.stride}.")
-    if out is not None and (tuple(out.shape) != (height, width, 3) or out.dtype != np.uint8):
-        raise UserError(f"out must be ({height}, {width}, 3) uint8, as the image; got {tuple(out.shape)} {out.dtype}.")
-    canvas = (height // factor, width // factor)
-    if background is not None:
-        background = torch.as_tensor(np.asarray(background), dtype=torch.float32)
-    field = FeatureField(features, canvas, window, windows.interpolation, background, cells)
-    target = sampler.classifier.target_of(model, [conditions or {}]) if sampler.classifier else {}
-    sigmas = sampler.sigmas(model)
-    led, conditions = _led(model, conditions or {}, (height, width))
-
-    def condition(corners: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
-        own = model.condition(features=send(field.at(corners), model.device), **conditions)
-        return own | {part: value.to(model.device).expand(len(corners)) for part, value in target.items()}
+    canvas = Canvas.of(model, features, size, sampler, windows, conditions, background)
+    size = tuple(side * model.first_stage_model.downsampling for side in canvas.size)
+    if out is not None and (tuple(out.shape) != (*size, 3) or out.dtype != np.uint8):
+        got = f"{tuple(out.shape)} {out.dtype}"
+        raise UserError(f"out must be ({size[0]}, {size[1]}, 3) uint8, as the image; got {got}.")
+    sampler = canvas.sampler
 
     def over_canvas(denoiser: Denoiser) -> Denoiser:
-        if windows.mode == "overlap":
-            stride = (windows.stride or tile // 4) // factor
-            return tiled(denoiser, window, stride, condition, sampler.batch_size, model.device)
-        moving = shifted(denoiser, window, condition, sampler.batch_size, sampler.seed, model.device)
-        settled = tiled(denoiser, window, window // 2, condition, sampler.batch_size, model.device, blend="smooth")
-        return within(settled, moving, 0.0, float(sigmas[-2]))  # nothing comes after the last step to even it out
+        return covered(denoiser, canvas.covering, canvas.condition, sampler.batch_size, model.device)
 
-    def noise(step: int) -> Tensor:
-        return canvas_noise(sampler.seed, model.channels, *canvas, stream=step + 1)
-
-    given = names_given(model.cond_stage_model, ["features", *conditions])
-    solver = sampler.guided(model, given=given).over(over_canvas)
-    home = torch.device("cpu") if windows.offload else model.device
-    x = canvas_noise(sampler.seed, model.channels, *canvas).mul_(sigmas[0].cpu()).to(home)
+    home = torch.device("cpu") if canvas.windows.offload else model.device
+    x, sigmas = canvas.start(0, canvas.size[0]).to(home), canvas.sigmas
     with tqdm(total=sampler.steps, desc="large image", unit="step", disable=not sampler.progress) as bar:
-        x = solver.solve(x, sigmas, led, noise, lambda i, x, x0: bar.update())
+        solver = canvas.solver.over(over_canvas)
+        x = solver.solve(x, sigmas, canvas.led, canvas.noise, lambda i, x, x0: bar.update())
     return decode_canvas(model, x, sampler.progress, out, sampler.decoder)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What a large image is made from: the noise it begins with, its windows, what conditions them, and the solver.
+
+    Everything of a place is a function of that place, so that a canvas can be made in parts, in any order.
+
+    Attributes:
+        size: (height, width) in latents. sampler, windows: settled. sigmas: noise levels (N+1,).
+        solver: of windows. field: the features, by place. conditions: others, the same everywhere.
+        led: the part of the condition that is an image of the whole canvas.
+    """
+
+    model: LatentDiffusion
+    size: tuple[int, int]
+    sampler: Sampler
+    windows: Windows
+    sigmas: Tensor
+    solver: GuidedSolver | PolicySolver
+    field: FeatureField
+    conditions: Mapping[str, Any]
+    led: Mapping[str, Tensor]
+
+    @classmethod
+    def of(
+        cls, model: LatentDiffusion, features: Tensor | np.ndarray, size: tuple[int, int] | None = None,
+        sampler: Sampler | None = None, windows: Windows | None = None, conditions: Mapping[str, Any] | None = None,
+        background: Tensor | np.ndarray | None = None,
+    ) -> Canvas:  # fmt: skip
+        """A canvas of what `large_image` takes. UserError: a grid, a size or settings that the model cannot have.
+
+        >>> Canvas.of(model, torch.randn(2, 3, 8)).size
+        (16, 24)
+        """
+        windows = checked_settings(Windows, windows)
+        sampler = checked_settings(Sampler, sampler).settled(model, "large_image")
+        factor, tile = model.first_stage_model.downsampling, model.tile_size
+        if isinstance(features, Mapping):
+            raise UserError("a large image takes a grid of features, not a condition: ldm.large_image(model, grid)")
+        features = tensor_of(features).float().cpu()
+        if features.ndim != 3:
+            told = f"a large image takes a grid of features (rows, cols, D); got shape {tuple(features.shape)}."
+            raise UserError(told)
+        if model.cond_stage_model is None:
+            raise UserError("the model is unconditional; a large image needs one conditioned on features.")
+        cells = cells_of(model.cond_stage_model)
+        height, width = size or (features.shape[0] * tile // cells, features.shape[1] * tile // cells)
+        if height % factor or width % factor or min(height, width) < tile:
+            raise UserError(
+                f"the size must be at least one tile of {tile} px and a multiple of {factor} px; got {height}x{width}."
+            )
+        if windows.stride is not None and (windows.stride % factor or windows.stride > tile):
+            raise UserError(f"a stride is a multiple of {factor} px up to {tile}; got {windows.stride}.")
+        canvas = (height // factor, width // factor)
+        if background is not None:
+            background = torch.as_tensor(np.asarray(background), dtype=torch.float32)
+        field = FeatureField(features, canvas, model.image_size, windows.interpolation, background, cells)
+        target = sampler.classifier.target_of(model, [conditions or {}]) if sampler.classifier else {}
+        led, others = _led(model, conditions or {}, (height, width))
+        solver = sampler.guided(model, given=names_given(model.cond_stage_model, ["features", *others]))
+        return cls(model, canvas, sampler, windows, sampler.sigmas(model), solver, field, others, led | target)
+
+    def condition(self, corners: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        """The condition of windows at corners (row, col), in latents, but for `led`."""
+        return self.model.condition(features=send(self.field.at(corners), self.model.device), **self.conditions)
+
+    def covering(self, size: tuple[int, int], sigma: float) -> Cover:
+        """The windows at a noise level, with which a step begins."""
+        window, factor = self.model.image_size, self.model.first_stage_model.downsampling
+        if self.windows.mode == "overlap":
+            return fixed_cover(size, window, (self.windows.stride or self.model.tile_size // 4) // factor)
+        if 0 < sigma <= float(self.sigmas[-2]):  # nothing comes after the last step to even it out
+            return fixed_cover(size, window, window // 2, "smooth")
+        return drawn_cover(size, window, self.sampler.seed, sigma)
+
+    def bare(self, corners: Sequence[tuple[int, int]]) -> list[bool]:
+        """Which windows at corners (row, col) lie in holes of the grid alone."""
+        return self.field.bare(corners)
+
+    def start(self, top: int, rows: int) -> Tensor:
+        """x (1,C,rows,width) at the first noise level, of the rows from `top` on."""
+        own = canvas_noise(self.sampler.seed, self.model.channels, rows, self.size[1], top=top)
+        return own.mul_(self.sigmas[0].cpu())
+
+    def noise(self, step: int, top: int = 0, rows: int | None = None) -> Tensor:
+        """What a step of a solver adds, of all rows or of some."""
+        rows = self.size[0] if rows is None else rows
+        return canvas_noise(self.sampler.seed, self.model.channels, rows, self.size[1], step + 1, top=top)
 
 
 def _led(
@@ -166,13 +223,11 @@ def decode_canvas(
     own, latents = model.decoding(latents, decoder)
     factor = own.downsampling
     height, width = (side * factor for side in latents.shape[-2:])
-    attends = has_attention(own)
-    part = ATTENDED_PART if attends else DECODE_PART
+    part, halo = decoded_at_once(own, model.image_size)
     if height * width <= part**2:
         part = max(height, width)
     image = torch.empty(1, 3, height, width) if out is None else None
     total = -(-height // part) * -(-width // part)
-    halo = model.image_size // 2 if attends else getattr(own, "reach", None)
     parts = decode_tiles(own, latents, model.image_size, max(part // factor, 1), halo)
     for rows, cols, decoded in tqdm(parts, desc="decode", total=total, disable=not progress or total == 1):
         if out is None:
@@ -180,6 +235,17 @@ def decode_canvas(
         else:
             out[rows, cols] = to_uint8(decoded)[0]
     return image if out is None else out
+
+
+def decoded_at_once(first_stage: nn.Module, window: int) -> tuple[int, int]:
+    """Pixels along what is decoded in one piece, and the latents about it that are decoded with it and cut away.
+
+    >>> decoded_at_once(model.first_stage_model, window=8)
+    (2048, 16)
+    """
+    if has_attention(first_stage):
+        return ATTENDED_PART, window // 2
+    return DECODE_PART, getattr(first_stage, "reach", window + REACH)
 
 
 def encode_images(model: LatentDiffusion, images: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import IdentityFirstStage
 from ldm.conditioners.compose import guidance_terms, keys_of
-from ldm.diffusion import samplers, schedules
+from ldm.diffusion import samplers, schedules, steps
 from ldm.diffusion.choices import OF_STUDENTS, STOCHASTIC
 from ldm.diffusion.denoiser import Cond, Denoiser, RangeDenoiser
 from ldm.diffusion.guidance import (
@@ -99,6 +99,24 @@ class GuidedSolver:
         if self.variance is None:
             return replace(self, denoiser=keep_variance(self.denoiser, change))
         return replace(self, denoiser=change(self.denoiser))
+
+    def lead(self, i: int, x: Tensor, sigmas: Tensor, cond: Cond) -> Denoiser:
+        """What step i follows where windows x (B,C,h,w) lie: their x0, whatever it is asked (`PolicySolver.lead`)."""
+        x0 = self.denoiser(x, sigmas[i].expand(len(x)), cond)
+        return lambda *_: x0
+
+    def follow(
+        self, i: int, x: Tensor, led: Denoiser, sigmas: Tensor, past: steps.Past, noise: samplers.Noise
+    ) -> tuple[Tensor, steps.Past]:
+        """x at sigmas[i + 1] and what the next step needs, from those of step i: `solve` step by step, place by place.
+
+        led: what leads at these places. The solver is one of choices.POINTWISE.
+        """
+        name = "ddim" if self.solver == "euler_ancestral" else self.solver
+        run, x0 = getattr(steps, name), led(x, sigmas[i].expand(len(x)), {})
+        if self.solver in STOCHASTIC:
+            return run(i, x, x0, sigmas, past, noise, self.eta)
+        return run(i, x, x0, sigmas, past, noise) if name == "consistency" else run(i, x, x0, sigmas, past)
 
     def solve(self, x: Tensor, sigmas: Tensor, cond: Cond, noise: samplers.Noise, seen: samplers.Callback) -> Tensor:
         """x at the last of sigmas (N+1,), from x (B,C,H,W) at the first. noise(step): what solvers add."""

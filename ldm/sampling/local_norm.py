@@ -51,13 +51,17 @@ def spans(size: int, part: int, halo: int, align: int = 1) -> list[Span]:
     """
     count = -(-size // part)
     ends = [round(i * size / count) for i in range(count + 1)]
-    return [
-        Span(
-            slice(max((start - halo) // align * align, 0), min(-(-(stop + halo) // align) * align, size)),
-            slice(start, stop),
-        )
-        for start, stop in pairwise(ends)
-    ]
+    return [span_of(start, stop, size, halo, align) for start, stop in pairwise(ends)]
+
+
+def span_of(start: int, stop: int, size: int, halo: int, align: int = 1) -> Span:
+    """A part of an axis in a window with a halo, see `spans`.
+
+    >>> span_of(50, 100, size=200, halo=8).window
+    slice(42, 108, None)
+    """
+    first, last = max((start - halo) // align * align, 0), min(-(-(stop + halo) // align) * align, size)
+    return Span(slice(first, last), slice(start, stop))
 
 
 def _strips(x: Tensor, align: int = 1) -> Iterator[slice]:
@@ -163,6 +167,27 @@ def local_group_norm(module: nn.Module, window: int, width: int) -> Iterator[Non
 
 
 @torch.no_grad()
+def decode_part(
+    first_stage: nn.Module, latents: Tensor, rows: Span, cols: Span, window: int, alone: bool = False
+) -> Tensor:
+    """The image (1,3,h,w) of one part, rows by cols, of a canvas: from the latents of its window.
+
+    window: see `decode_tiles`. alone: the canvas is a tile or less, and decoded as it is.
+
+    >>> span = span_of(4, 12, size=32, halo=4)
+    >>> decode_part(model.first_stage_model, torch.randn(1, 4, 16, 16), span, span, window=8).shape
+    torch.Size([1, 3, 16, 16])
+    """
+    factor = first_stage.downsampling
+    if alone:
+        decoded = first_stage.decode(latents)
+    else:
+        with local_group_norm(first_stage, window, latents.shape[-1]):
+            decoded = first_stage.decode(latents.contiguous(memory_format=torch.channels_last))
+    return decoded[..., rows.inside(factor), cols.inside(factor)]
+
+
+@torch.no_grad()
 def decode_tiles(
     first_stage: nn.Module, z: Tensor, window: int, part: int = 256, halo: int | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -185,12 +210,7 @@ def decode_tiles(
     under_way = None  # while the device decodes a part, the one before comes home
     for rows, cols in product(down, across):
         latents = send(z[..., rows.window, cols.window], device)
-        if max(z.shape[-2:]) <= window:
-            decoded = first_stage.decode(latents)
-        else:
-            with local_group_norm(first_stage, window, latents.shape[-1]):
-                decoded = first_stage.decode(latents.contiguous(memory_format=torch.channels_last))
-        decoded = decoded[..., rows.inside(factor), cols.inside(factor)]
+        decoded = decode_part(first_stage, latents, rows, cols, window, max(z.shape[-2:]) <= window)
         if under_way:
             yield *under_way[:2], under_way[2]()
         under_way = rows.outside(factor), cols.outside(factor), receive(decoded, z.device)

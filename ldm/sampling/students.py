@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ldm.diffusion import samplers
+from ldm.diffusion import samplers, steps
 from ldm.diffusion.choices import OF_STUDENTS
 from ldm.diffusion.denoiser import Cond, Denoiser
 from ldm.diffusion.policies import Policies, clipped
@@ -121,6 +121,16 @@ class PolicySolver:
     def agreeing(self, change: Callable[[Denoiser], Denoiser]) -> PolicySolver:
         """With `change` made to every policy, as `consistency.consistent` does."""
         return replace(self, policies=lambda *step: change(self.policies(*step)))
+
+    def lead(self, i: int, x: Tensor, sigmas: Tensor, cond: Cond) -> Denoiser:
+        """The policies of step i where windows x (B,C,h,w) lie."""
+        return self.policies(x, *(level.expand(len(x)) for level in sigmas[i : i + 2]), cond)
+
+    def follow(
+        self, i: int, x: Tensor, led: Denoiser, sigmas: Tensor, past: steps.Past, noise: samplers.Noise
+    ) -> tuple[Tensor, steps.Past]:
+        """x at sigmas[i + 1]; nothing is left for the next step. led: the policy at these places."""
+        return steps.policy(i, x, led, sigmas, {}, self.student.substeps, self.student.shift)[0], ()
 
     def solve(self, x: Tensor, sigmas: Tensor, cond: Cond, noise: samplers.Noise, seen: samplers.Callback) -> Tensor:
         """x at the last of sigmas (N+1,), from x (B,C,H,W) at the first."""
