@@ -14,6 +14,7 @@ import inspect
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -64,7 +65,7 @@ def whole(path: Path | str) -> Iterator[Path]:
     finally:
         _clear(scratch)
         lock.release()
-        _remove_empty(scratch)  # unless the next writer has it already
+        remove_empty(scratch)  # unless the next writer has it already
 
 
 def _named(path: Path | str) -> Path:
@@ -151,14 +152,17 @@ def clear_left(path: Path) -> None:
 
 
 @contextmanager
-def owned(path: Path | str, beside: bool = False, otherwise: str = "choose another --out") -> Iterator[None]:
+def owned(
+    path: Path | str, beside: bool = False, otherwise: str = "choose another --out", of: Path | None = None
+) -> Iterator[None]:
     """A context in which no other run writes into the folder `path`.
 
     It is made, with its parents, if need be, and removed again if nothing came into it. Scratch that dead writers left
     there is cleared away.
 
     beside: `path` is a file, or a folder that is written whole, and what is locked is its place in the folder above.
-    otherwise: what a user can do where another run writes, but to wait.
+    otherwise: what a user can do where another run writes, but to wait. of: what messages say is written, by default
+    `path`.
 
     UserError: another run is writing there, or nothing can be written there.
 
@@ -169,12 +173,12 @@ def owned(path: Path | str, beside: bool = False, otherwise: str = "choose anoth
     """
     path = _named(path) if beside else Path(path)
     folder = path.parent if beside else path
-    lock = Lock(hidden(path, LOCK) if beside else path / LOCK, path, otherwise)
+    lock = Lock(hidden(path, LOCK) if beside else path / LOCK, of or path, otherwise)
     with ExitStack() as stack:
         try:
             if not folder.exists():
                 folder.mkdir(parents=True, exist_ok=True)
-                stack.callback(_remove_empty, folder)
+                stack.callback(remove_empty, folder)
             stack.enter_context(lock)
         except NoLocks as error:
             note(f"{error} Let no other run write there before this one ends.")
@@ -186,7 +190,11 @@ def owned(path: Path | str, beside: bool = False, otherwise: str = "choose anoth
         yield
 
 
-def _remove_empty(folder: Path) -> None:
+def remove_empty(folder: Path) -> None:
+    """Remove a folder if nothing is in it.
+
+    >>> remove_empty(Path("nowhere"))
+    """
     with suppress(OSError):  # something is in it
         folder.rmdir()
 
@@ -267,6 +275,32 @@ def reserve(path: Path) -> None:
     if hasattr(os, "posix_fallocate"):  # not on macOS
         with path.open("r+b") as file:
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+
+
+def awaited(path: Path, seconds: float) -> Path:
+    """A file that another machine has written, of which a network's file system may not know yet.
+
+    It is looked for again until it is there, or so many seconds have passed.
+
+    >>> awaited(Path("a.txt"), seconds=0).name
+    'a.txt'
+    """
+    until = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < until:
+        with suppress(OSError):
+            os.listdir(path.parent)  # so that it asks its server
+        time.sleep(0.2)
+    return path
+
+
+def room(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, or of the nearest one above it that is there.
+
+    >>> room(Path("nowhere")) > 0
+    True
+    """
+    folder = folder.absolute()
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
 
 
 def remove(path: Path) -> None:

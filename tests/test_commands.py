@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from data_prep.cohort_index import update_index
 from data_prep.tile_slides import tile_slide
 from ldm.cli import app
-from ldm.commands.generate import checked_mpp
+from ldm.commands.grids import checked_mpp
 from ldm.config import instantiate_from_config
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore

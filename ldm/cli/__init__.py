@@ -6,7 +6,7 @@ import sys
 
 import typer.main
 
-from ldm.cli import generate, translate, sequence, evaluate, filter, train, models, view, doctor  # isort: skip (as help lists them)
+from ldm.cli import generate, slide, translate, sequence, evaluate, filter, train, models, view, doctor  # isort: skip (as help lists them)
 from ldm.cli.app import app
 from ldm.cli.script import call
 from ldm.errors import run_command
@@ -20,6 +20,7 @@ __all__ = [
     "main",
     "models",
     "sequence",
+    "slide",
     "train",
     "translate",
     "view",

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from ldm.commands.grids import asked_grid
 from ldm.commands.outputs import kept_images, provenance, written
 from ldm.conditioners.compose import parse_conditions
 from ldm.convert import load_model, weights_of
 from ldm.data.extent import extent_differs, tell
-from ldm.data.features import read_features
 from ldm.data.slide_tiles import NoSlide
-from ldm.data.tile_store import TileStore, open_cohort
+from ldm.data.tile_store import open_cohort
 from ldm.errors import UserError, note
 from ldm.files import owns, whole, write_text
 from ldm.images.pictures import Picture
@@ -29,12 +29,9 @@ from ldm.requests.sampling import AskedSampler
 from ldm.requests.tiles import (
     AskedTiles,
     Requests,
-    check_encoder,
     evenly,
-    feature_dim,
     in_words,
     is_store,
-    pick_feature,
     requested_tiles,
 )
 from ldm.sampling.canvas import large_image
@@ -153,52 +150,15 @@ def generate_large_image(
     chosen = sampler.loaded(model)
     given = parse_conditions(model.cond_stage_model, conditions)
     about = sampler.record(chosen, model, "large_image") | changed(windows)
-    grid, condition, background, place = None, f"{features.name}", None, {}
-    if is_store(features):
-        stores = open_cohort(features)
-        if len(stores) > 1:
-            raise UserError(f"{features} holds {len(stores)} slides; give one store, such as {stores[0].path}.")
-        store = stores[0]
-        name = pick_feature(stores, feature, model)
-        check_encoder(model, dict(store.features(name).attrs), store.path)
-        grid, known = store.grid(region, name)
-        size = size or tuple((side - 1) * store.stride + store.tile_size for side in known.shape)
-        background = glass(store, name) if not known.all() else None
-        condition = f"{store.slide} region {','.join(map(str, region)) if region else 'whole slide'} ({name})"
-        extent = [((side - 1) * store.stride + store.tile_size) * store.downsample for side in known.shape]
-        place = {"slide": store.slide, "region": [*(region or (0, 0))[:2], round(extent[1]), round(extent[0])]}
-        mpp = mpp or checked_mpp(model, store)
-    else:
-        if region:
-            raise UserError(f"--region goes with a tile store; {features} is a file of features.")
-        grid, _ = read_features(features, dim=feature_dim(model)).grid()
-    mpp = mpp or model.metadata.get("mpp")
+    grid = asked_grid(model, features, feature, region, mpp)
+    mpp = grid.mpp or model.metadata.get("mpp")
     if mpp is None and any(str(out).endswith(SCALED) for out in outs):
         raise UserError("the model does not know its micrometres per pixel; give --mpp for a TIFF or OME-Zarr.")
-    image = large_image(model, grid, size, chosen, windows, given, background)
-    image, condition = to_uint8(image)[0], " ".join([condition, *conditions])
-    place |= {"grid": list(grid.shape[:2]), "tile_px": model.tile_size, "mpp": mpp}
+    image = large_image(model, grid.features, size or grid.size, chosen, windows, given, grid.background)
+    image, condition = to_uint8(image)[0], " ".join([grid.words, *conditions])
+    place = grid.place | {"grid": list(grid.features.shape[:2]), "tile_px": model.tile_size, "mpp": mpp}
     place |= {"size": f"{image.shape[1]}x{image.shape[0]}"}
     text = provenance(model_path, model, condition, about | place)
     for out in outs:
         save_image(out, image, text, mpp)
         print(f"wrote {out} ({image.shape[1]} x {image.shape[0]} px)")
-
-
-def checked_mpp(model: LatentDiffusion, store: TileStore) -> float | None:
-    """The model's micrometres per pixel, or the store's where it does not know; UserError if their tiles differ."""
-    if differs := extent_differs(store, model.metadata):
-        raise UserError(f"{differs}. Tile the slide as the model's were, or give --mpp if this is what you want.")
-    return model.metadata.get("mpp") or store.mpp
-
-
-def glass(store: TileStore, feature: str) -> np.ndarray | None:
-    """The mean feature of a store's background tiles, for holes of its grid; None if it kept none."""
-    if "tissue" not in store.label_names:
-        return None
-    rows = np.flatnonzero(store.labels("tissue") < 0.01)
-    if not len(rows):
-        return None
-    array = store.features(feature)
-    values = np.stack([array[int(row)] for row in rows[:64]]).astype(np.float32)
-    return (values[:, 0] if values.ndim == 3 else values).mean(0)

@@ -7,26 +7,25 @@ pyramids take any array that can be sliced, such as a zarr array or a memory map
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tifffile
 import torch
-import zarr
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from tqdm import tqdm
 
 from ldm.errors import UserError
 from ldm.files import reserve, tool_version, whole
 from ldm.images.marks import DESCRIPTION, KEY, mark_of, mark_text
+from ldm.images.pyramid import TILE, Level, corners, create_ome_zarr, halved, level_sizes, tile_bar, tiles
 
-TILE = 256
 SCALED = (".tif", ".tiff", ".ome.zarr")  # formats that say their micrometres per pixel
 SUFFIXES = (".png", ".jpg", ".jpeg", *SCALED)
 _JPEG_SIDE = 65_500  # pixels that its encoder takes
+_LARGE = 2**27  # pixels of an image whose writing shows a bar
 _BLOCK = 2048  # rows and columns of the finer level that are halved at once
 
 
@@ -156,11 +155,12 @@ def save_bigtiff(path: Path | str, image: Any, mpp: float, metadata: Mapping[str
 
     def write(part: Path) -> None:
         levels = _pyramid(image, part.parent)
-        with tifffile.TiffWriter(part, bigtiff=True) as file:
+        shown = image.shape[0] * image.shape[1] > _LARGE
+        with tile_bar(levels, shown) as bar, tifffile.TiffWriter(part, bigtiff=True) as file:
             for level, pixels in enumerate(levels):
                 factor = image.shape[0] / pixels.shape[0], image.shape[1] / pixels.shape[1]
                 file.write(
-                    _tiles(pixels),
+                    tiles(pixels, bar),
                     shape=pixels.shape,
                     dtype=np.uint8,
                     tile=(TILE, TILE),
@@ -190,37 +190,12 @@ def save_ome_zarr(path: Path | str, image: Any, mpp: float, metadata: Mapping[st
     _check_mpp(mpp)
 
     def write(part: Path) -> None:
-        levels = _pyramid(image, part.parent)
-        datasets = []
-        for i, pixels in enumerate(levels):
-            fy, fx = image.shape[0] / pixels.shape[0], image.shape[1] / pixels.shape[1]
-            scale = {"type": "scale", "scale": [1.0, mpp * fy, mpp * fx]}
-            shift = {"type": "translation", "translation": [0.0, mpp * (fy - 1) / 2, mpp * (fx - 1) / 2]}
-            datasets.append({"path": str(i), "coordinateTransformations": [scale, shift]})
-        axes = [{"name": "c", "type": "channel"}] + [
-            {"name": axis, "type": "space", "unit": "micrometer"} for axis in "yx"
-        ]
-        colours = [{"label": n, "color": c, "active": True} for n, c in zip("RGB", ("FF0000", "00FF00", "0000FF"))]
-        for channel in colours:
-            channel["window"] = {"min": 0, "max": 255, "start": 0, "end": 255}
-        ome = {
-            "version": "0.5",
-            "multiscales": [{"name": Path(path).name, "axes": axes, "datasets": datasets, "type": "mean"}],
-            "omero": {"channels": colours, "rdefs": {"model": "color"}},
-        }
-        about = mark_of(metadata) | {"description": mark_text(metadata)}
-        zarr.create_group(str(part), attributes={"ome": ome, "histoldm": about})
-        for i, pixels in enumerate(levels):
-            array = zarr.create_array(
-                str(part / str(i)),
-                shape=(3, *pixels.shape[:2]),
-                dtype="u1",
-                chunks=(3, TILE, TILE),
-                dimension_names=("c", "y", "x"),
-            )
-            for y, x in _blocks(pixels.shape, _BLOCK):
-                block = np.asarray(pixels[y : y + _BLOCK, x : x + _BLOCK])
-                array[:, y : y + _BLOCK, x : x + _BLOCK] = np.moveaxis(block, -1, 0)
+        create_ome_zarr(part, Path(path).name, image.shape[:2], mpp, metadata)
+        for i, pixels in enumerate(_pyramid(image, part.parent)):
+            level = Level(part / str(i))
+            for y, x in corners(pixels.shape, _BLOCK):
+                place = slice(y, y + _BLOCK), slice(x, x + _BLOCK)
+                level[place] = np.asarray(pixels[place])
 
     return _whole(path, write)
 
@@ -252,33 +227,15 @@ def _whole(path: Path | str, write: Callable[[Path], None]) -> Path:
     return path
 
 
-def _blocks(shape: tuple[int, ...], step: int) -> Iterator[tuple[int, int]]:
-    """Top-left corners (y, x) of the blocks that cover an image, row by row."""
-    return ((y, x) for y in range(0, shape[0], step) for x in range(0, shape[1], step))
-
-
-def _tiles(pixels: Any) -> Iterator[np.ndarray]:
-    """Tiles (256, 256, 3) row by row; those at the border are filled with its last pixels."""
-    corners = list(_blocks(pixels.shape, TILE))
-    for y, x in tqdm(corners, desc="writing tiles", unit="tile", disable=len(corners) < 4096):
-        tile = np.asarray(pixels[y : y + TILE, x : x + TILE])
-        yield np.pad(tile, ((0, TILE - tile.shape[0]), (0, TILE - tile.shape[1]), (0, 0)), mode="edge")
-
-
 def _pyramid(image: Any, scratch: Path) -> list[Any]:
     """`image` and its halvings until one tile holds it; the halvings lie in memory-mapped files in `scratch`."""
     levels = [image]
-    while max(levels[-1].shape[:2]) > TILE:
-        fine = levels[-1]
-        shape = (-(-fine.shape[0] // 2), -(-fine.shape[1] // 2), 3)
-        file = scratch / f".level-{len(levels)}"
-        coarse = np.memmap(file, np.uint8, "w+", shape=shape)
+    for size in level_sizes(*image.shape[:2])[1:]:
+        fine, file = levels[-1], scratch / f".level-{len(levels)}"
+        coarse = np.memmap(file, np.uint8, "w+", shape=(*size, 3))
         reserve(file)
-        for y, x in _blocks(fine.shape, _BLOCK):
-            block = np.asarray(fine[y : y + _BLOCK, x : x + _BLOCK])
-            block = np.pad(block, ((0, block.shape[0] % 2), (0, block.shape[1] % 2), (0, 0)), mode="edge")
-            h, w = block.shape[0] // 2, block.shape[1] // 2
-            mean = block.reshape(h, 2, w, 2, 3).mean((1, 3), dtype=np.float32)
-            coarse[y // 2 : y // 2 + h, x // 2 : x // 2 + w] = np.round(mean)
+        for y, x in corners(fine.shape, _BLOCK):
+            block = halved(np.asarray(fine[y : y + _BLOCK, x : x + _BLOCK]))
+            coarse[y // 2 : y // 2 + len(block), x // 2 : x // 2 + block.shape[1]] = block
         levels.append(coarse)
     return levels

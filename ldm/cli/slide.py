@@ -1,0 +1,77 @@
+"""`histoldm slide`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from ldm.cli.app import app
+from ldm.cli.options import (
+    AllowTargetOption,
+    ConditionOption,
+    DeviceOption,
+    FeatureOption,
+    FeaturesOption,
+    ModelOption,
+    output,
+    wanted,
+)
+from ldm.cli.sampling import settings
+from ldm.devices import pick_device
+from ldm.requests.parse import parse_integers
+from ldm.requests.sampling import AskedSampler
+from ldm.sampling.sampler import Windows
+
+
+@app.command(rich_help_panel="Generate")
+@settings("large_image")
+def slide(
+    model: ModelOption,
+    features: FeaturesOption,
+    out: Annotated[list[Path], output("--out", help="Slide: .ome.zarr, or .tif as scanners write it (repeat).")],
+    sampler: AskedSampler,
+    windows: Windows,
+    condition: ConditionOption = None,
+    feature: FeatureOption = None,
+    region: Annotated[
+        str | None,
+        wanted("--region", help="Region of the slide of a tile store: x,y,width,height in level-0 pixels."),
+    ] = None,
+    size: Annotated[
+        str | None, wanted("--size", help="Size of the slide: width,height in pixels; by default the grid's.")
+    ] = None,
+    mpp: Annotated[
+        float | None, wanted("--mpp", help="Micrometres per pixel of the slide; by default the model's.")
+    ] = None,
+    jpeg_quality: Annotated[
+        int, output("--jpeg-quality", min=1, max=100, help="Quality of the JPEG tiles of a .tif.")
+    ] = 90,
+    device: DeviceOption = "auto",
+    allow_target: AllowTargetOption = None,
+) -> None:
+    r"""Generate a whole slide from a grid of features: any size, in little memory, on several processes.
+
+    Stopped at any moment, the same command goes on. torchrun and SLURM start it as processes that share the work.
+
+    Examples:
+
+        histoldm slide --model M --features store.zarr \
+            --out slide.ome.zarr --out slide.tif
+        torchrun --nproc-per-node 4 -m ldm.cli slide --model M \
+            --features store.zarr --out slide.tif
+    """
+    from ldm.commands.slide import AskedSlide, generate_slide
+
+    asked = AskedSlide(
+        model,
+        features,
+        out,
+        feature,
+        parse_integers(region, 4, "--region", "x,y,width,height"),
+        parse_integers(size, 2, "--size", "width,height"),
+        mpp,
+        condition or [],
+        jpeg_quality,
+        pick_device(device),
+    )
+    generate_slide(asked, sampler, windows)

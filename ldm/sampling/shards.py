@@ -1,0 +1,66 @@
+"""Decodes a canvas that lies in bands on disk: any part of its image by itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ldm.devices import send
+from ldm.images.write import to_uint8
+from ldm.sampling.bands import Bands
+from ldm.sampling.canvas import decoded_at_once
+from ldm.sampling.glass import Glass
+from ldm.sampling.local_norm import CELLS, decode_part, span_of
+
+if TYPE_CHECKING:
+    from ldm.latent_diffusion import LatentDiffusion
+
+
+class ShardDecoder:
+    """Pixels of parts of a canvas, each decoded with a halo of its neighbours' latents.
+
+    Args:
+        bands, step: where the canvas is, scaled latents. decoder: full or small. glass: parts of nothing but it are not
+            decoded.
+
+    >>> bands = Bands(Path("canvas"), (16, 24), lambda top, rows: torch.zeros(1, 4, rows, 24))
+    >>> ShardDecoder(model, bands, 0).pixels(slice(0, 16), slice(16, 48)).shape
+    (16, 32, 3)
+    """
+
+    def __init__(
+        self, model: LatentDiffusion, bands: Bands, step: int, decoder: str = "full", glass: Glass | None = None
+    ) -> None:
+        self.model, self.bands, self.step, self.decoder, self.glass = model, bands, step, decoder, glass
+        self.own, _ = model.decoding(torch.zeros(1, model.channels, 1, 1, device=model.device), decoder)
+        self.part, self.halo = decoded_at_once(self.own, model.image_size)
+
+    @torch.no_grad()
+    def pixels(self, rows: slice, cols: slice) -> np.ndarray:
+        """(h,w,3) uint8 of rows and columns of the image, which begin and end with a latent."""
+        factor = self.model.first_stage_model.downsampling
+        out = np.empty((rows.stop - rows.start, cols.stop - cols.start, 3), np.uint8)
+        part = max(self.part // factor, 1)
+        for top in range(rows.start // factor, rows.stop // factor, part):
+            for left in range(cols.start // factor, cols.stop // factor, part):
+                down = slice(top, min(top + part, rows.stop // factor))
+                across = slice(left, min(left + part, cols.stop // factor))
+                y, x = top * factor - rows.start, left * factor - cols.start
+                tall, wide = ((own.stop - own.start) * factor for own in (down, across))
+                out[y : y + tall, x : x + wide] = self._decoded(down, across)
+        return out
+
+    def _decoded(self, rows: slice, cols: slice) -> np.ndarray:
+        """What rows and columns of latents are decoded to."""
+        window, size = self.model.image_size, self.bands.size
+        align = max(window // CELLS, 1)
+        spans = (span_of(part.start, part.stop, side, self.halo, align) for part, side in zip((rows, cols), size))
+        down, across = spans
+        latents = self.bands.part(self.step, down.window, across.window)
+        if self.glass is not None and self.glass.covers(latents):
+            return self.glass.colour  # of every pixel
+        latents = self.model.decoding(send(latents, self.model.device), self.decoder)[1]
+        decoded = decode_part(self.own, latents, down, across, window, max(size) <= window)
+        return to_uint8(decoded.clamp(-1, 1))[0]
