@@ -45,6 +45,8 @@ LIBRARIES = (  # that commands import when they come to need them
 )  # fmt: skip
 SMALL = {  # so that little data has several parts, and nobody waits for long
     "ldm.data.shards.SHARD_ROWS": 8, "ldm.scorers.select.CHUNK": 4, "data_prep.prepare.PAUSE": 0.2,
+    "ldm.commands.slide.SHARD": 64,
+    **{f"ldm.{name}.TILE": 32 for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide")},
 }  # fmt: skip
 
 
@@ -72,6 +74,7 @@ CASES = {
         f"large-image {SAMPLING} --features world/grid.npy --mpp 0.5 --size 320,16 --out out/a.png --out out/a.tif "
         "--out out/a.ome.zarr --out out/a.jpg"
     ),
+    "slide": Case(f"slide {SAMPLING} --features world/slide.npy --mpp 0.5 --out out/a.ome.zarr --out out/a.tif"),
     "translate": Case(
         f"translate {SAMPLING} --images world/images --class-of-name --target class=B --target two:\\ class=A "
         "--save-intermediates 2 --differences --out out"

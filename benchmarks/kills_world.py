@@ -161,6 +161,9 @@ def build_world(place: str) -> None:
     texts = [f"tissue number {i}" for i in range(20)]
     merge_index(folder / "cohort", pd.DataFrame({"slide": "P1", "row": range(20), "text": texts}))
     np.save(folder / "grid.npy", rng.normal(size=(1, 20, 6)).astype(np.float32))
+    holed = np.random.default_rng(1).normal(size=(8, 6, 6)).astype(np.float32)
+    holed[4:, 3:] = np.nan
+    np.save(folder / "slide.npy", holed)
     for name in "ab":
         np.save(folder / f"{name}.npy", rng.normal(size=(32, 6)).astype(np.float32))
     listed = {"path": [f"images/{name}.png" for name in ("A__a", "A__b", "B__c")], "text": texts[:3]}
