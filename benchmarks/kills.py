@@ -38,7 +38,7 @@ import typer
 
 ROOT = Path(__file__).resolve().parent.parent
 CHANGES = ("os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate")  # audit events, and `open`
-TOLD = ("the disk is full", "No space left on device")
+TOLD = ("the disk is full", "No space left on device", "of disk while it is made")
 LIBRARIES = (  # that commands import when they come to need them
     "lightning_fabric", "matplotlib.figure", "open_clip", "pyarrow.dataset", "pydantic",
     "pytorch_lightning", "torchmetrics", "transformers",

@@ -362,7 +362,7 @@ def test_processes_that_see_other_models_or_fail_end_with_one_message(world, tmp
         (("--size", "64,64"), "grid of 8 rows and 6 columns does not match 64 x 64 px.*side by side are 96 x 128 px"),
         (("--size", "8,8"), "the size must be at least one tile of 16 px"),
         (("--offload",), "leave --offload out"),
-        (("--compile",), "a network is not compiled"),
+        (("--compile",), "no network is compiled; leave it out"),
         (("--mpp", "0.5", "--out", "b.png"), "a slide is written as .ome.zarr, .tif, .tiff; got b.png"),
         (("--out", "elsewhere/a.tif"), "different names, in one folder"),
     ],
@@ -376,7 +376,8 @@ def test_what_cannot_be_is_one_message_before_any_work(world, tmp_path, capsys, 
 
 
 def test_too_little_disk_is_told_before_work(tmp_path):
-    with pytest.raises(UserError, match=r"a.tif needs up to 1000000.0 GB of disk while it is made, and .* GB are free"):
+    told = r"a.tif needs up to 1,000,000,000 MB of disk while it is made, and .* are free"
+    with pytest.raises(UserError, match=told):
         slides.check_room(tmp_path / ".slide", 10**15, "a.tif")
 
 

@@ -136,6 +136,8 @@ class Made:
         """What is asked, checked. UserError: what the model, the grid or the solver cannot have."""
         if windows.offload:
             raise UserError("the canvas of a slide is on disk, and the device holds a part of it; leave --offload out.")
+        if sampler.sampler.compile:
+            raise UserError("a slide has batches of several sizes, for which no network is compiled; leave it out.")
         model = load_model(asked.model, asked.device)
         chosen = sampler.loaded(model)
         given = parse_conditions(model.cond_stage_model, asked.conditions)
@@ -151,8 +153,6 @@ class Made:
                 f"a slide is made step by step in parts, which the solver '{canvas.sampler.solver}' does not allow, as "
                 f"it asks the network more than once a step; take one of {', '.join(POINTWISE[:-2])}."
             )
-        if chosen.compile:
-            raise UserError("a slide has batches of several sizes, for which a network is not compiled; leave it out.")
         height, width = (side * model.first_stage_model.downsampling for side in canvas.size)
         check_spacing(canvas, (height, width))
         known = {"grid": list(grid.features.shape[:2]), "tile_px": model.tile_size, "mpp": mpp}
@@ -198,8 +198,8 @@ class Made:
         if told.exists():
             if differ := differing(json.loads(told.read_text()), self.record, {}):
                 raise UserError(
-                    f"{scratch} holds an unfinished slide that is made otherwise ({', '.join(differ)}): go on with it by "
-                    "the command that began it, remove the folder to give it up, or choose another --out."
+                    f"{scratch} holds an unfinished slide that is made otherwise ({', '.join(differ)}): go on with it "
+                    "by the command that began it, remove the folder to give it up, or choose another --out."
                 )
             print(f"going on with what is there of {asked.outs[0]}")
         elif left:
@@ -310,11 +310,11 @@ def check_room(folder: Path, needed: int, what: str) -> None:
 
     >>> check_room(Path("out"), 10**18, "out/slide.tif")
     Traceback (most recent call last):
-    ldm.errors.UserError: out/slide.tif needs up to 1000000000.0 GB of disk while it is made, and ... GB are free ...
+    ldm.errors.UserError: out/slide.tif needs up to 1,000,000,000,000 MB of disk while it is made, and ... are free ...
     """
     if needed > (free := room(folder)):
         raise UserError(
-            f"{what} needs up to {needed / 1e9:.1f} GB of disk while it is made, and {free / 1e9:.1f} GB are free in "
+            f"{what} needs up to {needed / 1e6:,.0f} MB of disk while it is made, and {free / 1e6:,.0f} are free in "
             f"{folder.parent}; make room, or choose another --out."
         )
 

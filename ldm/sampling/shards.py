@@ -17,6 +17,8 @@ from ldm.sampling.local_norm import CELLS, decode_part, span_of
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
+PART = 1024  # pixels along what a CPU decodes at once: a third more work than twice as many, with half the memory
+
 
 class ShardDecoder:
     """Pixels of parts of a canvas, each decoded with a halo of its neighbours' latents.
@@ -35,7 +37,8 @@ class ShardDecoder:
     ) -> None:
         self.model, self.bands, self.step, self.decoder, self.glass = model, bands, step, decoder, glass
         self.own, _ = model.decoding(torch.zeros(1, model.channels, 1, 1, device=model.device), decoder)
-        self.part, self.halo = decoded_at_once(self.own, model.image_size)
+        part, self.halo = decoded_at_once(self.own, model.image_size)
+        self.part = min(part, PART) if model.device.type == "cpu" else part
 
     @torch.no_grad()
     def pixels(self, rows: slice, cols: slice) -> np.ndarray:
