@@ -5,6 +5,7 @@
     fast = ldm.Sampler(steps=20, seed=0)
     tiles = ldm.sample(model, model.condition(features=features), sampler=fast)         # (N,3,H,W) in [-1,1]
     image = ldm.large_image(model, grid, size=(1024, 1024), sampler=fast)               # grid (rows, cols, D)
+    grid = ldm.feature_field(fields, (15, 15), sampler=fast)                            # of a model of fields
     others = ldm.translate(model, images, source=cond_a, target=cond_b, sampler=fast)   # images (N,3,H,W) in [-1,1]
 """
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ldm.images.write import to_uint8
     from ldm.model_folder import export
     from ldm.sampling.canvas import large_image
+    from ldm.sampling.feature_fields import feature_field
     from ldm.sampling.guided import Classifier
     from ldm.sampling.sampler import Inversion, Sampler, Windows
     from ldm.sampling.tiles import sample
@@ -31,6 +33,7 @@ _HOMES = {
     "export": "ldm.model_folder",
     "sample": "ldm.sampling.tiles",
     "large_image": "ldm.sampling.canvas",
+    "feature_field": "ldm.sampling.feature_fields",
     "Sampler": "ldm.sampling.sampler",
     "Windows": "ldm.sampling.sampler",
     "Inversion": "ldm.sampling.sampler",
@@ -39,8 +42,8 @@ _HOMES = {
     "translate": "ldm.sampling.translate",
 }
 __all__ = [
-    "Classifier", "Inversion", "Sampler", "Windows", "convert", "export", "large_image", "load_model", "sample",
-    "to_uint8", "translate",
+    "Classifier", "Inversion", "Sampler", "Windows", "convert", "export", "feature_field", "large_image", "load_model",
+    "sample", "to_uint8", "translate",
 ]  # fmt: skip
 
 

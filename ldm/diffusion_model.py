@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder.autoencoder import IdentityFirstStage, UnitFirstStage
+from ldm.autoencoder.feature_codec import FeatureCodec
 from ldm.autoencoder.latent import LatentScale
 from ldm.conditioners.compose import conditions_given, keys_of
 from ldm.diffusion.denoiser import Cond, Denoiser, EDMDenoiser, FlowDenoiser, TableDenoiser
@@ -58,6 +59,13 @@ class DiffusionModel(nn.Module):
         """Shape of what is denoised of one sample: (C,h,w), or (C,N) of models of tokens."""
         sides = 1 if declared(self.model.diffusion_model).sequence else 2
         return (self.channels, *[self.image_size] * sides)
+
+    @property
+    def makes(self) -> str:
+        """What its samples are: images, tokens that condition images, or fields of features that do."""
+        if isinstance(self.first_stage_model, FeatureCodec):
+            return "fields"
+        return "tokens" if declared(self.model.diffusion_model).sequence else "images"
 
     @property
     def image_channels(self) -> int:

@@ -355,4 +355,6 @@ class LatentDiffusion(DiffusionModel, pl.LightningModule):
             if cond and self.cond_stage_model.dropout:
                 guided = cfg(plain, self.null_condition(), 2.0)
                 images["samples_guided"] = self.decode(sample_dpmpp_2m(guided, start, sigmas, cond))
+        if self.makes == "fields":
+            return {name: self.first_stage_model.picture(fields) for name, fields in images.items()}
         return images

@@ -48,7 +48,7 @@ TRAINING_ONLY = (
 )  # fmt: skip
 _METADATA = {
     "mpp?": maybe(ABOVE_0), "tile_size?": maybe(SIZE), "licence?": maybe(TEXT), "encoder?": maybe(MAPPING),
-    "conditions?": maybe(MAPPING),
+    "conditions?": maybe(MAPPING), "field?": {"feature": TEXT, "stride": SIZE},
 }  # fmt: skip
 _NODE = {"target": TEXT, "params": MAPPING}
 _CHECKPOINT = {

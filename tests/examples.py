@@ -83,6 +83,25 @@ def _tiny(network: Callable[[dict[str, Any]], dict[str, Any]], **params: Any) ->
 
 
 @cache
+def tiny_fields() -> LatentDiffusion:
+    """A model of fields that learnt nothing: crops of 4 x 4 features of 8 values, of a class A or B."""
+    unet = {
+        "image_size": 4, "in_channels": 4, "out_channels": 4, "model_channels": 8, "num_res_blocks": 1,
+        "attention_resolutions": [], "channel_mult": [1], "num_heads": 1, "norm_groups": 4,
+    }  # fmt: skip
+    classes = {"classes": ["A", "B"], "dim": 32, "acts": "vector"}
+    torch.manual_seed(0)
+    model = LatentDiffusion(
+        {"target": "ldm.networks.unet.UNetModel", "params": unet},
+        {"target": "ldm.autoencoder.feature_codec.FeatureCodec", "params": {"dim": 8, "channels": 4, "glass": True}},
+        {"target": "ldm.conditioners.class_token.ClassEmbedder", "params": classes},
+        use_ema=False,
+    )
+    model.metadata |= {"field": {"feature": "tiny", "stride": 8}, "tile_size": 16, "mpp": 0.5}
+    return model.eval().requires_grad_(False)
+
+
+@cache
 def _scorer() -> Ensemble:
     torch.manual_seed(0)
     task = Task("binary", "class", ("Normal", "Atypical"))
@@ -124,7 +143,9 @@ BY_NAME: dict[str, Callable[[pytest.FixtureRequest], object]] = {
     "reports": lambda request: (_report(10.0), _report(14.0)),
     # a diffusion model, see `tiny_model`
     "model": lambda request: tiny_model(),
-    # the same as a student: its network is told a guidance scale and gives policies
+    # a model of fields of features, see `tiny_fields`
+    "fields": lambda request: tiny_fields(),
+    # `model` as a student: its network is told a guidance scale and gives policies
     "student": lambda request: tiny_student(),
     # a tile (256,256,3) uint8
     "tile": lambda request: np.array(Image.open(ROOT / "data/samples/cancers/TCGA-CR-7395_1600,2400.png"))[:256, :256],

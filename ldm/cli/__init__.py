@@ -6,7 +6,7 @@ import sys
 
 import typer.main
 
-from ldm.cli import generate, slide, translate, sequence, evaluate, filter, train, models, view, doctor  # isort: skip (as help lists them)
+from ldm.cli import generate, slide, field, translate, sequence, evaluate, filter, train, models, view, doctor  # isort: skip (in order of help)
 from ldm.cli.app import app
 from ldm.cli.script import call
 from ldm.errors import run_command
@@ -15,6 +15,7 @@ __all__ = [
     "app",
     "doctor",
     "evaluate",
+    "field",
     "filter",
     "generate",
     "main",

@@ -32,6 +32,8 @@ def describe_model(model_path: Path) -> None:
     network, first = model.model.diffusion_model, type(model.first_stage_model).__name__
     kind = type(getattr(network, "network", network) if model.student else network).__name__
     makes = f"sequences of {side} tokens" if declared(network).sequence else f"tiles of {side} px"
+    if model.makes == "fields":
+        makes = f"fields of features, by crops of {side} x {side} tiles"
     _say(f"{model_path}: {makes}; {kind} of {count:.1f} M parameters over {first}, {model.parameterization}")
     if model.student is not None:
         _say(f"  student: {model.student.words()}")
@@ -40,6 +42,8 @@ def describe_model(model_path: Path) -> None:
     for name in ("mpp", "licence", "slide_licence"):
         if name in model.metadata:
             _say(f"  {name}: {model.metadata[name]}")
+    if "field" in model.metadata:
+        _say(f"  stride of a field: {model.metadata['field']['stride']} px")
     if "encoder" in model.metadata:
         encoder = model.metadata["encoder"]
         _say(f"  features: {encoder.get('encoder')} ({encoder.get('licence', 'licence not recorded')})")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 Guidance = float | Mapping[str, float]  # one scale, or one for each condition by name
 Interval = tuple[float, float] | Literal["all"]
-Task = Literal["sample", "large_image", "translate", "invert", "sweep"]
+Task = Literal["sample", "large_image", "field", "translate", "invert", "sweep"]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 DECODERS = ("full", "small")
@@ -42,6 +42,7 @@ EXACT = ("euler", "heun")
 TASKS: dict[Task, dict[str, Any]] = {
     "sample": {"steps": 20, "solver": "dpmpp_2m", "schedule": "trailing", "guidance_interval": "all"},
     "large_image": {"steps": 10, "solver": "dpmpp_2m", "schedule": "trailing", "guidance_interval": (1.0, 7.0)},
+    "field": {"steps": 20, "solver": "dpmpp_2m", "schedule": "trailing", "guidance_interval": "all"},
     "translate": {"steps": 25, "solver": "dpmpp_2m", "schedule": "karras", "guidance_interval": "all"},
     "invert": {"steps": 25, "solver": "dpmpp_2m", "schedule": "karras", "guidance_interval": "all"},
     "sweep": {"steps": 50, "solver": "euler", "schedule": "uniform", "guidance_interval": "all"},
@@ -188,6 +189,14 @@ class Sampler:
         """The settings with nothing left to choose, checked against the model. UserError: what it cannot do."""
         from ldm.networks.takes import declared
 
+        makes = getattr(model, "makes", "images")
+        if (task == "field") != (makes == "fields"):
+            raise UserError(
+                f"the model makes {makes}, not fields of features; configs/own/field.yaml trains one that does."
+                if task == "field"
+                else "the model makes fields of features, not images: sample it by `histoldm field` "
+                "(ldm.feature_field), and give what it makes to `histoldm large-image` as --features."
+            )
         defaults = {**TASKS[task], "guidance_scale": self._default_guidance(model, task)}
         defaults |= {"precision": "bf16" if _has_bf16(model.device) else "fp32"}
         student = getattr(model, "student", None)

@@ -33,6 +33,10 @@ SOURCES = {  # path in the shipped configs -> where to get it
     "models/first-stage": (
         "made by `histoldm export logs/*_first-stage --out models/first-stage` of a training of own/first_stage"
     ),
+    "models/feature-codec": (
+        "made by `python -m data_prep.fit_feature_codec --store data/my-cohort --where split=train --out "
+        "models/feature-codec`"
+    ),
     "demo_output/first-stage": DEMO,
     "demo_output/cohort": DEMO,
     "data/models/demo-ssl": SHIPPED,
