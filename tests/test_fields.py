@@ -17,6 +17,7 @@ from data_prep.fit_feature_codec import fit, main
 from data_prep.tile_slides import tile_slide
 from ldm.autoencoder.feature_codec import FeatureCodec, fit_codec
 from ldm.cli import app
+from ldm.commands.grids import asked_grid
 from ldm.config import instantiate_from_config
 from ldm.data import dihedral
 from ldm.data.datasets import NoTiles
@@ -283,6 +284,21 @@ def test_the_command_writes_a_field_what_is_known_of_it_and_a_picture(folder, tm
     assert "SYNTHETIC" in picture.text
     shown = np.asarray(picture)[:: picture.height // 5, :: picture.width // 7]
     assert np.array_equal((shown == 255).all(-1) | known, np.ones((5, 7), bool))
+
+
+def test_a_field_tells_how_large_its_image_is_and_what_its_glass_is(folder, tmp_path):
+    run("field", "--model", folder, "--size", "7,5", "--steps", 3, "--out", tmp_path / "field.npy")
+    grid = asked_grid(examples.tiny_model(), tmp_path / "field.npy", None, None, None)
+    assert grid.size == (48, 64)
+    assert grid.mpp == 0.5
+    assert grid.background.shape == (8,)
+    assert grid.features.shape == (5, 7, 8)
+    (tmp_path / "field.json").unlink()
+    plain = asked_grid(examples.tiny_model(), tmp_path / "field.npy", None, None, None)
+    assert (plain.size, plain.background, plain.mpp) == (None, None, None)
+    (tmp_path / "field.json").write_text('{"stride": "wide"}')
+    with pytest.raises(UserError, match="stride"):
+        asked_grid(examples.tiny_model(), tmp_path / "field.npy", None, None, None)
 
 
 def test_describe_says_that_a_model_makes_fields(folder):

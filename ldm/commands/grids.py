@@ -11,8 +11,10 @@ import numpy as np
 
 from ldm.data.extent import extent_differs
 from ldm.data.features import read_features
+from ldm.data.field_files import extent_of, known_of_field
 from ldm.data.tile_store import TileStore, open_cohort
 from ldm.errors import UserError
+from ldm.files import sha256
 from ldm.requests.tiles import check_encoder, feature_dim, is_store, pick_feature
 
 if TYPE_CHECKING:
@@ -40,14 +42,19 @@ class Grid:
 def asked_grid(
     model: LatentDiffusion, features: Path, feature: str | None, region: Sequence[int] | None, mpp: float | None
 ) -> Grid:
-    """The grid of a tile store, or of a region of its slide (x, y, width, height), or of a file of features.
+    """The grid of a tile store, or of a region of its slide (x, y, width, height), or of a file of features; of a field
+    that `histoldm field` made, also how large its image is and which feature its glass has.
 
     mpp: of the image, where the user says it. UserError: features that the model does not take, several slides.
     """
     if not is_store(features):
         if region:
             raise UserError(f"--region goes with a tile store; {features} is a file of features.")
-        return Grid(read_features(features, dim=feature_dim(model)).grid()[0], features.name, mpp=mpp)
+        grid, known = read_features(features, dim=feature_dim(model)).grid()[0], known_of_field(features)
+        check_encoder(model, known.get("features") or {}, features)
+        glass = known.get("glass") and np.array(known["glass"], np.float32)
+        place = {"field_sha256": sha256(features)} if known else {}
+        return Grid(grid, features.name, glass, extent_of(known, grid.shape[:2]), mpp or known.get("mpp"), place)
     stores = open_cohort(features)
     if len(stores) > 1:
         raise UserError(f"{features} holds {len(stores)} slides; give one store, such as {stores[0].path}.")
