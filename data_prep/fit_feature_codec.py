@@ -6,10 +6,10 @@ become in an image.
 
 Examples:
 
-    python -m data_prep.fit_feature_codec --store data/my-cohort \
+    python -m data_prep.fit_feature_codec --store cohort \
         --where split=train --out models/feature-codec
-    python -m data_prep.fit_feature_codec --store data/my-cohort --feature uni \
-        --share 0.95 --out models/uni-codec
+    python -m data_prep.fit_feature_codec --store cohort \
+        --feature uni --share 0.95 --out models/uni-codec
 """
 
 from __future__ import annotations
