@@ -142,10 +142,8 @@ def line(name: str, found: Sequence[float]) -> str:
     return f"    {name:10}{value:10.4g}{interval:24}"
 
 
-def run(options: argparse.Namespace) -> None:
-    if options.out:
-        writable_folder(options.out)
-    torch.set_num_threads(options.threads)
+def compared(options: argparse.Namespace) -> tuple[Tiles, dict[str, Made], list[np.ndarray]]:
+    """The real tiles, the figures of each arm, the teacher in TEACHER_STEPS first, and tiles of each to be shown."""
     teacher = ldm.load_model(options.teacher)
     tiles = read_tiles(options, teacher, read_model_folder(options.teacher)[1])
     arms = [Arm(f"teacher, {TEACHER_STEPS} steps", teacher, TEACHER_STEPS)]
@@ -170,6 +168,14 @@ def run(options: argparse.Namespace) -> None:
             results[arm.name] = {"seconds": [float(np.mean(seconds))], **measure(images, tiles, judge, real, best)}
             best = images.astype(np.float32) if best is None else best
             sheet.append(images[0, :: max(1, len(tiles.pixels) // SHOWN)][:SHOWN])
+    return tiles, results, sheet
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.out:
+        writable_folder(options.out)
+    torch.set_num_threads(options.threads)
+    tiles, results, sheet = compared(options)
     print(
         f"{len(tiles.pixels)} conditions, {options.seeds} seeds, guidance {options.guidance_scale:g}, "
         f"{options.threads} thread{'s' if options.threads > 1 else ''}\n"
@@ -181,7 +187,8 @@ def run(options: argparse.Namespace) -> None:
         write_text(options.out / "few_steps.json", json.dumps(results, indent=1))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def parser_of() -> argparse.ArgumentParser:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--teacher", type=Path, default=Path("data/models/demo-ssl"), help="model folder (default %(default)s)")
@@ -191,7 +198,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--guidance-scale", type=float, default=2.0, help="of all arms (default %(default)s)")
     add("--threads", type=int, default=1, help="of PyTorch (default %(default)s)")
     add("--out", type=Path, help="folder for a sheet of tiles and few_steps.json")
-    return run_command(lambda: run(parser.parse_args(argv)))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_command(lambda: run(parser_of().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     python benchmarks/large_image.py                                # three seeds of 1024 x 1024 px
     python benchmarks/large_image.py --seeds 1 --steps 5            # a quick look: 5 steps of the published procedure
     python benchmarks/large_image.py --student models/my-student    # and a student of the model, in its steps
+    python benchmarks/large_image.py --student models/my-student --procedures student \
+        --student-set {} '{"steps": 2}' '{"mode": "overlap", "stride": 192}'        # in several ways
 
 The published procedure (Large-Image-Diffusion, arXiv:2312.07330), as its notebook sets it and scaled to the model's
 window: windows at every quarter of a window (169 for 4 x 4 tiles) denoised at each of 50 DDIM steps with and without
@@ -157,8 +159,8 @@ def ours(model: LatentDiffusion, features: Tensor, options: argparse.Namespace, 
 
 
 def student(model: LatentDiffusion, features: Tensor, options: argparse.Namespace, seed: int) -> Tensor:
-    """A student of the model, in the steps that it was trained for, or --student-set."""
-    return _with(options.student_set, model, features, options, seed)
+    """A student of the model, in the steps that it was trained for, or one of --student-set."""
+    return _with(options.student_set[options.arm], model, features, options, seed)
 
 
 PROCEDURES = {"published": published, "ours": ours, "student": student}
@@ -186,9 +188,11 @@ def make_image(options: argparse.Namespace) -> None:
     write_text(options.work / "measures.json", json.dumps(measures))
 
 
-def run_child(arguments: Sequence[str], procedure: str, seed: int, grid: Path, work: Path) -> dict[str, Any]:
+def run_child(
+    arguments: Sequence[str], procedure: str, arm: int, seed: int, grid: Path, work: Path
+) -> dict[str, Any]:
     """`make_image` in a process of its own: its figures, with the image (H,W,3) uint8."""
-    command = [sys.executable, __file__, *arguments, "--procedure", procedure, "--seed", str(seed)]
+    command = [sys.executable, __file__, *arguments, "--procedure", procedure, "--arm", str(arm), "--seed", str(seed)]
     subprocess.run([*command, "--features", str(grid), "--work", str(work)], check=True)
     return json.loads((work / "measures.json").read_text()) | {"image": np.load(work / "image.npy")}
 
@@ -236,14 +240,15 @@ COLUMNS = {
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:
     """Means over the seeds, and their range where there are several."""
-    lines = [f"{'':22}" + "".join(f"{name:>26}" for name in results)]
+    wide = max(26, *(len(name) + 2 for name in results))
+    lines = [f"{'':22}" + "".join(f"{name:>{wide}}" for name in results)]
     for title, (key, form) in COLUMNS.items():
         cells = []
         for rows in results.values():
             values = [row[key] for row in rows if key in row]
             cell = format(np.mean(values), form) if values else ""
             spread = f" ({min(values):{form}}..{max(values):{form}})" if len(set(values)) > 1 else ""
-            cells.append(f"{cell + spread:>26}")
+            cells.append(f"{cell + spread:>{wide}}")
         if any(cell.strip() for cell in cells):
             lines.append(f"{title:22}" + "".join(cells))
     return "\n".join(lines)
@@ -264,15 +269,18 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         raise UserError(f"--region is of whole tiles of {tile} px; it has {real.shape[1]} x {real.shape[0]} px")
     eyes = observers(encoder)
     truth = {name: tile_features(eye, real, tile, tile // 4) for name, eye in eyes.items()}
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
+    arms = {name: (name, 0) for name in chosen if name != "student"}
+    for i, settings in enumerate(options.student_set if "student" in chosen else ()):
+        arms[", ".join(["student", *(f"{key} {value}" for key, value in settings.items())])] = ("student", i)
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
     shown: dict[str, np.ndarray] = {"real": real}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         np.save(work / "grid.npy", tile_features(encoder, real, tile, options.feature_stride or tile).numpy())
         sized = [*arguments, "--size", *map(str, real.shape[:2])]
         for seed in range(options.seeds):
-            for name in chosen:
-                made = run_child(sized, name, seed, work / "grid.npy", work)
+            for name, (procedure, arm) in arms.items():
+                made = run_child(sized, procedure, arm, seed, work / "grid.npy", work)
                 image = made.pop("image")
                 made |= seams(image, tile)
                 for key, eye in eyes.items():
@@ -281,7 +289,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> None:
                 shown.setdefault(name, image)
                 if options.out:
                     about = {"procedure": name, "seed": seed, "model": options.model.name}
-                    save_png(options.out / f"{name}-{seed}.png", image, about)
+                    save_png(options.out / f"{procedure}{arm or ''}-{seed}.png", image, about)
                 print(f"{name}, seed {seed}: {json.dumps(made)}", file=sys.stderr, flush=True)
     print(
         f"{real.shape[1]} x {real.shape[0]} px, {options.seeds} seeds, guidance {options.guidance_scale:g}, "
@@ -311,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--tile", type=int, default=256, help="side of the model's tiles in px (default %(default)s)")
     add("--feature-stride", type=int, help="px between the features given to both (default: adjoining tiles)")
     add("--student", type=Path, help="model folder of a student of the model")
-    add("--student-set", type=json.loads, default={}, help='of the student, as {"steps": 2, "decoder": "small"}')
+    add("--student-set", type=json.loads, nargs="+", default=[{}], help='of the student, as {"steps": 2}; one or more')
     add("--procedures", nargs="+", choices=PROCEDURES, help="(default: all, the student if there is one)")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ... (default %(default)s)")
     add("--steps", type=int, default=50, help="of the published procedure (default %(default)s)")
@@ -322,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--device", default="auto", help="(default %(default)s)")
     add("--cpu-time", action="store_true", help="time of the process on the CPU: for a machine with other work")
     add("--out", type=Path, help="folder for the images, side by side as well, and measures.json")
-    for name, kind in (("--procedure", str), ("--seed", int), ("--features", Path), ("--work", Path)):
+    for name, kind in (("--procedure", str), ("--arm", int), ("--seed", int), ("--features", Path), ("--work", Path)):
         add(name, type=kind, help=argparse.SUPPRESS)  # of one image
     add("--size", type=int, nargs=2, help=argparse.SUPPRESS)
     arguments = list(sys.argv[1:] if argv is None else argv)

@@ -23,6 +23,7 @@ from ldm.errors import UserError
 DATA, MODELS = Path("data"), Path("data/models")
 OUT = Path("out/models_report")
 SLIDE, BAND = DATA / "demo/CMU-1-Small-Region.svs", "0,1856,2220,512"
+FEATURE = "demo-encoder"
 REGION = (896, 1472, 1024, 1024)  # of the slide, generated again; it crosses the band
 
 
@@ -91,16 +92,45 @@ def encoder(folder: Path, precision: str) -> list[Row]:
     ]
 
 
+def skin() -> Path:
+    """The cohort of the demo's slide with the features of its encoder."""
+    from data_prep import extract_features
+
+    cohort = OUT / "skin"
+    tile(cohort, "--slides", SLIDE, "--stride", 64, "--min-tissue", 0.05, "--keep-background", 0.08, "--holdout", BAND)
+    run_quietly(extract_features.main, "--store", cohort, "--encoder", MODELS / FEATURE)
+    return cohort
+
+
+def student(folder: Path, precision: str) -> list[Row]:
+    """In float32, whatever the precision: the arms' times are no part of the card."""
+    import few_steps
+
+    names = ("--student", folder, "--teacher", MODELS / "demo-ssl", "--store", skin(), "--encoder", MODELS / FEATURE)
+    options = few_steps.parser_of().parse_args([str(name) for name in names])
+    tiles, results, _ = few_steps.compared(options)
+    return student_rows(results, f"{len(tiles.pixels)} conditions of the held-out band, {options.seeds} seeds", folder)
+
+
+def student_rows(results: dict[str, dict[str, Any]], on: str, folder: Path) -> list[Row]:
+    """The arms of few_steps.py, the teacher's first, with what each keeps of it."""
+    first, *_ = results.values()
+    rows = []
+    for name, found in results.items():
+        for key in ("KID", "recall", "coverage", "spread", "margin"):
+            share = f"; {found[key][0] / first[key][0]:.3f} of the teacher's in 50 steps"
+            kept = share if found is not first and key != "KID" else ""
+            rows.append(row(f"{name.replace(folder.name, 'student')}: {key}", found[key], on + kept))
+    return rows
+
+
 def ssl(folder: Path, precision: str) -> list[Row]:
     from conditioning import measure_conditioning
 
-    from data_prep import extract_features
     from ldm.data.tile_store import open_cohort
     from ldm.metrics.seams import measure_seams
 
-    cohort, feature = OUT / "skin", "demo-encoder"
-    tile(cohort, "--slides", SLIDE, "--stride", 64, "--min-tissue", 0.05, "--keep-background", 0.08, "--holdout", BAND)
-    run_quietly(extract_features.main, "--store", cohort, "--encoder", MODELS / feature)
+    cohort, feature = skin(), FEATURE
     asked = argparse.Namespace(
         model=folder, store=cohort, feature=feature, encoder=str(MODELS / feature), split="val", count=64, steps=20,
         guidance_scale=2.0, seed=0, batch_size=16, device="cpu", precision=precision,

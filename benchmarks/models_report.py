@@ -26,7 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from model_measures import MODELS, OUT, Row, encoder, mitosis, omics, quietly, scorers, slices, ssl, stains, text
+import model_measures as measured
+from model_measures import MODELS, OUT, Row, quietly
 from tqdm import tqdm
 
 from ldm.errors import UserError, run_command
@@ -45,14 +46,15 @@ class Job:
 
 
 JOBS = {
-    "demo-encoder": Job(encoder, 15),
-    "demo-ssl": Job(ssl, 70),
-    "demo-mitosis": Job(mitosis, 35),
-    "demo-mitosis-scorers": Job(scorers, 5),
-    "demo-stains": Job(stains, 35),
-    "demo-slices": Job(slices, 70),
-    "demo-omics": Job(omics, 95),
-    "demo-text": Job(text, 150),
+    "demo-encoder": Job(measured.encoder, 15),
+    "demo-ssl": Job(measured.ssl, 70),
+    "demo-ssl-student": Job(measured.student, 1000),
+    "demo-mitosis": Job(measured.mitosis, 35),
+    "demo-mitosis-scorers": Job(measured.scorers, 5),
+    "demo-stains": Job(measured.stains, 35),
+    "demo-slices": Job(measured.slices, 70),
+    "demo-omics": Job(measured.omics, 95),
+    "demo-text": Job(measured.text, 150),
 }
 
 

@@ -21,16 +21,19 @@ def run(*args):
     return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
-@pytest.mark.parametrize("name", ["demo-ssl", "demo-mitosis", "demo-stains", "demo-slices", "demo-omics", "demo-text"])
+MADE = ["demo-ssl", "demo-ssl-student", "demo-mitosis", "demo-stains", "demo-slices", "demo-omics", "demo-text"]
+
+
+@pytest.mark.parametrize("name", MADE)
 @pytest.mark.slow
 def test_a_model_says_what_it_is_and_the_data_page_lists_it(name):
     told = run("describe", MODELS / name).output
-    assert "licence: MIT" in told or name == "demo-ssl"
+    assert "licence: MIT" in told or name.startswith("demo-ssl")
     assert f"`models/{name}/`" in (ROOT / "data" / "README.md").read_text()
 
 
 def test_the_models_are_small():
-    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) < 60e6
+    assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) < 85e6
 
 
 @pytest.mark.slow
