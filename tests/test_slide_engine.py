@@ -174,6 +174,22 @@ def test_shards_are_decoded_as_the_canvas_is(tmp_path, monkeypatch):
     assert np.abs(np.concatenate(parts).astype(int) - whole).max() <= 1
 
 
+def test_a_layout_says_which_condition_is_where(tmp_path):
+    layout = np.array([[0, 0, 1, 1, -1, -1, -1]])
+    given = Sampler(steps=2, guidance_scale=1.0, progress=False)
+    canvas = Canvas.of_layout(tiny_model(), layout, {"class": ["A", "B"]}, sampler=given)  # 8 x 56 latents
+    corners = [(0, 0), (0, 11), (0, 12), (0, 27), (0, 28), (0, 48)]
+    assert canvas.bare(corners) == [False] * 4 + [True] * 2
+    told = canvas.condition(corners[:4])
+    for label, rows in (("A", (0, 1)), ("B", (2, 3))):
+        for part, value in canvas.model.condition(class_=label).items():
+            assert all(torch.equal(told[part][row], value[0]) for row in rows)
+    glass = Glass.of(canvas, None)
+    x = streamed(canvas, tmp_path, glass=glass.latent)
+    assert glass.covers(x[..., 36:])
+    assert not glass.covers(x[..., :32])
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -360,6 +376,7 @@ def test_processes_that_see_other_models_or_fail_end_with_one_message(world, tmp
     [
         (("--solver", "heun"), "the solver 'heun' does not allow.*take one of dpmpp_2m, unipc, euler"),
         (("--size", "64,64"), "grid of 8 rows and 6 columns does not match 64 x 64 px.*side by side are 96 x 128 px"),
+        (("--layout", "a.csv"), "made from --features or from a --layout; give one of them"),
         (("--size", "8,8"), "the size must be at least one tile of 16 px"),
         (("--offload",), "leave --offload out"),
         (("--compile",), "no network is compiled; leave it out"),
@@ -383,11 +400,11 @@ def test_too_little_disk_is_told_before_work(tmp_path):
 
 def test_another_slide_in_its_place_is_told_and_a_second_run_waits_its_turn(world, reference, tmp_path, capsys):
     out = tmp_path / "a.tif"
-    with owned(slides.AskedSlide(world, world, [out]).scratch, of=out):
+    with owned(slides.AskedSlide(world, [out], world).scratch, of=out):
         assert run(*words(world, out)) == 2
     assert f"{out} is being written by process" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
-    asked = slides.AskedSlide(world / "model0", world / "holed.npy", [out])
+    asked = slides.AskedSlide(world / "model0", [out], world / "holed.npy")
     asked.scratch.mkdir()
     (asked.scratch / "made.json").write_text('{"seed": 7}')
     assert run(*words(world, out)) == 2

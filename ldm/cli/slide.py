@@ -11,8 +11,8 @@ from ldm.cli.options import (
     ConditionOption,
     DeviceOption,
     FeatureOption,
-    FeaturesOption,
     ModelOption,
+    inputs,
     output,
     wanted,
 )
@@ -27,10 +27,17 @@ from ldm.sampling.sampler import Windows
 @settings("large_image")
 def slide(
     model: ModelOption,
-    features: FeaturesOption,
     out: Annotated[list[Path], output("--out", help="Slide: .ome.zarr, or .tif as scanners write it (repeat).")],
     sampler: AskedSampler,
     windows: Windows,
+    features: Annotated[
+        Path | None,
+        inputs("--features", help="Features: .npy, .h5 (CLAM, TRIDENT), .pt, or a tile store (.zarr)."),
+    ] = None,
+    layout: Annotated[
+        Path | None,
+        inputs("--layout", help="Table of conditions (CSV, TSV) by place: columns row, col, and one for each."),
+    ] = None,
     condition: ConditionOption = None,
     feature: FeatureOption = None,
     region: Annotated[
@@ -49,7 +56,7 @@ def slide(
     device: DeviceOption = "auto",
     allow_target: AllowTargetOption = None,
 ) -> None:
-    r"""Generate a whole slide from a grid of features: any size, in little memory, on several processes.
+    r"""Generate a whole slide from a grid of features or a layout of conditions: any size, in little memory.
 
     Stopped at any moment, the same command goes on. torchrun and SLURM start it as processes that share the work.
 
@@ -64,8 +71,9 @@ def slide(
 
     asked = AskedSlide(
         model,
-        features,
         out,
+        features,
+        layout,
         feature,
         parse_integers(region, 4, "--region", "x,y,width,height"),
         parse_integers(size, 2, "--size", "width,height"),

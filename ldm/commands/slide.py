@@ -27,12 +27,13 @@ from ldm.conditioners.compose import parse_conditions
 from ldm.convert import load_model, weights_of
 from ldm.diffusion.choices import POINTWISE
 from ldm.errors import UserError, notes_kept
-from ldm.files import hidden, owned, remove, remove_empty, room, tool_version, write_text
+from ldm.files import hidden, owned, remove, remove_empty, room, sha256, tool_version, write_text
 from ldm.images.marks import read_mark
 from ldm.images.pyramid import SHARD, TILE, Level, create_ome_zarr, level_sizes
 from ldm.images.slide_tiff import thumbnail, write_slide_tiff
 from ldm.images.write import save_png
 from ldm.latent_diffusion import LatentDiffusion
+from ldm.requests.layout import read_layout
 from ldm.requests.sampling import AskedSampler
 from ldm.sampling.bands import BAND, PATIENCE, Bands
 from ldm.sampling.canvas import Canvas
@@ -51,14 +52,15 @@ PER_PIXEL = 4.0  # bytes of a pixel in all levels of an OME-Zarr, or of a TIFF, 
 
 @dataclass(frozen=True)
 class AskedSlide:
-    """What a command line asks: the model, a grid of features, and where the slide goes.
+    """What a command line asks: the model, a grid of features or a layout of conditions, and where the slide goes.
 
     outs: files (SLIDES). size: (width, height) in pixels. quality: of the TIFF's JPEG.
     """
 
     model: Path
-    features: Path
     outs: Sequence[Path]
+    features: Path | None = None
+    layout: Path | None = None
     feature: str | None = None
     region: tuple[int, ...] | None = None
     size: tuple[int, int] | None = None
@@ -68,6 +70,10 @@ class AskedSlide:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        if (self.features is None) == (self.layout is None):
+            raise UserError("a slide is made from --features or from a --layout; give one of them.")
+        if self.layout is not None and (self.region or self.feature):
+            raise UserError("--region and --feature go with --features; leave them out with a --layout.")
         for out in self.outs:
             if not out.name.endswith(SLIDES):
                 raise UserError(f"a slide is written as {', '.join(SLIDES)}; got {out}.")
@@ -142,27 +148,32 @@ class Made:
         chosen = sampler.loaded(model)
         given = parse_conditions(model.cond_stage_model, asked.conditions)
         about = sampler.record(chosen, model, "large_image") | changed(windows)
-        grid = asked_grid(model, asked.features, asked.feature, asked.region, asked.mpp)
+        size = asked.size and asked.size[::-1]
+        if asked.layout is not None:
+            layout = read_layout(asked.layout, model.cond_stage_model)
+            grid = Grid(layout.cells, asked.layout.name, mpp=asked.mpp)
+            canvas = Canvas.of_layout(model, layout.cells, layout.values, size, chosen, windows, given)
+            about["layout_sha256"] = sha256(asked.layout)
+        else:
+            grid = asked_grid(model, asked.features, asked.feature, asked.region, asked.mpp)
+            canvas = Canvas.of(model, grid.features, size or grid.size, chosen, windows, given, grid.background)
+            check_spacing(canvas)
         mpp = grid.mpp or model.metadata.get("mpp")
         if mpp is None:
             raise UserError("the model does not know its micrometres per pixel; give --mpp.")
-        size = asked.size and asked.size[::-1]
-        canvas = Canvas.of(model, grid.features, size or grid.size, chosen, windows, given, grid.background)
         if canvas.sampler.solver not in POINTWISE:
             raise UserError(
                 f"a slide is made step by step in parts, which the solver '{canvas.sampler.solver}' does not allow, as "
                 f"it asks the network more than once a step; take one of {', '.join(POINTWISE[:-2])}."
             )
         height, width = (side * model.first_stage_model.downsampling for side in canvas.size)
-        check_spacing(canvas, (height, width))
         known = {"grid": list(grid.features.shape[:2]), "tile_px": model.tile_size, "mpp": mpp}
         text = provenance(
             asked.model, model, " ".join([grid.words, *asked.conditions]),
             about | {"model_sha256": weights_of(asked.model)} | grid.place | known | {"size": f"{width}x{height}"},
         )  # fmt: skip
-        features = np.ascontiguousarray(grid.features, dtype=np.float32)
         inside = {
-            "features_sha256": hashlib.sha256(features.tobytes()).hexdigest(), "version": tool_version(),
+            "grid_sha256": hashlib.sha256(grid.features.tobytes()).hexdigest(), "version": tool_version(),
             "batch_size": chosen.batch_size, "jpeg_quality": asked.quality, "band": BAND, "shard": shard_side(model),
         }  # fmt: skip
         return cls(asked, canvas, grid, (height, width), mpp, text, json.loads(json.dumps(text | inside, default=str)))
@@ -287,9 +298,15 @@ def shared(level: Level, ranks: Ranks, what: str, progress: bool, pixels: Any) -
             level[place] = pixels(*place)
 
 
-def check_spacing(canvas: Canvas, size: tuple[int, int]) -> None:
-    """UserError if a grid of features is not one of an image (height, width) in pixels."""
-    rows, cols = canvas.field.features.shape[:2]
+def check_spacing(canvas: Canvas) -> None:
+    """UserError if the grid of features of a canvas is not one of its size.
+
+    >>> check_spacing(Canvas.of(model, torch.randn(8, 8, 8), size=(32, 32)))
+    Traceback (most recent call last):
+    ldm.errors.UserError: the grid of 8 rows and 8 columns does not match 32 x 32 px: its features would lie 2 px ...
+    """
+    rows, cols = canvas.field.holes.shape
+    size = tuple(side * canvas.model.first_stage_model.downsampling for side in canvas.size)
     tile = canvas.model.tile_size / canvas.field.cells
     steps = [(side - tile) / (count - 1) for side, count in zip(size, (rows, cols)) if count > 1]
     alone = all(side <= FAR * tile for side, count in zip(size, (rows, cols)) if count == 1)

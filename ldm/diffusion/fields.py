@@ -95,6 +95,35 @@ class FeatureField:
         return position.clamp(0, cells)
 
 
+class LayoutField:
+    """A grid of cells spread evenly over a canvas: which of a list of conditions is where. A window has that of the
+    cell in which its middle lies.
+
+    Args:
+        cells: (rows, cols), places in the list, -1 at holes. size: canvas height and width, window: side of a window,
+            in the same pixels.
+
+    >>> field = LayoutField(torch.tensor([[0, 1, -1]]), size=(256, 768), window=256)
+    >>> field.at([(0, 0), (0, 200)]), field.bare([(0, 300), (0, 500)])
+    (tensor([0, 1]), [False, True])
+    """
+
+    def __init__(self, cells: Tensor, size: tuple[int, int], window: int):
+        self.layout, self.size, self.window, self.holes = cells, size, window, cells < 0
+
+    def at(self, corners: Sequence[tuple[int, int]]) -> Tensor:
+        """Places (K,) in the list of windows whose upper left corners (row, col) are given in canvas pixels."""
+        rows, cols = (
+            (torch.tensor([corner[axis] for corner in corners]) + self.window // 2) * self.layout.shape[axis] // side
+            for axis, side in enumerate(self.size)
+        )
+        return self.layout[rows, cols]
+
+    def bare(self, corners: Sequence[tuple[int, int]]) -> list[bool]:
+        """Which windows at corners (row, col) are those of holes."""
+        return (self.at(corners) < 0).tolist()
+
+
 def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
     """Spherical interpolation of vectors (K,D) at t (K,1); nearly parallel ones are interpolated linearly.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,7 @@ from ldm.conditioners.compose import cells_of, keys_of, names_given
 from ldm.conditioners.source_image import images_of, shown_in
 from ldm.devices import send
 from ldm.diffusion.denoiser import Denoiser
-from ldm.diffusion.fields import FeatureField
+from ldm.diffusion.fields import FeatureField, LayoutField
 from ldm.diffusion.tiled import Cover, covered, drawn_cover, fixed_cover
 from ldm.errors import UserError
 from ldm.images.write import to_uint8
@@ -98,8 +98,8 @@ class Canvas:
 
     Attributes:
         size: (height, width) in latents. sampler, windows: settled. sigmas: noise levels (N+1,).
-        solver: of windows. field: the features, by place. conditions: others, the same everywhere.
-        led: the part of the condition that is an image of the whole canvas.
+        solver: of windows. field: the features, or what of `table` holds, by place. conditions: others, the same
+            everywhere. led: the part of the condition that is an image of the whole canvas.
     """
 
     model: LatentDiffusion
@@ -108,9 +108,10 @@ class Canvas:
     windows: Windows
     sigmas: Tensor
     solver: GuidedSolver | PolicySolver
-    field: FeatureField
+    field: FeatureField | LayoutField
     conditions: Mapping[str, Any]
     led: Mapping[str, Tensor]
+    table: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -123,9 +124,6 @@ class Canvas:
         >>> Canvas.of(model, torch.randn(2, 3, 8)).size
         (16, 24)
         """
-        windows = checked_settings(Windows, windows)
-        sampler = checked_settings(Sampler, sampler).settled(model, "large_image")
-        factor, tile = model.first_stage_model.downsampling, model.tile_size
         if isinstance(features, Mapping):
             raise UserError("a large image takes a grid of features, not a condition: ldm.large_image(model, grid)")
         features = tensor_of(features).float().cpu()
@@ -135,7 +133,50 @@ class Canvas:
         if model.cond_stage_model is None:
             raise UserError("the model is unconditional; a large image needs one conditioned on features.")
         cells = cells_of(model.cond_stage_model)
-        height, width = size or (features.shape[0] * tile // cells, features.shape[1] * tile // cells)
+        size = size or tuple(side * model.tile_size // cells for side in features.shape[:2])
+        if background is not None:
+            background = torch.as_tensor(np.asarray(background), dtype=torch.float32)
+
+        def spread(canvas: tuple[int, int], windows: Windows) -> FeatureField:
+            return FeatureField(features, canvas, model.image_size, windows.interpolation, background, cells)
+
+        return cls._of(model, size, sampler, windows, conditions or {}, ["features"], spread)
+
+    @classmethod
+    def of_layout(
+        cls, model: LatentDiffusion, layout: np.ndarray, values: Mapping[str, Sequence[Any]],
+        size: tuple[int, int] | None = None, sampler: Sampler | None = None, windows: Windows | None = None,
+        conditions: Mapping[str, Any] | None = None,
+    ) -> Canvas:  # fmt: skip
+        """A canvas of a layout of conditions.
+
+        Args:
+            layout: (rows, cols), which of the values is there, -1 where nothing is. values: by name, as many of each.
+            size: (height, width) in pixels; by default a tile for each cell. The rest as of `large_image`.
+        UserError: conditions, a size or settings that the model cannot have.
+
+        >>> canvas = Canvas.of_layout(model, np.array([[0, 1]]), {"class": ["A", "B"]})
+        >>> canvas.size, canvas.condition([(0, 0), (0, 8)])["class/vector"].shape
+        ((8, 16), torch.Size([2, 32]))
+        """
+        conditions, cells = conditions or {}, torch.as_tensor(layout)
+        size = size or tuple(side * model.tile_size for side in layout.shape)
+        made = cls._of(
+            model, size, sampler, windows, conditions, [*values],
+            lambda canvas, windows: LayoutField(cells, canvas, model.image_size),
+        )  # fmt: skip
+        return replace(made, table=model.condition(**values, **made.conditions))
+
+    @classmethod
+    def _of(
+        cls, model: LatentDiffusion, size: tuple[int, int], sampler: Sampler | None, windows: Windows | None,
+        conditions: Mapping[str, Any], names: Sequence[str],
+        spread: Callable[[tuple[int, int], Windows], FeatureField | LayoutField],
+    ) -> Canvas:  # fmt: skip
+        """A canvas of size (height, width) in pixels. spread: its field, and names: of what that tells."""
+        windows = checked_settings(Windows, windows)
+        sampler = checked_settings(Sampler, sampler).settled(model, "large_image")
+        factor, tile, (height, width) = model.first_stage_model.downsampling, model.tile_size, size
         if height % factor or width % factor or min(height, width) < tile:
             raise UserError(
                 f"the size must be at least one tile of {tile} px and a multiple of {factor} px; got {height}x{width}."
@@ -143,17 +184,18 @@ class Canvas:
         if windows.stride is not None and (windows.stride % factor or windows.stride > tile):
             raise UserError(f"a stride is a multiple of {factor} px up to {tile}; got {windows.stride}.")
         canvas = (height // factor, width // factor)
-        if background is not None:
-            background = torch.as_tensor(np.asarray(background), dtype=torch.float32)
-        field = FeatureField(features, canvas, model.image_size, windows.interpolation, background, cells)
-        target = sampler.classifier.target_of(model, [conditions or {}]) if sampler.classifier else {}
-        led, others = _led(model, conditions or {}, (height, width))
-        solver = sampler.guided(model, given=names_given(model.cond_stage_model, ["features", *others]))
-        return cls(model, canvas, sampler, windows, sampler.sigmas(model), solver, field, others, led | target)
+        own = spread(canvas, windows)
+        target = sampler.classifier.target_of(model, [conditions]) if sampler.classifier else {}
+        led, others = _led(model, conditions, (height, width))
+        solver = sampler.guided(model, given=names_given(model.cond_stage_model, [*names, *others]))
+        return cls(model, canvas, sampler, windows, sampler.sigmas(model), solver, own, others, led | target)
 
     def condition(self, corners: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """The condition of windows at corners (row, col), in latents, but for `led`."""
-        return self.model.condition(features=send(self.field.at(corners), self.model.device), **self.conditions)
+        told = self.field.at(corners)
+        if self.table:
+            return {part: value[told.to(value.device)] for part, value in self.table.items()}
+        return self.model.condition(features=send(told, self.model.device), **self.conditions)
 
     def covering(self, size: tuple[int, int], sigma: float) -> Cover:
         """The windows at a noise level, with which a step begins."""
