@@ -24,7 +24,7 @@ from ldm.images.write import to_uint8
 from ldm.rng import canvas_noise
 from ldm.sampling.calls import explained
 from ldm.sampling.given import checked_settings, tensor_of
-from ldm.sampling.local_norm import REACH, decode_tiles, local_group_norm, spans
+from ldm.sampling.local_norm import REACH, Span, decode_tiles, local_group_norm, spans
 from ldm.sampling.sampler import Sampler, Windows
 
 if TYPE_CHECKING:
@@ -296,21 +296,42 @@ def encode_images(model: LatentDiffusion, images: Tensor) -> Tensor:
     >>> encode_images(model, torch.zeros(1, 3, 32, 48)).shape
     torch.Size([1, 4, 16, 24])
     """
-    first_stage, window = model.first_stage_model, model.image_size
-    factor = first_stage.downsampling
+    factor = model.first_stage_model.downsampling
     if factor == 1 or max(images.shape[-2:]) <= model.tile_size:
         return model.encode(images)
-    part, halo = ENCODE_PART, window + REACH
-    if has_attention(first_stage):
-        part, halo = ATTENDED_PART // factor, window // 2
+    part, halo = encoded_at_once(model)
     down, across = (spans(side // factor, part, halo) for side in images.shape[-2:])
     latents = images.new_empty(len(images), model.channels, *(side // factor for side in images.shape[-2:]))
     for rows, cols in product(down, across):
         seen = images[..., _times(rows.window, factor), _times(cols.window, factor)]
-        with local_group_norm(first_stage, model.tile_size, seen.shape[-1]):
-            made = model.encode(seen)
-        latents[..., rows.tile, cols.tile] = made[..., rows.inside(), cols.inside()]
+        latents[..., rows.tile, cols.tile] = encode_part(model, seen, rows, cols)
     return latents
+
+
+def encoded_at_once(model: LatentDiffusion) -> tuple[int, int]:
+    """Latents along what is encoded in one piece, and those about it whose pixels are seen with it.
+
+    >>> encoded_at_once(model)
+    (256, 16)
+    """
+    first_stage = model.first_stage_model
+    if first_stage.downsampling == 1:
+        return ENCODE_PART, 0
+    if has_attention(first_stage):
+        return ATTENDED_PART // first_stage.downsampling, model.image_size // 2
+    return ENCODE_PART, model.image_size + REACH
+
+
+def encode_part(model: LatentDiffusion, seen: Tensor, rows: Span, cols: Span) -> Tensor:
+    """Scaled latents (B,C,h,w) of a part of images, from the pixels (B,C,H,W) of its window.
+
+    >>> span = span_of(4, 12, size=32, halo=4)
+    >>> encode_part(model, torch.zeros(1, 3, 32, 32), span, span).shape
+    torch.Size([1, 4, 8, 8])
+    """
+    with local_group_norm(model.first_stage_model, model.tile_size, seen.shape[-1]):
+        made = model.encode(seen)
+    return made[..., rows.inside(), cols.inside()]
 
 
 def decode_latents(model: LatentDiffusion, latents: Tensor, decoder: str = "full") -> Tensor:

@@ -17,7 +17,7 @@ from ldm.diffusion import samplers, schedules
 from ldm.diffusion.consistency import consistent, match_low, projected
 from ldm.diffusion.denoiser import Cond, Denoiser
 from ldm.diffusion.guidance import clip, expand_cond
-from ldm.diffusion.tiled import tiled
+from ldm.diffusion.tiled import Cover, covered, fixed_cover
 from ldm.errors import UserError
 from ldm.rng import canvas_noise, fold, sample_noise
 from ldm.sampling.calls import explained
@@ -84,7 +84,7 @@ def translate(
     told = shown(model, model.image_condition, images) if model.image_condition else {}
     known = _condition(model, source, told, count, "source")
     conds = [_condition(model, cond, told, count, "target") for cond in targets]
-    way = _Way(model, sampler, inversion, _levels(model, sampler, inversion), tile)
+    way = _Way(model, sampler, inversion, levels_of(model, sampler, inversion), tile)
     numbers = range(first, first + count) if isinstance(first, int) else list(first)
     found: list[list[Tensor]] = [[] for _ in targets]
     ways, many = len(targets) + (inversion.start == "invert"), sampler.batch_size if tile else 1
@@ -150,13 +150,7 @@ class _Way:
         if self.inversion.start != "invert":
             added = noise(0).to(z) * self.sigmas[0]
             return z + added if self.inversion.start == "noise" else added
-        own = self.sampler
-        denoiser = self.model.denoiser(PRECISIONS[own.precision], own.compile, network=own.network(self.model))
-        if self.model.student is not None:
-            denoiser = unguided(denoiser, self.model.student)
-        if self.inversion.exact and isinstance(self.model.first_stage_model, IdentityFirstStage):
-            denoiser = clip(denoiser)  # as on the way down; as published, the way up is not clipped else
-        denoiser = self.over(denoiser)
+        denoiser = self.over(way_up(self.model, self.sampler, self.inversion))
         if self.inversion.published:
             return invert_published(denoiser, z, self.sigmas, source, seen)
         run = getattr(samplers, f"sample_{self.sampler.solver}")
@@ -186,12 +180,41 @@ class _Way:
         """A denoiser of windows as one of x, whatever its size."""
         if self.tile:
             return denoiser
-        window = self.model.image_size
-        return tiled(denoiser, window, max(3 * window // 4, 1), batch_size=self.sampler.batch_size, blend="smooth")
+        cover = partial(windows_of, self.model)
+        return covered(denoiser, lambda size, sigma: cover(size), None, self.sampler.batch_size)
 
 
-def _levels(model: LatentDiffusion, sampler: Sampler, inversion: Inversion) -> Tensor:
-    """Descending sigmas of the way: those of an inversion end above 0."""
+def way_up(model: LatentDiffusion, sampler: Sampler, inversion: Inversion) -> Denoiser:
+    """What is followed up the noise levels: the model without guidance.
+
+    >>> denoiser = way_up(model, *settled(Sampler(), Inversion(), model))
+    >>> denoiser(torch.zeros(1, 4, 8, 8), torch.ones(1), model.null_condition()).shape
+    torch.Size([1, 4, 8, 8])
+    """
+    denoiser = model.denoiser(PRECISIONS[sampler.precision], sampler.compile, network=sampler.network(model))
+    if model.student is not None:
+        denoiser = unguided(denoiser, model.student)
+    if inversion.exact and isinstance(model.first_stage_model, IdentityFirstStage):
+        denoiser = clip(denoiser)  # as on the way down; as published, the way up is not clipped else
+    return denoiser
+
+
+def windows_of(model: LatentDiffusion, size: tuple[int, int]) -> Cover:
+    """The windows by which an image of (height, width) latents is translated: at fixed places, a quarter overlapping.
+
+    >>> len(windows_of(model, (16, 24)).rows)
+    3
+    """
+    window = model.image_size
+    return fixed_cover(size, window, max(3 * window // 4, 1), "smooth")
+
+
+def levels_of(model: LatentDiffusion, sampler: Sampler, inversion: Inversion) -> Tensor:
+    """Descending sigmas of the way: those of an inversion end above 0.
+
+    >>> levels_of(model, *settled(Sampler(steps=3), Inversion(), model))[-1] > 0
+    tensor(True)
+    """
     if not inversion.published:
         sigmas = sampler.sigmas(model)
         levels = invertible if inversion.start == "invert" else schedules.sigmas_from
