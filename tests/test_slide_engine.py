@@ -26,7 +26,7 @@ from benchmarks.kills_world import SSL_MODEL
 from conftest import ROOT
 from ldm.cli import app
 from ldm.cli.script import call
-from ldm.commands import slide as slides
+from ldm.commands import slide_making
 from ldm.config import instantiate_from_config
 from ldm.convert import load_model
 from ldm.diffusion.choices import POINTWISE, STOCHASTIC
@@ -212,9 +212,9 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Tiles and shards so small that little images have several."""
-    for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide"):
+    for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide_making"):
         monkeypatch.setattr(f"ldm.{name}.TILE", 32)
-    monkeypatch.setattr("ldm.commands.slide.SHARD", 64)
+    monkeypatch.setattr("ldm.commands.slide_making.SHARD", 64)
 
 
 def words(world: Path, out: Path, *more: object, model: str = "model0", grid: str = "holed") -> list[str]:
@@ -235,9 +235,9 @@ def reference(world, tmp_path_factory) -> Path:
     """A slide by one process."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide"):
+        for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide_making"):
             patch.setattr(f"ldm.{name}.TILE", 32)
-        patch.setattr("ldm.commands.slide.SHARD", 64)
+        patch.setattr("ldm.commands.slide_making.SHARD", 64)
         assert run(*words(world, folder / "a.ome.zarr", "--out", folder / "a.tif", "--seed", 3)) == 0
     return folder
 
@@ -395,18 +395,18 @@ def test_what_cannot_be_is_one_message_before_any_work(world, tmp_path, capsys, 
 def test_too_little_disk_is_told_before_work(tmp_path):
     told = r"a.tif needs up to 1,000,000,000 MB of disk while it is made, and .* are free"
     with pytest.raises(UserError, match=told):
-        slides.check_room(tmp_path / ".slide", 10**15, "a.tif")
+        slide_making.check_room(tmp_path / ".slide", 10**15, "a.tif")
 
 
 def test_another_slide_in_its_place_is_told_and_a_second_run_waits_its_turn(world, reference, tmp_path, capsys):
     out = tmp_path / "a.tif"
-    with owned(slides.AskedSlide(world, [out], world).scratch, of=out):
+    with owned(slide_making.scratch_of([out]), of=out):
         assert run(*words(world, out)) == 2
     assert f"{out} is being written by process" in capsys.readouterr().err
     assert not [*tmp_path.iterdir()]
-    asked = slides.AskedSlide(world / "model0", [out], world / "holed.npy")
-    asked.scratch.mkdir()
-    (asked.scratch / "made.json").write_text('{"seed": 7}')
+    scratch = slide_making.scratch_of([out])
+    scratch.mkdir()
+    (scratch / "made.json").write_text('{"seed": 7}')
     assert run(*words(world, out)) == 2
     assert "holds an unfinished slide that is made otherwise (SYNTHETIC, " in capsys.readouterr().err
     assert run(*words(world, reference / "a.ome.zarr", "--seed", 4)) == 2

@@ -50,7 +50,11 @@ def translate(
     ],
     out: Annotated[
         Path,
-        output("--out", help="Folder for the images, their list and a sheet for each; of a volume .nii.gz, .nii."),
+        output(
+            "--out",
+            help="Folder for the images, their list and a sheet for each; of a volume .nii.gz, .nii; of a slide of any "
+            "size .ome.zarr, .tif.",
+        ),
     ],
     sampler: AskedSampler,
     inversion: Inversion,
@@ -137,8 +141,12 @@ def translate(
         histoldm translate --model M --images a.png --edit mutation=TP53:1 \
             --edit expression=MKI67:0:1:5 --out out
         histoldm translate --model M --images brain_t2.nii.gz --out brain_t1.nii.gz
+        histoldm translate --model M --images slide.svs --source stain=he \
+            --target stain=ki67 --out ki67.ome.zarr
     """
+    from ldm.commands.slide_making import SLIDES
     from ldm.commands.translate import translate_pictures
+    from ldm.commands.translate_slide import translate_slide
     from ldm.commands.translate_volumes import AskedVolumes, translate_volumes
     from ldm.data.volumes import WRITTEN, volumes_in
     from ldm.errors import UserError
@@ -169,15 +177,21 @@ def translate(
             for name, text in {"window": window, "percentiles": percentiles, "scale": scale}.items()
         ),
     )
+    device = pick_device(device)
     if volumes_in(images):
         if save_intermediates or differences:
             raise UserError("--save-intermediates and --differences are of images, not of volumes; leave them out.")
-        return translate_volumes(model, images, out, pick_device(device), asked, how, sampler, inversion)
+        return translate_volumes(model, images, out, device, asked, how, sampler, inversion)
+    if out.name.endswith(SLIDES):
+        if how != AskedVolumes() or save_intermediates or differences is not None:
+            raise UserError(
+                f"--out {out.name} is a slide; --axis, --window, --percentiles, --scale are of volumes, and "
+                "--save-intermediates and --differences of images. Leave them out."
+            )
+        return translate_slide(model, images, out, device, asked, sampler, inversion)
     if how != AskedVolumes() or out.name.lower().endswith(WRITTEN):
         raise UserError(
             f"{images} is no NIfTI volume, nor a folder of nothing else; --axis, --window, --percentiles, --scale and "
             "an --out that ends as volumes do are of those."
         )
-    translate_pictures(
-        model, images, out, pick_device(device), asked, sampler, inversion, save_intermediates, differences
-    )
+    translate_pictures(model, images, out, device, asked, sampler, inversion, save_intermediates, differences)

@@ -41,7 +41,7 @@ from ldm.metrics.volumes import roughness
 from ldm.requests.edits import Target
 from ldm.requests.sampling import AskedSampler
 from ldm.requests.spec import Plan
-from ldm.requests.translations import AskedTranslations, plan_of_volumes
+from ldm.requests.translations import AskedTranslations, plan_of_all
 from ldm.sampling.sampler import Inversion, Sampler, changed
 from ldm.sampling.translate import check_shape, settled, translate
 
@@ -134,7 +134,7 @@ def translate_volumes(
     if inversion.enlarge:
         raise UserError("--enlarge is of images; a volume keeps its voxels. Leave it out.")
     model = load_model(model_path, device)
-    plan = plan_of_volumes(model, asked)
+    plan = plan_of_all(model, asked)
     if single and len(plan.targets) > 1:
         raise UserError(f"there are {len(plan.targets)} targets and --out is one volume, {out.name}; give a folder.")
     check_shape(model, 1, model.tile_size, model.tile_size, str(images))

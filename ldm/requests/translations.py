@@ -112,16 +112,20 @@ def pictures_and_plans(
     return pictures, _whole_plans(model, plans)
 
 
-def plan_of_volumes(model: LatentDiffusion, asked: AskedTranslations) -> Plan:
-    """The plan of all slices of volumes: of source, targets and edits. UserError for what is of images by name.
+def plan_of_all(
+    model: LatentDiffusion, asked: AskedTranslations, what: str = "volumes", also: Sequence[str] = ()
+) -> Plan:
+    """The plan of all slices of volumes, or of a slide: of source, targets and edits.
+
+    also: what may be asked besides. UserError for what is of images by name.
 
     >>> model = ldm.load_model(models / "demo-slices")
-    >>> plan_of_volumes(model, AskedTranslations()).targets
+    >>> plan_of_all(model, AskedTranslations()).targets
     [Target(label='translated', values={})]
     """
-    told = dict.fromkeys(("source", "targets", "edits"), ())
+    told = dict.fromkeys(("source", "targets", "edits"), ()) | dict.fromkeys(also)
     if given := [name for name, value in vars(replace(asked, **told)).items() if value]:
-        raise UserError(f"{', '.join(given)}: that is of images, not of volumes; leave the option out.")
+        raise UserError(f"{', '.join(given)}: that is of images, not of {what}; leave the option out.")
     _check_flags(model.cond_stage_model, asked)
     source = parse_conditions(model.cond_stage_model, asked.source)
     return _whole_plans(model, [plan_of_flags(model.cond_stage_model, source, asked.targets, asked.edits)])[0]

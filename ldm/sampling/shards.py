@@ -42,18 +42,18 @@ class ShardDecoder:
 
     @torch.no_grad()
     def pixels(self, rows: slice, cols: slice) -> np.ndarray:
-        """(h,w,3) uint8 of rows and columns of the image, which begin and end with a latent."""
+        """(h,w,3) uint8 of rows and columns of the image, which begin with a latent."""
         factor = self.model.first_stage_model.downsampling
-        out = np.empty((rows.stop - rows.start, cols.stop - cols.start, 3), np.uint8)
+        bottom, right = (-(-own.stop // factor) for own in (rows, cols))
+        out = np.empty((bottom * factor - rows.start, right * factor - cols.start, 3), np.uint8)
         part = max(self.part // factor, 1)
-        for top in range(rows.start // factor, rows.stop // factor, part):
-            for left in range(cols.start // factor, cols.stop // factor, part):
-                down = slice(top, min(top + part, rows.stop // factor))
-                across = slice(left, min(left + part, cols.stop // factor))
+        for top in range(rows.start // factor, bottom, part):
+            for left in range(cols.start // factor, right, part):
+                down, across = slice(top, min(top + part, bottom)), slice(left, min(left + part, right))
                 y, x = top * factor - rows.start, left * factor - cols.start
                 tall, wide = ((own.stop - own.start) * factor for own in (down, across))
                 out[y : y + tall, x : x + wide] = self._decoded(down, across)
-        return out
+        return out[: rows.stop - rows.start, : cols.stop - cols.start]
 
     def _decoded(self, rows: slice, cols: slice) -> np.ndarray:
         """What rows and columns of latents are decoded to."""

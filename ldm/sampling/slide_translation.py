@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ldm.diffusion.choices import POINTWISE
 from ldm.diffusion.denoiser import Cond, Denoiser
 from ldm.diffusion.guidance import expand_cond
 from ldm.diffusion.steps import Noise, Past
@@ -28,6 +27,7 @@ from ldm.sampling.canvas import encode_part, encoded_at_once
 from ldm.sampling.guided import GuidedSolver
 from ldm.sampling.local_norm import CELLS, span_of, spans
 from ldm.sampling.sampler import Inversion, Sampler
+from ldm.sampling.stream import check_pointwise
 from ldm.sampling.students import PolicySolver
 from ldm.sampling.translate import check_shape, levels_of, settled, way_up, windows_of
 
@@ -108,11 +108,7 @@ class SlideTranslation:
         for name in ("enlarge", "exact", "published"):
             if getattr(inversion, name):
                 raise UserError(f"{name} is of images in memory, not of slides; leave it out.")
-        if sampler.solver not in POINTWISE:
-            raise UserError(
-                f"a slide is translated step by step in parts, which the solver '{sampler.solver}' does not allow, as "
-                f"it asks the network more than once a step; take one of {', '.join(POINTWISE[:-2])}."
-            )
+        check_pointwise(sampler.solver)
         levels = levels_of(model, sampler, inversion)
         inverts = inversion.start == "invert"
         up = GuidedSolver(sampler.solver, 0.0, way_up(model, sampler, inversion)) if inverts else None
@@ -137,7 +133,7 @@ class SlideTranslation:
         out = torch.empty(1, model.channels, rows, self.size[1])
         for across in spans(self.size[1], part, halo, align):
             there = (slice(own.window.start * factor, own.window.stop * factor) for own in (down, across))
-            seen = torch.from_numpy(self.read(*there)).to(model.device).movedim(-1, 0)[None].float() / 127.5 - 1
+            seen = torch.tensor(self.read(*there)).to(model.device).movedim(-1, 0)[None].float() / 127.5 - 1
             out[..., across.tile] = encode_part(model, seen, down, across).cpu()
         return out
 

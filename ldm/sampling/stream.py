@@ -19,9 +19,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ldm.devices import send
+from ldm.diffusion.choices import POINTWISE
 from ldm.diffusion.denoiser import Cond, Denoiser
 from ldm.diffusion.steps import Noise, Past
 from ldm.diffusion.tiled import Corner, Cover, window_conds
+from ldm.errors import UserError
 from ldm.sampling.bands import Bands
 from ldm.sampling.ranks import Ranks
 
@@ -60,6 +62,20 @@ class Led(NamedTuple):
 
     corners: Sequence[Corner]
     lead: Denoiser
+
+
+def check_pointwise(solver: str) -> None:
+    """UserError unless a solver's steps can be taken band by band.
+
+    >>> check_pointwise("heun")
+    Traceback (most recent call last):
+    ldm.errors.UserError: a slide is made step by step in parts, which the solver 'heun' does not allow, as it asks ...
+    """
+    if solver not in POINTWISE:
+        raise UserError(
+            f"a slide is made step by step in parts, which the solver '{solver}' does not allow, as it asks the "
+            f"network more than once a step; take one of {', '.join(POINTWISE[:-2])}."
+        )
 
 
 @torch.no_grad()
