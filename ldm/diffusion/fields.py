@@ -31,7 +31,7 @@ class FeatureField:
     tensor([[0.0000],
             [0.2500],
             [1.0000]])
-    >>> FeatureField(torch.tensor([[[0.0], [torch.nan]]]), size=(256, 512), window=256).bare([(0, 64), (0, 256)])
+    >>> FeatureField(torch.tensor([[[0.0], [torch.nan]]]), size=(256, 512), window=256).bare([(0, 64), (0, 192)])
     [False, True]
     """
 
@@ -48,7 +48,7 @@ class FeatureField:
             raise UserError(f"a grid of features has shape (rows, cols, D); got {tuple(features.shape)}.")
         if interpolation not in INTERPOLATIONS:
             raise UserError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got '{interpolation}'.")
-        self.holes = features.isnan().any(-1)
+        self.holes, self.filled = features.isnan().any(-1), background is not None
         self.features = fill_holes(features.float(), background)
         if window % cells:
             raise UserError(f"a window of {window} has no {cells} cells of equal size along its side.")
@@ -63,13 +63,14 @@ class FeatureField:
         return grids.permute(0, 3, 1, 2)                                        # (K,D,cells,cells)
 
     def bare(self, corners: Sequence[tuple[int, int]]) -> list[bool]:
-        """Which windows at corners (row, col) lie in holes alone: no known embedding has a share in theirs."""
+        """Which windows at corners (row, col) lie in holes: no known embedding has a share in theirs; where holes have
+        no embedding of their own, less than half of theirs is known."""
         rows, cols = (self._positions([corner[axis] for corner in self._inside(corners)], axis) for axis in (0, 1))
-        known = torch.zeros(len(rows), dtype=torch.bool)
-        for row in (rows.floor(), rows.ceil()):
-            for col in (cols.floor(), cols.ceil()):
-                known |= ~self.holes[row.long(), col.long()]
-        return (~known.view(len(corners), -1).any(1)).tolist()
+        known, r0, c0 = (~self.holes).double(), rows.floor(), cols.floor()
+        r1, c1 = ((place + 1).clamp(max=most - 1) for place, most in zip((r0, c0), known.shape))
+        top, bottom = (torch.lerp(known[r.long(), c0.long()], known[r.long(), c1.long()], cols - c0) for r in (r0, r1))
+        share = torch.lerp(top, bottom, rows - r0).view(len(corners), -1).mean(1)
+        return (share < (1e-6 if self.filled else 0.5)).tolist()
 
     def _inside(self, corners: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Corners of the cells of windows, window by window."""
