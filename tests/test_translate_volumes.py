@@ -160,8 +160,12 @@ def test_folders_of_volumes_and_of_outputs(model, tmp_path):
     assert [row["source_image"] for row in rows] == ["a.nii.gz", "b.nii"]
     made = [nibabel.load(tmp_path / "out" / row["file"]).get_fdata() for row in rows]
     np.testing.assert_array_equal(*made)
-    message = refused("--model", model, "--images", tmp_path / "in", "--out", tmp_path / "x.nii")
-    assert "holds 2 volumes and --out is one, x.nii; give a folder" in message
+    mistakes = {
+        "x.nii": "holds 2 volumes and --out is one, x.nii; give a folder",
+        "x.ome.zarr": "a volume is written as .nii or .nii.gz, or into a folder; got --out x.ome.zarr",
+    }
+    for name, told in mistakes.items():
+        assert told in refused("--model", model, "--images", tmp_path / "in", "--out", tmp_path / name)
 
 
 def test_grey_levels_are_those_that_the_model_was_trained_on_or_that_are_asked_for(model, tmp_path):

@@ -48,6 +48,7 @@ from ldm.sampling.translate import check_shape, settled, translate
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
+OTHERS = (".gz", ".hdr", ".img", ".mgz", ".mha", ".png", ".tif", ".tiff", ".zarr")  # endings that folders do not have
 SETTINGS = "settings.json"  # in the folder of what is done of a volume: what made it
 
 
@@ -129,6 +130,8 @@ def translate_volumes(
     """
     paths = volumes_in(images)
     single = out.name.lower().endswith(WRITTEN)
+    if not single and out.suffix.lower() in OTHERS:
+        raise UserError(f"a volume is written as {' or '.join(WRITTEN)}, or into a folder; got --out {out.name}.")
     if single and len(paths) > 1:
         raise UserError(f"{images} holds {len(paths)} volumes and --out is one, {out.name}; give a folder.")
     if inversion.enlarge:
