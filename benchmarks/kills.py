@@ -45,8 +45,9 @@ LIBRARIES = (  # that commands import when they come to need them
 )  # fmt: skip
 SMALL = {  # so that little data has several parts, and nobody waits for long
     "ldm.data.shards.SHARD_ROWS": 8, "ldm.scorers.select.CHUNK": 4, "data_prep.prepare.PAUSE": 0.2,
-    "ldm.commands.slide.SHARD": 64,
-    **{f"ldm.{name}.TILE": 32 for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide")},
+    "ldm.commands.slide_making.SHARD": 64,
+    "ldm.commands.slide_making.TILE": 32,
+    **{f"ldm.{name}.TILE": 32 for name in ("images.pyramid", "images.slide_tiff", "images.write")},
 }  # fmt: skip
 
 
@@ -78,6 +79,10 @@ CASES = {
     "translate": Case(
         f"translate {SAMPLING} --images world/images --class-of-name --target class=B --target two:\\ class=A "
         "--save-intermediates 2 --differences --out out"
+    ),
+    "translate slide": Case(
+        f"translate {SAMPLING} --images world/slides/P1.png --mpp 0.5 --region 0,0,130,66 --source class=A "
+        "--target class=B --out out/b.tif"
     ),
     "translate volume": Case(
         "translate --model world/gray --steps 2 --batch-size 2 --images world/volume.nii.gz --out out/made.nii.gz"
