@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -323,6 +324,34 @@ def test_any_number_of_processes_makes_the_same_bytes(world, reference, tmp_path
     assert files(out) == files(reference)
     assert "wrote" in done[0][1]
     assert not any(said for _, said in done[1:])
+
+
+def test_two_processes_are_killed_and_one_goes_on(world, reference, tmp_path):
+    out = tmp_path / "out"
+    given = words(world, out / "a.ome.zarr", "--out", out / "a.tif", "--seed", 3)
+
+    def killed(writes: int) -> Callable[[], int]:
+        def task() -> int:
+            done, write = [], Bands.write
+
+            def counted(*args) -> None:
+                write(*args)
+                done.append(1)
+                if len(done) == writes:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            Bands.write = counted
+            return run(*given)
+
+        return task
+
+    (first, _), (second, _) = ranks(tmp_path / "logs", killed(2), killed(1))
+    assert -signal.SIGKILL in (first, second)
+    left = [path.name for path in out.iterdir()]
+    assert len(left) == 1
+    assert left[0].startswith(".slide-")
+    assert run(*given) == 0
+    assert files(out) == files(reference)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from ldm.sampling.glass import Glass
 from ldm.sampling.sampler import Sampler, Windows, changed
 from ldm.sampling.stream import check_pointwise
 
-NEAR, FAR = 0.2, 1.6  # of a tile: how far apart neighbours of a grid may lie
+NEAR, FAR = 0.1, 1.6  # of a tile: how far apart neighbours of a grid may lie
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def making_of(asked: AskedSlide, sampler: AskedSampler, windows: Windows) -> Mak
     else:
         grid = asked_grid(model, asked.features, asked.feature, asked.region, asked.mpp)
         canvas = Canvas.of(model, grid.features, size or grid.size, chosen, windows, given, grid.background)
-        check_spacing(canvas)
+        if asked.size:
+            check_spacing(canvas)
     mpp = grid.mpp or model.metadata.get("mpp")
     if mpp is None:
         raise UserError("the model does not know its micrometres per pixel; give --mpp.")
@@ -96,9 +97,9 @@ def making_of(asked: AskedSlide, sampler: AskedSampler, windows: Windows) -> Mak
 def check_spacing(canvas: Canvas) -> None:
     """UserError if the grid of features of a canvas is not one of its size.
 
-    >>> check_spacing(Canvas.of(model, torch.randn(8, 8, 8), size=(32, 32)))
+    >>> check_spacing(Canvas.of(model, torch.randn(20, 20, 8), size=(32, 32)))
     Traceback (most recent call last):
-    ldm.errors.UserError: the grid of 8 rows and 8 columns does not match 32 x 32 px: its features would lie 2 px ...
+    ldm.errors.UserError: the grid of 20 rows and 20 columns does not match 32 x 32 px: its features would lie 1 px ...
     """
     rows, cols = canvas.field.holes.shape
     size = tuple(side * canvas.model.first_stage_model.downsampling for side in canvas.size)
