@@ -19,6 +19,7 @@ import numpy as np
 
 import ldm
 from ldm.errors import UserError
+from ldm.metrics.measure import Measure
 
 DATA, MODELS = Path("data"), Path("data/models")
 OUT = Path("out/models_report")
@@ -155,6 +156,33 @@ def ssl(folder: Path, precision: str) -> list[Row]:
             f"one image of 1024 px; 95% of other lattices in it {seams['low']:.3f} to {seams['high']:.3f}",
         ),
     ]
+
+
+def field(folder: Path, precision: str) -> list[Row]:
+    """In float32, whatever the precision."""
+    from fields import real_fields, sampled_fields
+
+    from ldm.metrics.fields import LAGS, field_measures
+
+    cohort, model = [str(skin())], ldm.load_model(folder)
+    train, other = (real_fields(cohort, FEATURE, ["split=train"], other) for other in (False, True))
+    sampled = sampled_fields(model, 4, (26, 31), seed=0, steps=20)
+    ours, rest = ({each.name: each for each in field_measures(part, train)} for part in (sampled, other))
+
+    def of(measure: str, found: Measure, on: str) -> Row:
+        return row(measure, (found.value, found.low, found.high), on)
+
+    drawn = "drawn by blocks of 4 x 4 tiles"
+    on = f"4 fields of 31 x 26 tiles, seeds 0 to 3, 20 steps; {drawn}"
+    rows = [
+        of("KID of features to those it was trained on", ours["kid"], on),
+        of("the same of real features", rest["kid"], f"tiles in and at the held-out band; {drawn}"),
+    ]
+    known = f"tiles it was trained on; {drawn}"
+    for lag in LAGS:
+        rows.append(of(f"correlation of features {lag} tiles apart", ours[f"correlation_{lag}"], on))
+        rows.append(of(f"real features {lag} tiles apart", ours[f"real_correlation_{lag}"], known))
+    return rows
 
 
 def mitosis(folder: Path, precision: str) -> list[Row]:

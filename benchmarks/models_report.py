@@ -49,6 +49,7 @@ JOBS = {
     "demo-encoder": Job(measured.encoder, 15),
     "demo-ssl": Job(measured.ssl, 70),
     "demo-ssl-student": Job(measured.student, 1000),
+    "demo-field": Job(measured.field, 40),
     "demo-mitosis": Job(measured.mitosis, 35),
     "demo-mitosis-scorers": Job(measured.scorers, 5),
     "demo-stains": Job(measured.stains, 35),

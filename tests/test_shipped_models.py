@@ -13,6 +13,7 @@ import ldm
 from conftest import ROOT
 from ldm.cli import app
 from ldm.data.collection import read_pictures
+from ldm.metrics.fields import neighbour_correlation
 
 MODELS = ROOT / "data" / "models"
 
@@ -21,7 +22,10 @@ def run(*args):
     return CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
 
 
-MADE = ["demo-ssl", "demo-ssl-student", "demo-mitosis", "demo-stains", "demo-slices", "demo-omics", "demo-text"]
+MADE = [
+    "demo-ssl", "demo-ssl-student", "demo-field", "demo-mitosis", "demo-stains", "demo-slices", "demo-omics",
+    "demo-text",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MADE)
@@ -34,6 +38,13 @@ def test_a_model_says_what_it_is_and_the_data_page_lists_it(name):
 
 def test_the_models_are_small():
     assert sum(path.stat().st_size for path in MODELS.rglob("*.safetensors")) < 85e6
+
+
+def test_a_field_has_tissue_glass_and_neighbours_that_belong_together():
+    field = ldm.feature_field(ldm.load_model(MODELS / "demo-field"), (20, 24), ldm.Sampler(steps=8, progress=False))
+    known = ~field.isnan().any(-1)
+    assert 0.3 < known.float().mean() < 1
+    assert neighbour_correlation(field.numpy(), 1)[0].value > 0.8
 
 
 @pytest.mark.slow
