@@ -77,7 +77,8 @@ def main(
             np.save(Path(folder, "grid.npy"), own)
             start = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", str(processes)]
             words = ["-m", "ldm.cli", "slide", "--model", model, "--features", f"{folder}/grid.npy", "--steps", steps]
-            words += ["--decoder", decoder, "--out", f"{folder}/a.ome.zarr", "--out", f"{folder}/a.tif"]
+            words += ["--size", f"{side},{side}", "--decoder", decoder]
+            words += ["--out", f"{folder}/a.ome.zarr", "--out", f"{folder}/a.tif"]
             seconds, memory = measured([*start, *map(str, words)])
             made = (path for path in Path(folder).rglob("*") if path.is_file() and path.name != "grid.npy")
             disk = sum(path.stat().st_size for path in made) / 1e6
