@@ -1,7 +1,8 @@
 """Pictures of README and pages, made by the shipped models of shipped data: `python docs/page_pictures.py`.
 
-Writes docs/images/capabilities.jpg, what the toolkit does in one strip, and docs/images/conditions.jpg, a row for each
-kind of condition. Some ten minutes on two CPU cores. Real images have a dark frame; all others are synthetic.
+Writes docs/images/capabilities.jpg, what the toolkit does in one strip, docs/images/conditions.jpg, a row for each kind
+of condition, and docs/images/field.jpg, a field of features with its image. Some ten minutes on two CPU cores. Real
+images have a dark frame; all others are synthetic.
 """
 
 from __future__ import annotations
@@ -233,8 +234,22 @@ def conditions() -> Image.Image:
     return page
 
 
+def field(tiles: int = 29) -> Image.Image:
+    """A field of features that no slide has, and its image of 2048 px, made small."""
+    fields, side = model("demo-field"), (tiles - 1) * 64 + 256
+    grid = ldm.feature_field(fields, (tiles, tiles), ldm.Sampler(progress=False))
+    codec, sampler = fields.first_stage_model, ldm.Sampler(progress=False)
+    colours = pictures(codec.picture(grid.permute(2, 0, 1)[None]))[0].repeat(20, 0).repeat(20, 1)
+    image = ldm.large_image(model("demo-ssl"), grid, (side, side), sampler, background=codec.glass)
+    panels = [
+        ("A field of features", "demo-field: three of its components as colours, glass white", colours),
+        ("Its image", f"demo-ssl: {side} px, made small; synthetic", pictures(image)[0]),
+    ]
+    return strip(panels, 590, 1190)
+
+
 def main() -> None:
-    for make in (capabilities, conditions):
+    for make in (capabilities, conditions, field):
         path = OUT / f"{make.__name__}.jpg"
         make().save(path, quality=QUALITY, optimize=True)
         print(f"{path.name}  {path.stat().st_size // 1024} kB")
