@@ -76,6 +76,7 @@ CASES = {
         "--out out/a.ome.zarr --out out/a.jpg"
     ),
     "slide": Case(f"slide {SAMPLING} --features world/slide.npy --mpp 0.5 --out out/a.ome.zarr --out out/a.tif"),
+    "field": Case("field --model world/field --steps 2 --size 9,7 --condition class=A --out out/a.npy"),
     "translate": Case(
         f"translate {SAMPLING} --images world/images --class-of-name --target class=B --target two:\\ class=A "
         "--save-intermediates 2 --differences --out out"
@@ -125,6 +126,7 @@ CASES = {
     "grid_features": Case(
         "data_prep.grid_features --store cohort --from cohort --feature own --out-name grid", given=("cohort",)
     ),
+    "fit_feature_codec": Case("data_prep.fit_feature_codec --store world/cohort --feature own --out out/codec"),
     "import_features": Case(
         "data_prep.import_features --store cohort --files world/features --name given", given=("cohort",)
     ),

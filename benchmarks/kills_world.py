@@ -85,6 +85,25 @@ SSL_MODEL: dict[str, Any] = {
 }
 
 
+FIELD: dict[str, Any] = {
+    "target": "ldm.latent_diffusion.LatentDiffusion",
+    "params": {
+        "use_ema": False,
+        "unet_config": {
+            "target": "ldm.networks.unet.UNetModel",
+            "params": {
+                "image_size": 4, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": 1,
+                "attention_resolutions": [], "channel_mult": [1], "num_heads": 1,
+            },
+        },
+        "first_stage_config": {
+            "target": "ldm.autoencoder.feature_codec.FeatureCodec", "params": {"dim": 6, "channels": 4},
+        },
+        "cond_stage_config": MODEL["params"]["cond_stage_config"]["params"]["conditioners"]["class"],
+    },
+}  # fmt: skip
+
+
 def build_world(place: str) -> None:
     """In `place`: model, first stage, a run, a scorer, images, a cohort, tables: all tiny, the same every time."""
     import h5py
@@ -117,7 +136,7 @@ def build_world(place: str) -> None:
     content = {"histoldm_config": {"model": MODEL, "data": {}}, "state_dict": model.state_dict(), "global_step": 1}
     (folder / "run" / "checkpoints").mkdir(parents=True)
     torch.save(content, folder / "run" / "checkpoints" / "last.ckpt")
-    for name, node in (("first-stage", FIRST_STAGE), ("ssl", SSL_MODEL), ("gray", GRAY)):
+    for name, node in (("first-stage", FIRST_STAGE), ("ssl", SSL_MODEL), ("gray", GRAY), ("field", FIELD)):
         write_model_folder(folder / name, node, instantiate_from_config(node).state_dict(), {})
     export_as("compvis", folder / "ssl", folder / "compvis")
     shutil.copytree(ROOT / "data" / "models" / "demo-encoder", folder / "encoder")

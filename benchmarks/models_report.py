@@ -69,7 +69,7 @@ def rows_of(card: str) -> list[Row]:
     """The rows of the table under `## Figures` of a card."""
     section = re.split(r"^## ", card, flags=re.MULTILINE)
     (measures,) = [part for part in section if part.startswith("Figures\n")]
-    lines = [line for line in measures.splitlines() if line.startswith("|")][2:]
+    lines = [line for line in measures.partition("\n### ")[0].splitlines() if line.startswith("|")][2:]
     return [Row(*(cell.strip() for cell in line.strip("|").split("|"))) for line in lines]
 
 
@@ -78,7 +78,7 @@ def with_table(card: str, rows: Sequence[Row]) -> str:
     before, heading, rest = card.partition("\n## Figures\n")
     if not heading:
         raise UserError("a card has the heading `## Figures`")
-    section, *others = re.split(r"(?=^## )", rest, flags=re.MULTILINE)
+    section, *others = re.split(r"(?=^###? )", rest, flags=re.MULTILINE)
     words = "\n".join(line for line in section.splitlines() if not line.startswith("|")).strip()
     new = "\n".join(["", *table(rows), *(["", words] if words else []), "", ""])
     return before + heading + new + "".join(others)
