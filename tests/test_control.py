@@ -196,8 +196,8 @@ def test_guidance_follows_the_image_on_both_sides(tiny):
     null = {**cond, "ssl/crossattn": tiny.null_condition()["ssl/crossattn"].expand(2, -1, -1)}
     want = denoiser(x, sigma, null) + 3 * (denoiser(x, sigma, cond) - denoiser(x, sigma, null))
     got = cfg(denoiser, tiny.null_condition(), 3.0)(x, sigma, cond)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(compose(denoiser, tiny.null_condition(), [({}, 3.0)])(x, sigma, cond), want)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-4)  # one batch of four, or two of two
+    torch.testing.assert_close(compose(denoiser, tiny.null_condition(), [({}, 3.0)])(x, sigma, cond), want, rtol=1e-5, atol=1e-4)
 
 
 def test_a_canvas_is_led_window_by_window(tiny):

@@ -325,7 +325,7 @@ def encoded_at_once(model: LatentDiffusion) -> tuple[int, int]:
 def encode_part(model: LatentDiffusion, seen: Tensor, rows: Span, cols: Span) -> Tensor:
     """Scaled latents (B,C,h,w) of a part of images, from the pixels (B,C,H,W) of its window.
 
-    >>> span = span_of(4, 12, size=32, halo=4)
+    >>> span = spans(32, part=8, halo=4)[1]
     >>> encode_part(model, torch.zeros(1, 3, 32, 32), span, span).shape
     torch.Size([1, 4, 8, 8])
     """
