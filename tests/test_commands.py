@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from data_prep.cohort_index import update_index
 from data_prep.tile_slides import tile_slide
 from ldm.cli import app
-from ldm.commands.grids import checked_mpp
+from ldm.commands.grids import asked_grid, checked_mpp
 from ldm.config import instantiate_from_config
+from ldm.convert import load_model
 from ldm.data.store_writers import ArrayWriter
 from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
@@ -212,3 +213,12 @@ def test_a_cohort_is_described_with_the_source_of_its_scale(tmp_path, demo_slide
     said = CliRunner().invoke(app, ["describe", str(out / "slides" / "plain.zarr")], catch_exceptions=False).output
     assert "plain.zarr: 1 tiles in 1 store\n" in said
     assert "1 patient; splits: 1 t" in said
+
+
+def test_holes_of_a_store_take_the_feature_of_its_glass(world):
+    folder, store = world
+    held = TileStore.open(store)
+    grid = asked_grid(load_model(folder / "model"), store, None, None, None)
+    assert np.isnan(grid.features).any()
+    bare = np.flatnonzero(held.labels("tissue") < 0.01)
+    np.testing.assert_allclose(grid.background, held.features("tiny")[:][bare].mean(0), rtol=1e-5)

@@ -52,9 +52,9 @@ def asked_grid(
             raise UserError(f"--region goes with a tile store; {features} is a file of features.")
         grid, known = read_features(features, dim=feature_dim(model)).grid()[0], known_of_field(features)
         check_encoder(model, known.get("features") or {}, features)
-        glass = known.get("glass") and np.array(known["glass"], np.float32)
+        own = known.get("glass") and np.array(known["glass"], np.float32)
         place = {"field_sha256": sha256(features)} if known else {}
-        return Grid(grid, features.name, glass, extent_of(known, grid.shape[:2]), mpp or known.get("mpp"), place)
+        return Grid(grid, features.name, own, extent_of(known, grid.shape[:2]), mpp or known.get("mpp"), place)
     stores = open_cohort(features)
     if len(stores) > 1:
         raise UserError(f"{features} holds {len(stores)} slides; give one store, such as {stores[0].path}.")
