@@ -40,6 +40,7 @@ from ldm.model_folder import write_model_folder
 from ldm.sampling.bands import Bands
 from ldm.sampling.canvas import Canvas, decode_canvas, large_image
 from ldm.sampling.glass import Glass
+from ldm.sampling.guided import GuidedSolver
 from ldm.sampling.ranks import joined
 from ldm.sampling.sampler import Sampler, Windows
 from ldm.sampling.shards import ShardDecoder
@@ -210,12 +211,17 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
+def small_shards(patch: pytest.MonkeyPatch) -> None:
+    """Tiles and shards so small that little images have several."""
+    for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide_making"):
+        patch.setattr(f"ldm.{name}.TILE", 32)
+    patch.setattr("ldm.commands.slide_making.SHARD", 64)
+
+
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     """Tiles and shards so small that little images have several."""
-    for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide_making"):
-        monkeypatch.setattr(f"ldm.{name}.TILE", 32)
-    monkeypatch.setattr("ldm.commands.slide_making.SHARD", 64)
+    small_shards(monkeypatch)
 
 
 def words(world: Path, out: Path, *more: object, model: str = "model0", grid: str = "holed") -> list[str]:
@@ -236,9 +242,7 @@ def reference(world, tmp_path_factory) -> Path:
     """A slide by one process."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide_making"):
-            patch.setattr(f"ldm.{name}.TILE", 32)
-        patch.setattr("ldm.commands.slide_making.SHARD", 64)
+        small_shards(patch)
         assert run(*words(world, folder / "a.ome.zarr", "--out", folder / "a.tif", "--seed", 3)) == 0
     return folder
 
@@ -274,6 +278,32 @@ def test_the_tiff_is_a_slide_to_openslide(reference):
         assert np.abs(ours - theirs).mean() < 8, factor
     for out in ("a.tif", "a.ome.zarr", "a.overview.png"):
         assert read_mark(reference / out, whole=True)["seed"] == 3
+
+
+def test_what_is_computed_is_computed_on_one_thread_each(world, tmp_path, monkeypatch):
+    """Rounding depends on the number of threads, and torchrun gives each process one where a process alone has all."""
+    seen = {}
+
+    def watched(owner: type, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def call(*given, **more):
+            seen.setdefault(name, set()).add(torch.get_num_threads())
+            return inner(*given, **more)
+
+        monkeypatch.setattr(owner, name, call)
+
+    watched(ShardDecoder, "pixels")
+    watched(Glass, "of")
+    watched(GuidedSolver, "lead")
+    cores = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert run(*words(world, tmp_path / "a.ome.zarr")) == 0
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(cores)
+    assert seen == {"pixels": {1}, "of": {1}, "lead": {1}}
 
 
 def free_port() -> int:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from examples import tiny_model
 from PIL import Image
-from test_slide_engine import files, ranks, run
+from test_slide_engine import files, ranks, run, small_shards
 
 import ldm
 from ldm.commands.translate_slide import Region
@@ -112,10 +112,12 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    """Tiles, shards and bands so small that little slides have several."""
-    for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide_making"):
-        monkeypatch.setattr(f"ldm.{name}.TILE", 32)
-    monkeypatch.setattr("ldm.commands.slide_making.SHARD", 64)
+    """Tiles and shards so small that little slides have several; one thread, as each part of a slide has."""
+    small_shards(monkeypatch)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(cores)
 
 
 def words(world: Path, out: Path, *more: object) -> list[str]:
@@ -128,9 +130,7 @@ def words(world: Path, out: Path, *more: object) -> list[str]:
 def reference(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("images.pyramid", "images.slide_tiff", "images.write", "commands.slide_making"):
-            patch.setattr(f"ldm.{name}.TILE", 32)
-        patch.setattr("ldm.commands.slide_making.SHARD", 64)
+        small_shards(patch)
         assert run(*words(world, folder / "a.ome.zarr")) == 0
     return folder
 

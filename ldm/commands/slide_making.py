@@ -34,7 +34,7 @@ from ldm.sampling.glass import Glass
 from ldm.sampling.ranks import Ranks, joined
 from ldm.sampling.sampler import Sampler
 from ldm.sampling.shards import ShardDecoder
-from ldm.sampling.stream import Places, stream
+from ldm.sampling.stream import Places, stream, workers
 
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
@@ -204,7 +204,7 @@ class Making:
     def make(self, left: Sequence[str], ranks: Ranks) -> None:
         """All that is to be made of the files `left`, in the folder of the unfinished slide."""
         sampler, model, scratch = self.canvas.sampler, self.canvas.model, self.scratch
-        with ranks.together():
+        with ranks.together(), workers(model.device):
             if ranks.leads:
                 self.prepare()
         levels = [Level(self.zarr / str(i), PATIENCE * (ranks.size > 1)) for i in range(len(level_sizes(*self.size)))]
@@ -214,7 +214,8 @@ class Making:
             latent = glass and glass.latent
             step = stream(self.canvas, bands, model.device, sampler.batch_size, latent, ranks, sampler.progress)
             decoder = ShardDecoder(model, bands, step, sampler.decoder, glass)
-            shared(levels[0], ranks, "decode", sampler.progress, decoder.pixels)
+            with workers(model.device):
+                shared(levels[0], ranks, "decode", sampler.progress, decoder.pixels)
         if ranks.leads:
             for path in scratch.glob("step-*"):
                 remove(path)
