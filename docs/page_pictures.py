@@ -1,12 +1,14 @@
 """Pictures of README and pages, made by the shipped models of shipped data: `python docs/page_pictures.py`.
 
 Writes docs/images/capabilities.jpg, what the toolkit does in one strip, docs/images/conditions.jpg, a row for each kind
-of condition, and docs/images/field.jpg, a field of features with its image. Some ten minutes on two CPU cores. Real
-images have a dark frame; all others are synthetic.
+of condition, docs/images/field.jpg, a field of features with its image, and docs/images/slide.jpg, a slide made of
+another one. Some fifteen minutes on two CPU cores. Real images have a dark frame; all others are synthetic.
 """
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -248,8 +250,28 @@ def field(tiles: int = 29) -> Image.Image:
     return strip(panels, 590, 1190)
 
 
+def slide(tiles: int = 125, part: int = 1024) -> Image.Image:
+    """A slide of 8192 px of a field, made small; the middle of it; and the real slide."""
+    with tempfile.TemporaryDirectory() as folder:
+        grid, out = f"{folder}/field.npy", f"{folder}/slide.tif"
+        ways = ["--model", DATA / "models/demo-ssl-student", "--features", grid, "--decoder", "small"]
+        for words in (
+            ["field", "--model", DATA / "models/demo-field", "--size", f"{tiles},{tiles}", "--out", grid],
+            ["slide", *ways, "--out", out],
+        ):
+            subprocess.run([sys.executable, "-m", "ldm.cli", *map(str, words)], cwd=ROOT, check=True)
+        made, real = open_slide(out), open_slide(SLIDE)
+        side, corner = made.dimensions[0], (made.dimensions[0] - part) // 2
+        panels = [
+            ("A slide of a sampled field", f"demo-ssl-student: {side} px, made small; synthetic", made.thumbnail(6.0)),
+            ("The middle of it", f"{part} px", made.read(corner, corner, part, part)),
+            ("The real slide", "that all models were trained on", framed(real.thumbnail(2.0), 420)),
+        ]
+    return strip(panels, 420, 1200)
+
+
 def main() -> None:
-    for make in (capabilities, conditions, field):
+    for make in (capabilities, conditions, field, slide):
         path = OUT / f"{make.__name__}.jpg"
         make().save(path, quality=QUALITY, optimize=True)
         print(f"{path.name}  {path.stat().st_size // 1024} kB")

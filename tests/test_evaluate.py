@@ -188,7 +188,7 @@ def test_a_large_image_is_measured_whole_and_in_crops(region, world):
     run("--generated", world / "large.png", "--real", world / "other.png", "--crop", "128", "--tile", "128",
         "--features", "pixels", "--out", out)  # fmt: skip
     names = [each["id"] for each in report(out)["sections"]]
-    assert names == ["samples", "distances", "canvas-generated", "canvas-real", "whole"]
+    assert names == ["samples", "distances", "together", "canvas-generated", "canvas-real", "whole"]
     canvas = measures(out, "canvas-generated")
     assert {"seams", "seams_like", "tone_drift", "repetition", "closest_windows"} <= canvas.keys()
     assert 0 < measures(out, "whole")["whole_distance"]["value"] < 2

@@ -56,7 +56,11 @@ def evaluate(
     ] = None,
     conditions: Annotated[
         Path | None,
-        inputs("--conditions", help="Cohort whose tiles conditioned the generated ones; by default --real."),
+        inputs(
+            "--conditions",
+            help="Cohort whose tiles conditioned the generated ones; by default --real. Of a whole slide: the field or "
+            "store that it was made of.",
+        ),
     ] = None,
     class_column: Annotated[
         str, measure("--class", help="Column of both lists that names classes, for distances by class.")
@@ -80,6 +84,10 @@ def evaluate(
         int,
         measure("--tile", min=16, help="Side in pixels of the lattice whose seams are looked for in a large image."),
     ] = 256,
+    windows: Annotated[
+        int,
+        measure("--windows", min=8, max=4096, help="Most windows of a whole slide among which twins are looked for."),
+    ] = 1024,
     image_size: Annotated[
         int | None,
         measure("--image-size", min=16, help="Side in pixels of squares that every image is resized to first."),
@@ -87,7 +95,9 @@ def evaluate(
     resize: Annotated[
         Resize, measure("--resize", help="How Inception's input is resized: as clean-fid or as TensorFlow does.")
     ] = Resize.clean,
-    stains: Annotated[Stains, measure("--stains", help="Stains of --pairs: H&E, or haematoxylin and DAB.")] = Stains.he,
+    stains: Annotated[
+        Stains, measure("--stains", help="Stains that are told apart: H&E, or haematoxylin and DAB.")
+    ] = Stains.he,
     lpips: Annotated[
         Path | None, measure("--lpips", help="Weights of torchvision's AlexNet, for LPIPS of --pairs.")
     ] = None,
@@ -106,6 +116,8 @@ def evaluate(
         histoldm evaluate --generated tiles --out report \
             --real data/cohort --where split=test --features inception \
             --train data/cohort --train-where split=train
+        histoldm evaluate --generated slide.tif --real real.svs --out report \
+            --features data/models/demo-encoder --conditions field.npy
         histoldm evaluate --compare report-a report-b --out comparison
     """
     if compare is not None and (generated or scores):
@@ -134,6 +146,7 @@ def evaluate(
         class_column,
         crop,
         tile,
+        windows,
         image_size,
         stains.value,
         lpips,

@@ -12,19 +12,25 @@ import numpy as np
 import torch
 from torch.hub import get_dir
 
+from ldm.data.extent import FAR
+from ldm.data.features import read_features
+from ldm.data.field_files import extent_of, known_of_field
 from ldm.data.image_sets import ImageSet
+from ldm.data.tile_store import holds_stores, open_cohort
 from ldm.data.where import Where
 from ldm.encoders.feature_files import SUFFIXES, FeatureSet, check_alike
-from ldm.errors import UserError, suggest
+from ldm.errors import UserError, some, suggest
 from ldm.files import owned, owns, sha256, write_text
 from ldm.images.kinds import is_ome_zarr
 from ldm.images.slides import Slide, open_image
 from ldm.metrics.conditional import few_images
 from ldm.metrics.intervals import choose_unit, groups_of
+from ldm.metrics.whole_slides import ALONG, LEAST
 from ldm.report import sections as ask
 from ldm.report.compare import compare_lines, compare_page, compared, read_report
+from ldm.report.large_images import Conditions, Looked, canvas, together, whole_distance
 from ldm.report.page import Report, Section
-from ldm.report.sets import Extractors, Source, of_conditions, parse_weights
+from ldm.report.sets import Extractors, Source, encoder_of, of_conditions, parse_weights
 from ldm.report.unlike import unlike
 
 if TYPE_CHECKING:
@@ -53,6 +59,7 @@ class Asked:
     class_column: str = "class"
     crop: int | None = None
     tile: int = 256
+    windows: int = 1024
     image_size: int | None = None
     stains: str = "he"
     lpips: Path | None = None
@@ -137,11 +144,20 @@ def compare_sets(asked: Asked, report: Report, extractors: Extractors, device: s
             "say what features to measure in: --features inception, --features data/models/demo-encoder, any encoder "
             "by name, or pixels; repeat for several."
         )
+    large = {
+        role: open_image(source.path) for role, source in sources.items() if is_large(source.path) and role != "train"
+    }
+    made_of = None
+    if len(large) > 1:
+        check_slides(large["generated"], large["real"], asked)
+        if asked.conditions is not None:
+            made_of = conditions_of(asked.conditions, large["generated"], names)
+            asked = replace(asked, conditions=None)
+    looked = look_at(large, names, asked, extractors)
     sections = [ask.samples(images)] if images else []
     for name in names:
         sections += sections_of(name, sources, images, asked, report, extractors, device)
-    large = {role: open_image(source.path) for role, source in sources.items() if is_large(source.path)}
-    sections += canvases(large, names, asked, extractors)
+    sections += canvases(looked, names, asked, extractors, made_of)
     report.sections += sections
     for role, each in images.items():
         report.sets[role] = each.about | report.sets.get(role, {})
@@ -275,14 +291,86 @@ def shown_tiles(source: Source, conditions: FeatureSet) -> ImageSet:
     return replace(whole, pictures=whole.pictures.take(rows), table=conditions.table)
 
 
-def canvases(large: dict[str, Slide], names: Sequence[str], asked: Asked, extractors: Extractors) -> list[Section]:
-    """What is measured of whole large images, and of both where there are two."""
-    extractor = extractors.get(names[0]) if names and names[0] else None
+def look_at(large: dict[str, Slide], names: Sequence[str], asked: Asked, extractors: Extractors) -> dict[str, Looked]:
+    """Large images by role, looked at. UserError: of two that are compared as wholes, one is hardly of tissue."""
+    extractor = extractors.get(names[0]) if names and large else None
     window = asked.crop or asked.tile
-    found = [ask.canvas(image, role, asked.tile, window, extractor) for role, image in large.items() if role != "train"]
-    if extractor is not None and {"generated", "real"} <= large.keys():
-        found.append(ask.whole_distance(large["generated"], large["real"], extractor))
+    looked = {role: Looked.at(image, window, extractor) for role, image in large.items()}
+    for role, each in looked.items():
+        count = int(each.tissue.sum())
+        if len(looked) > 1 and count < LEAST:
+            raise UserError(
+                f"{each.image.path} (--{role}) has tissue in {count} windows of {window} px, and large images are "
+                f"compared as wholes where they have {LEAST} at least: give another one, or smaller windows by --crop."
+            )
+    return looked
+
+
+def canvases(
+    looked: dict[str, Looked], names: Sequence[str], asked: Asked, extractors: Extractors, made_of: Conditions | None
+) -> list[Section]:
+    """What is measured of whole large images, and of both where there are two. made_of: the generated one."""
+    name = extractors.get(names[0]).name if names and looked else ""
+    found = [canvas(each, role, asked.tile, name) for role, each in looked.items()]
+    if len(looked) > 1:
+        extractor, both = extractors.get(names[0]), (looked["generated"], looked["real"])
+        found.insert(0, together(*both, asked.tile, asked.stains, extractor, asked.windows, asked.seed, made_of))
+        found.append(whole_distance(both[0].image, both[1].image, extractor))
     return found
+
+
+def check_slides(made: Slide, real: Slide, asked: Asked) -> None:
+    """UserError where two large images cannot be compared as wholes: too small, or of unlike micrometres per pixel."""
+    window = asked.crop or asked.tile
+    for image, role in ((made, "generated"), (real, "real")):
+        least = max(ALONG * window, 2 * asked.tile)
+        if min(image.dimensions) < least:
+            size = " x ".join(map(str, image.dimensions))
+            raise UserError(
+                f"{image.path} (--{role}) is {size} px. Large images are compared as wholes where they have {ALONG} "
+                f"windows of {window} px and two tiles of {asked.tile} px along each side, {least} px: give a larger "
+                "one, or a smaller --crop and --tile; tiles of it can be compared as a folder."
+            )
+    if made.mpp and real.mpp and abs(made.mpp / real.mpp - 1) > FAR:
+        raise UserError(
+            f"{made.path} has {made.mpp:.3g} um/px and {real.path} {real.mpp:.3g}: large images are compared at one "
+            f"scale. Give a real slide at {made.mpp:.3g} um/px, or a cohort tiled at that (tile_slides --mpp)."
+        )
+
+
+def conditions_of(path: Path, made: Slide, names: Sequence[str]) -> Conditions:
+    """The grid of features that a slide was made of: a tile store, or a field with its JSON, of all of it.
+
+    UserError: neither, features that are not measured in, a grid of another size.
+    """
+    if holds_stores(path):
+        stores = open_cohort(path)
+        if len(stores) > 1:
+            raise UserError(f"{path} holds {len(stores)} slides; the conditions of one slide are those of one store.")
+        store = stores[0]
+        of, known = store.feature_names, {"stride": store.stride, "tile_size": store.tile_size}
+    else:
+        known = known_of_field(path)
+        if not {"stride", "tile_size", "feature"} <= known.keys():
+            raise UserError(
+                f"{path} does not say on which lattice its features lie; the conditions of a slide are a tile store, "
+                "or a field (.npy) with the .json that `histoldm field` writes beside it."
+            )
+        store, of = None, [known["feature"]]
+    name = Path(encoder_of(names[0])).name
+    if name not in of:
+        raise UserError(
+            f"{path} holds features of {some(of)}, and windows are measured in those of {name}: give --features "
+            f"{of[0] if of else name} first."
+        )
+    grid = read_features(path).grid()[0] if store is None else store.grid(None, name)[0]
+    extent = extent_of(known, grid.shape[:2])[::-1]
+    if any(abs(a - b) > known["stride"] for a, b in zip(extent, made.dimensions)):
+        of, size = (" x ".join(map(str, each)) for each in (extent, made.dimensions))
+        raise UserError(
+            f"{path} is the grid of an image of {of} px, and {made.path} is {size}: it was made of another."
+        )
+    return Conditions(grid, known["stride"], known["tile_size"])
 
 
 def lpips_of(asked: Asked, report: Report, device: str) -> LPIPS | None:

@@ -27,6 +27,7 @@ from ldm.images.source import Source
 from ldm.images.tiff import open_tiff
 
 _BLOCK = 4096
+_BAND, _FEW_ROWS = 2**25, 512  # pixels of a band, and rows that it has however wide: those of a tile of most files
 _SMALL, _MOST = 2**28, 2**40  # pixels that any file may have; the largest slides have about 2**37
 _PER_BYTE = 100_000  # pixels that a byte of a slide may stand for: a tile that is white, or not there
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of a level
@@ -172,8 +173,9 @@ class Slide:
     def bands(self) -> Iterator[np.ndarray]:
         """The finest level from top to bottom, (h, width, 3) uint8 at a time."""
         width, height = self.dimensions
-        for top in range(0, height, _BLOCK // 2):
-            yield self.read(0, top, width, min(_BLOCK // 2, height - top))
+        rows = min(_BLOCK // 2, max(_FEW_ROWS, _BAND // width // _FEW_ROWS * _FEW_ROWS))
+        for top in range(0, height, rows):
+            yield self.read(0, top, width, min(rows, height - top))
 
     def thumbnail(self, mpp: float) -> np.ndarray:
         """The whole slide at about `mpp` um per pixel, (h, w, 3) uint8; read in blocks, so that memory stays small."""

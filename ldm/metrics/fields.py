@@ -39,7 +39,7 @@ def blocks_of(known: np.ndarray, block: int = BLOCK) -> np.ndarray:
 def neighbour_correlation(field: np.ndarray, lag: int, block: int = BLOCK) -> tuple[Estimate, np.ndarray]:
     """The correlation r of a field at a lag, with the influence of each pair, and the block (P,) of each pair.
 
-    UserError: fewer than 16 pairs lie so far apart.
+    NaN where all features are the same. UserError: fewer than 16 pairs lie so far apart.
 
     >>> field = np.repeat(np.random.default_rng(0).normal(size=(8, 8, 4)), 2, axis=1)  # every other pair across equal
     >>> estimate, blocks = neighbour_correlation(field, 1)
@@ -62,6 +62,8 @@ def neighbour_correlation(field: np.ndarray, lag: int, block: int = BLOCK) -> tu
     if count < LEAST:
         raise UserError(f"a correlation needs {LEAST} pairs of features; {count} lie {lag} apart in the field.")
     product, size = np.concatenate(products).astype(float), np.concatenate(sizes).astype(float)
+    if not size.any():  # all features are the same
+        return Estimate(np.nan), np.concatenate(blocks)
     value = product.sum() / size.sum()
     estimate = Estimate(float(value), (product - value * size) / size.mean(), bounds=(-1.0, 1.0))
     return estimate, np.concatenate(blocks)

@@ -13,7 +13,7 @@ from skimage.color import rgb2lab
 from ldm.errors import UserError
 from ldm.images.slides import Slide
 from ldm.metrics.measure import LOWER, Measure
-from ldm.metrics.seams import NEAR, seam_ratios
+from ldm.metrics.seams import NEAR, Lines, lattice_ratios
 
 GLASS = 0.05  # mean optical density up to which a pixel is glass
 TISSUE = 0.25  # least share of tissue of a window whose tone counts
@@ -123,18 +123,18 @@ def repetition(features: np.ndarray) -> Repetition:
     return Repetition(by_lag, float(strongest.max()), tuple(map(int, np.abs(lag))), closest)
 
 
-def seam_measures(image: Slide, tile: int) -> list[Measure]:
-    """Seam ratios on the lattice of `tile` px; none for an image of less than two tiles along a side.
+def seam_measures(across: Lines, tile: int) -> list[Measure]:
+    """Seam ratios of `line_gradients` on the lattice of `tile` px; none of less than two tiles along a side.
 
-    >>> image = Slide.of_pixels(tile)
-    >>> [(measure.name, measure.value) for measure in seam_measures(image, tile=64)]
+    >>> from ldm.metrics.seams import line_gradients
+    >>> [(measure.name, measure.value) for measure in seam_measures(line_gradients([tile]), tile=64)]
     [('seams', 1.3247), ('seams_like', 1.0133)]
     """
-    if min(image.dimensions) < 2 * tile:
+    if min(map(len, across)) + 1 < 2 * tile:
         return []
     found = []
     for name, near, note in (("seams", None, "all lines"), ("seams_like", NEAR, "edges of 8 px blocks near a border")):
-        ratios = seam_ratios(image.bands(), tile, near)
+        ratios = lattice_ratios(across, tile, near)
         low, high = map(float, np.percentile(ratios[1:], (2.5, 97.5)))
         of = (
             f"gradient across {tile} px borders over that inside, {note}; 95% of other lattices {low:.3f} to {high:.3f}"

@@ -12,9 +12,12 @@ from ldm.errors import UserError
 
 GRID = 8  # px: blocks of the JPEG and of a first stage of f8; their edges are in real and generated pixels alike
 NEAR = 32  # px beside a border that count as its surroundings
+FEW = 64  # rows that are differenced at once
+
+Lines = tuple[np.ndarray, np.ndarray]  # gradients across the lines between rows, and between columns
 
 
-def line_gradients(bands: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def line_gradients(bands: Iterable[np.ndarray]) -> Lines:
     """Mean absolute difference of grey across each line between rows (H-1,) and between columns (W-1,).
 
     bands: the image (H,W,3) uint8 as horizontal bands from above to below.
@@ -25,8 +28,8 @@ def line_gradients(bands: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]
     (array([  0., 100.,   0.]), array([0., 0., 0., 0., 0.]))
     """
     rows, columns, count, last = [], 0.0, 0, None
-    for band in bands:
-        grey = band.astype(np.float64).mean(2)  # (h,W)
+    for part in (band[top : top + FEW] for band in bands for top in range(0, len(band), FEW)):
+        grey = part.astype(np.float64).mean(2)  # (h,W)
         columns = columns + np.abs(np.diff(grey, axis=1)).sum(0)
         count += len(grey)
         grey = grey if last is None else np.concatenate([last, grey])
@@ -46,19 +49,46 @@ def seam_ratios(image: np.ndarray | Iterable[np.ndarray], tile: int, near: int |
     >>> [float(seam_ratios(image, 64)[0]) for image in (tile[:128, :128], seams)]
     [1.2880, 4.9461]
     """
-    across = line_gradients([image] if isinstance(image, np.ndarray) else image)
+    return lattice_ratios(line_gradients([image] if isinstance(image, np.ndarray) else image), tile, near)
+
+
+def lattice_ratios(across: Lines, tile: int, near: int | None = None) -> np.ndarray:
+    """The same of `line_gradients`.
+
+    >>> lattice_ratios((np.array([1.0, 3.0, 1.0]), np.ones(3)), 2)
+    array([2. , 0.5])
+    """
     ratios = []
     for offset in range(tile):
         border, inside = [], []
         for lines in across:
-            behind = (np.arange(len(lines)) + 1 - offset) % tile  # lines since the last border
-            distance = np.minimum(behind, tile - behind)
+            distance = _from_border(len(lines), tile, offset)
             border.append(lines[distance == 0])
-            like = (distance <= near) & (distance % GRID == 0) if near else True
-            inside.append(lines[(distance > 0) & like])
+            like = (np.abs(distance) <= near) & (distance % GRID == 0) if near else True
+            inside.append(lines[(distance != 0) & like])
         surroundings = np.concatenate(inside).mean()
         ratios.append(np.concatenate(border).mean() / surroundings if surroundings else 1.0)  # a plain image has none
     return np.array(ratios)
+
+
+def seam_profile(across: Lines, tile: int, near: int = NEAR) -> np.ndarray:
+    """(2 near + 1,): mean gradient from `near` px before a border of the lattice to as many behind, over its mean.
+
+    near: less than half a tile; more is cut to that.
+
+    >>> seam_profile((np.ones(15), np.array([1.0] * 7 + [4.0] + [1.0] * 7)), 8, near=2)
+    array([0.7692, 0.7692, 1.9231, 0.7692, 0.7692])
+    """
+    near = min(near, (tile - 1) // 2)
+    lines = np.concatenate(across)
+    distance = np.concatenate([_from_border(len(own), tile, 0) for own in across])
+    means = np.array([lines[distance == place].mean() for place in range(-near, near + 1)])
+    return means / means.mean() if means.any() else np.ones(len(means))
+
+
+def _from_border(count: int, tile: int, offset: int) -> np.ndarray:
+    """(count,): of the lines between pixels, how far the nearest border of the lattice lies; before it below 0."""
+    return (np.arange(count) + 1 - offset + tile // 2) % tile - tile // 2
 
 
 def measure_seams(image: np.ndarray, tile: int, source: Path | str) -> dict[str, Any]:
@@ -74,8 +104,9 @@ def measure_seams(image: np.ndarray, tile: int, source: Path | str) -> dict[str,
         height, width = image.shape[:2]
         raise UserError(f"{source} gives {width} x {height} px; seams need two tiles of {tile} px along each side.")
     measured: dict[str, Any] = {"tile": tile}
+    across = line_gradients([image])
     for name, near in (("all", None), ("like", NEAR)):
-        ratios = seam_ratios(image, tile, near)
+        ratios = lattice_ratios(across, tile, near)
         low, high = np.percentile(ratios[1:], (2.5, 97.5))
         measured[name] = {"ratio": float(ratios[0]), "low": float(low), "high": float(high)}
     return measured

@@ -13,11 +13,14 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from skimage.color import lab2rgb
 
+from ldm.metrics.whole_slides import EDGES
+
 if TYPE_CHECKING:
     from ldm.metrics.conditional import Calibration
     from ldm.metrics.large_images import Repetition, Tone
     from ldm.metrics.measure import Measure
     from ldm.metrics.memorisation import Memorisation
+    from ldm.metrics.whole_slides import Drift, Repeats
 
 GENERATED, REAL, FLAG, GREY = "#d9822b", "#3b6fb6", "#b3261e", "#9aa0a6"
 STYLE = {
@@ -174,4 +177,64 @@ def lag_map(found: Repetition) -> str:
                             extent=(-cols - 0.5, cols + 0.5, rows + 0.5, -rows - 0.5))  # fmt: skip
         axes.set(xlabel="windows across", ylabel="windows down")
         figure.colorbar(shown, ax=axes, shrink=0.8)
+        return _svg(figure)
+
+
+def seam_profiles(made: np.ndarray, real: np.ndarray) -> str:
+    """Mean gradients (2n+1,) around the borders of a lattice, of a synthetic slide and of a real one.
+
+    >>> "px from a border" in seam_profiles(np.ones(5), np.ones(5))
+    True
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(4.8, 2.8))
+        for values, colour, label in ((real, REAL, "real"), (made, GENERATED, "generated")):
+            axes.plot(np.arange(len(values)) - len(values) // 2, values, color=colour, lw=1.2, label=label)
+        axes.axvline(0, color=FLAG, lw=1, ls="--")
+        axes.set(xlabel="px from a border", ylabel="gradient over its mean")
+        axes.legend()
+        return _svg(figure)
+
+
+def edge_drift(found: Drift) -> str:
+    """The outermost bands of a slide, each statistic beside the range of the real slide's bands.
+
+    >>> from ldm.metrics.whole_slides import Drift
+    >>> "optical density" in edge_drift(Drift(("a", "b", "c", "d"), np.eye(4), -np.ones(4), np.ones(4)))
+    True
+    """
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(4.8, 2.8))
+        places = np.arange(len(found.names))
+        axes.bar(places, found.high - found.low, 0.8, found.low, color=GREY, alpha=0.3)
+        for k, (edge, marker) in enumerate(zip(EDGES, "^v<>")):
+            axes.scatter(places + 0.12 * (k - 1.5), found.edges[k], s=26, marker=marker, color=GENERATED, label=edge)
+        axes.axhline(0, color=GREY, lw=0.8)
+        axes.set_xticks(places, [name.replace(", ", "\n") for name in found.names], fontsize=8)
+        axes.set(ylabel="optical density")
+        axes.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0), handletextpad=0.2, columnspacing=1)
+        return _svg(figure)
+
+
+def nearest_histogram(found: Repeats, conditions: np.ndarray | None = None) -> str:
+    """Distances of windows to the nearest other one of their slide, and those of their conditions.
+
+    >>> from ldm.metrics.intervals import mean_of
+    >>> from ldm.metrics.whole_slides import Repeats
+    >>> "5% of real" in nearest_histogram(Repeats(np.ones(9), np.ones(9), 1.0, mean_of(np.ones(9))))
+    True
+    """
+    sets = [(found.real, REAL, "real"), (found.made, GENERATED, "generated")]
+    sets += [(conditions, GREY, "conditions")] if conditions is not None else []
+    high = max(max(np.quantile(values, 0.99) for values, _, _ in sets), 1e-6)
+    bins = np.linspace(0, high, 31)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(4.8, 2.8))
+        for values, colour, label in sets:
+            weights = np.full(len(values), 1 / len(values))
+            axes.hist(values.clip(max=high), bins=bins, weights=weights, color=colour, alpha=0.55, label=label)
+        axes.axvline(found.limit, color=FLAG, lw=1, ls="--")
+        axes.annotate("5% of real", (found.limit, axes.get_ylim()[1]), (4, -8), textcoords="offset points", color=FLAG)
+        axes.set(xlabel="distance to the nearest window", ylabel="share of windows", xlim=(0, high))
+        axes.legend()
         return _svg(figure)

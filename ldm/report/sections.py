@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from einops import rearrange
 from torch import Tensor
 
 from ldm.data.image_sets import TCGA, ImageSet, images_by_name
@@ -17,10 +16,9 @@ from ldm.data.splits import patient_of
 from ldm.encoders.extractors import Extractor
 from ldm.encoders.feature_files import FeatureSet
 from ldm.files import sha256
-from ldm.images.sheets import LEAST, MADE, REAL, contact_sheet, fitted, grid
-from ldm.images.slides import Slide
-from ldm.metrics import conditional, frechet, kernels, large_images, manifold, memorisation, pairs
-from ldm.metrics.measure import LOWER, Measure, measure_of
+from ldm.images.sheets import LEAST, MADE, REAL, contact_sheet, grid
+from ldm.metrics import conditional, frechet, kernels, manifold, memorisation, pairs
+from ldm.metrics.measure import measure_of
 from ldm.report import plots
 from ldm.report.page import Section
 from ldm.tables.text import read_table
@@ -252,85 +250,6 @@ def _nearest(name: str, found: memorisation.Nearest, images: ImageSet, train: Im
         words.append([f"{found.distance[i, k]:.3f}" for i in order])
     titles = [f"{name},\nnearest first", *(f"training,\nnearest {k + 1}" for k in range(found.row.shape[1]))]
     return grid(rows, words, titles, most=LEAST)
-
-
-def canvas(image: Slide, role: str, tile: int, window: int, extractor: Extractor | None) -> Section:
-    """The seams, tone and repetition of one large image, in windows of so many pixels.
-
-    role: generated or real. tile: pixels of the tiles that it was made of. extractor: of windows; without one the
-    repetition is left out.
-
-    >>> section = canvas(Slide.of_pixels(np.tile(tile, (4, 4, 1))), "generated", 256, 256, None)
-    >>> {each.name: each.value for each in section.measures}
-    {'seams': 4.2742, 'seams_like': 3.3608, 'tone_drift': 0.0}
-    """
-    tones = large_images.tone(image, window)
-    measures = large_images.seam_measures(image, tile) + large_images.tone_measures(tones)
-    section = Section(
-        f"canvas-{role}",
-        f"The canvas of the {role} image",
-        f"{' × '.join(map(str, image.dimensions))} px, windows of {window} px. The same measures of a real image say "
-        "what is usual.",
-        measures=measures,
-    )
-    if not np.isnan(tones.colours).all():
-        section.plots.append((plots.tone_map(tones), "Mean colour of the tissue in each window; white: little tissue."))
-    if extractor is not None:
-        features = _window_features(image, window, extractor, tones)
-        if (~np.isnan(features[..., 0])).sum() >= large_images.LEAST and min(features.shape[:2]) > 1:
-            found = large_images.repetition(features)
-            section.measures += large_images.repetition_measures(found)
-            section.extractor = extractor.name
-            section.plots.append((plots.lag_map(found), "Autocorrelation of window features by lag."))
-    picture = _whole_picture(image, 640)
-    section.pictures.append((fitted(picture, 640), "SYNTHETIC" if role == "generated" else "Real"))
-    return section
-
-
-def _window_features(image: Slide, window: int, extractor: Extractor, tones: large_images.Tone) -> np.ndarray:
-    """(rows,cols,D): features of windows side by side, NaN where there is little tissue."""
-    rows, cols = tones.colours.shape[:2]
-    features = np.full((rows, cols, extractor.dim), np.nan, np.float32)
-    for row in range(rows):
-        kept = np.flatnonzero(~np.isnan(tones.colours[row, :, 0]))
-        if len(kept):
-            batch = np.stack([image.read(int(col) * window, row * window, window, window) for col in kept])
-            features[row, kept] = extractor(batch)
-    return features
-
-
-def _whole_picture(image: Slide, side: int) -> np.ndarray:
-    """The whole image reduced to at most about `side` px, band by band."""
-    step = max(1, max(image.dimensions) // side)
-    bands = []
-    for band in image.bands():
-        height, width = (each // step * step for each in band.shape[:2])
-        if height:
-            cells = rearrange(band[:height, :width], "(h i) (w j) c -> h w (i j) c", i=step, j=step)
-            bands.append(cells.mean(2, dtype=np.float32).round().astype(np.uint8))
-    return np.concatenate(bands)
-
-
-def whole_distance(generated: Slide, real: Slide, extractor: Extractor, side: int = 1024) -> Section:
-    """The distance of two whole images, each reduced to one view of at most `side` px.
-
-    >>> from ldm.encoders.extractors import load_extractor
-    >>> image = Slide.of_pixels(tile)
-    >>> whole_distance(image, image, load_extractor("pixels")).measures[0].value
-    0.0
-    """
-    features = [extractor(_whole_picture(image, side)[None])[0] for image in (generated, real)]
-    cosine = float(conditional.cosines(features[0][None], features[1][None])[0, 0])
-    measures = [
-        Measure(
-            "whole_distance",
-            "distance of the whole images",
-            1 - cosine,
-            better=LOWER,
-            note="1 - cosine of their features, each image as one view",
-        )
-    ]
-    return Section("whole", "The whole image", extractor=extractor.name, measures=measures)
 
 
 def paired(
