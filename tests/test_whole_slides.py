@@ -16,7 +16,7 @@ from ldm.data.field_files import write_field
 from ldm.encoders.extractors import Extractor, load_extractor
 from ldm.errors import UserError
 from ldm.images.slides import Slide, open_slide
-from ldm.images.write import save_bigtiff
+from ldm.images.write import save_bigtiff, save_ome_zarr
 from ldm.metrics import whole_slides
 from ldm.metrics.seams import line_gradients, seam_profile
 from ldm.report.large_images import Conditions, Looked, together
@@ -206,6 +206,7 @@ def slides(tissue, tmp_path_factory):
     paper = np.tile(tissue[600:728, 300:428], (8, 8, 1))
     save_bigtiff(folder / "real.tif", tissue, 0.5, {}, quality=95)
     save_bigtiff(folder / "paper.tif", paper, 0.5, {}, quality=95)
+    save_ome_zarr(folder / "paper.ome.zarr", paper, 0.5, {})
     save_bigtiff(folder / "finer.tif", tissue, 0.25, {}, quality=95)
     Image.fromarray(np.full((SIDE, SIDE, 3), 248, np.uint8)).save(folder / "glass.png")
     Image.fromarray(tissue[: 3 * WINDOW]).save(folder / "small.png")
@@ -228,8 +229,9 @@ def run(*arguments) -> str:
 
 
 @pytest.mark.slow
-def test_two_slides_are_compared_by_the_command(slides, tmp_path):
-    common = ("--generated", slides / "paper.tif", "--real", slides / "real.tif", "--tile", WINDOW, "--crop", WINDOW,
+@pytest.mark.parametrize("made", ["paper.tif", "paper.ome.zarr"])
+def test_two_slides_are_compared_by_the_command(slides, tmp_path, made):
+    common = ("--generated", slides / made, "--real", slides / "real.tif", "--tile", WINDOW, "--crop", WINDOW,
               "--features", "pixels", "--conditions", slides / "field.npy")  # fmt: skip
     output = run(*common, "--windows", 40, "--out", tmp_path / "report")
     assert "Does the slide hold together? (pixels)" in output

@@ -15,6 +15,7 @@ from ldm.images.slides import Slide
 from ldm.metrics.measure import LOWER, Measure
 from ldm.metrics.seams import NEAR, Lines, lattice_ratios
 
+DENSITY = -np.log10(np.arange(256, dtype=np.float32).clip(min=1) / 255)  # optical, of a brightness
 GLASS = 0.05  # mean optical density up to which a pixel is glass
 TISSUE = 0.25  # least share of tissue of a window whose tone counts
 LEAST = 6  # windows that a trend over the canvas needs
@@ -37,6 +38,15 @@ class Tone:
     high: float
 
 
+def tissue_of(pixels: np.ndarray) -> np.ndarray:
+    """(H,W) bool: where pixels (H,W,3) uint8 are no glass.
+
+    >>> tissue_of(np.array([[[243, 243, 243], [200, 120, 180]]], np.uint8))
+    array([[False,  True]])
+    """
+    return sum(DENSITY[pixels[..., channel]] for channel in range(3)) > 3 * GLASS
+
+
 def tone(image: Slide, window: int, seed: int = 0) -> Tone:
     """The tone of an image in windows of `window` px side by side.
 
@@ -51,10 +61,9 @@ def tone(image: Slide, window: int, seed: int = 0) -> Tone:
         band = image.read(0, row * window, cols * window, window)
         for col in range(cols):
             part = band[:, col * window : (col + 1) * window]
-            density = -np.log10(part.astype(np.float32).clip(min=1) / 255).mean(-1)
-            tissue = density > GLASS
+            tissue = tissue_of(part)
             if tissue.mean() >= TISSUE:
-                colours[row, col] = rgb2lab(part)[tissue].mean(0)
+                colours[row, col] = rgb2lab(part[tissue]).mean(0)
     place = np.argwhere(~np.isnan(colours[..., 0]))
     if len(place) < LEAST:
         return Tone(colours, np.nan, np.nan, np.nan)

@@ -185,7 +185,7 @@ def stain_similarity(a: np.ndarray, b: np.ndarray, stains: str = "he", device: s
 
 
 def stain_amounts(image: np.ndarray, stains: str = "he") -> np.ndarray:
-    """(H,W,2): how much of each of STAINS a pixel of an image (H,W,3) uint8 has, in sixths of an optical density.
+    """(...,2): how much of each of STAINS pixels (...,3) uint8 have, in sixths of an optical density.
 
     >>> stain_amounts(tile).mean((0, 1))
     array([0.0051, 0.0458])

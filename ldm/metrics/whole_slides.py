@@ -15,13 +15,13 @@ from skimage.feature import match_template
 from ldm.errors import UserError
 from ldm.images.slides import Slide
 from ldm.metrics.intervals import Estimate, mean_of
-from ldm.metrics.large_images import FAR, GLASS
+from ldm.metrics.large_images import FAR, tissue_of
 from ldm.metrics.pairs import STAINS, stain_amounts
 
 ALONG = 4  # windows along each side of a slide, at least
 LEAST = 8  # windows with tissue whose distances say something
 EDGES = ("top", "bottom", "left", "right")
-DENSITY = 6.0  # of `stain_amounts`, to optical densities
+SIXTHS = 6.0  # of `stain_amounts`, to optical densities
 QUANTILE = 0.05  # of the real slide's nearest distances; as many of its windows are nearer
 DRAWS = 20  # of windows of the larger slide, as many as the smaller one has
 SHOWN = 16  # closest pairs whose pixels are compared
@@ -61,8 +61,7 @@ def band_stains(image: Slide, window: int, stains: str = "he", longest: tuple[in
         band = image.read(0, row * window, cols * window, window)
         for col in range(cols):
             part = band[:, col * window : (col + 1) * window]
-            tissue = -np.log10(part.astype(np.float32).clip(min=1) / 255).mean(-1) > GLASS
-            amounts = DENSITY * stain_amounts(part, stains)[tissue]  # (n,2)
+            amounts = SIXTHS * stain_amounts(part[tissue_of(part)], stains)  # (n,2)
             sums[row, col] = [len(amounts), *amounts.sum(0), *np.square(amounts).sum(0)]
     found = BandStains(
         tuple(f"{stain}, {what}" for stain in STAINS[stains] for what in ("mean", "spread")),
