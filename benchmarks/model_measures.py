@@ -25,6 +25,7 @@ DATA, MODELS = Path("data"), Path("data/models")
 OUT = Path("out/models_report")
 SLIDE, BAND = DATA / "demo/CMU-1-Small-Region.svs", "0,1856,2220,512"
 FEATURE = "demo-encoder"
+STEPS_OF_PAIRS = 1
 REGION = (896, 1472, 1024, 1024)  # of the slide, generated again; it crosses the band
 
 
@@ -287,6 +288,34 @@ def slices(folder: Path, precision: str) -> list[Row]:
             rows += [
                 row(f"{name} to T1: SSIM inside the head{words}", interval(ssim), on),
                 row(f"{name} to T1: mean error, of 255 grey levels{words}", interval(mae), on, 1),
+            ]
+    return rows
+
+
+def slices_pairs(folder: Path, precision: str) -> list[Row]:
+    from stain_measures import interval
+    from translation_heads import rows_of, slices_of, ways
+
+    from data_prep import slice_volumes
+
+    cohort, sources = OUT / "heads", {"t2": "T2", "flair": "FLAIR", "t1post": "T1 with contrast"}
+    run_quietly(
+        slice_volumes.main, "--volumes", DATA / "samples/heads", "--modality",
+        *(f"{modality}={modality}.nii.gz" for modality in ("t1", *sources)), "--size", 64, "--percentiles", "0,98",
+        "--out", cohort,
+    )  # fmt: skip
+    model, rows = ldm.load_model(folder), []
+    real = slices_of(str(cohort), "patient19", "t1", every=2)
+    on = f"{len(real)} slices of one head that trained nothing, {STEPS_OF_PAIRS} step"
+    words = {"translation": "", "matched": ", of the source with the real T1's histogram", "source": ", of the source"}
+    for source, name in sources.items():
+        seen = slices_of(str(cohort), "patient19", source, every=2)
+        made = ways(model, seen, real, STEPS_OF_PAIRS, samples=1, precision=precision)
+        for way, told in words.items():
+            ssim, _, error = rows_of(made[way], real).T
+            rows += [
+                row(f"{name} to T1: SSIM inside the head{told}", interval(ssim), on),
+                row(f"{name} to T1: mean error, of 255 grey levels{told}", interval(error), on, 1),
             ]
     return rows
 

@@ -54,6 +54,7 @@ JOBS = {
     "demo-mitosis-scorers": Job(measured.scorers, 5),
     "demo-stains": Job(measured.stains, 35),
     "demo-slices": Job(measured.slices, 70),
+    "demo-slices-pairs": Job(measured.slices_pairs, 15),
     "demo-omics": Job(measured.omics, 95),
     "demo-text": Job(measured.text, 150),
 }

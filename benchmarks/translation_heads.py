@@ -64,13 +64,15 @@ def clamped(made: Tensor, source: Tensor) -> Tensor:
     return torch.where(head, made, -1.0)
 
 
-def ways(model: nn.Module, source: Tensor, real: Tensor, steps: int, samples: int, seed: int = 0) -> dict[str, Tensor]:
+def ways(
+    model: nn.Module, source: Tensor, real: Tensor, steps: int, samples: int, precision: str | None = None
+) -> dict[str, Tensor]:
     """The slices of a head in every way: images (N,1,H,W) in [-1,1]."""
     found = {"source": source, "matched": matched(source, real)}
     found |= {"linear": linear(source, real), "levels": levels(source, real)}
     made = []
     for sample in range(samples):
-        sampler = ldm.Sampler(steps=steps, seed=seed + sample, guidance_scale=1.0, progress=False)
+        sampler = ldm.Sampler(steps=steps, seed=sample, guidance_scale=1.0, precision=precision, progress=False)
         made.append(clamped(ldm.translate(model, source, sampler=sampler, first=[0] * len(source)), source))
     found["translation"] = made[0]
     return found | ({f"mean of {samples}": torch.stack(made).mean(0)} if samples > 1 else {})

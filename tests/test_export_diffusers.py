@@ -124,6 +124,7 @@ def test_the_module_in_the_folder_needs_nothing_of_this_toolkit(tmp_path):
 LACKING = {
     "demo-omics": "OmicsEmbedder",
     "demo-slices": "the network LMIUNet",
+    "demo-slices-pairs": "the network SourceResidual",
     "demo-ssl-student": "the network StudentNetwork",
     "demo-field": "first stages of the kind FeatureCodec",
 }

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from ldm.errors import UserError
+from ldm.networks.cache import DeepCache
 from ldm.networks.ema import EMA
+from ldm.networks.residual import SourceResidual
 from ldm.networks.unet import UNetModel
 
 TINY = dict(in_channels=3, out_channels=3, model_channels=32, num_res_blocks=1, attention_resolutions=[2],
@@ -118,6 +120,30 @@ def test_the_published_size_of_the_brca_and_crc_unet():
 def test_impossible_unets_are_refused(change):
     with pytest.raises(UserError):
         UNetModel(**(TINY | change))
+
+
+def residual(**change) -> SourceResidual:
+    params = {"in_channels": 2, "out_channels": 1, "model_channels": 32, "num_res_blocks": 1, "num_heads": 1,
+              "attention_resolutions": [], "channel_mult": [1], "norm_groups": 8}  # fmt: skip
+    return SourceResidual({"target": "ldm.networks.unet.UNetModel", "params": params | change})
+
+
+def test_a_source_is_changed_by_what_the_network_says():
+    torch.manual_seed(0)
+    network, x, time = residual(), torch.randn(2, 2, 8, 8), torch.tensor([3, 900])
+    torch.testing.assert_close(network(x, time), x[:, 1:], atol=0, rtol=0)
+    random_weights(network)
+    torch.testing.assert_close(network(x, time), x[:, 1:] + network.unet(x, time))
+    assert (network(x, time) - x[:, 1:]).abs().mean() > 0.01
+    network(x, time).square().mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in network.parameters())
+
+
+def test_a_residual_needs_a_source_of_its_own_channels_and_keeps_no_deep_features():
+    with pytest.raises(UserError, match="in_channels must be twice out_channels; got 3 and 1"):
+        residual(in_channels=3)
+    with pytest.raises(UserError, match="a SourceResidual keeps no deep features"):
+        DeepCache(residual(), 2)
 
 
 def test_ema_follows_its_formula_and_gives_the_weights_back():

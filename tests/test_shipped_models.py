@@ -7,12 +7,14 @@ import pytest
 import tifffile
 import torch
 from PIL import Image
+from scipy import ndimage
 from typer.testing import CliRunner
 
 import ldm
 from conftest import ROOT
 from ldm.cli import app
 from ldm.data.collection import read_pictures
+from ldm.data.volumes import Volume
 from ldm.metrics.fields import neighbour_correlation
 
 MODELS = ROOT / "data" / "models"
@@ -23,8 +25,8 @@ def run(*args):
 
 
 MADE = [
-    "demo-ssl", "demo-ssl-student", "demo-field", "demo-mitosis", "demo-stains", "demo-slices", "demo-omics",
-    "demo-text",
+    "demo-ssl", "demo-ssl-student", "demo-field", "demo-mitosis", "demo-stains", "demo-slices",
+    "demo-slices-pairs", "demo-omics", "demo-text",
 ]  # fmt: skip
 
 
@@ -115,6 +117,20 @@ def test_a_slice_of_another_contrast_keeps_its_head():
     made = ldm.sample(model, model.condition(image=source), sampler=ldm.Sampler(steps=6, seed=0, progress=False))
     inside, outside = made[0, 0][radius < 0.5].mean(), made[0, 0][radius > 0.8].mean()
     assert inside > outside + 0.5, (float(inside), float(outside))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("source", "least"), [("t2", 0.55), ("flair", 0.35), ("t1post", 0.65)])
+def test_a_head_that_trained_nothing_becomes_a_t1_that_is_like_its_own(source, least, tmp_path):
+    head = ROOT / "data" / "samples" / "heads" / "patient19"
+    run("translate", "--model", MODELS / "demo-slices-pairs", "--images", head / f"{source}.nii.gz",
+        "--out", tmp_path / "t1.nii.gz", "--steps", 1)  # fmt: skip
+    made, own, real = (Volume(path) for path in (tmp_path / "t1.nii.gz", head / f"{source}.nii.gz", head / "t1.nii.gz"))
+    assert np.array_equal(made.own.affine, own.own.affine)
+    values, real = made.values(), real.values()
+    inside = (own.values() > 50) & (real > 50)
+    assert np.corrcoef(values[inside], real[inside])[0, 1] > least
+    assert not values[ndimage.binary_dilation(own.values() > 10, iterations=6) == 0].any()
 
 
 @pytest.mark.slow

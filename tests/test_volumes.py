@@ -304,6 +304,9 @@ def test_bending_keeps_black_and_moves_both_alike():
     torch.testing.assert_close(image, head)
     assert (source[head == -1] == -1).all()
     assert (source - head)[head > -1].abs().mean() > 0.02
+    stripes = torch.where(torch.arange(32) % 3 < 1, 0.5, -0.5).expand(1, 32, 32)
+    turned = torch.stack([Bending(geometry=0.2)(stripes, stripes, draw)[0][:, 8:24, 8:24] for draw in range(20)])
+    assert turned.std((1, 2, 3)).mean() > 0.8 * stripes.std()  # fine structure stays
     with pytest.raises(UserError, match=r"intensity of pairs is a number from 0 \(off\) to 1; got 2"):
         Bending(intensity=2)
 

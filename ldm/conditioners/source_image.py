@@ -20,7 +20,7 @@ class SourceImage(Conditioner):
 
     Reads batch[key], images (B,channels,size,size) in [-1, 1]. A zero-shot model (`ldm.networks.lmi.LMIUNet`) is
     trained with key "image": the target modality is its own source, and any other is given in its place to translate;
-    a supervised one with the "source" of `ldm.data.pairs.PairDataset`.
+    a supervised one, such as `ldm.networks.residual.SourceResidual`, with the "source" of `ldm.data.pairs.PairDataset`.
 
     The unconditional value is a flat mid-gray image, zeros, which tells nothing of any other. Models that never saw it
     (dropout 0, as published) are sampled at guidance scale 1.

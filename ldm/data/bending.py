@@ -69,7 +69,8 @@ def _turned(pair: Tensor, draws: Tensor) -> Tensor:
     turn = torch.tensor([[cos, -sin], [sin, cos]]) * scale[:, None]
     theta = torch.cat([turn, 0.2 * torch.tensor([[right], [down]])], 1)[None].expand(len(pair), -1, -1)
     grid = F.affine_grid(theta, pair.shape, align_corners=False)
-    return F.grid_sample(pair + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False) - 1
+    turned = F.grid_sample(pair + 1, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+    return turned.clamp(0, 2) - 1
 
 
 def _changed(
