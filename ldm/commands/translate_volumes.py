@@ -231,7 +231,7 @@ def _make(
         print(f"wrote {path}: {told} with a head, black is {low:g} and white {high:g}; through the slices {own:.2f} as "
               f"rough as within, the source {source:.2f}")  # fmt: skip
         if own > source:
-            note(f"neighbouring slices of {path.name} agree less than the source's: take more --steps.")
+            note(f"neighbouring slices of {path.name} agree less than the source's; more --steps may help.")
 
 
 def _prepare(scratch: Path, settings: Mapping[str, Any]) -> None:
