@@ -18,6 +18,7 @@ from ldm.errors import UserError
 from ldm.latent_diffusion import LatentDiffusion
 from ldm.model_folder import export, load_model, write_model_folder
 from ldm.networks.dit import DiT
+from ldm.networks.student import StudentNetwork
 from ldm.networks.unet import UNetModel
 from ldm.rng import canvas_noise
 from ldm.sampling.sweeps import sweep_images
@@ -110,6 +111,24 @@ def test_every_weight_of_a_student_learns(method, network, pixels, more, tmp_pat
     assert all("cross_attn.q_linear" in name for name in lost)  # a single token of context has weight 1 whatever asks
     assert all(weight.grad is None for weight in student.cond_stage_model.parameters())
     assert all(weight.grad is None for weight in student.leader.parameters())
+
+
+@pytest.mark.parametrize("network", ["unet", "dit"])
+def test_a_students_predictions_are_affine_in_each_guidance_scale(network):
+    made, params = NETWORKS[network]
+    node = {"target": f"{made.__module__}.{made.__name__}", "params": {**params, "in_channels": 4, "out_channels": 4}}
+    student = StudentNetwork(node, channels=4, copies=2, extra=3, settings=3, directions=[2.0, 3.0]).eval()
+    for weight in student.network.parameters():  # the last layer of what it is told stays 0, as it begins
+        weight.data.add_(0.1 * torch.randn_like(weight))
+    x, context = torch.randn(1, 4, 8, 8).expand(3, -1, -1, -1), torch.randn(1, 1, 8).expand(3, -1, -1)
+    for which in (0, 1):
+        told = torch.ones(3, 3)
+        told[:, which] = torch.tensor([1.0, 2.5, 4.0]).log()
+        low, between, high = student(x, torch.full((3,), 500.0), settings=told, context=context)
+        assert torch.allclose(between[:8], (low + high)[:8] / 2, atol=1e-5)
+        assert (high - low)[:8].abs().max() > 1e-3
+        assert torch.allclose((high - low)[:4], (high - low)[4:8], atol=1e-5)  # all copies go one way
+        assert torch.allclose(low[8:], high[8:], atol=1e-6)  # widths and weights of a mixture stay
 
 
 def test_without_data_a_student_learns_on_its_own_way_and_another_method_says_why_not(tmp_path):

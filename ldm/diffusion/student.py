@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,12 +70,17 @@ class Student:
         return 0 if self.guidance is None else max(len(self.conditions), 1)
 
     @property
-    def outputs(self) -> dict[str, int]:
+    def middles(self) -> list[float]:
+        """The middle of the guidance scales that it is told, for each of them: their geometric mean."""
+        return [math.sqrt(math.prod(self.guidance))] * self.scales if self.scales else []
+
+    @property
+    def outputs(self) -> dict[str, Any]:
         """What its network is made of its teacher's with (`ldm.networks.student.StudentNetwork`)."""
         if self.method != "policy":
-            return {"copies": 1, "extra": 0, "settings": self.scales}
+            return {"copies": 1, "extra": 0, "settings": self.scales, "directions": self.middles}
         extra = self.components + 1 if self.policy == "mixture" else 0
-        return {"copies": self.components, "extra": extra, "settings": self.scales + 1}
+        return {"copies": self.components, "extra": extra, "settings": self.scales + 1, "directions": self.middles}
 
     def words(self) -> str:
         """What it is, for a reader.

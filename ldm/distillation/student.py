@@ -160,7 +160,8 @@ class Distillation(Distilling):
         scales = torch.zeros(count, 0, device=self.device)
         if self.student.scales:
             low, high = self.student.guidance
-            scales = low + (high - low) * torch.rand(count, self.student.scales, generator=rng, device=self.device)
+            place = torch.rand(count, self.student.scales, generator=rng, device=self.device)
+            scales = low * (high / low) ** place  # evenly by their logarithm, as it is told them
         teacher, told = self.teacher_denoiser(scales), self.student.told(cond, scales)
         if self.student.method == "policy":
             return self._imitation(count, x0, cond, told, teacher, rng)

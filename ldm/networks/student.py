@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,9 @@ class StudentNetwork(nn.Module):
         network: node of the teacher's network.
         channels: of a prediction, the teacher's first. copies: predictions that it gives. extra: further channels.
         settings: numbers (B,settings) that it is told, embedded and added to its vector; 0: none.
+        directions: of the first settings, which are logarithms of guidance scales, the middle of those scales. Guidance
+            is affine in its scale (arXiv:2207.12598, equation 6), and so are the predictions: to each, a direction
+            times (scale / middle - 1) is added, C channels for each scale that the network gives once for all copies.
 
     >>> node = {"target": "ldm.networks.dit.DiT", "params": {"in_channels": 4, "out_channels": 4, "image_size": 8,
     ...     "hidden_size": 32, "depth": 1, "num_heads": 2}}
@@ -31,7 +34,10 @@ class StudentNetwork(nn.Module):
     torch.Size([1, 11, 8, 8])
     """
 
-    def __init__(self, network: Mapping[str, Any], channels: int, copies: int = 1, extra: int = 0, settings: int = 0):
+    def __init__(
+        self, network: Mapping[str, Any], channels: int, copies: int = 1, extra: int = 0, settings: int = 0,
+        directions: Sequence[float] = (),
+    ):  # fmt: skip
         super().__init__()
         with torch.device("meta"):
             alone = declared(instantiate_from_config(network))
@@ -39,8 +45,11 @@ class StudentNetwork(nn.Module):
             raise UserError("a student makes images; the network is of tokens.")
         if settings and alone.vector_dim is None:
             raise UserError("the network takes no vector, by which a student is told its guidance scales.")
+        if len(directions) > settings or any(middle <= 0 for middle in directions):
+            raise UserError(f"directions are scales above 0, of {settings} settings at most; got {list(directions)}.")
         self.copies, self.extra, self.channels, self.given = copies, extra, channels, alone.out_channels
-        self.network = instantiate_from_config(_of_channels(network, copies * channels + extra))
+        self.directions = list(directions)
+        self.network = instantiate_from_config(_of_channels(network, (copies + len(directions)) * channels + extra))
         self.takes = replace(alone, out_channels=channels, skips=0)
         self.settings = None
         if settings:
@@ -58,11 +67,18 @@ class StudentNetwork(nn.Module):
         if settings is not None:
             vector = self.settings(settings)
             cond["vector"] = vector if "vector" not in cond else cond["vector"] + vector
-        return self.network(x, timesteps, **cond)
+        out = self.network(x, timesteps, **cond)
+        if not self.directions:
+            return out
+        count = len(self.directions)
+        copies, ways, extra = out.split([self.copies * self.channels, count * self.channels, self.extra], 1)
+        strength = settings[:, :count].exp() / settings.new_tensor(self.directions) - 1
+        moved = torch.einsum("bs,bschw->bchw", strength.to(ways), ways.unflatten(1, (count, self.channels)))
+        return torch.cat([copies + moved.repeat(1, self.copies, 1, 1), extra], 1)
 
     @torch.no_grad()
     def begin(self, teacher: Mapping[str, Tensor], spread: float = 0.0) -> None:
-        """Take the weights of the teacher's network: each copy predicts as it does, and extra channels are 0.
+        """Take the weights of the teacher's network: each copy predicts as it does; directions and extra are 0.
 
         spread: of random differences between the copies, as a share of the weights' own; torch's seed decides them.
         """
@@ -81,7 +97,7 @@ class StudentNetwork(nn.Module):
         each = head.view(groups, self.given, *head.shape[1:])[:, : self.channels]
         copies = each.repeat(1, self.copies, *[1] * (head.ndim - 1))
         noise = torch.randn(copies.shape).to(copies) * (spread * float(head.std(correction=0)))
-        extra = head.new_zeros(groups, self.extra, *head.shape[1:])
+        extra = head.new_zeros(groups, len(self.directions) * self.channels + self.extra, *head.shape[1:])
         return torch.cat([copies + noise, extra], 1).reshape(rows, *head.shape[1:])
 
 
