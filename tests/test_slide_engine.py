@@ -43,7 +43,7 @@ from ldm.sampling.glass import Glass
 from ldm.sampling.guided import GuidedSolver
 from ldm.sampling.ranks import joined
 from ldm.sampling.sampler import Sampler, Windows
-from ldm.sampling.shards import ShardDecoder
+from ldm.sampling.shards import REACH, ShardDecoder
 from ldm.sampling.stream import stream
 
 
@@ -155,14 +155,19 @@ def test_windows_on_glass_are_not_evaluated_and_parts_of_it_not_decoded(tmp_path
     x = streamed(canvas, tmp_path, glass=glass.latent)
     assert seen
     assert not any(canvas.bare(seen))
-    assert glass.covers(x[..., 32:])  # no window that reaches there has a condition
-    assert not glass.covers(x[..., :24])
+    assert glass.cells(x[..., 32:]).all()  # no window that reaches there has a condition
+    assert not glass.cells(x[..., :24]).any()
     object.__setattr__(canvas, "condition", condition)
     evaluated = streamed(canvas, tmp_path / "evaluated")
     assert torch.equal(x[..., :4], evaluated[..., :4])  # no window of glass has reached these
     decoder = ShardDecoder(canvas.model, bands_of(canvas, tmp_path), 3, glass=glass)
     there = decoder.pixels(slice(0, 32), slice(104, 128))
     assert (there == glass.colour).all()
+    both = decoder.pixels(slice(0, 32), slice(0, 128))  # one part, decoded: no rim where the canvas ends
+    assert (both[:, 2 * (32 + REACH) :] == glass.colour).all()
+    plain = ShardDecoder(canvas.model, decoder.bands, 3).pixels(slice(0, 32), slice(0, 128))
+    assert (both[:, : 2 * 24] == plain[:, : 2 * 24]).all()
+    assert (both != plain).any()
 
 
 def test_shards_are_decoded_as_the_canvas_is(tmp_path, monkeypatch):
@@ -188,8 +193,8 @@ def test_a_layout_says_which_condition_is_where(tmp_path):
             assert all(torch.equal(told[part][row], value[0]) for row in rows)
     glass = Glass.of(canvas, None)
     x = streamed(canvas, tmp_path, glass=glass.latent)
-    assert glass.covers(x[..., 36:])
-    assert not glass.covers(x[..., :32])
+    assert glass.cells(x[..., 36:]).all()
+    assert not glass.cells(x[..., :32]).any()
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -57,10 +57,10 @@ class Glass:
         held = np.load(file)
         return cls(torch.from_numpy(held["latent"]), held["colour"])
 
-    def covers(self, latents: Tensor) -> bool:
-        """Whether latents (1,C,h,w) are nothing but glass, to rounding."""
-        own = self.latent.view(1, -1, 1, 1)
-        return bool(((latents - own).abs() <= 1e-5 * own.abs().max().clamp(min=1)).all())
+    def cells(self, latents: Tensor) -> Tensor:
+        """(h,w) bool: which of latents (1,C,h,w) are glass, to rounding."""
+        own = self.latent.view(-1, 1, 1)
+        return ((latents[0] - own).abs() <= 1e-5 * own.abs().max().clamp(min=1)).all(0)
 
 
 def _sampled(canvas: Canvas, feature: np.ndarray) -> Tensor:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from ldm.devices import send
 from ldm.images.write import to_uint8
@@ -17,6 +18,7 @@ from ldm.sampling.local_norm import CELLS, decode_part, span_of
 if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
+REACH = 4  # latents around those of tissue whose pixels are decoded; others of glass are even, at a canvas' border too
 PART = 1024  # pixels along what a CPU decodes at once: a third more work than twice as many, with half the memory
 
 
@@ -24,8 +26,8 @@ class ShardDecoder:
     """Pixels of parts of a canvas, each decoded with a halo of its neighbours' latents.
 
     Args:
-        bands, step: where the canvas is, scaled latents. decoder: full or small. glass: parts of nothing but it are not
-            decoded.
+        bands, step: where the canvas is, scaled latents. decoder: full or small. glass: what is nothing but it has its
+            colour, and parts of it are not decoded.
 
     >>> bands = Bands(Path("canvas"), (16, 24), lambda top, rows: torch.zeros(1, 4, rows, 24))
     >>> ShardDecoder(model, bands, 0).pixels(slice(0, 16), slice(16, 48)).shape
@@ -62,8 +64,15 @@ class ShardDecoder:
         spans = (span_of(part.start, part.stop, side, self.halo, align) for part, side in zip((rows, cols), size))
         down, across = spans
         latents = self.bands.part(self.step, down.window, across.window)
-        if self.glass is not None and self.glass.covers(latents):
+        bare = None if self.glass is None else self.glass.cells(latents)
+        if bare is not None and bare.all():
             return self.glass.colour  # of every pixel
         latents = self.model.decoding(send(latents, self.model.device), self.decoder)[1]
         decoded = decode_part(self.own, latents, down, across, window, max(size) <= window)
-        return to_uint8(decoded.clamp(-1, 1))[0]
+        image = to_uint8(decoded.clamp(-1, 1))[0]
+        if bare is not None:
+            near = F.max_pool2d((~bare)[None].float(), 2 * REACH + 1, 1, REACH)[0] > 0
+            even = ~near[down.inside(1), across.inside(1)].numpy()
+            factor = self.model.first_stage_model.downsampling
+            image[even.repeat(factor, 0).repeat(factor, 1)] = self.glass.colour
+        return image
