@@ -59,7 +59,7 @@ def judged(real, extractor):
 def test_real_tissue_holds_together(judged, tissue, top):
     (kind, words), figures, section = judged(tissue[top : top + SIDE])
     assert kind == "good", words
-    assert figures["seams_to_real"].value < 1.02
+    assert figures["seams_to_real"].low < 1 < figures["seams_to_real"].high
     assert figures["stain_drift"].value <= 1
     assert figures["copied_windows"].value == 0
     assert figures["repeated_share"].low < whole_slides.QUANTILE
@@ -73,7 +73,7 @@ def test_seams_are_told(judged, tissue):
     (kind, words), figures, _ = judged(tissue[:SIDE] + ((rows + cols) % 2 * 12 - 6)[..., None])
     assert kind == "bad"
     assert "Borders of tiles of 128 px show" in words
-    assert figures["seams_to_real"].value > 1.02
+    assert figures["seams_to_real"].low > 1.2
     assert "It drifts" not in words
     assert "copies" not in words
 
