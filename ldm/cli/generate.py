@@ -13,6 +13,7 @@ from ldm.cli.options import (
     FeatureOption,
     FeaturesOption,
     ModelOption,
+    OverviewOption,
     WhereOption,
     inputs,
     output,
@@ -74,6 +75,7 @@ def large_image(
     windows: Windows,
     condition: ConditionOption = None,
     feature: FeatureOption = None,
+    overview: OverviewOption = None,
     region: Annotated[
         str | None,
         wanted("--region", help="Region of the slide of a tile store: x,y,width,height in level-0 pixels."),
@@ -106,6 +108,7 @@ def large_image(
         wide and wide[::-1],
         mpp,
         condition or [],
+        overview,
         pick_device(device),
         sampler,
         windows,

@@ -76,6 +76,10 @@ ConditionOption = Annotated[
         "--condition", help="Condition, name=value, as class=LUAD, mutation=TP53:1, score=0.7, text='...' (repeat)."
     ),
 ]
+OverviewOption = Annotated[
+    Path | None,
+    inputs("--overview", help="Image of the whole at a lower magnification, with which it is to agree."),
+]
 WhereOption = Annotated[
     list[str] | None,
     inputs("--where", help=f"Selection of tiles in a store: {FORMS} (repeat)."),

@@ -12,6 +12,7 @@ from ldm.cli.options import (
     DeviceOption,
     FeatureOption,
     ModelOption,
+    OverviewOption,
     inputs,
     output,
     wanted,
@@ -40,6 +41,7 @@ def slide(
     ] = None,
     condition: ConditionOption = None,
     feature: FeatureOption = None,
+    overview: OverviewOption = None,
     region: Annotated[
         str | None,
         wanted("--region", help="Region of the slide of a tile store: x,y,width,height in level-0 pixels."),
@@ -81,5 +83,6 @@ def slide(
         condition or [],
         jpeg_quality,
         pick_device(device),
+        overview,
     )
     generate_slide(asked, sampler, windows)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ldm.commands.grids import asked_grid
 from ldm.commands.outputs import kept_images, provenance, written
+from ldm.commands.overviews import asked_overview
 from ldm.conditioners.compose import parse_conditions
 from ldm.convert import load_model, weights_of
 from ldm.data.extent import extent_differs, tell
@@ -138,6 +139,7 @@ def generate_large_image(
     size: tuple[int, int] | None,
     mpp: float | None,
     conditions: Sequence[str],
+    overview: Path | None,
     device: str,
     sampler: AskedSampler,
     windows: Windows,
@@ -149,12 +151,14 @@ def generate_large_image(
     model = load_model(model_path, device)
     chosen = sampler.loaded(model)
     given = parse_conditions(model.cond_stage_model, conditions)
-    about = sampler.record(chosen, model, "large_image") | changed(windows)
+    low, seen = asked_overview(overview, windows)
+    about = sampler.record(chosen, model, "large_image") | changed(windows) | seen
     grid = asked_grid(model, features, feature, region, mpp)
     mpp = grid.mpp or model.metadata.get("mpp")
     if mpp is None and any(str(out).endswith(SCALED) for out in outs):
         raise UserError("the model does not know its micrometres per pixel; give --mpp for a TIFF or OME-Zarr.")
-    image = large_image(model, grid.features, size or grid.size, chosen, windows, given, grid.background)
+    size, known = size or grid.size, grid.background
+    image = large_image(model, grid.features, size, chosen, windows, given, known, overview=low)
     image, condition = to_uint8(image)[0], " ".join([grid.words, *conditions])
     place = grid.place | {"grid": list(grid.features.shape[:2]), "tile_px": model.tile_size, "mpp": mpp}
     place |= {"size": f"{image.shape[1]}x{image.shape[0]}"}

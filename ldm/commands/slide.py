@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ldm.commands.grids import Grid, asked_grid
 from ldm.commands.outputs import provenance
+from ldm.commands.overviews import asked_overview
 from ldm.commands.slide_making import Making, check_outs, check_sampler, inside, make_slide
 from ldm.conditioners.compose import parse_conditions
 from ldm.convert import load_model, weights_of
@@ -19,6 +20,7 @@ from ldm.requests.layout import read_layout
 from ldm.requests.sampling import AskedSampler
 from ldm.sampling.canvas import Canvas
 from ldm.sampling.glass import Glass
+from ldm.sampling.overviews import reading_of
 from ldm.sampling.sampler import Sampler, Windows, changed
 from ldm.sampling.stream import check_pointwise
 
@@ -29,7 +31,7 @@ NEAR, FAR = 0.1, 1.6  # of a tile: how far apart neighbours of a grid may lie
 class AskedSlide:
     """What a command line asks: the model, a grid of features or a layout of conditions, and where the slide goes.
 
-    outs: files (SLIDES). size: (width, height) in pixels. quality: of the TIFF's JPEG.
+    outs: files (SLIDES). size: (width, height) in pixels. quality: of the TIFF's JPEG. overview: image of the whole.
     """
 
     model: Path
@@ -43,6 +45,7 @@ class AskedSlide:
     conditions: Sequence[str] = ()
     quality: int = 90
     device: str = "cpu"
+    overview: Path | None = None
 
     def __post_init__(self) -> None:
         if (self.features is None) == (self.layout is None):
@@ -67,14 +70,15 @@ def making_of(asked: AskedSlide, sampler: AskedSampler, windows: Windows) -> Mak
     given = parse_conditions(model.cond_stage_model, asked.conditions)
     about = sampler.record(chosen, model, "large_image") | changed(windows)
     size = asked.size and asked.size[::-1]
+    low, seen = asked_overview(asked.overview, windows)
     if asked.layout is not None:
         layout = read_layout(asked.layout, model.cond_stage_model)
         grid = Grid(layout.cells, asked.layout.name, mpp=asked.mpp)
-        canvas = Canvas.of_layout(model, layout.cells, layout.values, size, chosen, windows, given)
+        canvas = Canvas.of_layout(model, layout.cells, layout.values, size, chosen, windows, given, low)
         about["layout_sha256"] = sha256(asked.layout)
     else:
         grid = asked_grid(model, asked.features, asked.feature, asked.region, asked.mpp)
-        canvas = Canvas.of(model, grid.features, size or grid.size, chosen, windows, given, grid.background)
+        canvas = Canvas.of(model, grid.features, size or grid.size, chosen, windows, given, grid.background, low)
         if asked.size:
             check_spacing(canvas)
     mpp = grid.mpp or model.metadata.get("mpp")
@@ -85,12 +89,13 @@ def making_of(asked: AskedSlide, sampler: AskedSampler, windows: Windows) -> Mak
     known = {"grid": list(grid.features.shape[:2]), "tile_px": model.tile_size, "mpp": mpp}
     text = provenance(
         asked.model, model, " ".join([grid.words, *asked.conditions]),
-        about | {"model_sha256": weights_of(asked.model)} | grid.place | known | {"size": f"{width}x{height}"},
+        about | seen | {"model_sha256": weights_of(asked.model)} | grid.place | known | {"size": f"{width}x{height}"},
     )  # fmt: skip
     record = text | {"grid_sha256": hashlib.sha256(grid.features.tobytes()).hexdigest()} | inside(canvas, asked.quality)
     return Making(
         canvas, asked.outs, (height, width), mpp, text, record, Sampler.usual(model, "large_image"), asked.quality,
         partial(Glass.of, canvas, grid.background) if canvas.field.holes.any() else None,
+        partial(reading_of, canvas) if canvas.overview is not None else None,
     )  # fmt: skip
 
 

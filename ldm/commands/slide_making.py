@@ -22,6 +22,7 @@ import torch
 from tqdm import tqdm
 
 from ldm.commands.outputs import differing
+from ldm.diffusion.overview import Reading
 from ldm.errors import UserError, notes_kept
 from ldm.files import hidden, owned, remove, remove_empty, room, tool_version, write_text
 from ldm.images.marks import read_mark
@@ -124,7 +125,8 @@ class Making:
 
     canvas: in latents. outs: files (SLIDES). size: (height, width) in pixels. text: what its files say of themselves.
     record: `text`, and what else changes a byte. usual: settings that need not be told. quality: of the TIFF's JPEG.
-    glass: makes what windows without a condition are. beside: canvases that are kept besides the solver's.
+    glass: makes what windows without a condition are. reading: makes that of the canvas's overview, if it has one.
+    beside: canvases that are kept besides the solver's.
     """
 
     canvas: Painted
@@ -136,6 +138,7 @@ class Making:
     usual: Mapping[str, Any]
     quality: int = 90
     glass: Callable[[], Glass] | None = None
+    reading: Callable[[], Reading] | None = None
     beside: int = 0
 
     @property
@@ -209,10 +212,12 @@ class Making:
                 self.prepare()
         levels = [Level(self.zarr / str(i), PATIENCE * (ranks.size > 1)) for i in range(len(level_sizes(*self.size)))]
         glass = Glass.load(scratch / "glass.npz") if (scratch / "glass.npz").exists() else None
+        read = scratch / "reading.npz"
+        told = self.canvas.overview.by(Reading.load(read)) if read.exists() else None
         bands = Bands(scratch, self.canvas.size, self.canvas.start, shared=ranks.size > 1)
         if ranks.told(levels[0].left()):
             latent = glass and glass.latent
-            step = stream(self.canvas, bands, model.device, sampler.batch_size, latent, ranks, sampler.progress)
+            step = stream(self.canvas, bands, model.device, sampler.batch_size, latent, told, ranks, sampler.progress)
             decoder = ShardDecoder(model, bands, step, sampler.decoder, glass)
             with workers(model.device):
                 shared(levels[0], ranks, "decode", sampler.progress, decoder.pixels)
@@ -229,7 +234,7 @@ class Making:
                 os.replace(part, tiff)
 
     def prepare(self) -> None:
-        """The levels without their pixels, and the glass, if there is any."""
+        """The levels without their pixels, the glass, if there is any, and how colours are read for an overview."""
         scratch = self.scratch
         if not self.zarr.exists():
             part = scratch / ".levels"
@@ -241,6 +246,10 @@ class Making:
             part = scratch / ".glass.npz"
             self.glass().save(part)
             os.replace(part, scratch / "glass.npz")
+        if self.reading is not None and not (scratch / "reading.npz").exists():
+            part = scratch / ".reading.npz"
+            self.reading().save(part)
+            os.replace(part, scratch / "reading.npz")
 
     def finish(self, left: Sequence[str]) -> None:
         """Give what is made its names, and remove the rest."""

@@ -18,6 +18,7 @@ from ldm.conditioners.source_image import images_of, shown_in
 from ldm.devices import send
 from ldm.diffusion.denoiser import Denoiser
 from ldm.diffusion.fields import FeatureField, LayoutField
+from ldm.diffusion.overview import Overview
 from ldm.diffusion.tiled import Cover, covered, drawn_cover, fixed_cover
 from ldm.errors import UserError
 from ldm.images.write import to_uint8
@@ -25,6 +26,7 @@ from ldm.rng import canvas_noise
 from ldm.sampling.calls import explained
 from ldm.sampling.given import checked_settings, tensor_of
 from ldm.sampling.local_norm import REACH, Span, decode_tiles, local_group_norm, spans
+from ldm.sampling.overviews import laid, reading_of
 from ldm.sampling.sampler import Sampler, Windows
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ def large_image(
     model: LatentDiffusion, features: Tensor | np.ndarray, size: tuple[int, int] | None = None,
     sampler: Sampler | None = None, windows: Windows | None = None, conditions: Mapping[str, Any] | None = None,
     background: Tensor | np.ndarray | None = None, out: Pixels | None = None,
+    overview: Tensor | np.ndarray | None = None,
 ) -> Tensor | Pixels:  # fmt: skip
     """An image of any size from a grid of SSL features: (1,3,height,width) in [-1,1] on the CPU.
 
@@ -66,13 +69,15 @@ def large_image(
         background: (D,) what holes take; by default the nearest known feature.
         out: (height, width, 3) uint8, assigned to by slices: takes the image part by part as it is decoded, and is
             returned in its place.
-    UserError: a grid, a size or settings that the model cannot have.
+        overview: (3,h,w) in [-1,1], the whole image at a lower magnification, which it is to agree with; as far as
+            `windows.overview_strength` says. See `ldm.diffusion.overview`.
+    UserError: a grid, a size, an overview or settings that the model cannot have.
 
     >>> grid = torch.randn(2, 3, 8)
     >>> large_image(model, grid, sampler=Sampler(steps=2, progress=False)).shape
     torch.Size([1, 3, 32, 48])
     """
-    canvas = Canvas.of(model, features, size, sampler, windows, conditions, background)
+    canvas = Canvas.of(model, features, size, sampler, windows, conditions, background, overview)
     size = tuple(side * model.first_stage_model.downsampling for side in canvas.size)
     if out is not None and (tuple(out.shape) != (*size, 3) or out.dtype != np.uint8):
         got = f"{tuple(out.shape)} {out.dtype}"
@@ -86,6 +91,8 @@ def large_image(
     x, sigmas = canvas.start(0, canvas.size[0]).to(home), canvas.sigmas
     with tqdm(total=sampler.steps, desc="large image", unit="step", disable=not sampler.progress) as bar:
         solver = canvas.solver.over(over_canvas)
+        if canvas.overview is not None:
+            solver = solver.shifted(canvas.overview.by(reading_of(canvas)).shift)
         x = solver.solve(x, sigmas, canvas.led, canvas.noise, lambda i, x, x0: bar.update())
     return decode_canvas(model, x, sampler.progress, out, sampler.decoder)
 
@@ -99,7 +106,8 @@ class Canvas:
     Attributes:
         size: (height, width) in latents. sampler, windows: settled. sigmas: noise levels (N+1,).
         solver: of windows. field: the features, or what of `table` holds, by place. conditions: others, the same
-            everywhere. led: the part of the condition that is an image of the whole canvas.
+            everywhere. led: the part of the condition that is an image of the whole canvas. overview: what it is to
+            agree with, yet without its reading (`overviews.reading_of`).
     """
 
     model: LatentDiffusion
@@ -112,12 +120,13 @@ class Canvas:
     conditions: Mapping[str, Any]
     led: Mapping[str, Tensor]
     table: Mapping[str, Tensor] = field(default_factory=dict)
+    overview: Overview | None = None
 
     @classmethod
     def of(
         cls, model: LatentDiffusion, features: Tensor | np.ndarray, size: tuple[int, int] | None = None,
         sampler: Sampler | None = None, windows: Windows | None = None, conditions: Mapping[str, Any] | None = None,
-        background: Tensor | np.ndarray | None = None,
+        background: Tensor | np.ndarray | None = None, overview: Tensor | np.ndarray | None = None,
     ) -> Canvas:  # fmt: skip
         """A canvas of what `large_image` takes. UserError: a grid, a size or settings that the model cannot have.
 
@@ -140,13 +149,13 @@ class Canvas:
         def spread(canvas: tuple[int, int], windows: Windows) -> FeatureField:
             return FeatureField(features, canvas, model.image_size, windows.interpolation, background, cells)
 
-        return cls._of(model, size, sampler, windows, conditions or {}, ["features"], spread)
+        return cls._of(model, size, sampler, windows, conditions or {}, ["features"], spread, overview)
 
     @classmethod
     def of_layout(
         cls, model: LatentDiffusion, layout: np.ndarray, values: Mapping[str, Sequence[Any]],
         size: tuple[int, int] | None = None, sampler: Sampler | None = None, windows: Windows | None = None,
-        conditions: Mapping[str, Any] | None = None,
+        conditions: Mapping[str, Any] | None = None, overview: Tensor | np.ndarray | None = None,
     ) -> Canvas:  # fmt: skip
         """A canvas of a layout of conditions.
 
@@ -163,7 +172,7 @@ class Canvas:
         size = size or tuple(side * model.tile_size for side in layout.shape)
         made = cls._of(
             model, size, sampler, windows, conditions, [*values],
-            lambda canvas, windows: LayoutField(cells, canvas, model.image_size),
+            lambda canvas, windows: LayoutField(cells, canvas, model.image_size), overview,
         )  # fmt: skip
         return replace(made, table=model.condition(**values, **made.conditions))
 
@@ -172,6 +181,7 @@ class Canvas:
         cls, model: LatentDiffusion, size: tuple[int, int], sampler: Sampler | None, windows: Windows | None,
         conditions: Mapping[str, Any], names: Sequence[str],
         spread: Callable[[tuple[int, int], Windows], FeatureField | LayoutField],
+        overview: Tensor | np.ndarray | None,
     ) -> Canvas:  # fmt: skip
         """A canvas of size (height, width) in pixels. spread: its field, and names: of what that tells."""
         windows = checked_settings(Windows, windows)
@@ -188,7 +198,11 @@ class Canvas:
         target = sampler.classifier.target_of(model, [conditions]) if sampler.classifier else {}
         led, others = _led(model, conditions, (height, width))
         solver = sampler.guided(model, given=names_given(model.cond_stage_model, [*names, *others]))
-        return cls(model, canvas, sampler, windows, sampler.sigmas(model), solver, own, others, led | target)
+        made = cls(model, canvas, sampler, windows, sampler.sigmas(model), solver, own, others, led | target)
+        if overview is None:
+            return made
+        strength = windows.overview_strength
+        return replace(made, overview=laid(overview, canvas, factor, own, model.image_size, strength))
 
     def condition(self, corners: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
         """The condition of windows at corners (row, col), in latents, but for `led`."""

@@ -27,6 +27,7 @@ from ldm.diffusion.guidance import (
     within,
     without_target,
 )
+from ldm.diffusion.overview import Shift, overview
 from ldm.errors import UserError, suggest
 from ldm.networks.takes import declared
 from ldm.sampling.calls import explained
@@ -99,6 +100,10 @@ class GuidedSolver:
         if self.variance is None:
             return replace(self, denoiser=keep_variance(self.denoiser, change))
         return replace(self, denoiser=change(self.denoiser))
+
+    def shifted(self, shift: Shift) -> GuidedSolver:
+        """With `shift` of it added to the denoised image."""
+        return self.agreeing(lambda denoiser: overview(denoiser, shift))
 
     def lead(self, i: int, x: Tensor, sigmas: Tensor, cond: Cond) -> Denoiser:
         """What step i follows where windows x (B,C,h,w) lie: their x0, whatever it is asked (`PolicySolver.lead`)."""

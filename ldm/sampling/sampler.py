@@ -289,6 +289,8 @@ class Windows:
             at the default stride of a quarter tile).
         stride: pixels between the windows of `overlap`.
         interpolation: between the features of the grid.
+        overview_strength: 0..1, how much of what the image lacks of its overview, where one is given, is made up at
+            each step.
         offload: keep the canvas in main memory while windows visit the GPU: for one larger than the GPU holds.
 
     >>> Windows(mode="overlap", stride=64).stride
@@ -298,6 +300,9 @@ class Windows:
     mode: str = setting("shifted", "Windows at places drawn anew at every step, or overlapping as published", MODES)
     stride: int | None = setting(None, "Pixels between the windows of --mode overlap: by default a quarter tile", low=1)
     interpolation: str = setting("linear", "Interpolation between the features of the grid", INTERPOLATIONS)
+    overview_strength: float = setting(
+        1.0, "Share of what the image lacks of its overview that is made up at each step", low=0.0, high=1.0
+    )
     offload: bool = setting(False, "Keep the canvas in main memory, for one larger than the GPU holds", recorded=False)
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ldm.devices import send
 from ldm.diffusion.choices import POINTWISE
 from ldm.diffusion.denoiser import Cond, Denoiser
+from ldm.diffusion.overview import Overview
 from ldm.diffusion.steps import Noise, Past
 from ldm.diffusion.tiled import Corner, Cover, window_conds
 from ldm.errors import UserError
@@ -85,6 +86,7 @@ def stream(
     device: torch.device,
     batch_size: int = 16,
     glass: Tensor | None = None,
+    overview: Overview | None = None,
     ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> int:
@@ -94,6 +96,7 @@ def stream(
         bands: where it is kept; after the call, the last step alone. batch_size: windows that the network sees at once,
             all of one row. ranks: which processes share the work.
         glass: (C,), x0 where the canvas has no condition; such windows are not evaluated. None: they are.
+        overview: what the canvas is to agree with, with its reading.
 
     >>> from ldm.sampling.canvas import Canvas
     >>> canvas = Canvas.of(model, torch.randn(2, 3, 8))
@@ -110,7 +113,7 @@ def stream(
         workers(device) as evaluate,
     ):
         for i in range(begun, count):
-            step = _Step(canvas, bands, i, device, batch_size, glass, evaluate)
+            step = _Step(canvas, bands, i, device, batch_size, glass, overview, evaluate)
             if ranks.leads:
                 bands.forget(i)
             left = ranks.told(bands.left(i + 1))
@@ -130,8 +133,9 @@ class _Step:
 
     def __init__(
         self, canvas: Places, bands: Bands, i: int, device: torch.device, batch_size: int, glass: Tensor | None,
-        evaluate: Callable[..., Iterator[Denoiser]],
+        overview: Overview | None, evaluate: Callable[..., Iterator[Denoiser]],
     ) -> None:  # fmt: skip
+        self.overview = overview
         self.canvas, self.bands, self.i, self.device, self.batch_size = canvas, bands, i, device, batch_size
         self.sigmas = canvas.sigmas.to(device)
         self.cover = canvas.covering(canvas.size, float(canvas.sigmas[i]))
@@ -148,14 +152,19 @@ class _Step:
             self._wanted[row] = [corner for corner, alone in zip(corners, bare) if not alone]
         return self._wanted[row]
 
+    def reach(self, band: int) -> tuple[int, int]:
+        """The rows on which those of a band depend: with an overview, some of the neighbours' too."""
+        span = self.bands.span(band)
+        return span if self.overview is None else self.overview.rows.reach(*span)
+
     def rows(self, band: int) -> list[int]:
-        """First rows of the windows that reach into a band."""
-        top, bottom = self.bands.span(band)
+        """First rows of the windows on which a band depends."""
+        top, bottom = self.reach(band)
         return [row for row in self.cover.rows if row < bottom and row + self.cover.window > top]
 
     def cost(self, band: int) -> float:
         """About what a band costs, in windows."""
-        top, bottom = self.bands.span(band)
+        top, bottom = self.reach(band)
         reach = ((min(row + self.cover.window, bottom) - max(row, top), row) for row in self.rows(band))
         return 1 + sum(len(self.wanted(row)) * tall / self.cover.window for tall, row in reach)
 
@@ -166,9 +175,20 @@ class _Step:
         x, past = self.bands.read(self.i, band)
         x, past = x.to(self.device), tuple(each.to(self.device) for each in past)
         led = self._field(rows, top, bottom)
+        if self.overview is not None:
+            led = self._shifted(led, band, rows)
         follow = self.canvas.solver.follow
         noise: Noise = lambda i: self.canvas.noise(i, top, bottom - top)  # noqa: E731
         self.bands.write(self.i + 1, band, *follow(self.i, x, led, self.sigmas, past, noise))
+
+    def _shifted(self, led: Denoiser, band: int, rows: Sequence[int]) -> Denoiser:
+        """What leads in a band, with the shift towards the overview added that its x0 has as the step begins."""
+        (top, bottom), (first, last) = self.bands.span(band), self.reach(band)
+        x = self.bands.part(self.i, slice(first, last)).to(self.device)
+        sigma = self.sigmas[self.i].expand(1)
+        x0 = self._field(rows, first, last)(x, sigma, {})
+        shift = self.overview.shift(x0, sigma, first)[:, :, top - first : bottom - first]
+        return lambda y, sigma, cond: led(y, sigma, cond) + shift
 
     def _leads(self, row: int) -> list[Led]:
         """What leads in the windows of a row: evaluated in batches, all of about one size, or glass."""
@@ -194,7 +214,8 @@ class _Step:
 
     def _field(self, rows: Sequence[int], top: int, bottom: int) -> Denoiser:
         """What leads in rows top..bottom of the canvas: that of the windows there, averaged by weight."""
-        window, width, held = self.cover.window, self.canvas.size[1], [self.held[row] for row in rows]
+        window, width = self.cover.window, self.canvas.size[1]
+        held = [self.held[row] for row in rows if row < bottom and row + window > top]
         like = torch.zeros(1, device=self.device)
         blend = self.cover.blending(like)
         weight = like.new_zeros(1, bottom - top, width)

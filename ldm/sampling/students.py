@@ -12,6 +12,7 @@ from torch import Tensor
 from ldm.diffusion import samplers, steps
 from ldm.diffusion.choices import OF_STUDENTS
 from ldm.diffusion.denoiser import Cond, Denoiser
+from ldm.diffusion.overview import Shift
 from ldm.diffusion.policies import Policies, clipped
 from ldm.diffusion.student import Student
 from ldm.errors import UserError, suggest
@@ -121,6 +122,16 @@ class PolicySolver:
     def agreeing(self, change: Callable[[Denoiser], Denoiser]) -> PolicySolver:
         """With `change` made to every policy, as `consistency.consistent` does."""
         return replace(self, policies=lambda *step: change(self.policies(*step)))
+
+    def shifted(self, shift: Shift) -> PolicySolver:
+        """With `shift` of the image at the beginning of a step added all along it."""
+
+        def policies(x: Tensor, start: Tensor, end: Tensor, cond: Cond) -> Denoiser:
+            policy = self.policies(x, start, end, cond)
+            more = shift(policy(x, start, cond), start)
+            return lambda y, sigma, cond: policy(y, sigma, cond) + more
+
+        return replace(self, policies=policies)
 
     def lead(self, i: int, x: Tensor, sigmas: Tensor, cond: Cond) -> Denoiser:
         """The policies of step i where windows x (B,C,h,w) lie."""
