@@ -61,6 +61,7 @@ def fit(
     known = tiles.metadata
     metadata = {key: known[key] for key in ("encoder", "mpp", "tile_size", "slide_licence") if key in known}
     params = {"dim": codec.dim, "channels": codec.channels, "glass": codec.glass is not None}
+    params |= {} if codec.rest is None else {"rest": codec.rest.shape[1]}
     metadata |= {"kept": round(kept, 4), "tiles": len(tiles)}
     folder = write_model_folder(out, {"target": TARGET, "params": params}, codec.state_dict(), metadata)
     print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import examples
@@ -28,7 +29,8 @@ from ldm.data.tile_store import TileStore
 from ldm.errors import UserError
 from ldm.metrics.fields import blocks_of, field_measures, neighbour_correlation
 from ldm.model_folder import load_first_stage, write_model_folder
-from ldm.rng import generator
+from ldm.rng import canvas_noise, generator
+from ldm.sampling.feature_fields import TEXTURE
 
 FAST = ldm.Sampler(steps=3, progress=False)
 
@@ -75,6 +77,39 @@ def test_components_are_white_and_keep_the_share_that_is_asked_for():
     fewer, less = fit_codec([values], share=0.5)
     assert fewer.channels < codec.channels
     assert 0.5 <= less < 0.8 <= kept
+
+
+def test_what_components_leave_out_is_drawn_as_tiles_that_overlap_share_it():
+    values = torch.randn(2000, 8, generator=generator(1)) @ torch.randn(8, 8, generator=generator(2))
+    codec, kept = fit_codec([values], share=0.6)
+    noise = torch.randn(1, codec.rest.shape[1], 203, 203, generator=generator(3))
+    x = codec.texture(noise, overlap=4)[0]                                      # (D,200,200)
+    left = values - codec.decode(codec.encode(values.T[None, :, :, None]))[0, :, :, 0].T
+    drawn, wanted = torch.cov(x.flatten(1)), torch.cov(left.T)
+    assert float((drawn - wanted).norm() / wanted.norm()) < 0.15
+    assert float(drawn.trace() / torch.cov(values.T).trace()) == pytest.approx(1 - kept, abs=0.03)
+    assert (codec.rest.T @ codec.components).abs().max() < 1e-5
+    for lag in range(1, 6):
+        shared = float((x[:, lag:] * x[:, :-lag]).sum() / (x[:, lag:].norm() * x[:, :-lag].norm()))
+        assert shared == pytest.approx(max(1 - lag / 4, 0), abs=0.05)
+    whole, _ = fit_codec([values], share=1.0)
+    assert whole.rest is None
+
+
+def test_a_field_of_a_model_that_draws_texture_is_its_own_and_texture(model):
+    sampler = ldm.Sampler(steps=2, seed=3, progress=False)
+    plain = ldm.feature_field(model, (6, 9), sampler)
+    model = copy.deepcopy(model)
+    codec = model.first_stage_model
+    codec.rest = torch.randn(codec.dim, 5, generator=generator(4))
+    model.metadata = {**model.metadata, "tile_size": 256, "field": {"stride": 64, "feature": "own"}}
+    textured = ldm.feature_field(model, (6, 9), sampler)
+    noise = canvas_noise(3, 5, 9, 12, stream=TEXTURE)
+    wanted = plain + codec.texture(noise, 4)[0].permute(1, 2, 0)
+    torch.testing.assert_close(textured, wanted, equal_nan=True)
+    assert not torch.allclose(textured, plain, equal_nan=True)
+    other = ldm.feature_field(model, (6, 9), ldm.Sampler(steps=2, seed=4, progress=False))
+    assert not torch.allclose(textured, other, equal_nan=True)
 
 
 def test_a_codec_refuses_what_it_cannot_hold():
@@ -209,7 +244,6 @@ def test_a_field_of_any_size_depends_on_seed_and_condition_alone(model):
 def test_a_field_of_a_window_is_a_sample_of_it(model):
     field = ldm.feature_field(model, (4, 4), FAST)
     from ldm.diffusion.samplers import sample_dpmpp_2m
-    from ldm.rng import canvas_noise
 
     sigmas = FAST.settled(model, "field").sigmas(model)
     x = sample_dpmpp_2m(model.denoiser(), canvas_noise(0, 4, 4, 4) * sigmas[0], sigmas, model.null_condition())

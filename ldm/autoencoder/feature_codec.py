@@ -1,7 +1,8 @@
 """The first stage of grids of features: few whitened channels and back, of which a diffusion model makes new grids.
 
 A grid of features of tiles is an image of D channels, NaN where there is no tile (glass). Neighbouring channels of an
-encoder tell much the same: a principal component analysis keeps the share of their variance that is asked for.
+encoder tell much the same: a principal component analysis keeps the share of their variance that is asked for. What
+it leaves out is texture: no model learns it, it is drawn (`FeatureCodec.texture`).
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import UserError
 
+DRAWN = 0.99  # of the variance that kept and drawn components have together, at least
 SPAN = 2.5  # deviations of a component from dark to bright in a picture
 
 
@@ -25,11 +28,12 @@ class FeatureCodec(nn.Module):
     Args:
         dim: D, of the features. channels: of the latent, one more than the components that are kept.
         glass: whether it knows the feature of glass, `glass` (D,), which takes the place of holes in an image.
+        rest: further components, that are drawn.
     """
 
     downsampling = 1
 
-    def __init__(self, dim: int, channels: int, glass: bool = False):
+    def __init__(self, dim: int, channels: int, glass: bool = False, rest: int = 0):
         super().__init__()
         if not 1 <= channels - 1 <= dim:
             raise UserError(f"a codec of {dim} features has 2 to {dim + 1} channels; got {channels}.")
@@ -38,6 +42,7 @@ class FeatureCodec(nn.Module):
         self.register_buffer("components", torch.eye(dim, channels - 1))        # (D,K), orthonormal columns
         self.register_buffer("std", torch.ones(channels - 1))
         self.register_buffer("glass", torch.zeros(dim) if glass else None)
+        self.register_buffer("rest", torch.zeros(dim, rest) if rest else None)  # (D,R), each as long as its deviation
 
     def encode(self, x: Tensor) -> Tensor:
         """(B,channels,h,w) of grids (B,D,h,w). UserError: another D."""
@@ -60,6 +65,19 @@ class FeatureCodec(nn.Module):
         x = torch.einsum("bkhw,dk->bdhw", z[:, :-1], self.components * self.std) + self.mean[:, None, None]
         return torch.where(z[:, -1:] < 0, torch.nan, x)
 
+    def texture(self, noise: Tensor, overlap: int) -> Tensor:
+        """What the kept components leave out, drawn: (B,D,h,w) of white noise (B,R,h+overlap-1,w+overlap-1).
+
+        Tiles share it as far as they overlap, overlap being the side of a tile in strides: tiles i strides apart have a
+        correlation of 1 - i / overlap.
+
+        >>> codec = fit_codec([torch.randn(100, 4)], share=0.5)[0]
+        >>> codec.texture(torch.randn(1, codec.rest.shape[1], 8, 8), overlap=4).shape
+        torch.Size([1, 4, 5, 5])
+        """
+        shared = F.avg_pool2d(noise.float(), overlap, 1) * overlap
+        return torch.einsum("brhw,dr->bdhw", shared, self.rest)
+
     def picture(self, x: Tensor) -> Tensor:
         """Pictures (B,3,h,w) in [-1,1] of grids (B,D,h,w): the first three components as colours, glass white."""
         z = self.encode(x)
@@ -70,7 +88,8 @@ class FeatureCodec(nn.Module):
 def fit_codec(batches: Iterable[Tensor], share: float, glass: Tensor | None = None) -> tuple[FeatureCodec, float]:
     """The codec of features, in batches (N,D), that keeps at least `share` of their variance, and the share it keeps.
 
-    Components are the leading eigenvectors of the covariance, summed up in float64. glass: (D,) feature of glass.
+    Components are the leading eigenvectors of the covariance, summed up in float64; those after them, up to DRAWN of
+    the variance, are drawn. glass: (D,) feature of glass.
     UserError: a share outside of 0..1, fewer features than dimensions of one, features that do not differ.
 
     >>> features = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 9)
@@ -93,10 +112,13 @@ def fit_codec(batches: Iterable[Tensor], share: float, glass: Tensor | None = No
         raise UserError("the features are all the same; a codec needs some that differ.")
     kept = values.cumsum(0) / values.sum()
     number = min(int((kept < share - 1e-9).sum()) + 1, int((values > 1e-9 * values[0]).sum()))
-    codec = FeatureCodec(len(mean), number + 1, glass is not None)
+    told = max(min(int((kept < DRAWN).sum()) + 1, len(mean)), number)
+    codec = FeatureCodec(len(mean), number + 1, glass is not None, told - number)
     codec.mean.copy_(mean)
     codec.components.copy_(vectors[:, :number])
     codec.std.copy_(values[:number].sqrt())
+    if codec.rest is not None:
+        codec.rest.copy_(vectors[:, number:told] * values[number:told].sqrt())
     if glass is not None:
         codec.glass.copy_(glass)
     return codec.eval().requires_grad_(False), float(kept[number - 1])

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
 
+TEXTURE = 0x74657874757265  # stream of the noise that what no component keeps is drawn from
+
+
 @explained
 @torch.no_grad()
 def feature_field(
@@ -35,8 +38,9 @@ def feature_field(
     """A field of features (rows,cols,D) on the CPU, NaN at holes, as `ldm.large_image` takes it.
 
     Windows as large as the crops that the model was trained on cover the field, at places drawn anew at every noise
-    level, so that a field may be of any size (`ldm.diffusion.tiled.shifted`). The features at a place depend on seed,
-    condition and size, not on the batch size (to rounding).
+    level, so that a field may be of any size (`ldm.diffusion.tiled.shifted`). What the model's first stage leaves out
+    is drawn (`ldm.autoencoder.feature_codec.FeatureCodec.texture`). The features at a place depend on seed, condition
+    and size, not on the batch size (to rounding).
 
     Args:
         model: of fields, as configs/own/field.yaml trains one.
@@ -76,4 +80,11 @@ def feature_field(
     x = canvas_noise(sampler.seed, model.channels, *canvas).to(device) * sigmas[0]
     with tqdm(total=sampler.steps, desc="field", unit="step", disable=not sampler.progress) as bar:
         x = solver.solve(x, sigmas, cond, noise, lambda i, x, x0: bar.update())
-    return model.decode(x)[0, :, : size[0], : size[1]].permute(1, 2, 0).cpu()
+    field = model.decode(x)[0, :, : size[0], : size[1]]
+    codec, lattice = model.first_stage_model, model.metadata.get("field", {})
+    if codec.rest is not None:
+        overlap = max(round(model.metadata.get("tile_size", 1) / lattice.get("stride", 1)), 1) if lattice else 1
+        sides = (side + overlap - 1 for side in size)
+        drawn = canvas_noise(sampler.seed, codec.rest.shape[1], *sides, stream=TEXTURE).to(device)
+        field = field + codec.texture(drawn, overlap)[0]
+    return field.permute(1, 2, 0).cpu()
