@@ -80,12 +80,20 @@ def test_what_cannot_be_captioned_is_said_before_anything_is_written(call, messa
     assert not (tmp_path / "out").exists()
 
 
+def test_the_sample_head_is_the_published_one_of_which_two_voxels_are_one(shared):
+    kept = ROOT / "data" / "samples" / "heads" / "patient19"
+    there = shared("data/more/mr") / "ms_crosssectional_2mm" / "patient19"
+    assert len(list(kept.iterdir())) == 4
+    assert all(path.read_bytes() == (there / path.name).read_bytes() for path in kept.iterdir())
+
+
 def test_the_sample_files_are_cuts_of_the_published_ones(shared, tmp_path):
     cut_samples.main(["--sources", str(shared("data/he").parent), "--out", str(tmp_path)])
     made = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*") if path.is_file()}
     kept = ROOT / "data" / "samples"
     there = {path.relative_to(kept) for path in kept.rglob("*") if path.is_file()}
-    assert set(made) == {path for path in there if path.parts[0] != "cells-held-out"}  # its own command: data/README.md
+    others = ("cells-held-out", "heads")  # made in other ways: data/README.md
+    assert set(made) == {path for path in there if path.parts[0] not in others}
     for name, path in made.items():
         if name.suffixes[-2:] == [".nii", ".gz"]:
             assert (nibabel.load(path).get_fdata() == nibabel.load(kept / name).get_fdata()).all()
