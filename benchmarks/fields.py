@@ -5,7 +5,8 @@
 Fields are sampled and measured by `ldm.metrics.fields`: how far their features are, wherever they lie, from real ones
 (KID and FID in the space of the features), and the correlation of features 1, 2, 4 and 8 tiles apart, beside that of
 the real slides with its interval over blocks of 4 x 4 tiles. Real features that --where leaves out tell what is usual;
-a line of the first stage, what is lost by the components that it does not keep. Printed is a table.
+a line without texture, what the network samples; one of the first stage, what is lost by the components that it does
+not keep. Printed is a table.
 """
 
 from __future__ import annotations
@@ -88,12 +89,16 @@ def main() -> None:
         raise UserError(f"{args.model} makes {model.makes}, not fields of features.")
     feature = model.metadata["field"]["feature"]
     real = real_fields(args.store, feature, args.where)
-    sampled = sampled_fields(model, args.fields, parse_integers(args.size, 2, "--size", "width,height")[::-1],
-                             args.seed, args.steps)  # fmt: skip
+    size = parse_integers(args.size, 2, "--size", "width,height")[::-1]
+    sampled = sampled_fields(model, args.fields, size, args.seed, args.steps)
     with torch.no_grad():
         codec = model.first_stage_model
         kept = codec.decode(codec.encode(torch.from_numpy(real).permute(2, 0, 1)[None]))[0].permute(1, 2, 0).numpy()
-    sets = {f"{args.fields} sampled fields of {args.size} tiles": sampled, "real, through the first stage": kept}
+    sets = {f"{args.fields} sampled fields of {args.size} tiles": sampled}
+    if codec.rest is not None:
+        codec.rest = None
+        sets["the same without texture"] = sampled_fields(model, args.fields, size, args.seed, args.steps)
+    sets["real, through the first stage"] = kept
     if args.where:
         sets["real, left out by --where"] = real_fields(args.store, feature, args.where, other=True)
     print("| features | KID | FID |", " | ".join(f"r at {lag}" for lag in LAGS), "|")

@@ -112,6 +112,14 @@ def test_a_field_of_a_model_that_draws_texture_is_its_own_and_texture(model):
     assert not torch.allclose(textured, other, equal_nan=True)
 
 
+def test_a_model_whose_tiles_overlap_without_end_draws_nothing(model):
+    model = copy.deepcopy(model)
+    model.first_stage_model.rest = torch.ones(model.first_stage_model.dim, 5)
+    model.metadata = {**model.metadata, "tile_size": 65536, "field": {"stride": 1, "feature": "own"}}
+    with pytest.raises(UserError, match="65536 over each other along a side, where 64 at most"):
+        ldm.feature_field(model, (6, 9), FAST)
+
+
 def test_a_codec_refuses_what_it_cannot_hold():
     with pytest.raises(UserError, match=r"above 0 and up to 1; got 1\.5"):
         fit_codec([torch.randn(4, 2)], 1.5)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ldm.latent_diffusion import LatentDiffusion
 
 
+MOST_OVERLAP = 64  # tiles over each other along a side: the noise of textures is as much wider than a field
 TEXTURE = 0x74657874757265  # stream of the noise that what no component keeps is drawn from
 
 
@@ -81,10 +82,29 @@ def feature_field(
     with tqdm(total=sampler.steps, desc="field", unit="step", disable=not sampler.progress) as bar:
         x = solver.solve(x, sigmas, cond, noise, lambda i, x, x0: bar.update())
     field = model.decode(x)[0, :, : size[0], : size[1]]
-    codec, lattice = model.first_stage_model, model.metadata.get("field", {})
+    codec = model.first_stage_model
     if codec.rest is not None:
-        overlap = max(round(model.metadata.get("tile_size", 1) / lattice.get("stride", 1)), 1) if lattice else 1
-        sides = (side + overlap - 1 for side in size)
-        drawn = canvas_noise(sampler.seed, codec.rest.shape[1], *sides, stream=TEXTURE).to(device)
+        overlap = overlap_of(model.metadata)
+        drawn = canvas_noise(
+            sampler.seed, codec.rest.shape[1], *(side + overlap - 1 for side in size), stream=TEXTURE
+        ).to(device)
         field = field + codec.texture(drawn, overlap)[0]
     return field.permute(1, 2, 0).cpu()
+
+
+def overlap_of(metadata: Mapping[str, Any]) -> int:
+    """The side of a tile of a model's fields in strides, 1 where it is not told.
+
+    UserError: more than MOST_OVERLAP, which no cohort has.
+
+    >>> overlap_of({"tile_size": 256, "field": {"feature": "uni", "stride": 64}})
+    4
+    """
+    stride = metadata.get("field", {}).get("stride")
+    overlap = max(round(metadata["tile_size"] / stride), 1) if stride and metadata.get("tile_size") else 1
+    if overlap > MOST_OVERLAP:
+        raise UserError(
+            f"the model's tiles are {metadata['tile_size']} px and lie {stride} px apart: {overlap} over each other along "
+            f"a side, where {MOST_OVERLAP} at most are taken. Train the model on a cohort of a larger --stride."
+        )
+    return overlap
