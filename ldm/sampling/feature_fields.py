@@ -104,7 +104,7 @@ def overlap_of(metadata: Mapping[str, Any]) -> int:
     overlap = max(round(metadata["tile_size"] / stride), 1) if stride and metadata.get("tile_size") else 1
     if overlap > MOST_OVERLAP:
         raise UserError(
-            f"the model's tiles are {metadata['tile_size']} px and lie {stride} px apart: {overlap} over each other along "
-            f"a side, where {MOST_OVERLAP} at most are taken. Train the model on a cohort of a larger --stride."
+            f"the model's tiles are {metadata['tile_size']} px and lie {stride} px apart: {overlap} over each other "
+            f"along a side, where {MOST_OVERLAP} at most are taken. Train the model on a cohort of a larger --stride."
         )
     return overlap
